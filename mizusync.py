@@ -1,0 +1,2987 @@
+# mizusync - Copyright (c) 2026 the mizusync authors. MIT License:
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions: the above copyright notice and this
+# permission notice shall be included in all copies or substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""mizusync: a durable sync server with instant updates, in one file, on the standard library.
+
+A sync client normally polls. Here a sync engine (push, pull, snapshot) is joined to a live server
+(topics over WebSocket) by one arrow, notify:
+
+    client A                                                                      client B
+       |                                                                             ^
+       | push: mutations                                    hint: "scope has 42" |   | pull from 41:
+       v                                                                         v   | change 42
+    +------------------- the truth -------------------+        +----- the accelerator ------+
+    | Engine: one writer thread, one transaction:     | notify | Hub: one frame, written to |
+    | apply() + dedupe mark + changes -> log on disk  |------->| every session of the topic |
+    +-------------------------------------------------+        +----------------------------+
+
+The left half alone is a complete sync server: a client that polls misses nothing. The right half
+alone is a live server: it tells, keeps nothing, and may lose a hint without harm.
+
+The life of one change, and where each step stands in this file:
+
+    bytes -> Request                parse_request   no parser here does I/O
+    Request -> [Mutation, ...]      Server          checked once, at the door
+    -> one transaction              Engine          with all that waits: one fsync for everybody
+    -> Change 42 in the log         Store           a number that is never given out again
+    -> the answer, and the hint     Engine.listen   one hop from the writer's thread to the loop
+    -> every session                Hub             the same bytes to all
+    -> a pull                       Engine.pull     from memory: a join of encoded bytes
+
+Contents, each section using only what stands above it:
+
+    Settings        every limit and time-out
+    Errors          what a client may be told; what closes a socket
+    Values          the protocol's words; strict JSON
+    Store           the change log on disk
+    Engine          the writer's thread, dedupe, the newest changes in memory
+    Hub             topics, and who follows them
+    HTTP/1.1        bytes to requests, responses to bytes
+    WebSocket       frames and messages
+    Connection      a socket: bytes, deadlines, a close that is heard
+    Session         one live client
+    Gate            who may
+    Server          routes, sessions, life; the arrow from engine to hub
+    Todo            the demo, as an application would write it
+    Command line    python mizusync.py
+
+To run the demo: `python mizusync.py`. To build on it: copy this file and write an `apply` function:
+
+    def apply(db, mutation):                  # inside the transaction: all of it, or nothing
+        db.execute("INSERT INTO notes VALUES (?, ?)", (mutation.id, mutation.args["text"]))
+        return [{"note": mutation.args["text"]}]      # what every client of the scope will see
+
+    engine = mizusync.Engine("notes.db", apply=apply, schema=SCHEMA)
+    mizusync.Server(engine).run("127.0.0.1", 8080)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import bisect
+import codecs
+import contextlib
+import dataclasses
+import email.utils
+import functools
+import hashlib
+import hmac
+import http
+import inspect
+import json
+import logging
+import math
+import os
+import queue
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import ssl as tls
+import sys
+import threading
+import time
+import urllib.parse
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+__version__ = "1.0.0"
+
+__all__ = [
+    # What an application writes against.
+    "Engine", "Server", "Settings", "Mutation", "Change", "Json",
+    "InvalidMutation", "NotFound", "Conflict", "Forbidden", "Unauthorized", "Unavailable",
+    # What its endpoints and live clients get.
+    "Request", "Response", "Session", "WebSocket", "Result", "Page", "Snapshot",
+    # What a store or a transport of one's own is made of.
+    "Store", "Position", "Row", "Mark", "SQLiteStore", "StoreError", "StoreRefused",
+    "Hub", "Hint", "News", "Subscriber",
+    # The rest of what may be raised.
+    "SyncError", "HTTPError", "InvalidRequest", "TooLarge", "CursorTooOld", "CursorUnknown",
+    "ProtocolError",
+]  # fmt: skip
+
+log = logging.getLogger("mizusync")  # without a handler: the application decides
+
+T = TypeVar("T")
+
+
+# --- Settings ------------------------------------------------------------------------------------
+# Every limit and every time-out is a line here, with its unit. Sizes are in bytes, times in
+# seconds. Whatever a peer can make grow has its limit in this table.
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The limits of a server and its engine. `Settings(sessions=100)` changes one."""
+
+    # What one request may ask for.
+    push_mutations: int = 100
+    mutation_changes: int = 1000
+    pull_limit: int = 100  # changes a page, when the client names no number
+    pull_limit_max: int = 1000
+    pull_wait_max: float = 60.0
+    # HTTP/1.1.
+    target_size: int = 8 * 1024
+    head_size: int = 64 * 1024
+    head_fields: int = 100
+    body_size: int = 1024 * 1024
+    json_depth: int = 64  # levels; json.loads has a limit of its own, another in each version
+    head_timeout: float = 10.0  # from the first byte of a head to its last
+    body_timeout: float = 30.0  # for the whole body
+    idle_timeout: float = 60.0  # between requests
+    send_timeout: float = 30.0  # without progress, while the peer has an answer to read
+    linger: float = 2.0  # after a refusal, for the peer to read it before the socket goes
+    # WebSocket.
+    message_size: int = 1024 * 1024
+    session_topics: int = 1000
+    session_queue: int = 1024 * 1024  # unsent bytes of messages that may not be merged; then 1013
+    send_buffer: int = 64 * 1024  # SO_SNDBUF of a session: what the kernel holds for a slow reader
+    ping_interval: float = 20.0  # common proxies drop a quiet connection after 60
+    ping_timeout: float = 60.0  # without a byte after a ping: dead
+    close_timeout: float = 5.0  # for the peer's half of the closing handshake
+    heartbeat: float = 25.0  # silence of a topic before its newest hint is sent again
+    hint_changes: int = 32  # at most so many changes inside a hint,
+    hint_size: int = 16 * 1024  # and so many bytes of them
+    hint_gap: float = 0.05  # at most so long a pause between two fan-outs of a topic
+    auth_interval: float | None = None  # ask on_auth again for open sessions
+    # The whole server.
+    sessions: int = 10_000
+    connections: int = 12_000
+    shutdown_timeout: float = 8.0
+    # The engine.
+    commit_time: float = 0.02  # no mutation joins a transaction that is older than this
+    pending_pushes: int = 10_000
+    tail_changes: int = 1000  # of one scope, in memory
+    tail_size: int = 16 * 1024 * 1024  # of all scopes together
+    readers: int = 4  # threads that read the disk
+    watch_interval: float = 0.05  # how often an idle writer looks for another process's commits
+    busy_timeout: float = 5.0  # how long a commit waits for another process's
+
+
+# --- Errors --------------------------------------------------------------------------------------
+# A SyncError is a refusal that the client may see: an HTTP status, a code of the protocol, a
+# sentence. Any other exception is our mistake or the application's: the log sees it whole, the
+# client a bare internal_error. One place in Server turns both into answers.
+
+
+class SyncError(Exception):
+    """A refusal that the client may see. By itself: our mistake, without a word of the inside."""
+
+    status: int = 500
+    code: str = "internal_error"
+    headers: Mapping[str, str] = {}  # field lines that the status makes mandatory (RFC 9110 §15)
+
+
+class InvalidRequest(SyncError):
+    """The request can't be understood, or could be understood in two ways."""
+
+    status, code = 400, "invalid_request"
+
+
+class InvalidMutation(SyncError):
+    """This mutation can never work: the client drops it. For `apply` to raise."""
+
+    status, code = 400, "invalid_mutation"
+
+
+class Unauthorized(SyncError):
+    """Who asks is not known. For `on_auth` to raise; it refuses the whole request."""
+
+    status, code = 401, "unauthorized"
+    headers = {"WWW-Authenticate": 'Bearer realm="mizusync"'}
+
+
+class Forbidden(SyncError):
+    """Who asks is known and may not. For `apply` and `on_auth` to raise."""
+
+    status, code = 403, "forbidden"
+
+
+class NotFound(SyncError):
+    """It is not there. For `apply` to raise, too."""
+
+    status, code = 404, "not_found"
+
+
+class Conflict(SyncError):
+    """The data is not in the state that the mutation needs. For `apply` to raise."""
+
+    status, code = 409, "conflict"
+
+
+class CursorTooOld(SyncError):
+    """The changes after this cursor were trimmed: take a snapshot and go on from there."""
+
+    status, code = 410, "cursor_too_old"
+
+
+class CursorUnknown(SyncError):
+    """This history never gave out this cursor: take a snapshot and go on from there."""
+
+    status, code = 410, "cursor_unknown"
+
+
+class TooLarge(SyncError):
+    """More than the server takes at once: a client sends fewer at a time."""
+
+    status, code = 413, "too_large"
+
+
+class Unavailable(SyncError):
+    """Not now, and nothing was applied: try again later. For `apply` to raise, too."""
+
+    status, code = 503, "unavailable"
+    headers = {"Retry-After": "1"}
+
+
+class StoreRefused(Unavailable):
+    """The disk or the database refuses. The open transaction is lost as a whole."""
+
+
+class HTTPError(SyncError):
+    """A refusal that belongs to HTTP alone; the protocol's code follows from the status."""
+
+    CODES: ClassVar = {
+        405: "method_not_allowed", 408: "request_timeout", 414: "uri_too_long",
+        415: "unsupported_media_type", 426: "upgrade_required", 431: "headers_too_large",
+        501: "not_implemented", 505: "version_not_supported",
+    }  # fmt: skip
+
+    def __init__(self, status: int, sentence: str, **headers: str) -> None:
+        super().__init__(sentence)
+        self.status, self.code = status, self.CODES[status]
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class StoreError(Exception):
+    """The database can't be used at all: another program's, a newer format, no database."""
+
+
+class ProtocolError(Exception):
+    """The peer broke a rule of RFC 6455: `code` is what to close with, the text is the reason."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+# --- Values --------------------------------------------------------------------------------------
+# The protocol's words. What comes from outside is checked here, once; after that the types are
+# true and nobody asks again. A change is encoded once, when it is made: the log, the answers, the
+# pages and the hints are joined from these encoded bytes, the *fragments*.
+
+DEFAULT_SCOPE = "_default"
+MAX_CURSOR = 2**53 - 1  # the last integer that every JSON reader holds exactly (RFC 8259 §6)
+MAX_SCOPE = 256  # characters
+MAX_NAME = 128  # characters of a mutation's id and of its name
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Json:
+    """JSON text that is encoded already (by `json_group_array`, say) and is sent as it is."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mutation:
+    """What a client asks for. `id` names it for ever within its scope: it applies once.
+
+    `args` is any JSON value. `identity` is what `on_auth` returned for the one who asks.
+    """
+
+    id: str
+    name: str
+    args: Any = None
+    scope: str = DEFAULT_SCOPE
+    identity: Any = None
+
+    def __post_init__(self) -> None:
+        if not is_word(self.id, MAX_NAME) or not is_word(self.name, MAX_NAME):
+            raise InvalidMutation(
+                f"a mutation's id and name are strings of 1 to {MAX_NAME} characters"
+            )
+        if not is_word(self.scope, MAX_SCOPE):
+            raise InvalidMutation(f"a scope is a string of 1 to {MAX_SCOPE} characters")
+
+    @classmethod
+    def parse(cls, value: Any) -> Mutation:
+        """The mutation that a JSON value holds. Raises InvalidMutation."""
+        if not isinstance(value, Mapping):
+            raise InvalidMutation("a mutation is an object with an id and a name")
+        scope = value.get("scope", DEFAULT_SCOPE)
+        return cls(value.get("id", ""), value.get("name", ""), value.get("args"), scope)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """What became of a mutation, as every client of the scope sees it.
+
+    An application makes `Change(data)`, or `Change(data, scope="another")`; without a scope it is
+    the mutation's own. Cursor and time (RFC 3339, UTC) come from the log.
+    """
+
+    data: Any
+    scope: str | None = None
+    cursor: int = 0
+    time: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one mutation. `encoded` is the same as JSON, as it goes to the client."""
+
+    encoded: bytes
+    ok: bool
+    cursor: int = 0
+    duplicate: bool = False
+    code: str = ""
+    error: str = ""
+
+    @classmethod
+    def applied(cls, cursor: int, fragments: Sequence[bytes] | None, again: bool = False) -> Result:
+        """It is in the log. None for fragments: they were, and some have been trimmed since."""
+        changes = b"" if fragments is None else b',"changes":[%b]' % b",".join(fragments)
+        duplicate = b',"duplicate":true' if again else b""
+        encoded = b'{"ok":true,"cursor":%d%b%b}' % (cursor, changes, duplicate)
+        return cls(encoded, True, cursor, again)
+
+    @classmethod
+    def refused(cls, refusal: SyncError) -> Result:
+        """It left no trace."""
+        shown = {"ok": False, "code": refusal.code, "error": str(refusal)}
+        return cls(encode_json(shown).encode(), False, code=refusal.code, error=str(refusal))
+
+    @property
+    def changes(self) -> list[Change]:
+        return read_changes(json.loads(self.encoded).get("changes", ()))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Page:
+    """Some changes of one scope, in order. `cursor` is what to ask with next."""
+
+    fragments: Sequence[bytes]
+    cursor: int
+    epoch: str
+    has_more: bool = False
+
+    @property
+    def changes(self) -> list[Change]:
+        return read_changes(map(json.loads, self.fragments))
+
+    def encode(self) -> bytes:
+        """The body that answers a pull."""
+        more = b"true" if self.has_more else b"false"
+        words = b",".join(self.fragments), self.cursor, self.epoch.encode(), more
+        return b'{"changes":[%b],"cursor":%d,"epoch":"%b","hasMore":%b}' % words
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole state of one scope at one cursor, as JSON text."""
+
+    text: str
+    cursor: int
+    epoch: str
+
+    @property
+    def data(self) -> Any:
+        return json.loads(self.text)
+
+    def encode(self) -> bytes:
+        """The body that answers a request for a snapshot."""
+        return f'{{"data":{self.text},"cursor":{self.cursor},"epoch":"{self.epoch}"}}'.encode()
+
+
+def read_changes(values: Iterable[Mapping[str, Any]]) -> list[Change]:
+    return [Change(v["data"], v["scope"], v["cursor"], v["time"]) for v in values]
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def is_word(value: Any, longest: int) -> bool:
+    """Whether this is a string of 1 to `longest` characters. Half a surrogate pair has no UTF-8."""
+    fits = isinstance(value, str) and 0 < len(value) <= longest
+    return fits and (value.isascii() or not _SURROGATE.search(value))
+
+
+# Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without needless spaces.
+encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+# A whole string; one that never ends counts to the end. Possessive (++, *+): no text makes the
+# search go back, or a million hostile quotes would take it hours.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+_BRACKETS = bytes.maketrans(b"[{]}", b"(())")
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def parse_json(raw: bytes, depth: int = 64) -> Any:
+    """Read strict JSON (RFC 8259): UTF-8, at most `depth` levels, of duplicate keys the last.
+
+    Raises InvalidRequest: also for NaN and Infinity, for a number that became infinite, for an
+    integer that does not fit 64 bits (SQLite's limit), and for half a surrogate pair.
+    """
+    if raw.count(b"[") + raw.count(b"{") > depth:
+        # Measured before anything recurses: json.loads has a limit of its own in each version.
+        nesting = _STRING.sub(b"", raw).translate(_BRACKETS, _NOT_BRACKETS)
+        for _ in range(depth):
+            nesting = nesting.replace(b"()", b"")  # the innermost level, everywhere at once
+        if nesting:
+            raise InvalidRequest(f"the JSON is nested deeper than {depth} levels, or not balanced")
+    try:
+        # json.loads(bytes) would guess UTF-16 and UTF-32 as well: decode first.
+        value = _DECODER.decode(raw.decode("utf-8"))
+        if b"\\u" in raw:
+            encode_json(value).encode("utf-8")  # fails on half a pair
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the JSON can't be read: {str(error)[:200]}") from None
+    return value
+
+
+def _number(text: str) -> int | float:
+    """What json.loads took for a number, if everybody can hold it."""
+    if text.lstrip("-").isdigit():
+        if len(text) <= 20 and -(2**63) <= (integer := int(text)) < 2**63:
+            return integer
+    elif math.isfinite(number := float(text)):  # NaN and Infinity come here too
+        return number
+    raise ValueError(f"{text[:20]} is not a number that fits 64 bits")
+
+
+_DECODER = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_constant=_number)
+
+
+# --- Store ---------------------------------------------------------------------------------------
+# The change log on disk. A row a change; AUTOINCREMENT keeps a cursor once given out from coming
+# back, also after a trim or a restart (https://sqlite.org/autoinc.html). A row a mutation that was
+# applied, its dedupe mark, is kept for ever. There is one writer at a time, so cursors are handed
+# out in commit order: a reader that is at N has everything up to N. All of this blocks.
+#
+# An epoch names a stretch of the history: (name, head when it began). The first commit of each
+# opening begins one, so two copies of a file that went different ways differ by their epochs.
+# (epoch, cursor) belongs to this history if the epoch is there and the cursor is not above the
+# place where the next epoch begins. No clock is asked, and opening a file writes nothing.
+
+
+class Position(NamedTuple):
+    """Where a history stands: its highest cursor over all scopes, and its newest epoch."""
+
+    head: int
+    epoch: str
+
+
+class Row(NamedTuple):
+    """A change in the log. `first` is its mutation's first cursor: a page ends where it changes."""
+
+    cursor: int
+    first: int
+    scope: str
+    time: str
+    data: str  # JSON text
+
+    def encode(self) -> bytes:
+        """The fragment: this change as the protocol writes it."""
+        scope = encode_json(self.scope)
+        words = (
+            f'{{"cursor":{self.cursor},"scope":{scope},"time":"{self.time}","data":{self.data}}}'
+        )
+        return words.encode()
+
+
+class Mark(NamedTuple):
+    """That a mutation was applied. Its changes have the cursors from `first` to `last`.
+
+    Without changes `first` is None, and `last` what its scope's current cursor was.
+    """
+
+    scope: str
+    id: str
+    first: int | None
+    last: int
+
+
+class Store(Protocol):
+    """What the engine needs of a database: a few steps, each of which may raise StoreRefused.
+
+    `db` is whatever the database's own connection is; `apply` and `snapshot` get it as it is.
+    """
+
+    # On any thread.
+    def look(self) -> Position: ...  # where the last commit put it, whoever made that; in no time
+    def reading(self) -> contextlib.AbstractContextManager[Any]: ...  # a db that sees one moment
+    def close(self) -> None: ...
+
+    # On any thread, with a db that is in a transaction.
+    def position(self, db: Any) -> Position: ...
+    def current(self, db: Any, scope: str) -> int: ...  # its newest cursor; a trim lowers it not
+    def trimmed(self, db: Any, scope: str) -> int: ...  # the highest cursor that a trim removed
+    def epoch_end(self, db: Any, epoch: str) -> int | None: ...  # its highest; None: not known
+    def changes(self, db: Any, scope: str, after: int) -> Iterator[Row]: ...  # read as one asks
+    def between(self, db: Any, first: int, last: int) -> list[Row]: ...  # of all scopes
+    def touched(self, db: Any, after: int) -> list[tuple[str, int]]: ...  # scopes, newest cursors
+    def find(self, db: Any, scope: str, id: str) -> Mark | None: ...
+
+    # On the writer's thread, from begin to commit or rollback.
+    def begin(self) -> tuple[Any, Position]: ...  # waits for other processes, but not for ever
+    def attempt(self, work: Callable[[Any], T]) -> T: ...  # if work(db) raises, it left no trace
+    def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None: ...  # numbered by engine
+    def trim(self, scope: str, before: int, limit: int) -> int: ...  # the oldest; how many went
+    def commit(self) -> None: ...  # on disk when this returns
+    def rollback(self) -> None: ...  # never raises: what it can't undo, it abandons
+
+
+FORMAT = 1  # of the tables below; a file with a higher one is refused
+APPLICATION_ID = 0x6D697A75  # "mizu" (https://sqlite.org/pragma.html#pragma_application_id)
+
+# `first` in changes: cursor of the first change of the same mutation. mutations: the dedupe marks.
+# trims: the low-water marks, the highest cursor that was removed. epochs: the head when each began.
+LOG_SCHEMA = """
+    CREATE TABLE mizusync_format (format INTEGER NOT NULL);
+    CREATE TABLE mizusync_changes (cursor INTEGER PRIMARY KEY AUTOINCREMENT,
+        first INTEGER NOT NULL, scope TEXT NOT NULL, time TEXT NOT NULL, data TEXT NOT NULL);
+    CREATE INDEX mizusync_changes_of_scope ON mizusync_changes (scope, cursor);
+    CREATE TABLE mizusync_mutations (scope TEXT NOT NULL, id TEXT NOT NULL,
+        first INTEGER, last INTEGER NOT NULL, PRIMARY KEY (scope, id)) WITHOUT ROWID;
+    CREATE TABLE mizusync_trims (scope TEXT PRIMARY KEY, cursor INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE mizusync_epochs (number INTEGER PRIMARY KEY,
+        epoch TEXT NOT NULL UNIQUE, start INTEGER NOT NULL);
+"""
+
+# SQLite's result codes (https://sqlite.org/rescode.html) when the disk is in the way, or another
+# process: the statement itself was right, and may work later.
+_DISK = sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CORRUPT
+_REFUSED = (*_DISK, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL)
+
+
+# What apply may not do to the engine's transaction; and all that it may do with the log's tables.
+_DENIED = sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_PRAGMA
+_WRITES = sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE
+_READS = sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT
+
+
+def primary_code(error: BaseException) -> int:
+    """SQLite's primary result code; 0 for what the Python module raised by itself."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """SQLite's own refusals as StoreRefused; whatever else is wrong, as it is."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if primary_code(error) in _REFUSED:
+            raise StoreRefused("the database refuses, for now") from error
+        raise
+
+
+class GuardedConnection(sqlite3.Connection):
+    """The connection that `apply` and `snapshot` get: theirs for everything but the transaction.
+
+    While it is lent, an authorizer refuses what would end the engine's transaction, leave the
+    file, or write to the log's tables; and every cursor that was opened is closed afterwards,
+    since a half-read SELECT, or a blob, makes a later COMMIT fail.
+
+    An authorizer is asked only when a statement is prepared, so what the engine itself runs is
+    spelled as no application spells it: an application's COMMIT must not find ours in the cache.
+    """
+
+    lent = False
+    writes = False  # the writer's: outside of its transaction, a statement would autocommit
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._opened: list[sqlite3.Cursor | sqlite3.Blob] = []
+        self.set_authorizer(self._authorize)
+
+    def _authorize(self, action: int, one: str | None, two: str | None, *_: str | None) -> int:
+        if not self.lent or action in _READS:
+            return sqlite3.SQLITE_OK
+        denied = action in _DENIED or (action in _WRITES and not self.writes)
+        for name in (one or "", two or ""):  # tables, indexes, triggers, our savepoint
+            denied |= name.lower().startswith(("mizusync_", "sqlite_sequence"))
+        return sqlite3.SQLITE_DENY if denied else sqlite3.SQLITE_OK
+
+    # Connection.execute does not go through an overridden cursor(), so each has to.
+    def cursor(self, factory: Any = sqlite3.Cursor) -> Any:
+        if self.lent and self.writes and not self.in_transaction:
+            # SQLITE_FULL rolled everything back, and was caught: what follows would autocommit.
+            raise sqlite3.OperationalError("the transaction is gone")
+        self._opened.append(super().cursor(factory))
+        return self._opened[-1]
+
+    def blobopen(self, *place: Any, **options: Any) -> Any:
+        self._opened.append(super().blobopen(*place, **options))
+        return self._opened[-1]
+
+    def execute(self, *statement: Any) -> Any:
+        return self.cursor().execute(*statement)
+
+    def executemany(self, *statement: Any) -> Any:
+        return self.cursor().executemany(*statement)
+
+    def close(self) -> None:
+        if self.lent:
+            raise sqlite3.ProgrammingError("the engine's connection stays open")
+        super().close()
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[GuardedConnection]:
+        """The connection in the application's hands, and afterwards as it was."""
+        self.lent = True
+        try:
+            yield self
+        except sqlite3.DatabaseError as error:
+            if primary_code(error) == sqlite3.SQLITE_AUTH:
+                error.add_note("apply and snapshot run inside the engine's transaction: they can't")
+                error.add_note("end it, use PRAGMA or ATTACH, or write to tables named mizusync_*")
+            raise
+        finally:
+            self.lent = False
+            for opened in self._opened:
+                opened.close()
+            self._opened.clear()
+            self.row_factory, self.text_factory = None, str
+
+
+def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> sqlite3.Cursor:
+    """A statement of the engine's own, past the guard."""
+    return sqlite3.Connection.execute(db, sql, parameters)
+
+
+def _one(db: sqlite3.Connection, sql: str, *parameters: Any) -> Any:
+    """The only column of the only row; None where there is no row."""
+    row = sqlite3.Connection.execute(db, sql, parameters).fetchone()
+    return row and row[0]
+
+
+class SQLiteStore:
+    """The log in a SQLite file, together with the application's own tables.
+
+    `schema` is the application's (CREATE TABLE IF NOT EXISTS ...), run at each opening. `adopt`
+    takes an existing database of an application on. `busy_timeout`, in seconds, is how long a
+    commit waits for other processes'. Raises StoreError for a file that is not ours or can't be
+    used; such a file is left unchanged.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        schema: str = "",
+        adopt: bool = False,
+        busy_timeout: float = 5,
+    ) -> None:
+        self.path, self.schema, self.busy_timeout = os.path.abspath(path), schema, busy_timeout
+        self._db: GuardedConnection | None = None  # the writer's
+        self._looker: GuardedConnection | None = None
+        self._looking = threading.Lock()
+        self._idle: list[GuardedConnection] = []  # readers that nobody uses now
+        self._head = 0  # of the newest commit that the writer knows of
+        if os.fspath(path) in ("", ":memory:") or sqlite3.sqlite_version_info < (3, 31):
+            raise StoreError("the log needs a file, and SQLite 3.31 or newer")
+        try:
+            new = not os.path.exists(self.path) or os.path.getsize(self.path) == 0
+            if not new:
+                # Nothing of it changes, its WAL least of all, before we know that it is ours.
+                quiet = "" if os.path.exists(f"{self.path}-wal") else "&immutable=1"
+                with (
+                    contextlib.suppress(sqlite3.Error),
+                    contextlib.closing(self._connect(f"ro{quiet}")) as db,
+                ):
+                    self._check(db, adopt)
+            self._db = self._connect("rwc" if new else "rw")
+            # The epoch of a file that was just made was begun with it.
+            self._epoch_begun = self._prepare(self._db, adopt)
+            self._looker = self._connect("ro")
+            self._file = os.stat(self.path)
+        except (sqlite3.Error, OSError, StoreError) as error:
+            self.close()
+            if isinstance(error, StoreError):
+                raise
+            advice = "is it a SQLite database, in a folder that can be written to?"
+            raise StoreError(
+                f"the database {self.path} can't be used ({error}): {advice}"
+            ) from error
+
+    # -- opening
+
+    def _connect(self, mode: str) -> GuardedConnection:
+        """A connection in autocommit, until an explicit BEGIN; "rwc" may create the file."""
+        db = sqlite3.connect(
+            f"file:{urllib.parse.quote(self.path)}?mode={mode}",
+            uri=True,
+            timeout=self.busy_timeout,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
+            factory=GuardedConnection,
+        )
+        db.writes = mode.startswith("rw")
+        _run(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
+        if sys.platform == "darwin":  # where fsync leaves the data in the drive's cache
+            _run(db, "PRAGMA fullfsync = ON")
+            _run(db, "PRAGMA checkpoint_fullfsync = ON")
+        return db
+
+    def _check(self, db: GuardedConnection, adopt: bool) -> bool:
+        """Whether the file has a log. Raises StoreError where it may not get one."""
+        if _one(db, "SELECT 1 FROM sqlite_master WHERE name = 'mizusync_format'"):
+            if (found := _one(db, "SELECT format FROM mizusync_format")) > FORMAT:
+                raise StoreError(
+                    f"the database {self.path} has format {found}: use a newer mizusync"
+                )
+            return True
+        tables = _one(db, "SELECT count(*) FROM sqlite_master")
+        if (tables or _one(db, "PRAGMA application_id") not in (0, APPLICATION_ID)) and not adopt:
+            raise StoreError(
+                f"the database {self.path} belongs to another program: name another file, or open "
+                "it with adopt=True to add the log to it"
+            )
+        return False
+
+    def _prepare(self, db: GuardedConnection, adopt: bool) -> bool:
+        """Make the log's tables, unless they are there. Returns whether they were made just now."""
+        made = False
+        _run(db, "PRAGMA journal_mode = WAL")
+        if not self._check(db, adopt):
+            _run(db, "BEGIN IMMEDIATE")
+            with db:  # commits, or rolls back
+                ours = not _one(db, "SELECT count(*) FROM sqlite_master")
+                if made := not self._check(db, adopt):  # another process may just have made it
+                    for statement in LOG_SCHEMA.split(";")[:-1]:
+                        _run(db, statement)
+                    _run(db, "INSERT INTO mizusync_format VALUES (?)", FORMAT)
+                    # With its row from the start, the head is always one look-up away.
+                    _run(db, "INSERT INTO sqlite_sequence VALUES ('mizusync_changes', 0)")
+                    self._begin_epoch(db, 0)
+                    if ours:  # an adopted file keeps its application's
+                        _run(db, f"PRAGMA application_id = {APPLICATION_ID}")
+        if self.schema:
+            db.executescript(self.schema)
+        _run(db, "PRAGMA busy_timeout = 0")  # begin() waits by itself
+        return made
+
+    def _begin_epoch(self, db: GuardedConnection, head: int) -> None:
+        name = secrets.token_urlsafe(9)
+        _run(db, "INSERT INTO mizusync_epochs (epoch, start) VALUES (?, ?)", name, head)
+
+    def _check_file(self) -> None:
+        """A file that was unlinked or replaced still takes commits, and they are lost."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.path), self._file):
+                return
+        raise StoreRefused(f"the database {self.path} was removed or replaced: restart the server")
+
+    # -- reading
+
+    @_refusals()
+    def look(self) -> Position:
+        with self._looking:
+            if self._looker is None:
+                raise StoreRefused("the store is closed")
+            return self.position(self._looker)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[GuardedConnection]:
+        self._check_file()
+        with _refusals():
+            db = self._idle.pop() if self._idle else self._connect("ro")
+            try:
+                # Without BEGIN, each SELECT would see a moment of its own.
+                _run(db, "BEGIN /* mizusync */ DEFERRED")
+                with db.lend():
+                    yield db
+                _run(db, "ROLLBACK /* mizusync */")
+            except BaseException:
+                db.close()
+                raise
+            self._idle.append(db)
+
+    def position(self, db: Any) -> Position:
+        # The sequence, not max(cursor), which a trim could lower.
+        newest = "(SELECT epoch FROM mizusync_epochs ORDER BY number DESC LIMIT 1)"
+        sql = f"SELECT seq, {newest} FROM sqlite_sequence WHERE name = 'mizusync_changes'"
+        return Position(*_run(db, sql).fetchone())
+
+    def current(self, db: Any, scope: str) -> int:
+        newest = _one(db, "SELECT max(cursor) FROM mizusync_changes WHERE scope = ?", scope)
+        return newest or self.trimmed(db, scope)
+
+    def trimmed(self, db: Any, scope: str) -> int:
+        return _one(db, "SELECT cursor FROM mizusync_trims WHERE scope = ?", scope) or 0
+
+    def epoch_end(self, db: Any, epoch: str) -> int | None:
+        number = _one(db, "SELECT number FROM mizusync_epochs WHERE epoch = ?", epoch)
+        if number is None:
+            return None
+        following = "SELECT start FROM mizusync_epochs WHERE number > ? ORDER BY number LIMIT 1"
+        end = _one(db, following, number)
+        return self.position(db).head if end is None else int(end)
+
+    def changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
+        sql = "SELECT * FROM mizusync_changes WHERE scope = ? AND cursor > ? ORDER BY cursor"
+        with contextlib.closing(_run(db, sql, scope, after)) as rows:
+            yield from map(Row._make, rows)
+
+    def between(self, db: Any, first: int, last: int) -> list[Row]:
+        sql = "SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor"
+        return list(map(Row._make, _run(db, sql, first, last)))
+
+    def touched(self, db: Any, after: int) -> list[tuple[str, int]]:
+        # With what was trimmed since: who has less than that has to know.
+        rows = "SELECT scope, cursor FROM mizusync_changes WHERE cursor > ? UNION ALL"
+        rows += " SELECT scope, cursor FROM mizusync_trims WHERE cursor > ?"
+        newest = f"SELECT scope, max(cursor) FROM ({rows}) GROUP BY scope"
+        return _run(db, newest, after, after).fetchall()
+
+    def find(self, db: Any, scope: str, id: str) -> Mark | None:
+        sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
+        row = _run(db, sql, scope, id).fetchone()
+        return row and Mark(*row)
+
+    # -- writing
+
+    @_refusals()
+    def begin(self) -> tuple[Any, Position]:
+        self._check_file()
+        if (db := self._db) is None:
+            db = self._db = self._connect("rw")
+            self._prepare(db, adopt=False)
+        # SQLite's own busy handler pauses up to 100 ms between two tries: beside a busy writer of
+        # another process it would never get its turn.
+        deadline = time.monotonic() + self.busy_timeout
+        while not db.in_transaction:
+            try:
+                _run(db, "BEGIN /* mizusync */ IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.0002)
+        position = self.position(db)
+        if (
+            not self._epoch_begun or position.head < self._head
+        ):  # an older copy was restored into it
+            self._begin_epoch(db, position.head)
+            position = self.position(db)
+        self._head = position.head
+        return db, position
+
+    def attempt(self, work: Callable[[Any], T]) -> T:
+        db = self._db
+        assert db is not None  # since begin()
+        _run(db, "SAVEPOINT mizusync_mutation")
+        try:
+            with db.lend():
+                result = work(db)
+        except BaseException as error:
+            # SQLITE_FULL and its like may roll the whole transaction back, not this savepoint.
+            if not db.in_transaction or primary_code(error) in _DISK:
+                raise StoreRefused("the database gave up the transaction") from error
+            _run(db, "ROLLBACK /* mizusync */ TO mizusync_mutation")
+            _run(db, "RELEASE /* mizusync */ mizusync_mutation")
+            raise
+        try:
+            _run(db, "RELEASE /* mizusync */ mizusync_mutation")
+        except sqlite3.OperationalError as error:  # it is gone: the same, and `work` caught it
+            raise StoreRefused("the database gave up the transaction") from error
+        return result
+
+    @_refusals()
+    def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
+        assert self._db is not None
+        many = functools.partial(sqlite3.Connection.executemany, self._db)
+        many("INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)", rows)
+        many("INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", marks)
+        self._head = rows[-1].cursor if rows else self._head
+
+    @_refusals()
+    def trim(self, scope: str, before: int, limit: int) -> int:
+        db, changes = self._db, "FROM mizusync_changes WHERE scope = ? AND cursor"
+        assert db is not None
+        # Neither `before` nor the limit may cut a mutation in two: the end moves to where one
+        # begins.
+        stays = _one(db, f"SELECT first {changes} >= ? ORDER BY cursor LIMIT 1", scope, before)
+        end = min(before, stays or before)
+        last = f"SELECT first {changes} < ? ORDER BY cursor LIMIT 1 OFFSET ?"
+        if (first := _one(db, last, scope, end, limit - 1)) is not None:
+            following = f"SELECT cursor {changes} > ? AND first > ? ORDER BY cursor LIMIT 1"
+            end = min(end, _one(db, following, scope, first, first) or end)
+        if (newest := _one(db, f"SELECT max(cursor) {changes} < ?", scope, end)) is None:
+            return 0
+        _run(db, "REPLACE INTO mizusync_trims VALUES (?, ?)", scope, newest)
+        return _run(db, f"DELETE {changes} <= ?", scope, newest).rowcount
+
+    @_refusals()
+    def commit(self) -> None:
+        assert self._db is not None
+        _run(self._db, "COMMIT /* mizusync */")
+        self._epoch_begun = True
+
+    def rollback(self) -> None:
+        if (db := self._db) is None or not db.in_transaction:
+            return
+        try:
+            _run(db, "ROLLBACK /* mizusync */")
+        except sqlite3.Error:
+            log.exception("a rollback failed: the database will be opened anew")
+            with contextlib.suppress(sqlite3.Error):
+                db.close()
+            self._db = None
+
+    def close(self) -> None:
+        """Close every connection; the last one out writes the WAL back into the file."""
+        with self._looking:
+            for db in filter(None, (*self._idle, self._looker, self._db)):
+                with contextlib.suppress(sqlite3.Error):  # a reader elsewhere may hold it back
+                    if db is self._db:
+                        _run(db, "PRAGMA wal_checkpoint(TRUNCATE)")
+                db.close()
+            self._idle, self._looker, self._db = [], None, None
+
+
+# --- Engine --------------------------------------------------------------------------------------
+# The truth: push, pull, snapshot. One thread writes; it takes everything that waits and commits it
+# as one transaction, each mutation under a savepoint of its own: one fsync serves all, and a
+# failure spoils no other. The mark, the application's writes and the changes commit together.
+#
+# What is in memory is a copy of the log's end, a *tail* a scope, and is believed only while the
+# file stands where the memory does: another process may write to the same file.
+
+
+class News(NamedTuple):
+    """What a commit did to one scope: it has these changes above `after`, up to `cursor`.
+
+    `fragments` is None where another process made them: who wants them pulls.
+    """
+
+    scope: str
+    cursor: int
+    epoch: str
+    after: int = 0
+    fragments: Sequence[bytes] | None = None
+
+
+Apply = Callable[[Any, Mutation], Iterable[Any]]
+Listener = Callable[[Sequence[News]], None]
+Mutations = Iterable[Mutation | Mapping[str, Any]]
+Loop = asyncio.AbstractEventLoop
+Call = tuple[Loop | None, Callable[[], None]]
+Entry = tuple[int, int, bytes]  # a change in memory: its cursor, its mutation's first, encoded
+
+
+class Tail:
+    """The newest changes of one scope, encoded: all those above `after`."""
+
+    __slots__ = ("after", "cursors", "firsts", "fragments", "size")
+
+    def __init__(self, after: int) -> None:
+        self.after, self.size = after, 1000  # bytes of memory, about
+        self.cursors: list[int] = []
+        self.firsts: list[int] = []
+        self.fragments: list[bytes] = []
+
+    @property
+    def current(self) -> int:
+        return self.cursors[-1] if self.cursors else self.after
+
+    def extend(self, entries: Iterable[Entry], keep: int) -> None:
+        """Add to the end; forget all but the newest `keep` once there are twice as many."""
+        for cursor, first, fragment in entries:
+            self.cursors.append(cursor)
+            self.firsts.append(first)
+            self.fragments.append(fragment)
+            self.size += len(fragment) + 200
+        if (drop := len(self.cursors) - keep) > keep:
+            self.after = self.cursors[drop - 1]
+            self.size -= sum(map(len, self.fragments[:drop])) + 200 * drop
+            del self.cursors[:drop], self.firsts[:drop], self.fragments[:drop]
+
+    def page(self, cursor: int, limit: int, epoch: str) -> Page:
+        start, length = bisect.bisect_right(self.cursors, cursor), len(self.cursors)
+        if start == length:
+            return Page((), cursor, epoch)
+        stop = min(start + limit, length)
+        while stop < length and self.firsts[stop] == self.firsts[stop - 1]:
+            stop += 1  # a page never ends inside a mutation
+        return Page(self.fragments[start:stop], self.cursors[stop - 1], epoch, stop < length)
+
+
+class Batch:
+    """One transaction while it is being made: rows and marks that are not in the log yet."""
+
+    def __init__(self, store: Store, db: Any, position: Position) -> None:
+        self.store, self.db, self.epoch = store, db, position.epoch
+        self.start = self.head = position.head
+        self.time = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+        self.rows: list[Row] = []
+        self.fragments: list[bytes] = []  # of the rows, one each
+        self.entries: dict[str, list[Entry]] = {}  # the same by scope
+        self.marks: dict[tuple[str, str], Mark] = {}
+        self.before: dict[str, int] = {}  # each touched scope's current cursor without this,
+        self.current: dict[str, int] = {}  # and with it
+        self.trimmed: set[str] = set()
+
+    def cursor_of(self, scope: str) -> int:
+        if scope not in self.current:
+            self.before[scope] = self.current[scope] = self.store.current(self.db, scope)
+        return self.current[scope]
+
+    def add(self, mutation: Mutation, made: Sequence[tuple[str, str]]) -> Result:
+        """Number what a mutation made, and mark it as applied."""
+        last, first, count = self.cursor_of(mutation.scope), self.head + 1, len(self.rows)
+        for scope, data in made:
+            self.cursor_of(scope)
+            self.head = self.current[scope] = last = self.head + 1
+            row = Row(last, first, scope, self.time, data)
+            self.rows.append(row)
+            self.fragments.append(row.encode())
+            self.entries.setdefault(scope, []).append((last, first, self.fragments[-1]))
+        key = (mutation.scope, mutation.id)
+        self.marks[key] = Mark(*key, first if made else None, last)
+        return Result.applied(last, self.fragments[count:])
+
+    def repeat(self, mark: Mark) -> Result:
+        """The first answer of a mutation that was applied before, or further up in this batch."""
+        found: Sequence[bytes] = ()
+        if mark.first is not None and mark.first > self.start:
+            found = self.fragments[mark.first - self.start - 1 : mark.last - self.start]
+        elif mark.first is not None:
+            found = [r.encode() for r in self.store.between(self.db, mark.first, mark.last)]
+        whole = mark.first is None or len(found) == mark.last - mark.first + 1
+        return Result.applied(mark.last, found if whole else None, again=True)
+
+
+class Job(NamedTuple):
+    """Work for the writer in a transaction, and whom to answer: on a loop, or anywhere (None)."""
+
+    work: Callable[[Batch], Any]
+    future: asyncio.Future[Any] | Future[Any]
+    loop: Loop | None = None
+
+    def answer(self, outcome: Any) -> None:
+        future = self.future
+        if not future.done():  # who asked may be gone
+            (future.set_exception if isinstance(outcome, Exception) else future.set_result)(outcome)
+
+
+class Engine:
+    """The log and the application's `apply` function: a sync server without a network.
+
+    `store` is the path of a SQLite file, or a Store of one's own. `schema` and `adopt` are
+    SQLiteStore's. Raises StoreError where the file can't be used.
+
+    `apply(db, mutation)` runs on the writer's thread, inside the transaction, and returns the
+    changes that it made: JSON values, or `Change`s. It refuses by raising InvalidMutation,
+    NotFound, Conflict, Forbidden, or Unavailable. `snapshot(db, scope)` runs on a reader's thread
+    and returns the whole state of the scope: a JSON value, or `Json(text)`.
+
+    Its coroutines run on any loop; everything else may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str] | Store,
+        *,
+        apply: Apply,
+        snapshot: Callable[[Any, str], Any] | None = None,
+        schema: str = "",
+        adopt: bool = False,
+        settings: Settings | None = None,
+    ) -> None:
+        self.settings = settings or Settings()
+        if isinstance(store, (str, os.PathLike)):
+            store = SQLiteStore(store, schema, adopt, self.settings.busy_timeout)
+        self.store: Store = store
+        self.counts: Counter[str] = Counter()
+        self.committing = False  # the writer is at work, and wants the interpreter now and then
+        self._apply_function, self._snapshot_function = apply, snapshot
+        self._closed = False
+        self._lock = threading.Lock()  # over the next four, and held for microseconds
+        self._position = store.look()
+        self._tails: OrderedDict[str, Tail] = OrderedDict()  # the least recently used first
+        self._tails_size = 0
+        self._listeners: dict[str | None, dict[object, tuple[Loop | None, Listener]]] = {}
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None: look up
+        self._readers = ThreadPoolExecutor(self.settings.readers, "mizusync-reader")
+        self._writer = threading.Thread(target=self._write, name="mizusync-writer", daemon=True)
+        self._writer.start()
+
+    # -- push
+
+    async def push(self, mutations: Mutations) -> list[Result]:
+        """Apply mutations, in order; each succeeds or fails alone. One Result each, in order.
+
+        Those that are ok are on disk. Raises Unavailable when the store refuses (nothing of this
+        push was applied), and InvalidMutation for a mapping that is no mutation.
+        """
+        results: list[Result] = await self._on_writer(self._pushing(mutations))
+        return results
+
+    def submit(self, mutations: Mutations) -> Future[list[Result]]:
+        """The same for a thread that has no loop: `engine.submit(mutations).result()`."""
+        future: Future[list[Result]] = Future()
+        self._enqueue(Job(self._pushing(mutations), future))
+        return future
+
+    def _pushing(self, values: Mutations) -> Callable[[Batch], list[Result]]:
+        mutations = [v if isinstance(v, Mutation) else Mutation.parse(v) for v in values]
+        return lambda batch: [self._apply(batch, mutation) for mutation in mutations]
+
+    async def _on_writer(self, work: Callable[[Batch], T]) -> T:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._enqueue(Job(work, future, loop))
+        return await future
+
+    def _enqueue(self, job: Job) -> None:
+        if self._jobs.qsize() >= self.settings.pending_pushes:
+            raise Unavailable("too many pushes are waiting")
+        with self._lock:  # so that the writer, once closed, leaves none behind
+            if self._closed:
+                raise Unavailable("the engine is closed")
+            self._jobs.put(job)
+        self.committing = True
+
+    def _apply(self, batch: Batch, mutation: Mutation) -> Result:
+        key = (mutation.scope, mutation.id)
+        if mark := batch.marks.get(key) or self.store.find(batch.db, *key):
+            self.counts["duplicate"] += 1
+            return batch.repeat(mark)
+        try:
+            made = self.store.attempt(lambda db: self._changes_of(mutation, db))
+        except StoreRefused:
+            raise
+        except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
+            refusal: SyncError = error
+        except BaseException:  # SystemExit too: it is the application's, not this thread's
+            log.exception("apply failed on %r %r of %r", mutation.name, mutation.id, mutation.scope)
+            refusal = SyncError("the server failed on this mutation")
+        else:
+            self.counts["applied"] += 1
+            return batch.add(mutation, made)
+        self.counts[refusal.code] += 1
+        return Result.refused(refusal)
+
+    def _changes_of(self, mutation: Mutation, db: Any) -> list[tuple[str, str]]:
+        """What the application makes of a mutation, checked: scopes, and data as JSON."""
+        made = self._apply_function(db, mutation)
+        if isinstance(made, (str, bytes, Mapping, Change)):
+            raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
+        changes: list[tuple[str, str]] = []
+        for change in () if made is None else made:
+            whole = change if isinstance(change, Change) else Change(change)
+            scope = mutation.scope if whole.scope is None else whole.scope
+            if not is_word(scope, MAX_SCOPE):
+                raise ValueError(f"apply made a change for {scope!r}, which can't name a scope")
+            text = whole.data.text if isinstance(whole.data, Json) else encode_json(whole.data)
+            text.encode()  # half a surrogate pair fails here, where it can still be undone
+            changes.append((scope, text))
+            if len(changes) > self.settings.mutation_changes:
+                raise InvalidMutation(f"it makes over {self.settings.mutation_changes} changes")
+        return changes
+
+    # -- the writer's thread
+
+    def _write(self) -> None:
+        """Commit what waits, until closed. Nothing that goes wrong in here may end the thread."""
+        while not (self._closed and self._jobs.empty()):
+            job = None
+            with contextlib.suppress(queue.Empty):
+                job = self._jobs.get(timeout=self.settings.watch_interval)
+            try:
+                if job is not None:
+                    self._commit(job)
+                else:
+                    self._look_elsewhere()
+            except StoreRefused as refusal:
+                log.debug("can't look at the store: %s", refusal)
+            except BaseException:
+                log.exception("the writer's thread goes on after this")
+            self.committing = not self._jobs.empty()
+
+    def _commit(self, job: Job) -> None:
+        """One transaction of all that waits."""
+        jobs, outcomes, news = [job], [], []
+        try:
+            # 1. Everything that waits goes into one transaction: one fsync for all.
+            db, position = self.store.begin()
+            if position != self._position:
+                self._catch_up(position, self.store.touched(db, self._position.head))
+            batch = Batch(self.store, db, position)
+            deadline = time.monotonic() + self.settings.commit_time
+            for job in jobs:  # it grows as we go
+                outcomes.append(job.work(batch))
+                with contextlib.suppress(queue.Empty):
+                    if time.monotonic() < deadline and (more := self._jobs.get_nowait()):
+                        jobs.append(more)
+            # 2. Commit before any answer: what is acknowledged is on disk.
+            self.store.append(batch.rows, list(batch.marks.values()))
+            self.store.commit()
+        except BaseException as error:
+            self.store.rollback()
+            log.error("a transaction was lost: %s", error, exc_info=error)
+            refusal = error if isinstance(error, Unavailable) else SyncError("the server failed")
+            outcomes = [refusal] * len(jobs)
+        else:
+            # 3. Memory before the hint: who hears of a change finds it.
+            news = self._remember(batch)
+        # 4. Answers and hints, in one hop to each loop.
+        self._deliver(jobs, outcomes, news)
+
+    def _remember(self, batch: Batch) -> list[News]:
+        """Take a commit into memory."""
+        self.counts["commits"] += 1
+        news = []
+        with self._lock:
+            for scope in batch.trimmed:
+                self.counts["trims"] += 1
+                self._drop_tail(scope)
+            for scope, entries in batch.entries.items():
+                self._keep_tail(scope, self._tails.get(scope) or Tail(batch.before[scope]), entries)
+                after, fragments = batch.before[scope], [fragment for _, _, fragment in entries]
+                news.append(News(scope, batch.current[scope], batch.epoch, after, fragments))
+            self._position = Position(batch.head, batch.epoch)
+        return news
+
+    def _keep_tail(self, scope: str, tail: Tail, entries: Iterable[Entry]) -> None:
+        """Extend a tail and put it last, at the cost of the least recently used. Under the lock."""
+        self._drop_tail(scope)
+        tail.extend(entries, self.settings.tail_changes)
+        self._tails[scope] = tail
+        self._tails_size += tail.size
+        while self._tails_size > self.settings.tail_size:
+            self._drop_tail(next(iter(self._tails)))
+
+    def _drop_tail(self, scope: str) -> None:
+        if tail := self._tails.pop(scope, None):
+            self._tails_size -= tail.size
+
+    def _look_elsewhere(self) -> None:
+        """Hear of what another process has committed, while there is nothing to write."""
+        if self.store.look() != self._position:
+            with self.store.reading() as db:
+                position = self.store.position(db)
+                touched = self.store.touched(db, self._position.head)
+            self._catch_up(position, touched)
+
+    def _catch_up(self, position: Position, touched: Sequence[tuple[str, int]]) -> None:
+        """Forget what memory has of scopes that another process wrote to, and tell of them."""
+        with self._lock:
+            went_back = position.head < self._position.head  # an older copy was restored into it
+            for scope in list(self._tails) if went_back else [scope for scope, _ in touched]:
+                self._drop_tail(scope)
+            self._position = position
+        self._deliver((), (), [News(scope, cursor, position.epoch) for scope, cursor in touched])
+
+    def _deliver(self, jobs: Sequence[Job], outcomes: Sequence[Any], news: Sequence[News]) -> None:
+        """Answer each job, wake each waiter, tell each listener: one hop to each loop."""
+        calls: list[Call] = []
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            calls.append((job.loop, functools.partial(job.answer, outcome)))
+        if news:
+            with self._lock:
+                for scope in (None, *(item.scope for item in news)):
+                    for loop, listener in self._listeners.get(scope, {}).values():
+                        calls.append((loop, functools.partial(listener, news)))
+        hop(calls)
+
+    # -- pull
+
+    async def pull(
+        self,
+        scope: str = DEFAULT_SCOPE,
+        cursor: int = 0,
+        *,
+        epoch: str = "",
+        limit: int | None = None,
+        wait: float = 0.0,
+    ) -> Page:
+        """The scope's changes above `cursor`, in order: `limit` of them, then to a mutation's end.
+
+        `wait` (seconds) holds an empty page back until there is a change. `epoch` is the one that
+        the cursor was read in, if known. Raises CursorTooOld, CursorUnknown, Unavailable.
+        """
+        limit = min(max(1, limit or self.settings.pull_limit), self.settings.pull_limit_max)
+        if wait <= 0:
+            return await self._page(scope, cursor, epoch, limit)
+        # The listener stands before the page is looked at: no commit can fall between the two.
+        changed = asyncio.Event()
+        unlisten = self.listen(lambda news: changed.set(), scope)
+        try:
+            page = await self._page(scope, cursor, epoch, limit)
+            if not page.fragments:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(wait, self.settings.pull_wait_max)):
+                        await changed.wait()
+                page = await self._page(scope, cursor, epoch, limit)
+            return page
+        finally:
+            unlisten()
+
+    def wake(self) -> None:
+        """End every pull that waits, now: each answers with what there is."""
+        with self._lock:
+            listeners = [of for scope, of in self._listeners.items() if scope is not None]
+            waiting = [listener for of in listeners for listener in of.values()]
+        hop([(loop, functools.partial(listener, ())) for loop, listener in waiting])
+
+    async def _page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:
+        if page := self._page_in_memory(scope, cursor, epoch, limit):
+            self.counts["pulls_from_memory"] += 1
+            return page
+        self.counts["pulls_from_disk"] += 1
+        return await self._read(lambda db: self._page_on_disk(db, scope, cursor, epoch, limit))
+
+    def _page_in_memory(self, scope: str, cursor: int, epoch: str, limit: int) -> Page | None:
+        if scope not in self._tails:
+            return None
+        position = self.store.look()
+        with self._lock:
+            tail = self._tails.get(scope)
+            # Where the file stands elsewhere, it has commits that memory does not hold yet.
+            if (
+                tail is None
+                or position != self._position
+                or not tail.after <= cursor <= position.head
+            ):
+                return None
+            if epoch not in ("", position.epoch):
+                return None  # only the file knows how far an older one goes
+            self._tails.move_to_end(scope)
+            return tail.page(cursor, limit, position.epoch)
+
+    def _page_on_disk(self, db: Any, scope: str, cursor: int, epoch: str, limit: int) -> Page:
+        trims, position = self.counts["trims"], self.store.position(db)
+        trimmed = self.store.trimmed(db, scope)
+        end = self.store.epoch_end(db, epoch) if epoch else position.head
+        if end is None or cursor > end:
+            raise CursorUnknown(f"this history never gave out cursor {cursor}: take a snapshot")
+        if cursor < trimmed:
+            raise CursorTooOld(f"changes {cursor} to {trimmed} were trimmed: take a snapshot")
+        entries: list[Entry] = []
+        has_more = False
+        for row in self.store.changes(db, scope, cursor):
+            if len(entries) >= limit and row.first != entries[-1][1]:
+                has_more = True
+                break
+            entries.append((row.cursor, row.first, row.encode()))
+        if not has_more:
+            # The page reached the log's end: the next pull here will find it in memory.
+            tail = Tail(cursor if entries else self.store.current(db, scope))
+            with self._lock:
+                unmoved = position == self._position and trims == self.counts["trims"]
+                if unmoved and scope not in self._tails:
+                    self._keep_tail(scope, tail, entries)
+        cursor = entries[-1][0] if entries else cursor
+        return Page([fragment for _, _, fragment in entries], cursor, position.epoch, has_more)
+
+    async def _read(self, work: Callable[[Any], T]) -> T:
+        """`work(db)` on a reader's thread, in a transaction of its own: all of one moment."""
+
+        def read() -> T:
+            with self.store.reading() as db:
+                return work(db)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        except RuntimeError:
+            if self._closed:
+                raise Unavailable("the engine is closed") from None
+            raise
+
+    # -- and the rest
+
+    async def snapshot(self, scope: str = DEFAULT_SCOPE) -> Snapshot:
+        """The scope's whole state, and its cursor at the same moment.
+
+        Raises NotFound where the application has no snapshot function, and what that raises.
+        """
+        take = self._snapshot_function
+        if take is None:
+            raise NotFound("this application has no snapshots: pull from cursor 0")
+
+        def read(db: Any) -> Snapshot:
+            cursor, epoch = self.store.current(db, scope), self.store.position(db).epoch
+            data = take(db, scope)
+            return Snapshot(
+                data.text if isinstance(data, Json) else encode_json(data), cursor, epoch
+            )
+
+        return await self._read(read)
+
+    async def head(self, scope: str = DEFAULT_SCOPE) -> int:
+        """The scope's current cursor: of its newest change, 0 before the first."""
+        position = self.store.look()
+        with self._lock:
+            if position == self._position and (tail := self._tails.get(scope)):
+                return tail.current
+        return await self._read(lambda db: self.store.current(db, scope))
+
+    async def position(self) -> Position:
+        """The highest cursor over all scopes, and the epoch. Raises Unavailable."""
+        return await self._read(self.store.position)
+
+    async def follow(self, scope: str = DEFAULT_SCOPE, cursor: int = 0) -> AsyncIterator[Change]:
+        """Every change of the scope above `cursor`, then each new one as it comes, without end."""
+        epoch = ""
+        while True:
+            page = await self.pull(scope, cursor, epoch=epoch, wait=self.settings.pull_wait_max)
+            for change in page.changes:
+                yield change
+            cursor, epoch = page.cursor, page.epoch
+
+    def listen(self, callback: Listener, scope: str | None = None) -> Callable[[], None]:
+        """Call `callback(news)` after each commit (to `scope`), on this loop or the writer's.
+
+        Returns the function that ends it. The callback must be quick.
+        """
+        key, loop = object(), None
+        with contextlib.suppress(RuntimeError):
+            loop = asyncio.get_running_loop()
+        with self._lock:
+            self._listeners.setdefault(scope, {})[key] = loop, callback
+
+        def unlisten() -> None:
+            with self._lock:
+                if (others := self._listeners.get(scope)) and others.pop(key, None) and not others:
+                    del self._listeners[scope]
+
+        return unlisten
+
+    async def trim(self, scope: str, before: int) -> int:
+        """Remove the scope's changes with cursors below `before`, whole mutations; how many.
+
+        Who is behind then gets CursorTooOld and takes a snapshot: so it raises NotFound where the
+        application has no snapshot function. Raises Unavailable.
+        """
+        if self._snapshot_function is None:
+            raise NotFound("without a snapshot function the log is never trimmed")
+
+        def step(batch: Batch) -> int:
+            batch.trimmed.add(scope)
+            # So few at a time that no push waits long behind them.
+            return self.store.trim(scope, min(before, MAX_CURSOR + 1), 1000)
+
+        total = 0
+        while removed := await self._on_writer(step):
+            total += removed
+        return total
+
+    def close(self) -> None:
+        """Finish what waits, write the WAL back into the file, end the threads. Blocks."""
+        with self._lock:
+            self._closed = True
+            self._jobs.put(None)
+        self._writer.join()
+        self.wake()
+        self._readers.shutdown()
+        self.store.close()
+
+
+def hop(calls: Iterable[Call]) -> None:
+    """Make each call on its loop, all those of one loop in one go; None: here."""
+    of_loop: dict[Loop | None, list[Callable[[], None]]] = {}
+    for loop, call in calls:
+        of_loop.setdefault(loop, []).append(call)
+    for loop, todo in of_loop.items():
+        if loop is None:
+            _call_all(todo)
+        else:
+            with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there
+                loop.call_soon_threadsafe(_call_all, todo)
+
+
+def _call_all(todo: Iterable[Callable[[], None]]) -> None:
+    for call in todo:
+        try:
+            call()
+        except Exception:
+            log.exception("a listener failed")
+
+
+# --- Hub -----------------------------------------------------------------------------------------
+# The accelerator: topics, and who follows them. It knows names, numbers and bytes, and keeps
+# nothing: a hint that is lost does no harm, for the follower pulls, or hears the next one. Hints of
+# a topic merge, and are paced: the first leaves at once, the next no sooner than a small multiple
+# of what that fan-out took. A burst of pushes costs a follower few frames, and the loop a share.
+
+
+class Hint(NamedTuple):
+    """A topic's newest cursor and, while they are few, the encoded items after the one before."""
+
+    cursor: int
+    epoch: str = ""
+    after: int = 0
+    items: tuple[bytes, ...] | None = None
+
+
+class Subscriber(Protocol):
+    """Whoever follows topics: a Session here, a socket of another framework elsewhere."""
+
+    def hint(self, topic: str, cursor: int, message: bytes) -> None: ...  # may skip to the newest
+    def message(self, message: bytes) -> None: ...  # may skip none
+
+
+@dataclasses.dataclass(slots=True)
+class Topic:
+    """Followers (and whether they want items in their hints), and what they are to hear."""
+
+    spoke: float  # when it last did,
+    ready: float = 0.0  # and when it may again
+    cursor: int = -1  # the newest that was told; -1: it never has one
+    pending: Hint | None = None  # what a timer is going to tell
+    followers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
+
+
+class Hub:
+    """Topics of one event loop. `encode` makes a transport's message of JSON, once for all."""
+
+    def __init__(self, settings: Settings, encode: Callable[[bytes], bytes]) -> None:
+        self.settings, self.encode = settings, encode
+        self.topics: OrderedDict[str, Topic] = OrderedDict()  # the longest silent first
+        self.counts: Counter[str] = Counter()
+
+    def subscribe(self, name: str, subscriber: Subscriber, items: bool = False) -> None:
+        self.topics.setdefault(name, Topic(time.monotonic())).followers[subscriber] = items
+
+    def unsubscribe(self, name: str, subscriber: Subscriber) -> None:
+        if topic := self.topics.get(name):
+            topic.followers.pop(subscriber, None)
+            if not topic.followers:
+                del self.topics[name]
+                topic.pending = None  # so its timer finds nothing to tell
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Send JSON to every follower of a topic; none of it is merged or skipped."""
+        if topic := self.topics.get(name):
+            message = self._message(name, data)
+            for subscriber in list(topic.followers):
+                subscriber.message(message)
+
+    def _message(self, name: str, data: bytes) -> bytes:
+        return self.encode(b'{"topic":%b,"data":%b}' % (encode_json(name).encode(), data))
+
+    def hint(self, name: str, hint: Hint) -> None:
+        """Tell of a newer cursor: now, or merged with others when the topic may speak again."""
+        if (topic := self.topics.get(name)) is None:
+            return
+        if older := topic.pending:
+            self.counts["hints_merged"] += 1
+            items = None
+            if older.items and hint.items and hint.after == older.cursor:
+                items = older.items + hint.items
+            hint = Hint(max(older.cursor, hint.cursor), hint.epoch, older.after, items)
+        if hint.items and len(hint.items) > self.settings.hint_changes:
+            hint = hint._replace(items=None)
+        early = time.monotonic() < topic.ready
+        if early and older is None:
+            asyncio.get_running_loop().call_at(topic.ready, self._fan_out, name, topic)
+        topic.pending = hint
+        if not early and older is None:  # else a timer has it
+            self._fan_out(name, topic)
+
+    def _fan_out(self, name: str, topic: Topic) -> None:
+        if (hint := topic.pending) is None:
+            return
+        topic.pending, topic.spoke = None, time.monotonic()
+        topic.cursor = max(hint.cursor, topic.cursor)
+        self.topics.move_to_end(name)
+        short = long = self._message(name, b'{"cursor":%d}' % topic.cursor)
+        if hint.items and hint.cursor == topic.cursor and any(topic.followers.values()):
+            words = hint.cursor, hint.epoch.encode(), hint.after, b",".join(hint.items)
+            if len(words[-1]) <= self.settings.hint_size:
+                whole = b'{"cursor":%d,"epoch":"%b","after":%d,"changes":[%b]}' % words
+                long = self._message(name, whole)
+        for subscriber, items in list(topic.followers.items()):
+            subscriber.hint(name, topic.cursor, long if items else short)
+        self.counts["hints_sent"] += len(topic.followers)
+        now = time.monotonic()
+        topic.ready = now + min(4 * (now - topic.spoke), self.settings.hint_gap)
+
+    def tell(self, name: str, subscriber: Subscriber, cursor: int = 0) -> None:
+        """Send one follower the newest cursor: `cursor`, or one that the topic had since."""
+        if (topic := self.topics.get(name)) and subscriber in topic.followers:
+            topic.cursor = cursor = max(cursor, topic.cursor)
+            subscriber.hint(name, cursor, self._message(name, b'{"cursor":%d}' % cursor))
+
+    def beat(self, now: float) -> None:
+        """Send again what topics said last that have been silent for long: a lost hint heals."""
+        for _ in range(len(self.topics)):
+            name, topic = next(iter(self.topics.items()))
+            if topic.spoke + self.settings.heartbeat > now:
+                break
+            topic.spoke = now
+            self.topics.move_to_end(name)
+            if topic.cursor >= 0:
+                self.hint(name, Hint(topic.cursor))
+
+
+# --- HTTP/1.1 ------------------------------------------------------------------------------------
+# Bytes to requests, responses to bytes (RFC 9110, RFC 9112); nothing here waits. One rule above
+# all: a message that two parsers could read differently is refused, and the connection closed.
+
+_SINGLE = {  # fields that a second line makes ambiguous, not longer
+    "authorization", "content-length", "content-type", "host", "origin", "sec-websocket-key",
+    "sec-websocket-version", "transfer-encoding",
+}  # fmt: skip
+_TOKEN, _VALUE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++", rb"[\t -~\x80-\xff]*+"  # (RFC 9110 §5.5, §5.6.2)
+_REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
+_FIELD = re.compile(rb"(%b):(%b)" % (_TOKEN, _VALUE))
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;%b)?" % _VALUE)
+_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
+_ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)/?(.*)", re.IGNORECASE)
+# One second's answers have one date.
+_http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
+
+
+@dataclasses.dataclass
+class Request:
+    """A request (RFC 9110 §3.4). Field names are in lower case; lines of one name are joined."""
+
+    method: str
+    target: str  # as it came
+    version: tuple[int, int]
+    headers: dict[str, str]
+    host: str  # of the Host field or the absolute form, in lower case, with its port
+    path: str  # decoded
+    length: int | None  # bytes of the body; None: chunked
+    body: bytes = b""
+
+    @functools.cached_property
+    def query(self) -> dict[str, str]:
+        """The parameters, as HTML forms write them. Raises InvalidRequest: also for one twice."""
+        query: dict[str, str] = {}
+        for pair in filter(None, self.target.partition("?")[2].split("&")):
+            name, _, value = (unquote(part.replace("+", " ")) for part in pair.partition("="))
+            if name in query:
+                raise InvalidRequest(f"the parameter {name[:40]!r} is given twice")
+            query[name] = value
+        return query
+
+    def number(self, name: str, default: float, pattern: str = "[0-9]{1,16}") -> float:
+        """A parameter that is a number of ASCII digits. Raises InvalidRequest."""
+        if (text := self.query.get(name)) is None:
+            return default
+        if not re.fullmatch(pattern, text):
+            raise InvalidRequest(f"{name}={text[:40]!r} is not a number that it can be")
+        return float(text) if "." in text else int(text)
+
+    def tokens(self, name: str) -> list[str]:
+        """A field that is a list, in lower case (RFC 9110 §5.6.1)."""
+        values = self.headers.get(name, "").lower().split(",")
+        return [token for value in values if (token := value.strip(" \t"))]
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the peer would send another request here (RFC 9112 §9.3)."""
+        options = self.tokens("connection")
+        return "close" not in options and (self.version >= (1, 1) or "keep-alive" in options)
+
+
+def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
+    """Take a request's head off the front of `buffer`; None, and nothing taken, until it is whole.
+
+    Raises SyncError with the status to answer; then nothing behind it can be read as a request.
+    Judged in the order of the bytes, so any way of cutting them gives the same (RFC 9112 §2, §3).
+    """
+    while buffer.startswith(b"\r\n"):  # some clients end a body with it (RFC 9112 §2.2)
+        del buffer[:2]
+    longest = settings.target_size + 64  # bytes of the request line
+    line_end = find_line(buffer, b"\r\n", 0, longest)
+    if line_end < 0:
+        if len(buffer) >= longest:
+            raise HTTPError(414, f"the request target is longer than {settings.target_size} bytes")
+        return None
+    end = find_line(buffer, b"\r\n\r\n", line_end, settings.head_size)
+    if end < 0:
+        if len(buffer) >= settings.head_size:
+            raise HTTPError(431, f"the head is longer than {settings.head_size} bytes")
+        return None
+    line, *fields = bytes(buffer[:end]).split(b"\r\n")
+    del buffer[: end + 4]
+    if not (words := _REQUEST_LINE.fullmatch(line)):
+        raise InvalidRequest("the request line is not: method, target, HTTP version")
+    method, target = words[1].decode(), words[2].decode()
+    version = int(words[3]), min(int(words[4]), 1)
+    if version[0] != 1:
+        raise HTTPError(505, "this server speaks HTTP/1.1")
+    if len(target) > settings.target_size:
+        raise HTTPError(414, f"the request target is longer than {settings.target_size} bytes")
+    if len(fields) > settings.head_fields:
+        raise HTTPError(431, f"the head has more than {settings.head_fields} fields")
+    headers = parse_fields(fields)
+    host = headers.get("host", "" if version < (1, 1) else "?")  # 1.1 has to send it (§3.2)
+    if absolute := _ABSOLUTE_FORM.fullmatch(target):
+        host, target = absolute[1], "/" + absolute[2]
+    if not _AUTHORITY.fullmatch(host):
+        raise InvalidRequest("the request needs one valid Host")
+    if "#" in target or not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+        raise InvalidRequest("the request target has to be a path, without a fragment")
+    path, length = unquote(target.partition("?")[0]), body_length(headers, version)
+    return Request(method, target, version, headers, host.lower(), path, length)
+
+
+def find_line(buffer: bytearray, mark: bytes, start: int, limit: int) -> int:
+    """Where `mark` begins, below `limit`, or -1. Lines end with CRLF: refuses LF alone before it.
+
+    A parser that takes LF alone for a line's end would see other lines (RFC 9112 §2.2).
+    """
+    end = buffer.find(mark, start, limit)
+    stop = end if end >= 0 else limit
+    if buffer.count(b"\n", start, stop) != buffer.count(b"\r\n", start, stop):
+        raise InvalidRequest("a line of the head ends without CR")
+    return end
+
+
+def parse_fields(lines: Iterable[bytes]) -> dict[str, str]:
+    """Field lines by name (RFC 9112 §5). A folded one begins with a space: its name is no token."""
+    fields: dict[str, str] = {}
+    for line in lines:
+        if not (words := _FIELD.fullmatch(line)):
+            raise InvalidRequest("a header line is not: name, colon, value without controls")
+        key, text = words[1].decode().lower(), words[2].strip(b" \t").decode("latin-1")
+        if key in fields and key in _SINGLE:
+            raise InvalidRequest(f"the header {key} is given twice")
+        fields[key] = f"{fields[key]}, {text}" if key in fields else text
+    return fields
+
+
+def body_length(headers: Mapping[str, str], version: tuple[int, int]) -> int | None:
+    """How a body is framed: its length, or None for chunked (RFC 9112 §6.3)."""
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
+    if coding is None:
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise InvalidRequest("the Content-Length is not a number")
+        return int(length)
+    if "content-length" in headers or version < (1, 1):
+        # Both at once is how a request is smuggled past a proxy (§6.1): refuse, and close.
+        raise InvalidRequest("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
+    if coding.lower() == "chunked":
+        return None
+    if coding.lower().rpartition(",")[2].strip(" \t") != "chunked":
+        raise InvalidRequest("a body whose last transfer coding is not chunked has no end")
+    raise HTTPError(501, "of the transfer codings only chunked is implemented")
+
+
+def unquote(text: str) -> str:
+    """Percent-decode, strictly: each escape whole, and UTF-8 in the end."""
+    if "%" in text and re.search("%(?![0-9A-Fa-f]{2})", text):
+        raise InvalidRequest("a percent sign without two hexadecimal digits")
+    try:
+        return urllib.parse.unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise InvalidRequest("the percent-encoding is not UTF-8") from None
+
+
+class ChunkedBody:
+    """A body in chunks (RFC 9112 §7.1), decoded as it arrives."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.body = settings, bytearray()
+        # Bytes that are not the body's: chunks of one byte carry little at much cost.
+        self.framing = 0
+
+    def take(self, buffer: bytearray) -> bool:
+        """Take what is whole off the front of `buffer`; True when the body is. Raises SyncError."""
+        while (end := find_line(buffer, b"\r\n", 0, self.settings.target_size)) >= 0:
+            if not (digits := _CHUNK_SIZE.fullmatch(bytes(buffer[:end]))):
+                raise InvalidRequest("a chunk does not begin with its size")
+            if len(self.body) + (size := int(digits[1], 16)) > self.settings.body_size:
+                raise TooLarge(f"the body is longer than {self.settings.body_size} bytes")
+            if size == 0:
+                end = find_line(buffer, b"\r\n\r\n", end, self.settings.target_size)
+                if end < 0:
+                    break
+                # Checked, and left: nothing here uses trailers.
+                parse_fields(bytes(buffer[:end]).split(b"\r\n")[1:])
+                del buffer[: end + 4]
+                return True
+            stop = end + 2 + size
+            if len(buffer) < stop + 2:
+                return False
+            if buffer[stop : stop + 2] != b"\r\n":
+                raise InvalidRequest("a chunk is not as long as it says")
+            self.body += buffer[end + 2 : stop]
+            del buffer[: stop + 2]
+            self.framing += end + 4
+            if self.framing > self.settings.head_size:
+                raise TooLarge("the chunked body has more framing than a head may have bytes")
+        if len(buffer) >= self.settings.target_size:
+            raise InvalidRequest("a line of the chunked body is too long, or its trailers are")
+        return False
+
+
+@dataclasses.dataclass
+class Response:
+    """A response (RFC 9110 §3.4). Date, Content-Length and Connection are added as it is sent."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    content_type: str = "application/json"
+
+    def __post_init__(self) -> None:
+        # A line break in a value would begin a field, or a response, of somebody else's making.
+        fields = "".join((self.content_type, *self.headers, *self.headers.values()))
+        if not (fields.isascii() and fields.isprintable()):
+            raise ValueError(f"a response header has to be printable ASCII: {fields!r}")
+        http.HTTPStatus(self.status)  # raises ValueError for what is none
+
+    @classmethod
+    def of(cls, value: Any) -> Response:
+        """What a handler returned: a Response, text, bytes, or else a JSON value."""
+        if isinstance(value, Response):
+            return value
+        if isinstance(value, str):
+            return cls(body=value.encode(), content_type="text/plain; charset=utf-8")
+        if isinstance(value, bytes):
+            return cls(body=value, content_type="application/octet-stream")
+        return cls(body=encode_json(value).encode())
+
+    @classmethod
+    def refusal(cls, error: SyncError) -> Response:
+        """The one envelope of all errors."""
+        body = encode_json({"code": error.code, "error": str(error)}).encode(errors="replace")
+        return cls(error.status, body, error.headers)
+
+    @classmethod
+    def page(cls, html: bytes) -> Response:
+        """An HTML page whose own script and style may run, and nothing else (CSP Level 3)."""
+        policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
+        policy += " form-action 'none'; frame-ancestors 'none'"
+        for tag, inline in re.findall(rb"(?s)<(script|style)[^>]*>(.*?)</\1>", html):
+            digest = base64.b64encode(hashlib.sha256(inline).digest()).decode()
+            policy += f"; {tag.decode()}-src 'sha256-{digest}'"
+        headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+        return cls(200, html, headers, "text/html; charset=utf-8")
+
+    def encode(self, connection: str = "", head_only: bool = False) -> bytes:
+        """As bytes. `connection` is the Connection field, where there is something to say."""
+        phrase, date = http.HTTPStatus(self.status).phrase, _http_date(int(time.time()))
+        lines = [f"HTTP/1.1 {self.status} {phrase}", f"Date: {date}", "Cache-Control: no-store"]
+        if self.status >= 200 and self.status != 204:  # these have no body (RFC 9110 §8.6)
+            lines += [f"Content-Type: {self.content_type}", f"Content-Length: {len(self.body)}"]
+        if "Upgrade" in self.headers:  # a field of this connection alone (RFC 9110 §7.8)
+            connection = f"Upgrade, {connection}" if connection else "Upgrade"
+        if connection:
+            lines.append(f"Connection: {connection}")
+        lines += [f"{name}: {value}" for name, value in self.headers.items()]
+        head = "\r\n".join(lines).encode() + b"\r\n\r\n"
+        return head if head_only else head + self.body
+
+
+# --- WebSocket -----------------------------------------------------------------------------------
+# RFC 6455, server side: the handshake, frames, messages; nothing here waits. What breaks a rule
+# raises ProtocolError with the code to close with (§7.4.1): 1002 protocol error, 1003 data of a
+# kind that is not taken, 1007 not UTF-8, 1009 too big. Others are 1000 normal, 1001 going away,
+# 1008 policy, 1011 our fault, 1013 try again later.
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # opcodes (§11.8)
+MAX_CONTROL_PAYLOAD = 125  # bytes (§5.5)
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # (§1.3)
+
+
+class Frame(NamedTuple):
+    """One frame of a client, unmasked (§5.2)."""
+
+    opcode: int
+    payload: bytes
+    fin: bool = True
+
+
+def parse_frame(buffer: bytearray, max_payload: int) -> Frame | None:
+    """Take one client frame off the front of `buffer`; None, and nothing taken, until more comes.
+
+    Raises ProtocolError: 1002 for a frame that breaks a rule, 1009 for one of more than
+    `max_payload` bytes (§5.2, §7.4.1); as soon as the bytes that show it are there.
+    """
+    if len(buffer) < 2:
+        return None
+    fin, opcode, size = bool(buffer[0] & 0x80), buffer[0] & 0x0F, buffer[1] & 0x7F
+    if buffer[0] & 0x70:
+        raise ProtocolError(1002, "a reserved bit is set")
+    if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+        raise ProtocolError(1002, f"the opcode {opcode} is reserved")
+    if not buffer[1] & 0x80:
+        raise ProtocolError(1002, "a client has to mask its frames")
+    if opcode >= CLOSE and (size > MAX_CONTROL_PAYLOAD or not fin):
+        raise ProtocolError(1002, "a control frame is long or fragmented")
+    start = 2
+    if size >= 126:
+        start, least = (4, 126) if size == 126 else (10, 1 << 16)
+        if len(buffer) < start:
+            return None
+        size = int.from_bytes(buffer[2:start], "big")
+        if not least <= size < 1 << 63:
+            raise ProtocolError(1002, "the length is not in its shortest form")
+    if opcode < CLOSE and size > max_payload:
+        raise ProtocolError(1009, "the message is too long")
+    start += 4  # behind the masking key
+    if len(buffer) < start + size:
+        return None
+    # XOR with the repeated key (§5.3), as two long numbers: byte by byte takes 50 times as long.
+    mask = int.from_bytes((buffer[start - 4 : start] * (size // 4 + 1))[:size], "little")
+    payload = int.from_bytes(buffer[start : start + size], "little") ^ mask
+    del buffer[: start + size]
+    return Frame(opcode, payload.to_bytes(size, "little"), fin)
+
+
+def encode_frame(opcode: int, payload: bytes) -> bytes:
+    """A whole frame of a server: not masked (§5.1)."""
+    size = len(payload)
+    if size < 126:
+        return bytes((0x80 | opcode, size)) + payload
+    mark, width = (126, 2) if size < 1 << 16 else (127, 8)
+    return bytes((0x80 | opcode, mark)) + size.to_bytes(width, "big") + payload
+
+
+class Assembler:
+    """Data frames to messages (§5.4); text is judged as its frames come, not at its end (§8.1)."""
+
+    def __init__(self, max_size: int) -> None:
+        self.max_size = self.room = max_size  # bytes that the message under way may still have
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._opcode = CONTINUATION  # of the message under way, if there is one
+        self._parts: list[Any] = []  # of str or of bytes
+
+    def add(self, frame: Frame) -> str | bytes | None:
+        """The message, when this frame was its last. Raises ProtocolError."""
+        if (frame.opcode == CONTINUATION) == (self._opcode == CONTINUATION):
+            raise ProtocolError(1002, "fragments out of order")
+        self._opcode = self._opcode or frame.opcode
+        self.room -= len(frame.payload)
+        text = self._opcode == TEXT
+        try:
+            part = self._decode(frame.payload, frame.fin) if text else frame.payload
+        except UnicodeDecodeError:
+            raise ProtocolError(1007, "the text is not UTF-8") from None
+        if part:  # without end, fragments of nothing would fill the memory
+            self._parts.append(part)
+        if not frame.fin:
+            return None
+        message: str | bytes = ("" if text else b"").join(self._parts)
+        self._opcode, self._parts, self.room = CONTINUATION, [], self.max_size
+        return message
+
+
+def parse_close(payload: bytes) -> tuple[int, str]:
+    """A close frame's code and reason; 1005: it has none (§5.5.1, §7.4). Raises ProtocolError."""
+    if not payload:
+        return 1005, ""
+    code = int.from_bytes(payload[:2], "big")  # of a single byte, which is refused: below 256
+    if not (1000 <= code <= 1014 and code not in (1004, 1005, 1006) or 3000 <= code <= 4999):
+        raise ProtocolError(1002, "the close code is not one to be sent")
+    try:
+        return code, payload[2:].decode("utf-8")
+    except UnicodeDecodeError:
+        raise ProtocolError(1007, "the close reason is not UTF-8") from None
+
+
+def accept(request: Request) -> Response:
+    """The answer to a handshake (§4.2); extensions it declines by naming none. Raises SyncError."""
+    upgrade, connection = request.tokens("upgrade"), request.tokens("connection")
+    version = request.headers.get("sec-websocket-version")
+    if "websocket" not in upgrade or "upgrade" not in connection or version != "13":
+        spoken = {"Upgrade": "websocket", "Sec_WebSocket_Version": "13"}
+        raise HTTPError(426, "this endpoint speaks WebSocket, version 13", **spoken)
+    key = request.headers.get("sec-websocket-key", "")
+    if not re.fullmatch("[A-Za-z0-9+/]{21}[AQgw]==", key):
+        raise InvalidRequest("the Sec-WebSocket-Key is not 16 bytes in Base64")
+    if request.length != 0 or request.version < (1, 1):
+        raise InvalidRequest("a WebSocket begins with a request of HTTP/1.1, without a body")
+    digest = base64.b64encode(hashlib.sha1(key.encode() + _GUID).digest()).decode()
+    headers = {"Upgrade": "websocket", "Sec-WebSocket-Accept": digest}
+    if "mizusync" in request.tokens("sec-websocket-protocol"):
+        headers["Sec-WebSocket-Protocol"] = "mizusync"
+    return Response(101, headers=headers)
+
+
+# --- Connection ----------------------------------------------------------------------------------
+# A socket: bytes in, bytes out. One place reads, and hands what it has to the parsers above. Each
+# phase has one deadline, a number that the server's sweep looks at: a timer for each read would
+# cost more than the read, and would let a peer live for ever on a byte a minute.
+
+READ_SIZE = 64 * 1024  # bytes; also what may wait for the peer to read before we wait for it
+
+
+class ConnectionLost(ConnectionError):
+    """The peer is gone, or was given up."""
+
+
+class Connection(asyncio.StreamReaderProtocol):
+    """One accepted socket. `deadline` is the end of its phase, `expire` what then happens."""
+
+    def __init__(self, settings: Settings, on_lost: Callable[[], None]) -> None:
+        self.reader = asyncio.StreamReader(READ_SIZE)
+        super().__init__(self.reader)
+        self.settings, self.on_lost = settings, on_lost
+        self.on_writable: Callable[[], object] = bool  # the peer has read what waited
+        self.transport: Any = None
+        self.buffer = bytearray()
+        self.heard = 0.0  # when bytes came last
+        self.full = False  # more waits for the peer to read than it should
+        self.idle = self.working = self.lingering = False
+        self.unread = False  # a body that nobody took off the buffer: nothing can follow it
+        self.give(settings.head_timeout, self.abort)  # for a TLS handshake
+
+    # -- what asyncio calls
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = time.monotonic()
+        if not self.lingering:
+            super().data_received(data)
+
+    def eof_received(self) -> bool:
+        half_open = super().eof_received()
+        return bool(half_open) and not self.lingering  # else the transport closes itself
+
+    def pause_writing(self) -> None:
+        self.full = True
+
+    def resume_writing(self) -> None:
+        self.full = False
+        self.on_writable()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.resume_writing()
+        self.on_lost()
+
+    # -- time
+
+    def give(self, seconds: float, expire: Callable[[], None]) -> None:
+        """Begin a phase that may take so long."""
+        self.deadline, self.expire = time.monotonic() + seconds, expire
+
+    def abort(self) -> None:
+        self.deadline = math.inf
+        if self.transport:
+            self.transport.abort()
+
+    def _time_out(self) -> None:
+        self.deadline = math.inf
+        self.reader.set_exception(HTTPError(408, "the request did not arrive in time"))
+
+    # -- in
+
+    async def receive(self) -> None:
+        """Wait for more bytes. Raises ConnectionLost at their end, or what a deadline says."""
+        if not (chunk := await self.reader.read(READ_SIZE)):
+            raise ConnectionLost("the peer closed the connection")
+        self.buffer += chunk
+
+    async def next_request(self) -> Request:
+        """The next head. Raises SyncError for a bad or late one, ConnectionLost when none comes."""
+        if not self.buffer:
+            self.idle = True
+            self.give(self.settings.idle_timeout, self.transport.close)
+            await self.receive()
+            self.idle = False
+        self.give(self.settings.head_timeout, self._time_out)
+        while (request := parse_request(self.buffer, self.settings)) is None:
+            await self.receive()
+        self.deadline = math.inf
+        self.unread = request.length != 0
+        return request
+
+    async def read_body(self, request: Request) -> bytes:
+        """The whole body, or SyncError: one that did not arrive whole is never looked at."""
+        if (size := request.length) == 0:
+            return b""
+        if size and size > self.settings.body_size:
+            raise TooLarge(f"the body is longer than {self.settings.body_size} bytes")
+        if "100-continue" in request.tokens("expect") and request.version >= (1, 1):
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # (RFC 9110 §10.1.1)
+        self.give(self.settings.body_timeout, self._time_out)
+        chunked = ChunkedBody(self.settings)
+        try:
+            while not (chunked.take(self.buffer) if size is None else len(self.buffer) >= size):
+                await self.receive()
+        except ConnectionLost:
+            raise InvalidRequest("the body ended before its length") from None
+        self.unread, self.deadline = False, math.inf
+        body = chunked.body if size is None else self.buffer[:size]
+        del self.buffer[: size or 0]
+        return bytes(body)
+
+    # -- out
+
+    async def send(self, data: bytes) -> None:
+        """Write, and wait while the peer has much to read: who does not read is not read from."""
+        self.transport.write(data)
+        if self.full:
+            await self.drain()
+
+    async def drain(self) -> None:
+        """Wait for the peer to read: each send_timeout has to bring some progress."""
+        left = math.inf
+        read = asyncio.Event()
+
+        def expire() -> None:
+            nonlocal left
+            if (still := self.transport.get_write_buffer_size()) >= left:
+                self.abort()
+            left = still
+            self.give(self.settings.send_timeout / 2, expire)
+
+        self.on_writable = read.set
+        expire()
+        while self.full:
+            await read.wait()
+        self.deadline = math.inf
+
+    async def finish(self) -> None:
+        """Close so that the peer can read our last words: half now, the rest when it has.
+
+        A close with unread bytes in the socket would reset it, and the reset overtakes the answer
+        (RFC 9112 §9.6).
+        """
+        self.transport.set_write_buffer_limits(0)
+        await self.drain()
+        self.lingering = True
+        self.give(self.settings.linger, self.abort)
+        if self.reader.at_eof() or not self.transport.can_write_eof():
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.transport.write_eof()
+            self.transport.resume_reading()
+
+
+class WebSocket:
+    """A WebSocket's server side: `async for message in websocket`, `await websocket.send(message)`.
+
+    Text is str, binary is bytes. Until `accept` (or the first message) a SyncError that is raised
+    still becomes an HTTP answer. Pings are answered, and sent, by themselves.
+    """
+
+    def __init__(self, connection: Connection, request: Request) -> None:
+        self.connection, self.request, self.settings = connection, request, connection.settings
+        self.accepted = self.closing = False
+        self.over = False  # nothing more can be read
+        self.reason = ""  # why it was closed, for the log
+        self.error: Exception | None = None  # what went wrong, if anything did
+        self._response = accept(request)
+        self._assembler = Assembler(self.settings.message_size)
+
+    def accept(self) -> None:
+        """Answer the handshake: from here on it is a WebSocket."""
+        if not self.accepted:
+            self.accepted = True
+            self.connection.transport.write(self._response.encode())
+            self._live()
+
+    async def send(self, message: str | bytes) -> None:
+        """Send a message, waiting while the peer has much to read."""
+        self.accept()
+        if isinstance(message, str):
+            self.write(encode_frame(TEXT, message.encode()))
+        else:
+            self.write(encode_frame(BINARY, message))
+        read = asyncio.Event()
+        self.connection.on_writable = read.set
+        while self.connection.full:
+            await read.wait()
+
+    def write(self, frame: bytes) -> None:
+        if not self.closing:
+            self.connection.transport.write(frame)
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Begin the closing handshake; it ends when the peer answers, or after close_timeout."""
+        if not self.closing:
+            self.accept()
+            self.reason = self.reason or f"{code} {reason}"
+            words = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore").encode()
+            self.write(
+                encode_frame(CLOSE, b"" if code == 1005 else code.to_bytes(2, "big") + words)
+            )
+            self.closing = True
+            self.connection.give(self.settings.close_timeout, self.connection.abort)
+
+    def __aiter__(self) -> WebSocket:
+        return self
+
+    async def __anext__(self) -> str | bytes:
+        if (message := await self.receive()) is None:
+            raise StopAsyncIteration
+        return message
+
+    async def receive(self) -> str | bytes | None:
+        """The next message; None when there will be none."""
+        self.accept()
+        try:
+            while True:
+                room = self._assembler.room
+                while (frame := parse_frame(self.connection.buffer, room)) is None:
+                    await self.connection.receive()
+                while self.connection.full and not self.closing:
+                    await asyncio.sleep(0.05)  # who reads no answers is not read from
+                if frame.opcode == CLOSE:
+                    code, reason = parse_close(frame.payload)
+                    self.reason = self.reason or f"the peer closed: {code} {reason}"
+                    self.close(code)  # the same code back (§5.5.1)
+                    break
+                if frame.opcode == PING:
+                    self.write(encode_frame(PONG, frame.payload))
+                if frame.opcode in (PING, PONG) or self.closing:
+                    continue
+                if (message := self._assembler.add(frame)) is not None:
+                    return message
+        except ProtocolError as error:
+            self.error = self.error or error
+            self.close(error.code, str(error))
+        except OSError as error:
+            self.error, self.reason = self.error or error, self.reason or str(error)
+            self.closing = True
+        self.over = True
+        return None
+
+    # A ping after some silence, and a judgement when it was not answered.
+    def _live(self) -> None:
+        self.connection.give(self.settings.ping_interval, self._ping)
+
+    def _ping(self) -> None:
+        pinged, unsent = time.monotonic(), self.connection.transport.get_write_buffer_size()
+        if (quiet := pinged - self.connection.heard) < self.settings.ping_interval:
+            self.connection.give(self.settings.ping_interval - quiet, self._ping)
+            return
+
+        def judge() -> None:
+            transport = self.connection.transport
+            # A slow reader answers late, a dead one never: does it still take bytes?
+            reads = transport.get_write_buffer_size() < unsent or not transport.is_reading()
+            if reads or self.connection.heard > pinged:
+                self._live()
+            else:
+                self.reason = f"no answer to a ping for {self.settings.ping_timeout:g} s"
+                self.connection.abort()
+
+        self.write(encode_frame(PING, b""))
+        self.connection.give(self.settings.ping_timeout, judge)
+
+
+# --- Session -------------------------------------------------------------------------------------
+# One live client of the protocol. While its socket is full it is owed one cursor a topic, the
+# newest: a slow reader costs a set of names, not a queue.
+
+
+class Session:
+    """One client that is connected to /ws. A Subscriber of the hub."""
+
+    def __init__(self, websocket: WebSocket, hub: Hub, scope: str, identity: Any) -> None:
+        self.id = secrets.token_urlsafe(9)
+        self.scope, self.identity = scope, identity  # that it came with, and what on_auth returned
+        self.websocket, self.hub, self.settings = websocket, hub, websocket.settings
+        self.topics: dict[str, int] = {}  # the newest cursor that each was sent; it never goes down
+        self.asked = time.monotonic()  # when on_auth was, last
+        self._owed: set[str] = set()
+        # The kernel holds a little for the peer, the transport nothing: so a slow reader shows.
+        transport, size = websocket.connection.transport, self.settings.send_buffer
+        transport.set_write_buffer_limits(0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        websocket.connection.on_writable = self._pay
+
+    def send(self, topic: str, data: Any) -> None:
+        """Send a message of the application's. Past `session_queue` unsent bytes: 1013."""
+        self.message(encode_frame(TEXT, encode_json({"topic": topic, "data": data}).encode()))
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close with a code of RFC 6455 §7.4."""
+        self.websocket.close(code, reason)
+
+    def hint(self, topic: str, cursor: int, message: bytes) -> None:
+        if self.websocket.connection.full:
+            self._owed.add(topic)
+        elif cursor >= self.topics.get(topic, 0):
+            self.topics[topic] = cursor
+            self.websocket.write(message)
+
+    def _pay(self) -> None:
+        owed, self._owed = self._owed, set()
+        for topic in owed:
+            self.hub.tell(topic, self)
+
+    def message(self, message: bytes) -> None:
+        unsent = self.websocket.connection.transport.get_write_buffer_size()
+        if unsent + len(message) > self.settings.session_queue:
+            self.close(1013, "too slow for a topic that is not merged")
+        else:
+            self.websocket.write(message)
+
+    def follow(self, topic: str, items: bool = False) -> None:
+        """Subscribe. Raises TooLarge past `session_topics`."""
+        if topic not in self.topics and len(self.topics) >= self.settings.session_topics:
+            raise TooLarge(f"a session has at most {self.settings.session_topics} topics")
+        self.topics.setdefault(topic, 0)
+        self.hub.subscribe(topic, self, items)
+
+    def leave(self, topic: str) -> None:
+        self.topics.pop(topic, None)
+        self.hub.unsubscribe(topic, self)
+
+
+# --- Gate ----------------------------------------------------------------------------------------
+# Who may. Host and Origin keep web pages of other sites out, the token and on_auth everybody else;
+# what is asked about is the parsed value that is then used.
+
+
+@dataclasses.dataclass
+class Gate:
+    """`hosts` None: any. `origins` as browsers write them: "https://example.org"."""
+
+    token: str | None
+    hosts: frozenset[str] | None
+    origins: frozenset[str]
+    on_auth: Callable[[Request, str], Any] | None
+
+    def check(self, request: Request) -> None:
+        """Host and Origin. Raises Forbidden."""
+        name, origin = re.sub(":[0-9]*$", "", request.host), request.headers.get("origin")
+        if self.hosts is not None and name and name not in self.hosts and not is_loopback(name):
+            # A page elsewhere can make its own name lead here (DNS rebinding): it gets nothing.
+            raise Forbidden(f"this server is not {name[:100]!r}: --allow-host can name it")
+        if origin is not None and origin not in self.origins:
+            scheme, _, authority = origin.lower().partition("://")
+            port = {"http": ":80", "https": ":443"}.get(scheme)
+            if not port or request.host not in (authority, authority + port):
+                raise Forbidden("pages of this origin may not use this server: see --allow-origin")
+
+    def cors(self, request: Request) -> dict[str, str]:
+        """What lets a page of an allowed origin read the answer (the Fetch standard, §3.2)."""
+        origin = request.headers.get("origin", "")
+        if origin not in self.origins:
+            return {"Vary": "Origin"} if self.origins else {}
+        headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        if "access-control-request-method" in request.headers:
+            headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+            headers["Access-Control-Max-Age"] = "600"
+        return headers
+
+    def check_token(self, request: Request) -> None:
+        """Raises Unauthorized."""
+        scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+        offers = [credentials.strip(" ")] if scheme.lower() == "bearer" else []
+        # A browser's WebSocket can't send headers: it offers the token among its subprotocols.
+        protocols = request.headers.get("sec-websocket-protocol", "").split(",")
+        offers += [p.strip(" \t")[7:] for p in protocols if p.strip(" \t").startswith("bearer.")]
+        if self.token is not None and not any(
+            hmac.compare_digest(self.token.encode(), offer.encode()) for offer in offers
+        ):
+            raise Unauthorized("this server wants a token: Authorization: Bearer ...")
+
+    async def identify(self, request: Request, scope: str) -> Any:
+        """Who asks, for this scope: what on_auth says. Raises Unauthorized, Forbidden."""
+        self.check_token(request)
+        identity = self.on_auth(request, scope) if self.on_auth else None
+        return await identity if inspect.isawaitable(identity) else identity
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host's name or address can only mean this machine (RFC 6761 §6.3)."""
+    return bool(re.fullmatch(r"(.*\.)?localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?", name))
+
+
+# --- Server --------------------------------------------------------------------------------------
+# Routes, sessions, life; and the one arrow between the two halves: the engine tells of a commit,
+# the hub tells the topic of each scope in it.
+
+
+PAGE = os.path.join(os.path.dirname(__file__), "demo.html")
+
+
+class Server:
+    """HTTP and WebSocket over an engine.
+
+    `token`, `allow_origin`, `allow_host` are the command line's. `on_auth(request, scope)` returns
+    the identity of the one who asks, or raises Unauthorized or Forbidden; `on_message(session,
+    topic, data)` gets the messages that are not the protocol's; `on_close(session, error)` hears
+    of each session's end. Each may be a function or a coroutine. `page` is what `GET /` shows.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        settings: Settings | None = None,
+        token: str | None = None,
+        allow_origin: Iterable[str] = (),
+        allow_host: Iterable[str] = (),
+        on_auth: Callable[[Request, str], Any] | None = None,
+        on_message: Callable[[Session, str, Any], Any] | None = None,
+        on_close: Callable[[Session, Exception | None], Any] | None = None,
+        page: str | os.PathLike[str] = PAGE,
+    ) -> None:
+        self.engine, self.settings = engine, settings or engine.settings
+        self.on_message, self.on_close = on_message, on_close
+        self.gate = Gate(token, None, frozenset(allow_origin), on_auth)
+        self.hub = Hub(self.settings, functools.partial(encode_frame, TEXT))
+        self.sessions: set[Session] = set()
+        self._allow_host = frozenset(host.lower() for host in allow_host)
+        self._connections: set[Connection] = set()
+        self._websockets: set[WebSocket] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listening = self._stopping = False
+        self._routes: dict[str, dict[str, Callable[[Any], Any]]] = {}
+        self.route("POST", "/sync/push")(self._push)
+        self.route("GET", "/sync/pull")(self._pull)
+        self.route("GET", "/sync/snapshot")(self._snapshot)
+        self.route("GET", "/healthz")(self._healthz)
+        self.websocket("/ws")(self._live)
+        with contextlib.suppress(OSError), open(page, "rb") as file:
+            response = Response.page(file.read())
+            self.route("GET", "/")(lambda request: response)
+
+    # -- endpoints and topics of the application's own
+
+    def route(self, method: str, path: str) -> Callable[[T], T]:
+        """`@server.route("GET", "/path")`: from a Request to a Response, text, bytes or JSON.
+
+        A function or a coroutine. "WEBSOCKET" as the method is what `websocket` registers.
+        """
+
+        def register(handler: Any) -> Any:
+            self._routes.setdefault(path, {})[method.upper()] = handler
+            return handler
+
+        return register
+
+    def websocket(self, path: str) -> Callable[[T], T]:
+        """`@server.websocket("/path")`: a coroutine that has a WebSocket to itself."""
+        return self.route("WEBSOCKET", path)
+
+    def publish(self, topic: str, data: Any) -> None:
+        """Send a message to all who follow a topic of the application's. On the loop."""
+        if topic.startswith("sync:"):
+            raise ValueError(f"{topic!r}: topics that begin with sync: are the engine's")
+        self.hub.publish(topic, encode_json(data).encode())
+
+    def subscribe(self, session: Session, topic: str) -> None:
+        """Let a session follow a topic. Raises TooLarge past `session_topics`."""
+        session.follow(topic)
+
+    def unsubscribe(self, session: Session, topic: str) -> None:
+        session.leave(topic)
+
+    def stats(self) -> dict[str, Any]:
+        """What an operator asks: numbers of now, and since the start."""
+        now = {"connections": len(self._connections), "sessions": len(self.sessions)}
+        return {"version": __version__, **now, **self.engine.counts, **self.hub.counts}
+
+    # -- the life of a connection, and of a request
+
+    async def _serve(self, sock: socket.socket, ssl: tls.SSLContext | None) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        crowded = len(self._connections) >= self.settings.connections
+
+        def on_lost() -> None:
+            self._connections.discard(connection)
+            if connection.working and task:
+                task.cancel()  # nobody is left to answer
+
+        connection = Connection(self.settings, on_lost)
+        self._connections.add(connection)
+        try:
+            # Without a limit, a peer that does not answer TLS's close holds its socket for 30 s.
+            limits: dict[str, Any] = {"ssl_shutdown_timeout": self.settings.linger} if ssl else {}
+            await loop.connect_accepted_socket(lambda: connection, sock, ssl=ssl, **limits)
+            if crowded:
+                refusal = Unavailable("the server has too many connections")
+                connection.transport.write(Response.refusal(refusal).encode("close"))
+            while not crowded and await self._exchange(connection):
+                pass
+            await connection.finish()
+        except OSError as error:
+            log.debug("a connection ended: %s", error)
+        finally:
+            if not connection.lingering:
+                connection.abort()
+            if not connection.transport:
+                sock.close()
+                on_lost()
+
+    async def _exchange(self, connection: Connection) -> bool:
+        """One request and its answer. Whether another may follow."""
+        request, response = None, None
+        try:
+            request = await connection.next_request()
+            response = await self._respond(connection, request)
+        except SyncError as refusal:  # the client sees it
+            response = Response.refusal(refusal)
+        except OSError:
+            return False
+        except Exception:  # our bug, or the application's: the log sees it, the client a bare 500
+            log.exception("failed on %s", request and f"{request.method} {request.path}")
+            response = Response.refusal(SyncError("the server failed on this request"))
+        if response is None:  # it was a WebSocket
+            return False
+        if request is None:
+            await connection.send(response.encode("close"))
+            return False
+        log.debug("%s %s -> %s", request.method, request.path, response.status)
+        if cors := self.gate.cors(request):
+            response = dataclasses.replace(response, headers={**response.headers, **cors})
+        keep = request.keep_alive and not connection.unread and not self._stopping
+        word = "close" if not keep else "keep-alive" if request.version < (1, 1) else ""
+        await connection.send(response.encode(word, head_only=request.method == "HEAD"))
+        if self.engine.committing:
+            time.sleep(0)  # a busy loop never lets the writer's thread have the interpreter
+        return keep
+
+    async def _respond(self, connection: Connection, request: Request) -> Response | None:
+        self.gate.check(request)
+        everywhere = {"GET": self._healthz, "POST": self._push} if request.path == "*" else None
+        if (handlers := everywhere or self._routes.get(request.path)) is None:
+            raise NotFound(f"there is nothing at {request.path[:100]}")
+        get = (
+            {"GET", "HEAD"} if "GET" in handlers else {"GET"} if "WEBSOCKET" in handlers else set()
+        )
+        allow = ", ".join(sorted({*handlers, *get, "OPTIONS"} - {"WEBSOCKET"}))
+        if request.method == "GET" and "GET" not in handlers and "WEBSOCKET" in handlers:
+            await self._converse(WebSocket(connection, request), handlers["WEBSOCKET"])
+            return None
+        request.body = await connection.read_body(request)
+        if request.method == "OPTIONS":
+            return Response(204, headers={"Allow": allow})
+        handler = handlers.get("GET" if request.method == "HEAD" else request.method)
+        if handler is None:
+            raise HTTPError(405, f"{request.path} takes {allow}", Allow=allow)
+        connection.working = True
+        try:
+            answer = handler(request)
+            return Response.of(await answer if inspect.isawaitable(answer) else answer)
+        finally:
+            connection.working = False
+
+    async def _converse(self, websocket: WebSocket, handler: Callable[[Any], Any]) -> None:
+        """A WebSocket's whole life. A SyncError before it was accepted is answered in HTTP."""
+        self._websockets.add(websocket)
+        try:
+            await handler(websocket)
+            websocket.close()
+        except Exception as error:
+            if not websocket.accepted:
+                raise
+            log.exception("the WebSocket at %s failed", websocket.request.path)
+            websocket.error = error
+            websocket.close(1011, "the server failed")
+        finally:
+            self._websockets.discard(websocket)
+        if not websocket.over:
+            await websocket.receive()  # the peer's half of the closing handshake
+
+    # -- the protocol's endpoints
+
+    async def _push(self, request: Request) -> Response:
+        self.gate.check_token(request)
+        media_type = request.headers.get("content-type", "").partition(";")[0]
+        if media_type.strip(" \t").lower() != "application/json":
+            raise HTTPError(415, "a push is application/json")
+        values, most = (
+            parse_json(request.body, self.settings.json_depth),
+            self.settings.push_mutations,
+        )
+        if not isinstance(values, list) or not values:
+            raise InvalidRequest(f"a push is a JSON array of 1 to {most} mutations")
+        if len(values) > most:
+            raise TooLarge(f"a push has at most {most} mutations")
+        results: list[Result | None] = []  # None: the engine has it
+        mutations: list[Mutation] = []
+        identities: dict[str, Any] = {}  # of each scope: permission is asked once
+        for value in values:
+            try:
+                mutation = Mutation.parse(value)
+                if mutation.scope not in identities:
+                    identities[mutation.scope] = await self._identity(request, mutation.scope)
+                if isinstance(identity := identities[mutation.scope], Forbidden):
+                    raise identity
+            except (InvalidMutation, Forbidden) as refusal:
+                results.append(Result.refused(refusal))
+            else:
+                results.append(None)
+                if identity is not None:
+                    mutation = dataclasses.replace(mutation, identity=identity)
+                mutations.append(mutation)
+        applied = iter(await self.engine.push(mutations) if mutations else ())
+        encoded = [(result or next(applied)).encoded for result in results]
+        return Response(body=b"[%b]" % b",".join(encoded))
+
+    async def _identity(self, request: Request, scope: str) -> Any:
+        try:
+            return await self.gate.identify(request, scope)
+        except Forbidden as refusal:
+            return refusal
+
+    async def _scope(self, request: Request) -> tuple[str, Any]:
+        """The scope that a request names, and who asks for it."""
+        if not is_word(scope := request.query.get("scope", DEFAULT_SCOPE), MAX_SCOPE):
+            raise InvalidRequest(f"a scope is a string of 1 to {MAX_SCOPE} characters")
+        return scope, await self.gate.identify(request, scope)
+
+    async def _pull(self, request: Request) -> Response:
+        scope, _ = await self._scope(request)
+        cursor, limit = int(request.number("cursor", 0)), int(request.number("limit", 0))
+        wait = request.number("wait", 0.0, r"[0-9]{1,9}(\.[0-9]{1,20})?")
+        if cursor > MAX_CURSOR or (limit < 1 and "limit" in request.query):
+            raise InvalidRequest("cursor is below 2**53, limit is 1 or more")
+        epoch, wait = request.query.get("epoch", ""), 0.0 if self._stopping else wait
+        page = await self.engine.pull(scope, cursor, epoch=epoch, limit=limit, wait=wait)
+        return Response(body=page.encode())
+
+    async def _snapshot(self, request: Request) -> Response:
+        scope, _ = await self._scope(request)
+        return Response(body=(await self.engine.snapshot(scope)).encode())
+
+    async def _healthz(self, request: Request) -> Any:
+        head, epoch = await self.engine.position()
+        shown = {
+            "version": __version__,
+            "cursor": head,
+            "epoch": epoch,
+            "sessions": len(self.sessions),
+        }
+        return {"status": "ok"} if self.gate.token is not None else {"status": "ok", **shown}
+
+    # -- live
+
+    async def _live(self, websocket: WebSocket) -> None:
+        """/ws: a session, from its first message to on_close."""
+        scope, identity = await self._scope(websocket.request)
+        if len(self.sessions) >= self.settings.sessions:
+            raise Unavailable("the server has too many sessions")
+        websocket.accept()
+        session = Session(websocket, self.hub, scope, identity)
+        self.sessions.add(session)
+        work: asyncio.Task[None] | None = None
+        try:
+            async for message in websocket:
+                if work:
+                    await work  # one at a time, in order; meanwhile pings are answered
+                if isinstance(message, bytes):
+                    websocket.close(1003, "messages are text")
+                else:
+                    work = await self._handle(session, message)
+            if work:
+                await work
+        finally:
+            self.sessions.discard(session)
+            for topic in list(session.topics):
+                session.leave(topic)
+            log.info("session %s of %r ended: %s", session.id, scope, websocket.reason)
+            if self.on_close:
+                await self._call(self.on_close, session, websocket.error)
+
+    async def _handle(self, session: Session, raw: str) -> asyncio.Task[None] | None:
+        """One message of a client. A task where the application goes on working on it."""
+        try:
+            message = parse_json(raw.encode(), self.settings.json_depth)
+            if not isinstance(message, dict) or not isinstance(topic := message.get("topic"), str):
+                raise InvalidRequest('a message is {"topic": "...", "data": ...}')
+            if topic in ("subscribe", "unsubscribe"):
+                await self._subscribe(session, topic, message.get("data", {}))
+            elif self.on_message and not topic.startswith("sync:"):
+                work = self._call(self.on_message, session, topic, message.get("data"))
+                return asyncio.create_task(work)
+            else:
+                error = {"code": "unknown_topic", "error": f"nothing listens to {topic[:100]!r}"}
+                session.send("error", error)
+        except SyncError as refusal:
+            code = "invalid_message" if isinstance(refusal, InvalidRequest) else refusal.code
+            session.send("error", {"code": code, "error": str(refusal)})
+        return None
+
+    async def _subscribe(self, session: Session, verb: str, wish: Any) -> None:
+        scope: Any = wish.get("scope", session.scope) if isinstance(wish, dict) else None
+        if not is_word(scope, MAX_SCOPE):
+            raise InvalidRequest(f"a scope is a string of 1 to {MAX_SCOPE} characters")
+        if verb == "unsubscribe":
+            session.leave(f"sync:{scope}")
+            return
+        await self.gate.identify(session.websocket.request, scope)
+        # First follow, then read: no change can fall between the two.
+        session.follow(f"sync:{scope}", wish.get("changes") is True)
+        self.hub.tell(f"sync:{scope}", session, await self.engine.head(scope))
+
+    async def _ask_again(self, session: Session) -> None:
+        """Whether a session may still do what it does."""
+        scopes = {t.removeprefix("sync:") for t in session.topics if t.startswith("sync:")}
+        try:
+            for scope in {session.scope, *scopes}:
+                await self.gate.identify(session.websocket.request, scope)
+        except (Unauthorized, Forbidden) as refusal:
+            session.close(1008, str(refusal))
+
+    async def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """A function or coroutine of the application's; what it raises hurts nobody else."""
+        try:
+            result = function(*arguments)
+            if inspect.isawaitable(result):
+                await result
+        except Exception:
+            log.exception("%s failed", getattr(function, "__name__", function))
+
+    def _notify(self, news: Sequence[News]) -> None:
+        """The arrow: from a commit to the followers of each scope in it."""
+        for scope, cursor, epoch, after, fragments in news:
+            items = None if fragments is None else tuple(fragments)
+            self.hub.hint(f"sync:{scope}", Hint(cursor, epoch, after, items))
+
+    # -- life
+
+    def run(
+        self, host: str, port: int, announce: Callable[[str], None] = log.info, **options: Any
+    ) -> None:
+        """Serve until SIGTERM or SIGINT; then stop gently, and close the engine. Blocks.
+
+        `announce` is told where to open the page; the options are listen's, and what it raises.
+        """
+
+        async def main() -> None:
+            loop, stop = asyncio.get_running_loop(), asyncio.Event()
+            signals = signal.SIGTERM, signal.SIGINT
+
+            def on_signal() -> None:
+                stop.set()
+                for one in signals:
+                    loop.remove_signal_handler(one)  # a second one ends at once
+
+            # Neither a thread other than the first nor Windows can have signal handlers here.
+            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+                for one in signals:
+                    loop.add_signal_handler(one, on_signal)
+            async with self.listen(host, port, **options) as (name, number):
+                name = f"[{name}]" if ":" in name else name
+                announce(f"open {'https' if options.get('ssl') else 'http'}://{name}:{number}/")
+                await stop.wait()
+
+        try:
+            asyncio.run(main())
+        finally:
+            self.engine.close()
+
+    @contextlib.asynccontextmanager
+    async def listen(
+        self, host: str, port: int, *, ssl: tls.SSLContext | None = None, reuse_port: bool = False
+    ) -> AsyncIterator[tuple[str, int]]:
+        """Serve on the running loop while the block lasts; gives the address. Port 0: a free one.
+
+        Raises OSError where the address can't be had.
+        """
+        if self._listening:
+            raise RuntimeError("this server is listening already")
+        kind = socket.SOCK_STREAM
+        family, *_, address = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
+        listener = socket.create_server(address[:2], family=family, reuse_port=reuse_port)
+        listener.listen(1024)
+        listener.setblocking(False)
+        name, number = listener.getsockname()[:2]
+        self.gate.hosts = self._allow_host if self._allow_host or is_loopback(name) else None
+        self._listening, self._stopping = True, False
+        unlisten = self.engine.listen(self._notify)
+        accepting = asyncio.create_task(self._accept(listener, ssl))
+        sweeping = asyncio.create_task(self._sweep())
+        try:
+            yield name, number
+        finally:
+            accepting.cancel()
+            listener.close()
+            await self._stop()
+            unlisten()
+            sweeping.cancel()
+            await asyncio.gather(accepting, sweeping, return_exceptions=True)
+            self._listening = False
+
+    async def _accept(self, listener: socket.socket, ssl: tls.SSLContext | None) -> None:
+        """Our own accept loop: asyncio's logs without end when descriptors run out."""
+        loop, waiting = asyncio.get_running_loop(), False
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError as error:
+                if not waiting:
+                    log.error("new clients wait: %s", error)
+                waiting = True
+                await asyncio.sleep(0.1)
+            else:
+                waiting = False
+                self._spawn(self._serve(sock, ssl))
+                await asyncio.sleep(0)  # an accept that never waits would keep the loop to itself
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _sweep(self) -> None:
+        """Every deadline of every connection, in one task."""
+        while True:
+            await asyncio.sleep(0.1)
+            now, interval = time.monotonic(), self.settings.auth_interval or math.inf
+            for connection in [c for c in self._connections if c.deadline <= now]:
+                connection.expire()
+            for session in [s for s in self.sessions if s.asked + interval <= now]:
+                session.asked = now
+                self._spawn(self._call(self._ask_again, session))
+            self.hub.beat(now)
+
+    async def _stop(self) -> None:
+        """Finish what was begun: answer pushes, end long polls, close sockets with 1001."""
+        self._stopping = True
+        self.engine.wake()
+        for connection in list(self._connections):
+            if connection.idle:
+                connection.transport.close()
+        for websocket in list(self._websockets):
+            websocket.close(1001, "the server is stopping")
+        deadline = time.monotonic() + self.settings.shutdown_timeout
+        while (self._tasks or self._connections) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for task in list(self._tasks):
+            task.cancel()
+        for connection in list(self._connections):
+            connection.abort()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+# --- Todo ----------------------------------------------------------------------------------------
+# The demo, as an application would write it: its tables, its apply, its snapshot.
+
+TODO_SCHEMA = """
+    CREATE TABLE IF NOT EXISTS todos (position INTEGER PRIMARY KEY, scope TEXT NOT NULL,
+        id TEXT NOT NULL, title TEXT NOT NULL, completed INTEGER NOT NULL, UNIQUE (scope, id));
+"""
+
+
+def apply_todo(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+    """todo.create, todo.update, todo.toggle, todo.delete; in each scope a list of its own."""
+    args = mutation.args if isinstance(mutation.args, dict) else {}
+    key, title, completed = args.get("id"), args.get("title"), args.get("completed")
+    if not isinstance(key, str) or not 1 <= len(key) <= 128:
+        raise InvalidMutation("a todo's id is a string of 1 to 128 characters")
+    if "title" in args and not (isinstance(title, str) and 1 <= len(title) <= 1000):
+        raise InvalidMutation("a todo's title is a string of 1 to 1,000 characters")
+    if "completed" in args and not isinstance(completed, bool):
+        raise InvalidMutation("completed is true or false")
+    of_todo = {"scope": mutation.scope, "id": key}
+    sql = "SELECT title, completed FROM todos WHERE scope = :scope AND id = :id"
+    old = db.execute(sql, of_todo).fetchone()
+    if mutation.name == "todo.create":
+        if old or title is None:
+            raise Conflict("this todo is there already") if old else InvalidMutation("no title")
+        sql = "INSERT INTO todos (scope, id, title, completed) VALUES (:scope, :id, :title, 0)"
+        db.execute(sql, of_todo | {"title": title})
+        return [{"op": "create", "todo": {"id": key, "title": title, "completed": False}}]
+    if mutation.name not in ("todo.update", "todo.toggle", "todo.delete"):
+        raise InvalidMutation(f"there is no mutation {mutation.name!r}")
+    if old is None:
+        raise NotFound("this todo is not there")
+    if mutation.name == "todo.delete":
+        db.execute("DELETE FROM todos WHERE scope = :scope AND id = :id", of_todo)
+        return [{"op": "delete", "id": key}]
+    new = {"title": old[0], "completed": not old[1]}
+    if mutation.name == "todo.update":
+        new = {
+            "title": old[0] if title is None else title,
+            "completed": args.get("completed", bool(old[1])),
+        }
+    sql = (
+        "UPDATE todos SET title = :title, completed = :completed WHERE scope = :scope AND id = :id"
+    )
+    db.execute(sql, of_todo | new)
+    return [{"op": "update", "todo": {"id": key, **new}}]
+
+
+def snapshot_todos(db: sqlite3.Connection, scope: str) -> Json:
+    """All todos of a scope. SQLite writes the JSON: fast, and without the interpreter's lock."""
+    sql = """
+        SELECT json_group_array(json_object('id', id, 'title', title, 'completed',
+                                json(CASE WHEN completed THEN 'true' ELSE 'false' END)))
+        FROM (SELECT * FROM todos WHERE scope = ? ORDER BY position)
+    """
+    return Json(f'{{"todos":{db.execute(sql, (scope,)).fetchone()[0]}}}')
+
+
+def require_scope(request: Request, scope: str) -> None:
+    """The guide's rule for the demo: a socket names its scope."""
+    if request.path == "/ws" and "scope" not in request.query:
+        raise Unauthorized("name a scope: /ws?scope=...")
+
+
+# --- Command line --------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    about = "A durable sync server with instant updates: the todo demo."
+    parser = argparse.ArgumentParser(prog="mizusync", description=about)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=int, default=8080, help="port; 0 takes a free one (%(default)s)")
+    add("--db", default="mizusync.db", help="the database file (%(default)s)")
+    add("--token", default=os.environ.get("MIZUSYNC_TOKEN"), help="what clients have to show")
+    add("--allow-origin", action="append", default=[], help="a web origin that may use the server")
+    add("--allow-host", action="append", default=[], help="a name that the server goes by")
+    add("--certfile", help="a certificate chain, for TLS; with --keyfile")
+    add("--keyfile", help="the certificate's key")
+    add("--reuse-port", action="store_true", help="share the port with other processes")
+    add("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    add("--version", action="version", version=f"mizusync {__version__}")
+    args = parser.parse_args(argv)
+    if not 0 <= args.port <= 65535:
+        parser.error(f"--port {args.port}: a port is a number from 0 to 65535")
+    if bool(args.certfile) != bool(args.keyfile):
+        parser.error("--certfile and --keyfile go together")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve the todo demo. The exit status: 0, 1 where it can't run, 2 for a bad command line."""
+    args, ssl = parse_args(argv), None
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", level=args.log_level.upper()
+    )
+    try:
+        if args.certfile:
+            ssl = tls.create_default_context(tls.Purpose.CLIENT_AUTH)
+            ssl.load_cert_chain(args.certfile, args.keyfile)
+        engine = Engine(args.db, apply=apply_todo, snapshot=snapshot_todos, schema=TODO_SCHEMA)
+        gate: dict[str, Any] = {"token": args.token, "allow_host": args.allow_host}
+        server = Server(engine, allow_origin=args.allow_origin, on_auth=require_scope, **gate)
+        announced = functools.partial(
+            print, f"mizusync {__version__}:", end=f" (data in {args.db})\n", flush=True
+        )
+        server.run(args.host, args.port, ssl=ssl, reuse_port=args.reuse_port, announce=announced)
+    except KeyboardInterrupt:
+        return 130
+    except (StoreError, OSError) as error:
+        print(f"mizusync: {args.host}:{args.port}, {args.db}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
