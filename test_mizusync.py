@@ -1,0 +1,5212 @@
+"""Tests of mizusync, in the order of its sections: each name is a promise, in the protocol's words.
+
+What goes over a socket goes through RawClient, which is written from the RFCs and imports no parser
+of ours, so that no mistake cancels itself. Nothing sleeps to wait: a condition has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import email.utils
+import gc
+import http.client
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlencode
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+import mizusync
+from mizusync import (
+    Change,
+    Engine,
+    Hint,
+    Hub,
+    Json,
+    Mutation,
+    News,
+    Server,
+    Settings,
+    StoreError,
+    Unavailable,
+)
+
+PATIENCE = 10.0  # seconds that anything may take which should happen at once
+MOMENT = PATIENCE / 40  # a limit that a test wants to see run out
+
+SMALL = Settings(linger=1.0, close_timeout=1.0, shutdown_timeout=PATIENCE / 2)
+KEY = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="  # with its answer in RFC 6455 §1.3
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+CODES = {  # the protocol's "errors", but for 410, which has two
+    400: "invalid_request", 401: "unauthorized", 403: "forbidden", 404: "not_found",
+    405: "method_not_allowed", 408: "request_timeout", 409: "conflict", 413: "too_large",
+    414: "uri_too_long", 415: "unsupported_media_type", 426: "upgrade_required",
+    431: "headers_too_large", 500: "internal_error", 501: "not_implemented", 503: "unavailable",
+    505: "version_not_supported",
+}  # fmt: skip
+OBLIGED = {401: "www-authenticate", 405: "allow", 426: "upgrade", 503: "retry-after"}
+
+T = TypeVar("T")
+
+
+# --- Helpers --------------------------------------------------------------------------------
+# An application of a few lines, a server in a thread, and a client that knows the RFCs alone.
+
+SCHEMA = "CREATE TABLE IF NOT EXISTS notes (scope TEXT, data TEXT);"
+REFUSALS: dict[str, type[mizusync.SyncError]] = {
+    "invalid_mutation": mizusync.InvalidMutation,
+    "not_found": mizusync.NotFound,
+    "conflict": mizusync.Conflict,
+    "forbidden": mizusync.Forbidden,
+}
+
+
+def apply(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+    """The tests' application: one mutation for each thing that can become of one."""
+    match mutation.name, mutation.args:
+        case "note", data:
+            db.execute("INSERT INTO notes VALUES (?, ?)", (mutation.scope, json.dumps(data)))
+            return [data]
+        case "notes", int(count):
+            return list(range(count))
+        case "share", [*scopes]:
+            return [Change(mutation.id, scope=scope) for scope in scopes]
+        case "who", _:
+            return [mutation.identity]
+        case "refuse", str(code):
+            raise REFUSALS[code]("a reason for people")
+    raise RuntimeError("a secret of the inside")
+
+
+def snapshot(db: sqlite3.Connection, scope: str) -> list[Any]:
+    rows = db.execute("SELECT data FROM notes WHERE scope = ? ORDER BY rowid", (scope,))
+    return [json.loads(data) for (data,) in rows]
+
+
+def note(key: str, args: Any = None, **fields: Any) -> dict[str, Any]:
+    return {"id": key, "name": "note", "args": args, **fields}
+
+
+def table(name: str, rows: Mapping[str, Any]) -> pytest.MarkDecorator:
+    """One test for each row, under the row's own name."""
+    return pytest.mark.parametrize(name, list(rows.values()), ids=list(rows))
+
+
+def until(condition: Callable[[], T]) -> T:
+    """Wait for what should become true; a deadline, never a sleep that hopes."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.002)
+    return value
+
+
+def raw(*lines: bytes, body: bytes = b"") -> bytes:
+    """A request as it goes over the wire: its lines, an empty one, its body."""
+    return b"\r\n".join((*lines, b"", b"")) + body
+
+
+def chunked(*parts: bytes, trailer: bytes = b"") -> bytes:
+    """RFC 9112 §7.1."""
+    chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in (*parts, b"")]
+    return b"".join(chunks)[:-2] + trailer + b"\r\n"
+
+
+def masked(opcode: int, payload: bytes, fin: bool = True, rsv: int = 0) -> bytes:
+    """A client's frame (RFC 6455 §5.2)."""
+    head = bytearray([fin << 7 | rsv << 4 | opcode])
+    if len(payload) < 126:
+        head.append(0x80 | len(payload))
+    elif len(payload) < 2**16:
+        head += b"\xfe" + len(payload).to_bytes(2, "big")
+    else:
+        head += b"\xff" + len(payload).to_bytes(8, "big")
+    key = b"\x37\xfa\x21\x3d"
+    pad = int.from_bytes((key * (len(payload) // 4 + 1))[: len(payload)], "big")
+    return bytes(head) + key + (int.from_bytes(payload, "big") ^ pad).to_bytes(len(payload), "big")
+
+
+def pieces(data: bytes, cuts: Iterable[int]) -> list[bytes]:
+    """The same bytes, cut at these places."""
+    places = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
+    return [data[start:end] for start, end in itertools.pairwise(places)]
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body.decode())
+
+
+class Frame(NamedTuple):
+    opcode: int
+    payload: bytes
+    fin: bool = True
+
+
+class RawClient:
+    """A blocking socket that speaks HTTP/1.1 and WebSocket, and checks what it is told."""
+
+    def __init__(self, address: tuple[str, int], receive_buffer: int = 0) -> None:
+        self.address, self.buffer = address, bytearray()
+        self.sock = socket.socket()
+        self.sock.settimeout(PATIENCE)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        try:
+            self.sock.connect(address)
+        except OSError:
+            self.sock.close()
+            raise
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def reset(self) -> None:
+        """Go without a word, and without reading what was said."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def half_close(self) -> None:
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def take(self, size: int) -> bytes:
+        while len(self.buffer) < size:
+            if not (more := self.sock.recv(65536)):
+                raise EOFError(f"the server closed after {bytes(self.buffer)!r}")
+            self.buffer += more
+        taken = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return taken
+
+    def line(self) -> bytes:
+        line = bytearray()
+        while not line.endswith(b"\r\n"):
+            line += self.take(1)
+        return bytes(line[:-2])
+
+    def ended(self) -> bool:
+        """Whether the server closes now, in order (no reset), and said nothing more."""
+        return not self.buffer and self.sock.recv(1) == b""
+
+    def request(
+        self,
+        method: str,
+        target: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        fields = {"Host": "{}:{}".format(*self.address)} | dict(headers or {})
+        if body is not None:
+            fields = {"Content-Type": "application/json", "Content-Length": str(len(body))} | fields
+        lines = [f"{method} {target} HTTP/1.1", *(f"{k}: {v}" for k, v in fields.items())]
+        self.send(raw(*(line.encode() for line in lines), body=body or b""))
+        return self.response(bodiless=method == "HEAD")
+
+    def response(self, *, bodiless: bool = False) -> Reply:
+        version, status, _ = self.line().split(b" ", 2)
+        assert version == b"HTTP/1.1"
+        headers: dict[str, str] = {}
+        while line := self.line():
+            name, value = line.decode("ascii").split(":", 1)
+            assert re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name), line
+            assert name.lower() not in headers, line
+            headers[name.lower()] = value.strip(" \t")
+        if int(status) < 200 or status in (b"204", b"304"):
+            assert "content-length" not in headers  # RFC 9110 §8.6
+            return Reply(int(status), headers, b"")
+        size = 0 if bodiless else int(headers["content-length"])
+        return Reply(int(status), headers, self.take(size))
+
+    def push(self, *mutations: Any, headers: Mapping[str, str] | None = None) -> list[Any]:
+        reply = self.request("POST", "/sync/push", json.dumps(mutations).encode(), headers)
+        assert reply.status == 200, reply
+        results: list[Any] = reply.json
+        return results
+
+    def pull(self, **parameters: Any) -> Any:
+        reply = self.request("GET", "/sync/pull?" + urlencode(parameters))
+        assert reply.status == 200, reply
+        return reply.json
+
+    def upgrade(self, target: str = "/ws", headers: Mapping[str, str] | None = None) -> Reply:
+        key, value = KEY.decode().split(": ")
+        fields = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        return self.request("GET", target, headers=fields | {key: value} | dict(headers or {}))
+
+    def send_frame(self, opcode: int, payload: bytes, fin: bool = True) -> None:
+        self.send(masked(opcode, payload, fin))
+
+    def read_frame(self) -> Frame:
+        first, second = self.take(2)
+        assert not first & 0x70, "an extension that was never agreed on"
+        assert not second & 0x80, "a server masks nothing (RFC 6455 §5.1)"
+        size, shortest = second, 0
+        if second > 125:
+            shortest = 126 if second == 126 else 2**16
+            size = int.from_bytes(self.take(2 if second == 126 else 8), "big")
+        assert size >= shortest, "a length in more bytes than it needs"
+        return Frame(first & 15, self.take(size), bool(first & 0x80))
+
+    def read_json(self) -> Any:
+        """The next message; a ping on the way is answered."""
+        while (frame := self.read_frame()).opcode == PING:
+            self.send_frame(PONG, frame.payload)
+        assert frame.opcode == TEXT, frame
+        return json.loads(frame.payload.decode())
+
+    def read_close(self) -> int:
+        """The code of the server's close frame, which is answered; then nothing but the end."""
+        while (frame := self.read_frame()).opcode != CLOSE:
+            pass
+        self.send_frame(CLOSE, frame.payload)
+        assert self.ended()
+        self.close()
+        frame.payload[2:].decode()
+        return int.from_bytes(frame.payload[:2], "big")
+
+    def say(self, topic: str, data: Any = None) -> None:
+        self.send_frame(TEXT, json.dumps({"topic": topic, "data": data}).encode())
+
+    def subscribe(self, **data: Any) -> Any:
+        self.say("subscribe", data)
+        return self.read_json()
+
+    def quiet(self) -> bool:
+        """Whether nothing stood in the way of the answer to a ping."""
+        self.send_frame(PING, b"quiet?")
+        return self.read_frame() == Frame(PONG, b"quiet?")
+
+
+class Records(logging.Handler):
+    """What was logged, as text, tracebacks included."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        # asyncio's warnings are about slow machines, its errors about our faults.
+        self.addFilter(lambda record: record.name == "mizusync" or record.levelno >= logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(logging.Formatter().format(record))
+
+
+class Live:
+    """A server at work in a thread of its own, so that tests are plain functions."""
+
+    address: tuple[str, int]
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, engine: Engine, server: Server) -> None:
+        self.engine, self.server = engine, server
+        self.records, self.clients = Records(), ExitStack()
+        self.stopping, self.left = asyncio.Event(), set[str]()
+
+    async def main(self) -> None:
+        async with self.server.listen("127.0.0.1", 0) as (host, port):
+            self.loop = asyncio.get_running_loop()
+            self.address = (host, port)
+            await self.stopping.wait()
+        self.left = {repr(task) for task in asyncio.all_tasks() - {asyncio.current_task()}}
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.stopping.set)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function or coroutine function gives, called in the server's loop."""
+
+        async def called() -> Any:
+            value = function(*arguments)
+            return await value if asyncio.iscoroutine(value) else value
+
+        return asyncio.run_coroutine_threadsafe(called(), self.loop).result(PATIENCE)
+
+    def tasks(self) -> int:
+        return int(self.call(lambda: len(asyncio.all_tasks())))
+
+    def client(self, receive_buffer: int = 0) -> RawClient:
+        return self.clients.enter_context(closing(RawClient(self.address, receive_buffer)))
+
+    def socket(
+        self, target: str = "/ws", headers: Mapping[str, str] | None = None, receive_buffer: int = 0
+    ) -> RawClient:
+        client = self.client(receive_buffer)
+        assert client.upgrade(target, headers).status == 101
+        return client
+
+    def logged(self, words: str) -> None:
+        """The test expects this record, and only then is it no fault."""
+        until(lambda: any(words in text for text in self.records.texts))
+        self.records.texts = [text for text in self.records.texts if words not in text]
+
+
+@contextmanager
+def serving(
+    engine: Engine,
+    *,
+    prepare: Callable[[Server], Any] = lambda server: None,
+    may_log: str = "$^",
+    **options: Any,
+) -> Iterator[Live]:
+    """A server on this engine; both end with it, without a task or an unexpected record left."""
+    with closing(engine), ExitStack() as stack:
+        live = Live(engine, Server(engine, **options))
+        prepare(live.server)
+        for logger in (logging.getLogger("mizusync"), logging.getLogger("asyncio")):
+            logger.addHandler(live.records)
+            stack.callback(logger.removeHandler, live.records)
+        stack.callback(gc.collect, 1)  # a task that failed unheard is heard of now
+        thread = threading.Thread(target=lambda: asyncio.run(live.main()), daemon=True)
+        thread.start()
+        until(lambda: hasattr(live, "address") or not thread.is_alive())
+        try:
+            yield live
+        finally:
+            live.clients.close()
+            live.stop()
+            thread.join(PATIENCE)
+    assert not thread.is_alive(), "the server did not end"
+    assert not live.left, "tasks were left"
+    assert not [text for text in live.records.texts if not re.search(may_log, text)]
+
+
+@contextmanager
+def serve(
+    folder: Path,
+    settings: Settings = SMALL,
+    *,
+    apply: Callable[[sqlite3.Connection, Mutation], Iterable[Any]] = apply,
+    snapshot: Callable[[sqlite3.Connection, str], Any] | None = snapshot,
+    **options: Any,
+) -> Iterator[Live]:
+    """A server on a file in this folder, and the tests' application on it."""
+    path = folder / "log.db"
+    engine = Engine(path, apply=apply, snapshot=snapshot, schema=SCHEMA, settings=settings)
+    with serving(engine, **options) as live:
+        yield live
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Live]:
+    with serve(tmp_path) as live:
+        yield live
+
+
+@pytest.fixture
+def client(server: Live) -> RawClient:
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with serve(tmp_path_factory.mktemp("shared"), may_log=".") as live:
+        yield live
+
+
+@pytest.fixture
+def visitor(shared: Live) -> Iterator[RawClient]:
+    """A client of one server for all that is only refused: nothing is applied, nothing logged."""
+    shared.records.texts.clear()
+    with closing(RawClient(shared.address)) as client:
+        yield client
+    gc.collect(1)
+    assert not shared.records.texts
+    with closing(RawClient(shared.address)) as client:
+        assert client.pull()["changes"] == []
+
+
+def refused(reply: Reply, *statuses: int, code: str = "") -> bool:
+    """Whether this is one of these refusals, whole: code, sentence, and the fields it needs."""
+    assert reply.status in statuses, reply
+    assert list(reply.json) == ["code", "error"]
+    assert reply.json["code"] == (code or CODES[reply.status])
+    assert " " in str(reply.json["error"])
+    assert reply.headers["content-type"].split(";")[0] == "application/json"
+    assert reply.headers["cache-control"] == "no-store"
+    assert "date" in reply.headers
+    return reply.headers.get(OBLIGED.get(reply.status, "date")) not in (None, "")
+
+
+settings.register_profile(
+    "mizusync", deadline=None, max_examples=60, derandomize="CI" in os.environ
+)
+settings.load_profile("mizusync")
+
+DEFAULT = "_default"
+
+
+def open_log(path: Path, **options: Any) -> Engine:
+    """An engine on this file, with the tests' application."""
+    usual: dict[str, Any] = {"apply": apply, "snapshot": snapshot, "schema": SCHEMA}
+    return Engine(path, **(usual | options))
+
+
+def ask(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine gives, in a loop of its own."""
+    return asyncio.run(asyncio.wait_for(coroutine, PATIENCE))
+
+
+def push(engine: Engine, *mutations: Any) -> list[Any]:
+    """The results, as a client reads them."""
+    return [json.loads(result.encoded) for result in engine.submit(mutations).result(PATIENCE)]
+
+
+def pull(engine: Engine, cursor: int = 0, scope: str = DEFAULT, **parameters: Any) -> Any:
+    """A page, as a client reads it."""
+    return json.loads(ask(engine.pull(scope, cursor, **parameters)).encode())
+
+
+def pages(engine: Engine, cursor: int = 0, scope: str = DEFAULT, limit: int = 1000) -> list[Any]:
+    """Every page from here on."""
+    found = [pull(engine, cursor, scope, limit=limit)]
+    while found[-1]["hasMore"]:
+        found.append(pull(engine, found[-1]["cursor"], scope, limit=limit))
+    return found
+
+
+def whole_log(engine: Engine, scope: str = DEFAULT, limit: int = 1000) -> list[Any]:
+    return [change for page in pages(engine, 0, scope, limit) for change in page["changes"]]
+
+
+def fold(changes: Iterable[Any]) -> list[Any]:
+    """What `snapshot` gives after these changes."""
+    return [change["data"] for change in changes]
+
+
+def ledger(db: sqlite3.Connection, mutation: Mutation) -> Iterator[Change]:
+    """An application whose snapshot is the fold of its changes, and that may fail when all is done.
+
+    `args` is a list of scopes, and the code to fail with at the end or null.
+    """
+    scopes, failure = mutation.args
+    for number, scope in enumerate(scopes):
+        data = f"{mutation.id}.{number}"
+        db.execute("INSERT INTO notes VALUES (?, ?)", (scope, json.dumps(data)))
+        yield Change(data, scope=scope)
+    if failure:
+        raise REFUSALS.get(failure, ZeroDivisionError)("a reason")
+
+
+def entry(key: str, *scopes: str, fail: str | None = None, scope: str = DEFAULT) -> dict[str, Any]:
+    """A mutation of `ledger`: one change in each of these scopes."""
+    return {"id": key, "scope": scope, "name": "entry", "args": [list(scopes), fail]}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "log.db"
+
+
+@pytest.fixture
+def engine(path: Path) -> Iterator[Engine]:
+    with closing(open_log(path)) as engine:
+        yield engine
+
+
+# --- Values ---------------------------------------------------------------------------------
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+almost_json = st.text('[]{}",:\\ud8f0123456789eE+-. \ntrualsNIf\u00e9\U0001f600').map(str.encode)
+
+
+@given(value=json_values, ascii_only=st.booleans(), indent=st.sampled_from([None, 2]))
+def test_any_json_value_is_read_as_it_was_written(
+    value: Any, ascii_only: bool, indent: int | None
+) -> None:
+    written = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode()
+    assert mizusync.parse_json(written) == value
+
+
+@settings(max_examples=300)
+@given(data=st.binary() | almost_json, depth=st.integers(1, 64))
+def test_any_bytes_are_a_json_value_or_an_invalid_request(data: bytes, depth: int) -> None:
+    with suppress(mizusync.InvalidRequest):
+        json.dumps(mizusync.parse_json(data, depth), ensure_ascii=False, allow_nan=False).encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b" ", b"[1,]", b"{'a': 1}", b"[1] 2", b"01", b"+1", b".5", b"1.", b"0x1", b"nul"),
+        *(b"True", b"[}", b'{"a"}', b'{"a":1,}', b'"\x01"', b'"\t"', b'"', b'"\\', b"\xc2\xa01"),
+        *(b"NaN", b"Infinity", b"-Infinity", b"[NaN]", b"1e400", b"-1e400", b'{"a": 1e999}'),
+        *(b"9223372036854775808", b"-9223372036854775809", b"1" * 5000, "\u0661".encode()),
+        *(rb'"\ud800"', rb'"\udc00"', rb'{"\ud800": 1}', rb'["\ud800\ud800"]', rb'"\udc00\ud800"'),
+        *(b'"\xed\xa0\x80"', b'"\xc0\xaf"', b'"\xff"', b'"\xe9"', b"\xef\xbb\xbf1"),
+        *("[1]".encode(code) for code in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")),
+    ],
+)
+def test_what_is_not_strict_json_in_utf_8_is_an_invalid_request(data: bytes) -> None:
+    with pytest.raises(mizusync.InvalidRequest):
+        mizusync.parse_json(data)
+
+
+@pytest.mark.parametrize("number", [2**63 - 1, -(2**63), 2**53, 0])
+def test_integers_of_64_bits_are_read_exactly(number: int) -> None:
+    assert mizusync.parse_json(b"[%d]" % number) == [number]
+
+
+def test_a_pair_of_surrogates_is_one_character() -> None:
+    assert mizusync.parse_json(rb'"\ud83d\ude00"') == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"), [(b"[", b"]"), (b'{"[":', b"}"), (b'[{"\\"}":', b"}]")]
+)
+def test_json_is_read_to_64_levels_and_no_deeper(opening: bytes, closing: bytes) -> None:
+    times = 64 // (opening.count(b"[{") + 1)
+    mizusync.parse_json(opening * times + b"1" + closing * times)
+    mizusync.parse_json(b"[" + b",".join([opening + b"1" + closing] * 100) + b"]")
+    with pytest.raises(mizusync.InvalidRequest):
+        mizusync.parse_json(opening * (times + 1) + b"1" + closing * (times + 1))
+
+
+def test_brackets_inside_a_string_are_no_levels() -> None:
+    text = '[{\\"[' * 100
+    assert mizusync.parse_json(json.dumps([text]).encode()) == [text]
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [b'"', b'\\"', b'"\\', b"[", b'["', b'"[', b'{"a":', b"[]", b"[[]", b'"",', b"1", b"\\", b"1e"],
+)
+def test_hostile_json_takes_time_by_its_size_alone(piece: bytes) -> None:
+    # With time that grows as the square of the size, the larger one takes minutes.
+    started = time.process_time()
+    for prefix in (b"", b"[" * 65, b'["' + b"[" * 65):
+        with suppress(mizusync.InvalidRequest):
+            mizusync.parse_json(prefix + piece * (2**19 // len(piece)))
+    assert time.process_time() - started < PATIENCE / 4
+
+
+@pytest.mark.parametrize("args", [None, 0, False, "", [], {}, {"a": [1]}])
+def test_the_args_of_a_mutation_are_any_json_value(args: Any) -> None:
+    parsed = Mutation.parse({"id": "1", "name": "n", "args": args, "unknown": "ignored"})
+    assert parsed == Mutation("1", "n", args, DEFAULT)
+
+
+def test_without_args_and_scope_a_mutation_has_null_and_the_default() -> None:
+    assert Mutation.parse({"id": "1", "name": "n"}) == Mutation("1", "n", None, DEFAULT)
+
+
+@pytest.mark.parametrize("character", ["a", "\U0001f600"])
+def test_lengths_count_code_points(character: str) -> None:
+    longest = {"id": character * 128, "name": character * 128, "scope": character * 256}
+    assert Mutation.parse(longest).scope == character * 256
+    for field in longest:
+        with pytest.raises(mizusync.InvalidMutation):
+            Mutation.parse(longest | {field: longest[field] + character})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, 1, "text", [], {}, {"id": "1"}, {"name": "n"}),
+        *({"id": key, "name": "n"} for key in ("", 1, None, ["1"], True)),
+        *({"id": "1", "name": word} for word in ("", 1, None, True)),
+        *({"id": "1", "name": "n", "scope": word} for word in ("", 1, None, True, "\ud800")),
+    ],
+)
+def test_what_is_no_mutation_is_an_invalid_mutation(value: Any) -> None:
+    with pytest.raises(mizusync.InvalidMutation):
+        Mutation.parse(value)
+
+
+@settings(max_examples=25)
+@given(data=st.lists(json_values, min_size=1, max_size=3))
+def test_the_data_of_a_change_reaches_every_client_as_it_was_made(data: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "log.db"
+        with closing(open_log(file, apply=lambda db, mutation: mutation.args)) as engine:
+            (result,) = push(engine, {"id": "1", "name": "n", "args": data})
+            assert fold(result["changes"]) == data
+            assert whole_log(engine) == result["changes"]
+        with closing(open_log(file)) as engine:
+            assert whole_log(engine) == result["changes"]
+
+
+def test_answers_have_their_fields_in_the_order_of_the_protocol(engine: Engine) -> None:
+    good, again, bad = push(engine, note("1"), note("1"), {"id": "2", "name": "?"})
+    assert list(good) == ["ok", "cursor", "changes"]
+    assert list(again) == ["ok", "cursor", "changes", "duplicate"]
+    assert list(bad) == ["ok", "code", "error"]
+    assert list(good["changes"][0]) == ["cursor", "scope", "time", "data"]
+    assert list(pull(engine)) == ["changes", "cursor", "epoch", "hasMore"]
+    assert list(json.loads(ask(engine.snapshot()).encode())) == ["data", "cursor", "epoch"]
+
+
+def test_a_change_has_its_time_in_utc(engine: Engine) -> None:
+    before = time.gmtime(time.time() - 1)
+    (result,) = push(engine, note("1"))
+    moment = time.strptime(result["changes"][0]["time"].split(".")[0], "%Y-%m-%dT%H:%M:%S")
+    assert result["changes"][0]["time"].endswith("Z")
+    assert before <= moment <= time.gmtime()
+
+
+def test_the_error_of_a_mutation_shows_nothing_of_the_inside(engine: Engine) -> None:
+    (result,) = push(engine, {"id": "1", "name": "unknown"})
+    assert (result["ok"], result["code"]) == (False, "internal_error")
+    assert "secret" not in result["error"]
+
+
+# --- Store ----------------------------------------------------------------------------------
+# The file: what it is refused for, what opening it does, what stands in it.
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".db-shm"}
+
+
+def make_database(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(statement)
+
+
+@table(
+    "statements",
+    {
+        "tables": ["CREATE TABLE invoices (n)", "INSERT INTO invoices VALUES (1)"],
+        "a mark": ["PRAGMA application_id = 77", "PRAGMA user_version = 1"],
+        "a write-ahead log": ["PRAGMA journal_mode = WAL", "CREATE TABLE invoices (n)"],
+    },
+)
+def test_another_programs_database_is_refused_and_unchanged(
+    tmp_path: Path, path: Path, statements: list[str]
+) -> None:
+    make_database(path, *statements)
+    before = content(tmp_path)
+    with pytest.raises(StoreError):
+        open_log(path)
+    assert content(tmp_path) == before
+
+
+def test_another_programs_unfinished_write_ahead_log_is_left_to_it(tmp_path: Path) -> None:
+    make_database(tmp_path / "its.db", "PRAGMA journal_mode = WAL", "CREATE TABLE invoices (n)")
+    (tmp_path / "crashed").mkdir()
+    with closing(sqlite3.connect(tmp_path / "its.db", isolation_level=None)) as db:
+        db.execute("INSERT INTO invoices VALUES (1)")
+        for file in tmp_path.glob("its.db*"):
+            shutil.copy(file, tmp_path / "crashed")
+    before = content(tmp_path / "crashed")
+    with pytest.raises(StoreError):
+        open_log(tmp_path / "crashed" / "its.db")
+    assert content(tmp_path / "crashed") == before
+
+
+@pytest.mark.parametrize(
+    "data", [b"no database at all", b"text " * 4000, b"SQLite format 3\0" + bytes(200), bytes(4096)]
+)
+def test_a_file_that_is_no_database_is_refused_and_unchanged(
+    tmp_path: Path, path: Path, data: bytes
+) -> None:
+    path.write_bytes(data)
+    with pytest.raises(StoreError):
+        open_log(path)
+    assert content(tmp_path) == {path.name: data}
+
+
+def test_a_newer_format_is_refused_and_unchanged(tmp_path: Path, path: Path) -> None:
+    with closing(open_log(path)) as engine:
+        push(engine, note("1"))
+    make_database(path, "UPDATE mizusync_format SET format = format + 1")
+    before = content(tmp_path)
+    with pytest.raises(StoreError, match="newer"):
+        open_log(path)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["nowhere/log.db", ".", ":memory:", ""])
+def test_a_path_that_can_hold_no_log_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError):
+        Engine(name, apply=apply)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_file_and_a_strange_name_are_taken(tmp_path: Path) -> None:
+    strange = tmp_path / "50% ?mode=ro#\u00e9.db"
+    strange.touch()
+    with closing(open_log(strange)) as engine:
+        assert push(engine, note("1"))[0]["ok"]
+    assert strange.stat().st_size > 0
+
+
+def test_an_application_s_database_is_taken_on_with_adopt(path: Path) -> None:
+    make_database(
+        path,
+        *("CREATE TABLE invoices (n)", "INSERT INTO invoices VALUES (41)"),
+        *("PRAGMA user_version = 7", "PRAGMA application_id = 77"),
+    )
+    for number in ("1", "2"):  # and then it is ours as well
+        with closing(open_log(path, adopt=number == "1")) as engine:
+            assert push(engine, note(number))[0]["ok"]
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT * FROM invoices").fetchall() == [(41,)]
+        assert db.execute("PRAGMA user_version").fetchone() == (7,)
+        assert db.execute("PRAGMA application_id").fetchone() == (77,)
+
+
+def test_every_table_of_ours_is_named_mizusync(path: Path) -> None:
+    with closing(open_log(path)) as engine:
+        push(engine, note("1"))
+    with closing(sqlite3.connect(path)) as db:
+        names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+        assert db.execute("PRAGMA user_version").fetchone() == (0,)
+        assert db.execute("PRAGMA application_id").fetchone() != (0,)
+    assert {name for name in names if not name.startswith(("mizusync_", "sqlite_"))} == {"notes"}
+
+
+def test_opening_and_reading_write_nothing(path: Path) -> None:
+    with closing(open_log(path)) as engine:
+        push(engine, *(note(str(number)) for number in range(20)))
+    before = path.read_bytes()
+    with closing(open_log(path)) as engine:
+        assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 20
+        assert path.read_bytes() == before
+        assert path.with_name("log.db-wal").stat().st_size == 0
+    assert path.read_bytes() == before
+
+
+def test_a_closed_log_is_one_file_and_sound(tmp_path: Path, path: Path) -> None:
+    with closing(open_log(path)) as engine:
+        push(engine, *(note(str(number)) for number in range(20)))
+    assert list(content(tmp_path)) == [path.name]
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_what_was_acknowledged_is_in_the_file_before_the_answer(engine: Engine, path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        for number in range(10):
+            push(engine, note(str(number)))
+            count = db.execute("SELECT count(*) FROM mizusync_changes").fetchone()
+            assert count == db.execute("SELECT count(*) FROM notes").fetchone() == (number + 1,)
+
+
+# --- Engine ---------------------------------------------------------------------------------
+# Push: once, whole, or not at all.
+
+
+def test_each_change_has_a_higher_cursor_over_all_scopes(engine: Engine) -> None:
+    cursors = [push(engine, note(str(n), scope=f"s{n % 3}"))[0]["cursor"] for n in range(9)]
+    assert cursors == sorted(set(cursors))
+    assert min(cursors) > 0
+
+
+life = st.lists(
+    st.tuples(st.just("push"), st.lists(st.sampled_from("ab"), max_size=4))
+    | st.tuples(st.just("fail"), st.lists(st.sampled_from("ab"), max_size=4))
+    | st.tuples(st.just("trim"), st.sampled_from("ab"))
+    | st.tuples(st.just("reopen"), st.none()),
+    min_size=3,
+    max_size=25,
+)
+
+
+@settings(max_examples=40)
+@given(events=life)
+def test_cursors_strictly_increase_and_are_never_used_again(events: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        engine = open_log(Path(folder) / "log.db", apply=ledger)
+        newest = 0
+        for number, (what, detail) in enumerate(events):
+            if what == "push":
+                (result,) = push(engine, entry(str(number), *detail))
+                for change in result["changes"]:
+                    assert change["cursor"] > newest
+                    newest = change["cursor"]
+            elif what == "fail":
+                assert not push(engine, entry(str(number), *detail, fail="conflict"))[0]["ok"]
+            elif what == "trim":
+                ask(engine.trim(detail, newest + 1))
+            else:
+                engine.close()
+                engine = open_log(Path(folder) / "log.db", apply=ledger)
+        engine.close()
+
+
+@settings(max_examples=40)
+@given(
+    sends=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=1, max_size=12),
+    wait=st.lists(st.booleans(), min_size=12, max_size=12),
+    reopen=st.integers(0, 12),
+)
+def test_any_order_of_sends_and_repeats_applies_each_mutation_once(
+    sends: list[list[int]], wait: list[bool], reopen: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        engine = open_log(Path(folder) / "log.db", apply=ledger)
+        answers = []
+        for number, keys in enumerate(sends):
+            if number == reopen:
+                engine.close()  # which finishes what was sent
+                engine = open_log(Path(folder) / "log.db", apply=ledger)
+            mutations = [entry(str(key), *([DEFAULT] * key)) for key in keys]
+            future = engine.submit(mutations)
+            answers += [(key, future, place) for place, key in enumerate(keys)]
+            if wait[number]:  # else they are sent while others are on their way
+                future.result(PATIENCE)
+        first: dict[int, Any] = {}
+        for key, future, place in answers:
+            result = json.loads(future.result(PATIENCE)[place].encoded)
+            if key in first:
+                assert result == first[key] | {"duplicate": True}
+            else:
+                first[key] = result
+        made = sorted((c for r in first.values() for c in r["changes"]), key=cursor_of)
+        assert whole_log(engine) == made
+        assert ask(engine.snapshot()).data == fold(made)
+        engine.close()
+
+
+def cursor_of(change: Any) -> int:
+    return int(change["cursor"])
+
+
+def test_one_id_sent_eight_times_at_once_applies_once(engine: Engine) -> None:
+    together = threading.Barrier(8)
+
+    def send(number: int) -> Any:
+        together.wait(PATIENCE)
+        return push(engine, note("1", number))[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(send, range(8)))
+    assert sorted("duplicate" in result for result in results) == [False] + [True] * 7
+    assert all(result["changes"] == whole_log(engine) for result in results)
+    assert len(ask(engine.snapshot()).data) == 1
+
+
+def test_one_id_twice_in_one_push_applies_once(engine: Engine) -> None:
+    first, other, again = push(engine, note("1", "a"), note("2", "b"), note("1", "a"))
+    assert again == first | {"duplicate": True}
+    assert whole_log(engine) == first["changes"] + other["changes"]
+
+
+def test_one_id_never_applies_twice_whatever_else_it_comes_with(engine: Engine) -> None:
+    (first,) = push(engine, note("1", "a"))
+    for other in (note("1", "b"), {"id": "1", "name": "refuse", "args": "conflict"}):
+        assert push(engine, other) == [first | {"duplicate": True}]
+
+
+def test_one_id_in_two_scopes_names_two_mutations(engine: Engine) -> None:
+    results = push(engine, note("1", scope="a"), note("1", scope="b"))
+    assert ["duplicate" in result for result in results] == [False, False]
+
+
+def test_a_retry_gets_its_first_answer_after_others_pushed_and_after_a_restart(path: Path) -> None:
+    with closing(open_log(path)) as engine:
+        (first,) = push(engine, {"id": "1", "name": "notes", "args": 3})
+        push(engine, *(note(str(number)) for number in range(2, 9)))
+        assert push(engine, {"id": "1", "name": "notes", "args": 3}) == [first | DUPLICATE]
+    with closing(open_log(path)) as engine:
+        assert push(engine, {"id": "1", "name": "notes", "args": 3}) == [first | DUPLICATE]
+
+
+DUPLICATE = {"duplicate": True}
+
+
+def test_a_retry_after_a_trim_gets_its_first_answer_without_changes(engine: Engine) -> None:
+    share = {"id": "1", "name": "share", "args": ["a", "b"]}
+    (first,) = push(engine, share)
+    ask(engine.trim("a", first["cursor"]))  # one of its two changes
+    assert push(engine, share) == [{"ok": True, "cursor": first["cursor"], **DUPLICATE}]
+
+
+def test_without_changes_a_results_cursor_is_its_scopes_current_one(path: Path) -> None:
+    with closing(open_log(path)) as engine:
+        (some,) = push(engine, note("1", scope="a"))
+        push(engine, note("2", scope="b"))
+        nothing = {"id": "3", "scope": "a", "name": "notes", "args": 0}
+        (first,) = push(engine, nothing)
+        assert first == {"ok": True, "cursor": some["cursor"], "changes": []}
+        push(engine, note("4", scope="a"))
+        assert push(engine, nothing) == [first | DUPLICATE]
+        assert push(engine, nothing | {"scope": "new"})[0]["cursor"] == 0
+    with closing(open_log(path)) as engine:
+        assert push(engine, nothing) == [first | DUPLICATE]
+
+
+def test_a_change_is_found_in_the_scope_that_it_names(engine: Engine) -> None:
+    share = {"id": "1", "scope": "mine", "name": "share", "args": ["a", "b", "a"]}
+    (result,) = push(engine, share)
+    assert [change["scope"] for change in result["changes"]] == ["a", "b", "a"]
+    assert result["cursor"] == result["changes"][-1]["cursor"]
+    assert whole_log(engine, "a") == result["changes"][::2]
+    assert whole_log(engine, "b") == result["changes"][1:2]
+    assert whole_log(engine, "mine") == []
+    assert ask(engine.head("mine")) == 0
+
+
+@pytest.mark.parametrize("code", [*REFUSALS, "internal_error"])
+def test_a_mutation_that_failed_left_no_trace_and_may_be_sent_again(path: Path, code: str) -> None:
+    with closing(open_log(path, apply=ledger)) as engine:
+        bad = entry("bad", DEFAULT, "other", fail=code)
+        good, failed, next_one = push(engine, entry("1", DEFAULT), bad, entry("2", DEFAULT))
+        assert (failed["ok"], failed["code"]) == (False, code)
+        assert next_one["cursor"] == good["cursor"] + 1
+        assert whole_log(engine) == good["changes"] + next_one["changes"]
+        assert ask(engine.snapshot()).data == ["1.0", "2.0"]
+        assert ask(engine.snapshot("other")).data == whole_log(engine, "other") == []
+        (again,) = push(engine, entry("bad", DEFAULT))
+        assert again["ok"]
+        assert "duplicate" not in again
+
+
+def test_application_and_log_are_one_transaction(engine: Engine) -> None:
+    push(engine, *(note(str(number), number) for number in range(5)))
+    assert ask(engine.snapshot()).data == fold(whole_log(engine)) == [0, 1, 2, 3, 4]
+
+
+def test_the_mutations_of_one_push_share_one_transaction(engine: Engine) -> None:
+    push(engine, *(note(str(number)) for number in range(50)))
+    assert engine.counts["commits"] == 1
+
+
+def test_all_that_waits_is_one_commit(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+    with closing(open_log(path, apply=gated(entered, release), settings=SLOW)) as engine:
+        futures = [engine.submit([note("gate")])]
+        assert entered.wait(PATIENCE)
+        futures += [engine.submit([note(str(number))]) for number in range(50)]
+        release.set()
+        assert all(future.result(PATIENCE)[0].ok for future in futures)
+        assert engine.counts["commits"] == 1
+        assert len(whole_log(engine)) == 51
+
+
+SLOW = Settings(commit_time=PATIENCE)
+
+
+def gated(entered: threading.Event, release: threading.Event) -> Callable[..., Any]:
+    """The tests' application; the mutation "gate" stays in it until it is released."""
+
+    def apply_gated(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.id == "gate":
+            entered.set()
+            assert release.wait(PATIENCE)
+        return apply(db, mutation)
+
+    return apply_gated
+
+
+def test_close_finishes_what_waits_and_then_nothing_is_taken(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+    engine = open_log(path, apply=gated(entered, release))
+    futures = [engine.submit([note(key)]) for key in ("gate", "1", "2")]
+    assert entered.wait(PATIENCE)
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    until(lambda: refuses(lambda: engine.submit([note("late")])))
+    release.set()
+    closer.join(PATIENCE)
+    assert all(future.result(0)[0].ok for future in futures)
+    with closing(open_log(path)) as engine:
+        assert len(whole_log(engine)) == 3
+
+
+def refuses(action: Callable[[], Any]) -> bool:
+    try:
+        action()
+    except Unavailable:
+        return True
+    return False
+
+
+def test_a_closed_engine_answers_everything_with_unavailable(engine: Engine) -> None:
+    push(engine, note("1"))
+    whole_log(engine)  # which the memory holds now
+    engine.close()
+    engine.close()  # twice does no harm
+    with pytest.raises(Unavailable):
+        engine.submit([note("2")])
+    for question in (
+        *(lambda: engine.push([]), engine.pull, lambda: engine.pull("other"), engine.snapshot),
+        *(engine.head, lambda: engine.head("other"), engine.position),
+        lambda: engine.trim(DEFAULT, 2),
+    ):
+        with pytest.raises(Unavailable):
+            ask(asked(question))
+
+
+async def asked(question: Callable[[], Any]) -> Any:
+    return await question()
+
+
+def test_too_many_waiting_pushes_are_unavailable_and_leave_no_trace(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+    few = Settings(pending_pushes=3)
+    with closing(open_log(path, apply=gated(entered, release), settings=few)) as engine:
+        futures = [engine.submit([note("gate")])]
+        assert entered.wait(PATIENCE)
+        futures += [engine.submit([note(str(number))]) for number in range(3)]
+        with pytest.raises(Unavailable):
+            engine.submit([note("too many")])
+        release.set()
+        assert all(future.result(PATIENCE)[0].ok for future in futures)
+        assert push(engine, note("too many"))[0]["ok"]
+
+
+def test_threads_and_loops_push_to_one_engine(engine: Engine) -> None:
+    async def in_a_loop() -> None:
+        await asyncio.gather(*(engine.push([note(f"loop {number}")]) for number in range(20)))
+
+    threads = [threading.Thread(target=lambda: ask(in_a_loop()))]
+    threads += [
+        threading.Thread(target=lambda key=str(n): push(engine, note(key))) for n in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert len(whole_log(engine)) == 40
+
+
+def test_the_identity_of_who_asks_reaches_apply(engine: Engine) -> None:
+    results = engine.submit([Mutation("1", "who", identity="ann")]).result(PATIENCE)
+    assert results[0].changes[0].data == "ann"
+
+
+def test_a_push_with_something_that_is_no_mutation_applies_none(engine: Engine) -> None:
+    with pytest.raises(mizusync.InvalidMutation):
+        engine.submit([note("1"), {"id": ""}])
+    assert whole_log(engine) == []
+
+
+@pytest.mark.parametrize("word", ["", "\ud800", "x" * 257, 5, None, []])
+@pytest.mark.parametrize("field", ["id", "name", "scope"])
+def test_a_mutation_can_not_be_made_wrong(field: str, word: Any) -> None:
+    good, bad = {"id": "1", "name": "note"}, {field: word}
+    with pytest.raises(mizusync.InvalidMutation):
+        Mutation(**(good | bad))
+    with pytest.raises(mizusync.InvalidMutation):
+        Mutation.parse(good | bad)
+
+
+# Push: whatever an application does wrong, it spoils that mutation alone.
+
+
+def raising(error: BaseException) -> Any:
+    raise error
+
+
+def half_read(db: sqlite3.Connection) -> Any:
+    KEPT.append(db.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n LIMIT 999)"
+                           " SELECT i FROM n"))  # fmt: skip
+    return KEPT[-1].fetchone() and ["fine"]
+
+
+def half_inserted(db: sqlite3.Connection) -> Any:
+    insert = "INSERT INTO notes VALUES ('n', '1'), ('n', '2') RETURNING data"
+    KEPT.append(db.cursor().execute(insert))
+    return KEPT[-1].fetchone() and ["fine"]
+
+
+def changed_factories(db: sqlite3.Connection) -> Any:
+    db.row_factory, db.text_factory = sqlite3.Row, bytes
+    return ["fine"]
+
+
+def left_blob(db: sqlite3.Connection) -> Any:
+    (row,) = db.execute("SELECT max(rowid) FROM notes").fetchone()
+    KEPT.append(db.blobopen("notes", "data", row))
+    KEPT[-1].write(b"n")  # of null
+    return ["fine"]
+
+
+def midway(db: sqlite3.Connection) -> Iterator[Any]:
+    yield "first"
+    db.execute("INSERT INTO notes VALUES ('n', '1')")
+    raise ZeroDivisionError
+
+
+def with_db(db: sqlite3.Connection) -> Any:
+    with db:
+        db.execute("INSERT INTO notes VALUES ('n', '1')")
+    return ["fine"]
+
+
+def own_savepoints(db: sqlite3.Connection) -> Any:
+    db.execute("SAVEPOINT mine")
+    db.execute("DELETE FROM notes")
+    db.execute("ROLLBACK TO mine")
+    db.execute("RELEASE mine")
+    db.execute("SAVEPOINT left_open")
+    return ["fine"]
+
+
+def released(db: sqlite3.Connection) -> Any:
+    db.execute("SAVEPOINT mine")
+    raise mizusync.Conflict("with a savepoint open")
+
+
+def cyclic() -> list[Any]:
+    data: list[Any] = []
+    data.append(data)
+    return data
+
+
+KEPT: list[Any] = []  # what a careless application keeps
+MISUSES: dict[str, Callable[[sqlite3.Connection], Any]] = {
+    "with db": with_db,
+    "commit": lambda db: db.commit(),
+    "rollback": lambda db: db.rollback(),
+    "executescript": lambda db: db.executescript("INSERT INTO notes VALUES ('n', '1');"),
+    "isolation_level": lambda db: setattr(db, "isolation_level", None),
+    "close": lambda db: db.close(),
+    "raises midway": midway,
+    "a savepoint left open by a failure": released,
+    "SystemExit": lambda db: raising(SystemExit(1)),
+    "KeyboardInterrupt": lambda db: raising(KeyboardInterrupt()),
+    "GeneratorExit": lambda db: raising(GeneratorExit()),
+    "CancelledError": lambda db: raising(asyncio.CancelledError()),
+    "MemoryError": lambda db: raising(MemoryError()),
+    "StopIteration": lambda db: raising(StopIteration()),
+    "a wrong statement": lambda db: db.execute("SELEC"),
+    "a dict": lambda db: {"data": 1},
+    "a string": lambda db: "text",
+    "bytes": lambda db: b"text",
+    "a number": lambda db: 5,
+    "a bare Change": lambda db: Change(1),
+    "a set as data": lambda db: [{1}],
+    "NaN as data": lambda db: [float("nan")],
+    "infinity as data": lambda db: [[float("-inf")]],
+    "half a surrogate pair as data": lambda db: ["\ud800"],
+    "half a surrogate pair as a key": lambda db: [{"\udfff": 1}],
+    "half a surrogate pair in Json": lambda db: [Json('"\ud800"')],
+    "data inside itself": lambda db: [cyclic()],
+    "an empty scope": lambda db: [Change(1, scope="")],
+    "a long scope": lambda db: [1, Change(1, scope="x" * 257)],
+    "half a surrogate pair as scope": lambda db: [Change(1, scope="\ud800")],
+    "a number as scope": lambda db: [Change(1, scope=5)],  # type: ignore[arg-type]
+    "too many changes": lambda db: range(1001),
+    "changes without end": lambda db: iter(lambda: 1, 2),
+} | {
+    sql: lambda db, sql=sql: [*db.execute(sql), "done"]
+    for sql in (
+        *("COMMIT", "ROLLBACK", "END", "commit", "BEGIN", "COMMIT TRANSACTION", "VACUUM"),
+        *("PRAGMA journal_mode = DELETE", "PRAGMA synchronous = OFF", "PRAGMA user_version = 3"),
+        *("PRAGMA query_only = ON", "ATTACH ':memory:' AS other", "DETACH main"),
+        *("ROLLBACK TO mizusync_mutation", "RELEASE mizusync_mutation"),
+        *("RELEASE MIZUSYNC_MUTATION", 'ROLLBACK TO "Mizusync_Mutation"'),
+        *("DELETE FROM mizusync_changes", "UPDATE mizusync_changes SET data = '1'"),
+        *("INSERT INTO mizusync_epochs VALUES (9, 'x', 0)", "DELETE FROM MIZUSYNC_MUTATIONS"),
+        *("REPLACE INTO mizusync_trims VALUES ('_default', 99)", "DROP TABLE mizusync_epochs"),
+        *("ALTER TABLE mizusync_trims RENAME TO trims", "DROP INDEX mizusync_changes_of_scope"),
+        "ALTER TABLE mizusync_changes ADD COLUMN mine",
+        "CREATE TRIGGER t AFTER INSERT ON mizusync_changes BEGIN DELETE FROM notes; END",
+        "CREATE TEMP TRIGGER t AFTER INSERT ON mizusync_changes BEGIN DELETE FROM notes; END",
+        "CREATE TEMP TABLE mizusync_changes (cursor, first, scope, time, data)",
+        "UPDATE sqlite_sequence SET seq = 0",
+    )
+}
+ALLOWED: dict[str, Callable[[sqlite3.Connection], Any]] = {
+    "savepoints of its own": own_savepoints,
+    "a half-read SELECT": half_read,
+    "INSERT RETURNING left open": half_inserted,
+    "factories changed": changed_factories,
+    "a blob left open": left_blob,
+    "None": lambda db: None,
+    "a generator": lambda db: (data for data in ("fine",)),
+    "a tuple": lambda db: ("fine",),
+    "reading the log": lambda db: db.execute("SELECT cursor FROM mizusync_changes").fetchall(),
+    "a thousand changes": lambda db: range(1000),
+    "a table of its own": lambda db: [db.execute("CREATE TABLE mine (n)") and "fine"],
+}
+
+
+def careless(db: sqlite3.Connection, mutation: Mutation) -> Any:
+    """The tests' application, but for what it does wrong once it has written."""
+    made = apply(db, mutation)
+    return (MISUSES | ALLOWED)[mutation.id](db) if mutation.id in MISUSES | ALLOWED else made
+
+
+@pytest.mark.parametrize("what", MISUSES)
+def test_a_misuse_of_apply_spoils_that_mutation_alone(path: Path, what: str) -> None:
+    with closing(open_log(path, apply=careless)) as engine:
+        push(engine, note("0", 0))
+        first, bad, last = push(engine, note("1", 1), note(what, "a trace"), note("2", 2))
+        assert (first["ok"], bad["ok"], last["ok"]) == (True, False, True)
+        assert bad["code"] in ("internal_error", "invalid_mutation", "conflict")
+        (good,) = push(engine, note("3", 3))
+        changes = [*first["changes"], *last["changes"], *good["changes"]]
+        assert whole_log(engine)[1:] == changes
+    with closing(open_log(path)) as engine:
+        assert push(engine, note(what, 4))[0]["ok"]
+        assert whole_log(engine)[1:-1] == changes
+        assert ask(engine.snapshot()).data == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("what", ALLOWED)
+def test_what_an_application_may_do_does_not_hinder_the_next(path: Path, what: str) -> None:
+    with closing(open_log(path, apply=careless)) as engine:
+        results = push(engine, note("1", 1), note(what, None), note("2", 2))
+        results += push(engine, note("3", 3))
+        assert [result["ok"] for result in results] == [True] * 4
+        assert push(engine, note("1", 1)) == [results[0] | DUPLICATE]  # read from the file
+        made = [change for result in results for change in result["changes"]]
+        assert whole_log(engine) == made
+    with closing(open_log(path)) as engine:
+        assert whole_log(engine) == made
+        assert [data for data in ask(engine.snapshot()).data if data] == [1, 2, 3]
+    KEPT.clear()
+
+
+def test_too_many_changes_are_an_invalid_mutation(path: Path) -> None:
+    with closing(open_log(path, settings=Settings(mutation_changes=3))) as engine:
+        results = push(engine, *({"id": str(n), "name": "notes", "args": n} for n in (3, 4)))
+    assert (results[0]["ok"], results[1]["code"]) == (True, "invalid_mutation")
+
+
+# When the disk refuses: nothing was applied, and later it works again.
+
+
+@contextmanager
+def limited(engine: Engine, kept: list[sqlite3.Connection]) -> Iterator[None]:
+    """A database that is full: it may not grow by more than a page."""
+    push(engine, note("so that the connection is there"))
+    execute = sqlite3.Connection.execute
+    (size,) = execute(kept[0], "PRAGMA page_count").fetchone()
+    execute(kept[0], f"PRAGMA max_page_count = {size + 1}").fetchone()
+    yield
+    execute(kept[0], f"PRAGMA max_page_count = {2**30}").fetchone()
+
+
+def insert_much(db: sqlite3.Connection) -> None:
+    db.execute("INSERT INTO notes VALUES ('_default', printf('\"%.*c\"', 1000000, 'x'))")
+
+
+def swallow(db: sqlite3.Connection) -> None:
+    with suppress(sqlite3.Error):
+        insert_much(db)
+
+
+def swallow_and_go_on(db: sqlite3.Connection) -> None:
+    swallow(db)
+    db.execute("INSERT INTO notes VALUES ('_default', '\"a trace\"')")
+
+
+def swallow_and_begin(db: sqlite3.Connection) -> None:
+    swallow(db)
+    db.execute("SAVEPOINT mine")
+    db.execute("INSERT INTO notes VALUES ('_default', '\"a trace\"')")
+
+
+@pytest.mark.parametrize("fill", [insert_much, swallow, swallow_and_go_on, swallow_and_begin])
+def test_a_full_disk_is_unavailable_and_nothing_of_it_stays(
+    path: Path, fill: Callable[[sqlite3.Connection], None]
+) -> None:
+    kept: list[sqlite3.Connection] = []
+
+    def hungry(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        kept[:] = [db]
+        made = apply(db, mutation)
+        if mutation.id == "much":
+            fill(db)
+        return made
+
+    with closing(open_log(path, apply=hungry)) as engine:
+        with limited(engine, kept):
+            with pytest.raises(Unavailable):
+                push(engine, note("1"), note("much"), note("2"))
+            assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 1
+        results = push(engine, note("1"), note("2"))  # the same ids: they had left no mark
+        assert ["duplicate" in result for result in results] == [False, False]
+    with closing(open_log(path)) as engine:
+        assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
+def test_a_disk_that_refuses_a_write_is_unavailable_and_later_works_again(
+    engine: Engine, path: Path
+) -> None:
+    push(engine, note("1"))
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    wal = path.with_name("log.db-wal").stat().st_size
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (wal + 100, old[1]))
+        future = engine.submit([note("2")])
+        with pytest.raises(Unavailable):
+            future.result(PATIENCE)
+        page = ask(engine.pull())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert len(page.changes) == 1
+    assert "duplicate" not in push(engine, note("2"))[0]
+    assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 2
+
+
+def test_a_lock_held_for_long_is_unavailable_and_reads_go_on(path: Path) -> None:
+    with (
+        closing(open_log(path, settings=Settings(busy_timeout=MOMENT))) as engine,
+        closing(sqlite3.connect(path, isolation_level=None)) as db,
+    ):
+        push(engine, note("1"))
+        db.execute("BEGIN IMMEDIATE")
+        future = engine.submit([note("2")])
+        assert len(whole_log(engine)) == 1  # in the meantime
+        with pytest.raises(Unavailable):
+            future.result(PATIENCE)
+        db.execute("ROLLBACK")
+        assert "duplicate" not in push(engine, note("2"))[0]
+
+
+@pytest.mark.parametrize("how", ["unlinked", "replaced"])
+def test_a_file_that_was_removed_or_replaced_is_unavailable(
+    engine: Engine, path: Path, how: str
+) -> None:
+    push(engine, note("1"))
+    if how == "replaced":
+        shutil.copy(path, path.with_name("copy.db"))
+        path.with_name("copy.db").replace(path)
+    else:
+        path.unlink()
+    for question in (lambda: engine.push([note("2")]), engine.position, engine.snapshot):
+        with pytest.raises(Unavailable):
+            ask(asked(question))
+
+
+# Pull: exactly the log.
+
+
+@settings(max_examples=40)
+@given(
+    sizes=st.lists(st.lists(st.sampled_from("ab"), max_size=5), min_size=1, max_size=12),
+    limit=st.integers(1, 7),
+    tail=st.sampled_from([1, 3, 1000]),
+)
+def test_a_client_that_pulls_pages_of_any_size_has_exactly_the_log(
+    sizes: list[list[str]], limit: int, tail: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file, few = Path(folder) / "log.db", Settings(tail_changes=tail)
+        with closing(open_log(file, apply=ledger, settings=few)) as engine:
+            results = push(engine, *(entry(str(n), *scopes) for n, scopes in enumerate(sizes)))
+            from_memory = {scope: pages(engine, 0, scope, limit) for scope in "ab"}
+        with closing(open_log(file, apply=ledger, settings=few)) as engine:
+            from_disk = {scope: pages(engine, 0, scope, limit) for scope in "ab"}
+            assert engine.counts["pulls_from_disk"] >= 2
+        for scope, made in ((s, [in_scope(s, r) for r in results]) for s in "ab"):
+            ends = {0} | {changes[-1]["cursor"] for changes in made if changes}
+            for found in (from_memory[scope], from_disk[scope]):
+                assert [c for page in found for c in page["changes"]] == list(
+                    itertools.chain(*made)
+                )
+                assert {page["cursor"] for page in found} <= ends  # never inside a mutation
+                assert all(len(page["changes"]) >= limit for page in found[:-1])
+                assert [page["hasMore"] for page in found] == [True] * (len(found) - 1) + [False]
+
+
+def in_scope(scope: str, result: Any) -> list[Any]:
+    return [change for change in result["changes"] if change["scope"] == scope]
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["from memory", "from disk"])
+def test_a_page_never_ends_inside_a_mutation(path: Path, restart: bool) -> None:
+    engine = open_log(path)
+    push(engine, note("1"), {"id": "2", "name": "notes", "args": 7}, note("3"))
+    if restart:
+        engine.close()
+        engine = open_log(path)
+    with closing(engine):
+        assert [len(page["changes"]) for page in pages(engine, limit=2)] == [8, 1]
+        assert [len(page["changes"]) for page in pages(engine, limit=1)] == [1, 7, 1]
+        memory, disk = engine.counts["pulls_from_memory"], engine.counts["pulls_from_disk"]
+        assert (disk > 0) if restart else (memory and not disk)
+
+
+def test_a_page_has_100_changes_by_default_and_1000_at_most(engine: Engine) -> None:
+    push(engine, *(note(str(number)) for number in range(1100)))
+    assert len(pull(engine)["changes"]) == 100
+    assert len(pull(engine, limit=5000)["changes"]) == 1000
+    engine.close()
+
+
+def test_a_pull_at_the_end_is_empty_and_keeps_its_cursor(engine: Engine) -> None:
+    (first,) = push(engine, note("1"))
+    push(engine, note("2", scope="other"))
+    for cursor in (first["cursor"], first["cursor"] + 1):
+        page = pull(engine, cursor)
+        assert (page["changes"], page["cursor"], page["hasMore"]) == ([], cursor, False)
+    push(engine, note("3"))
+    assert len(pull(engine, first["cursor"] + 1)["changes"]) == 1
+
+
+def test_small_tails_and_many_scopes_lose_nothing(path: Path) -> None:
+    small = Settings(tail_changes=2, tail_size=4000)
+    with closing(open_log(path, settings=small)) as engine:
+        for number in range(60):
+            push(engine, note(str(number), number, scope=f"s{number % 7}"))
+            scope = f"s{number * 3 % 7}"
+            expected = [n for n in range(number + 1) if f"s{n % 7}" == scope]
+            assert fold(whole_log(engine, scope, limit=3)) == expected
+
+
+def test_a_waiting_pull_is_woken_by_a_push(engine: Engine) -> None:
+    async def both() -> Any:
+        waiting = asyncio.create_task(engine.pull(wait=PATIENCE * 3))
+        other = asyncio.create_task(engine.pull("other", wait=PATIENCE * 3))
+        while engine.counts["pulls_from_disk"] < 2:
+            await asyncio.sleep(0)
+        await engine.push([note("1", "news")])
+        page = await waiting
+        assert not other.done()
+        engine.wake()
+        assert (await other).changes == []
+        return [change.data for change in page.changes]
+
+    assert ask(both()) == ["news"]
+
+
+def test_a_waiting_pull_ends_with_its_time(engine: Engine) -> None:
+    started = time.monotonic()
+    assert pull(engine, wait=MOMENT)["changes"] == []
+    assert time.monotonic() - started >= MOMENT
+
+
+def test_a_pull_that_finds_changes_does_not_wait(engine: Engine) -> None:
+    push(engine, note("1"))
+    assert len(pull(engine, wait=PATIENCE * 3)["changes"]) == 1
+
+
+def test_no_push_falls_between_a_waiting_pull_and_its_wait(engine: Engine) -> None:
+    async def race() -> None:
+        cursor = 0
+        for number in range(100):  # the push runs beside the pull's own first look
+            waiting = asyncio.create_task(engine.pull(cursor=cursor, wait=PATIENCE * 3))
+            await asyncio.gather(engine.push([note(str(number))]), waiting)
+            page = waiting.result()
+            assert len(page.changes) == 1
+            cursor = page.cursor
+
+    ask(race())
+
+
+# In a process of its own: a connection that is closed while another thread reads on it is a crash.
+CLOSER = """
+import asyncio, sys, mizusync
+
+async def pull_until_closed(engine):
+    closing = asyncio.create_task(asyncio.to_thread(engine.close))
+    while not closing.done():
+        try:
+            await engine.pull()
+            await engine.head()
+        except mizusync.Unavailable:
+            pass
+        await asyncio.sleep(0)
+    await closing
+
+for number in range(100):
+    engine = mizusync.Engine(sys.argv[1], apply=lambda db, mutation: [1])
+    engine.submit([{"id": str(number), "name": "n"}]).result()
+    asyncio.run(pull_until_closed(engine))
+"""
+
+
+def test_pulls_while_the_engine_closes_are_answered_or_unavailable(path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(mizusync.__file__).parent)}
+    command = [sys.executable, "-c", CLOSER, str(path)]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, timeout=PATIENCE * 3, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_closing_ends_a_waiting_pull(engine: Engine) -> None:
+    async def both() -> None:
+        waiting = asyncio.create_task(engine.pull(wait=PATIENCE * 3))
+        while not engine.counts["pulls_from_disk"]:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(engine.close)
+        with suppress(Unavailable):
+            assert (await waiting).changes == []
+
+    ask(both())
+
+
+def test_follow_gives_every_change_once_and_then_each_new_one(engine: Engine) -> None:
+    async def follow() -> list[Any]:
+        await engine.push([note(str(number), number) for number in range(3)])
+        found: list[Any] = []
+        async for change in engine.follow():
+            found.append(change.data)
+            if len(found) == 3:
+                asyncio.get_running_loop().create_task(engine.push([note("3", 3), note("4", 4)]))
+            if len(found) == 5:
+                return found
+        return found
+
+    assert ask(follow()) == [0, 1, 2, 3, 4]
+
+
+def test_a_listener_hears_of_every_commit_once_and_in_order(engine: Engine) -> None:
+    heard: list[News] = []
+    unlisten = engine.listen(heard.extend)
+    push(engine, note("1", scope="a"), note("2", scope="b"), note("3", scope="a"))
+    push(engine, note("4", scope="a"))
+    until(lambda: len(heard) == 3)
+    unlisten()
+    push(engine, note("5", scope="a"))
+    assert [(news.scope, news.cursor, news.after) for news in heard] == [
+        ("a", 3, 0),
+        ("b", 2, 0),
+        ("a", 4, 3),
+    ]
+    first = heard[0].fragments
+    assert first is not None
+    assert [json.loads(fragment) for fragment in first] == whole_log(engine, "a")[:2]
+    assert {news.epoch for news in heard} == {pull(engine)["epoch"]}
+
+
+def test_what_a_listener_hears_of_a_pull_sees(engine: Engine) -> None:
+    async def both() -> None:
+        tasks = []
+
+        def listener(news: Any) -> None:
+            for item in news:
+                tasks.append(asyncio.create_task(engine.pull(item.scope, item.cursor - 1)))
+
+        engine.listen(listener)
+        for number in range(20):
+            await engine.push([note(str(number))])
+        found = [page.changes[0].cursor for page in await asyncio.gather(*tasks)]
+        assert found == list(range(1, 21))
+
+    ask(both())
+
+
+def test_a_listener_that_fails_hurts_nobody(engine: Engine) -> None:
+    heard: list[News] = []
+    engine.listen(lambda news: raising(ZeroDivisionError()))
+    engine.listen(heard.extend)
+    assert push(engine, note("1"))[0]["ok"]
+    assert push(engine, note("2"))[0]["ok"]
+    until(lambda: [news.cursor for news in heard] == [1, 2])
+
+
+def test_a_head_is_its_scopes_current_cursor(path: Path) -> None:
+    for key in ("1", "2"):
+        with closing(open_log(path)) as engine:
+            (result,) = push(engine, note(key, scope="a"))
+            push(engine, note(key, scope="b"))
+            assert ask(engine.head("a")) == result["cursor"]
+            assert ask(engine.head("never")) == 0
+
+
+# Snapshot, trim, epochs: who may go on from where.
+
+
+def test_a_snapshot_is_of_the_moment_of_its_cursor_while_pushes_pour_in(path: Path) -> None:
+    stop = threading.Event()
+
+    def pour(engine: Engine, name: str) -> None:
+        number = 0
+        while not stop.is_set():
+            push(engine, entry(f"{name} {number}", *[DEFAULT] * (number % 3), "other"))
+            number += 1
+
+    async def take(engine: Engine) -> list[Any]:
+        return [await engine.snapshot() for _ in range(40)]
+
+    with closing(open_log(path, apply=ledger)) as engine, ThreadPoolExecutor(4) as pool:
+        pouring = [pool.submit(pour, engine, name) for name in "abc"]
+        until(lambda: engine.counts["commits"] > 5)
+        taken = ask(take(engine))
+        stop.set()
+        assert all(future.result(PATIENCE) is None for future in pouring)
+        log = whole_log(engine)
+        assert taken[-1].cursor > taken[0].cursor
+        for one in [*taken, ask(engine.snapshot())]:
+            assert one.data == fold(change for change in log if change["cursor"] <= one.cursor)
+
+
+def test_a_snapshot_of_encoded_json_is_sent_as_it_is(path: Path) -> None:
+    with closing(open_log(path, snapshot=lambda db, scope: Json('{"a": 1.50}'))) as engine:
+        assert b'"data":{"a": 1.50}' in ask(engine.snapshot()).encode()
+
+
+def test_a_snapshot_function_that_misuses_its_connection_hurts_nobody(path: Path) -> None:
+    misuse = [
+        *("COMMIT", "PRAGMA query_only = OFF", "DELETE FROM notes"),
+        *("DELETE FROM mizusync_changes", "ATTACH ':memory:' AS x"),
+    ]
+
+    def take(db: sqlite3.Connection, scope: str) -> Any:
+        db.row_factory = sqlite3.Row
+        KEPT.append(db.execute("SELECT * FROM notes"))
+        return db.execute(misuse.pop()).fetchall() if misuse else snapshot(db, scope)
+
+    with closing(open_log(path, snapshot=take)) as engine:
+        push(engine, note("1", "here"))
+        while misuse:
+            with pytest.raises((sqlite3.Error, Unavailable)):
+                ask(engine.snapshot())
+        assert fold(whole_log(engine)) == ["here"]
+        with suppress(TypeError):  # a row_factory of its own is its own affair
+            ask(engine.snapshot())
+        assert push(engine, note("2"))[0]["ok"]
+    KEPT.clear()
+
+
+def test_without_a_snapshot_function_nothing_is_trimmed(path: Path) -> None:
+    with closing(open_log(path, snapshot=None)) as engine:
+        push(engine, note("1"))
+        for question in (engine.snapshot, lambda: engine.trim(DEFAULT, 9)):
+            with pytest.raises(mizusync.NotFound):
+                ask(asked(question))
+        assert len(whole_log(engine)) == 1
+
+
+@settings(max_examples=20)
+@given(
+    sizes=st.lists(st.integers(1, 3), min_size=1, max_size=6),
+    before=st.integers(0, 30),
+    restart=st.booleans(),
+)
+def test_a_trim_removes_whole_mutations_and_410_begins_exactly_there(
+    sizes: list[int], before: int, restart: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        engine = open_log(Path(folder) / "log.db", apply=ledger)
+        results = push(engine, *(entry(str(n), *["a", "b"] * k) for n, k in enumerate(sizes)))
+        made = [in_scope("a", result) for result in results]
+        gone = [changes for changes in made if changes[-1]["cursor"] < before]
+        assert ask(engine.trim("a", before)) == sum(map(len, gone))
+        if restart:
+            engine.close()
+            engine = open_log(Path(folder) / "log.db", apply=ledger)
+        with closing(engine):
+            highest = gone[-1][-1]["cursor"] if gone else 0
+            for cursor in range(results[-1]["cursor"] + 1):
+                if cursor < highest:
+                    with pytest.raises(mizusync.CursorTooOld):
+                        pull(engine, cursor, "a")
+                else:
+                    left = [c for c in itertools.chain(*made) if c["cursor"] > cursor]
+                    assert pull(engine, cursor, "a")["changes"] == left
+            assert ask(engine.head("a")) == made[-1][-1]["cursor"]
+            assert whole_log(engine, "b") == [c for r in results for c in in_scope("b", r)]
+
+
+@pytest.mark.parametrize("before", [11, 12, 1000, 2**53 - 1])
+def test_a_snapshot_after_a_trim_of_everything_is_not_too_old(engine: Engine, before: int) -> None:
+    push(engine, *(note(str(number)) for number in range(10)))
+    assert ask(engine.trim(DEFAULT, before)) == 10
+    taken = ask(engine.snapshot())
+    assert (taken.cursor, len(taken.data)) == (10, 10)
+    assert pull(engine, taken.cursor, epoch=taken.epoch)["changes"] == []
+    assert ask(engine.head()) == 10
+    assert push(engine, {"id": "nothing", "name": "notes", "args": 0})[0]["cursor"] == 10
+    (more,) = push(engine, note("more"))
+    assert pull(engine, taken.cursor, epoch=taken.epoch)["changes"] == more["changes"]
+
+
+def test_a_large_trim_leaves_whole_mutations(engine: Engine) -> None:
+    push(engine, *({"id": str(n), "name": "notes", "args": 300} for n in range(10)))
+    assert ask(engine.trim(DEFAULT, 2500)) == 2400
+    assert pull(engine, 2400, limit=1)["cursor"] == 2700
+    with pytest.raises(mizusync.CursorTooOld):
+        pull(engine, 2399)
+
+
+def test_a_trim_with_a_senseless_number_spoils_no_push(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+    with closing(open_log(path, apply=gated(entered, release), settings=SLOW)) as engine:
+        first = engine.submit([note("gate")])
+        assert entered.wait(PATIENCE)
+
+        async def trim() -> None:
+            trimming = asyncio.create_task(engine.trim(DEFAULT, 2**70))
+            await asyncio.sleep(0)  # it is on its way
+            release.set()
+            with suppress(Exception):
+                await trimming
+
+        ask(trim())
+        assert first.result(PATIENCE)[0].ok
+
+
+def test_a_trim_in_another_process_is_told_of_where_its_changes_were_never_seen(path: Path) -> None:
+    blind = Settings(watch_interval=PATIENCE * 6)  # it looks around only when it writes
+    with (
+        closing(open_log(path, settings=blind)) as engine,
+        closing(open_log(path, settings=blind)) as other,
+    ):
+        (old,) = push(engine, note("1"))
+        assert len(whole_log(engine)) == 1
+        push(other, note("2"))
+        ask(other.trim(DEFAULT, 1000))
+        push(engine, note("3", scope="elsewhere"))
+        with pytest.raises(mizusync.CursorTooOld):
+            pull(engine, old["cursor"])
+        push(engine, note("4"))
+        with pytest.raises(mizusync.CursorTooOld):
+            pull(engine, old["cursor"])
+
+
+def test_reopening_never_makes_a_cursor_unknown(path: Path) -> None:
+    known = [(0, "")]
+    for number in range(6):
+        with closing(open_log(path)) as engine:
+            known += [(number, pull(engine)["epoch"])]
+            for cursor, epoch in known:
+                pull(engine, cursor, epoch=epoch)
+            if number != 3:  # an opening that only reads
+                push(engine, note(str(number)))
+            else:
+                push(engine, note("x", scope="other"))
+            known += [(page["cursor"], page["epoch"]) for page in pages(engine)]
+            for cursor, epoch in known:
+                pull(engine, cursor, epoch=epoch)
+
+
+def test_a_cursor_above_the_head_is_unknown(engine: Engine) -> None:
+    (result,) = push(engine, note("1", scope="other"))
+    epoch = pull(engine, scope="other")["epoch"]
+    for scope in (DEFAULT, "other"):
+        for known in ("", epoch):
+            assert pull(engine, result["cursor"], scope, epoch=known)["changes"] == []
+            with pytest.raises(mizusync.CursorUnknown):
+                pull(engine, result["cursor"] + 1, scope, epoch=known)
+
+
+def test_an_epoch_that_is_not_of_this_history_is_unknown(engine: Engine) -> None:
+    push(engine, note("1"))
+    whole_log(engine)
+    for cursor in (0, 1):
+        with pytest.raises(mizusync.CursorUnknown):
+            pull(engine, cursor, epoch="another")
+
+
+@pytest.mark.parametrize("grown", [0, 3, 20], ids=["as it was", "less", "past the client"])
+@pytest.mark.parametrize("restart", [False, True], ids=["same opening", "later opening"])
+def test_a_restored_older_copy_knows_the_cursors_that_it_gave_out_and_no_later_ones(
+    path: Path, grown: int, restart: bool
+) -> None:
+    backup = path.with_name("backup.db")
+    with closing(open_log(path)) as engine:
+        push(engine, *(note(str(number)) for number in range(5)))
+        early = pull(engine)
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("VACUUM INTO ?", (str(backup),))
+        if not restart:
+            push(engine, *(note(f"lost {number}") for number in range(5)))
+            late = pull(engine)
+    if restart:
+        with closing(open_log(path)) as engine:
+            push(engine, *(note(f"lost {number}") for number in range(5)))
+            late = pull(engine)
+    backup.replace(path)
+    with closing(open_log(path)) as engine:
+        push(engine, *(note(f"new {number}") for number in range(grown)))
+        page = pull(engine, early["cursor"], epoch=early["epoch"])
+        assert len(page["changes"]) == grown
+        with pytest.raises(mizusync.CursorUnknown):
+            pull(engine, late["cursor"], epoch=late["epoch"])
+        assert ask(engine.snapshot()).cursor == 5 + grown
+
+
+def test_an_older_copy_restored_into_the_open_file_is_noticed(engine: Engine, path: Path) -> None:
+    push(engine, note("1"))
+    with (
+        closing(sqlite3.connect(path)) as db,
+        closing(sqlite3.connect(path.with_name("backup.db"))) as backup,
+    ):
+        db.backup(backup)
+        push(engine, *(note(f"lost {number}") for number in range(3)))
+        late = pull(engine)
+        backup.backup(db)
+    assert len(whole_log(engine)) == 1
+    with pytest.raises(mizusync.CursorUnknown):
+        pull(engine, late["cursor"], epoch=late["epoch"])
+    results = push(engine, *(note(f"new {number}", number) for number in range(9)))
+    assert fold(whole_log(engine)) == [None, *range(9)]
+    assert [result["cursor"] for result in results] == list(range(2, 11))
+    with pytest.raises(mizusync.CursorUnknown):
+        pull(engine, late["cursor"], epoch=late["epoch"])
+
+
+# Two engines on one file: what one commits, the other never misses.
+
+
+def test_two_engines_on_one_file_are_one_log(path: Path) -> None:
+    with closing(open_log(path)) as one, closing(open_log(path)) as two:
+        cursors = []
+        for number in range(30):
+            writer, reader = (one, two) if number % 3 else (two, one)
+            cursors += [push(writer, note(str(number), number))[0]["cursor"]]
+            assert fold(whole_log(reader)) == fold(whole_log(writer)) == list(range(number + 1))
+            assert push(reader, note(str(number)))[0]["duplicate"]
+            assert ask(reader.head()) == cursors[-1]
+        assert cursors == sorted(set(cursors))
+
+
+def test_an_engine_hears_of_another_ones_commits(path: Path) -> None:
+    with closing(open_log(path)) as one, closing(open_log(path)) as two:
+        heard: list[News] = []
+        one.listen(heard.extend)
+        (result,) = push(two, note("1", scope="a"))
+        until(lambda: ("a", result["cursor"]) in [(news.scope, news.cursor) for news in heard])
+
+
+def test_a_waiting_pull_is_woken_by_another_engines_commit(path: Path) -> None:
+    async def both() -> int:
+        with closing(open_log(path)) as one, closing(open_log(path)) as two:
+            waiting = asyncio.create_task(one.pull(wait=PATIENCE * 3))
+            while not one.counts["pulls_from_disk"]:
+                await asyncio.sleep(0)
+            await two.push([note("1")])
+            return len((await waiting).changes)
+
+    assert ask(both()) == 1
+
+
+WORKER = """
+import json, os, sys, threading
+import mizusync
+
+def apply(db, mutation):
+    db.execute("INSERT INTO notes VALUES (?, ?)", (mutation.scope, json.dumps(mutation.id)))
+    return [mutation.id]
+
+path, name, start, threads, count = sys.argv[1:4] + [int(word) for word in sys.argv[4:]]
+engine = mizusync.Engine(path, apply=apply)
+
+def work(thread, first):
+    for number in range(first, first + count):
+        key = f"{name} {thread} {number}"
+        (result,) = engine.submit([{"id": key, "name": "note"}]).result()
+        line = json.dumps([key, result.cursor, thread, number]) + "\\n"
+        os.write(1, line.encode())  # at once, and whole
+
+workers = [threading.Thread(target=work, args=(thread, first))
+           for thread, first in enumerate(json.loads(start))]
+for worker in workers: worker.start()
+for worker in workers: worker.join()
+engine.close()
+"""
+
+
+def start_worker(path: Path, name: str, starts: list[int], count: int) -> subprocess.Popen[bytes]:
+    """A process that pushes from some threads, and says what was acknowledged, a line each."""
+    words = (str(path), name, json.dumps(starts), str(len(starts)), str(count))
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, *words],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(mizusync.__file__).parent)},
+    )
+
+
+def test_processes_that_write_to_one_file_make_one_log(path: Path) -> None:
+    with closing(open_log(path)) as engine:
+        workers = [start_worker(path, name, [0, 0], 30) for name in "ab"]
+        seen: list[Any] = []
+        own: list[int] = []
+        while len(seen) < 120 + len(own) or not own:
+            own += [push(engine, note(str(len(own))))[0]["cursor"]]
+            seen += pull(engine, seen[-1]["cursor"] if seen else 0, limit=1000)["changes"]
+            assert own[-1] in map(cursor_of, seen)
+        said = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]
+        lines = [json.loads(line) for text in said for line in text.splitlines()]
+        told = dict.fromkeys(own) | {cursor: key for key, cursor, _, _ in lines}
+        assert {change["cursor"]: change["data"] for change in seen} == told
+        assert list(map(cursor_of, seen)) == sorted(told)
+        assert whole_log(engine) == seen
+
+
+# --- Hub ------------------------------------------------------------------------------------
+# Topics, numbers and bytes; its messages are plain JSON here.
+
+
+class Follower:
+    """A subscriber that writes down what it hears; it may be slow to write."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self.heard: list[Any] = []
+        self.times: list[float] = []
+        self.pause = pause
+
+    def hint(self, topic: str, cursor: int, message: bytes) -> None:
+        self.message(message)
+        assert self.heard[-1]["topic"] == topic
+        assert self.heard[-1]["data"]["cursor"] == cursor
+        started = time.monotonic()
+        while time.monotonic() < started + self.pause:
+            pass
+
+    def message(self, message: bytes) -> None:
+        self.heard.append(json.loads(message))
+        self.times.append(time.monotonic())
+
+    @property
+    def data(self) -> list[Any]:
+        return [message["data"] for message in self.heard]
+
+    @property
+    def cursors(self) -> list[int]:
+        return [data["cursor"] for data in self.data]
+
+
+def make_hub(**limits: Any) -> Hub:
+    return Hub(Settings(**limits), bytes)
+
+
+def news(cursor: int, *items: Any, after: int | None = None) -> Hint:
+    encoded = tuple(json.dumps(item).encode() for item in items)
+    return Hint(cursor, "e", cursor - len(items) if after is None else after, encoded)
+
+
+async def quiet(follower: Follower, newest: int) -> None:
+    """Until this cursor was heard."""
+    while newest not in follower.cursors:
+        await asyncio.sleep(0.001)
+
+
+def test_a_hint_goes_to_the_followers_of_its_topic_alone() -> None:
+    hub, one, two, other = make_hub(), Follower(), Follower(), Follower()
+    for follower, topic in ((one, "sync:a"), (two, "sync:a"), (other, "sync:b")):
+        hub.subscribe(topic, follower)
+    hub.hint("sync:a", Hint(5))
+    assert one.heard == two.heard == [{"topic": "sync:a", "data": {"cursor": 5}}]
+    assert other.heard == []
+
+
+def test_the_changes_are_in_the_hints_of_those_who_asked_for_them() -> None:
+    hub, plain, asking = make_hub(), Follower(), Follower()
+    hub.subscribe("sync:a", plain)
+    hub.subscribe("sync:a", asking, items=True)
+    hub.hint("sync:a", news(5, "x", "y"))
+    assert plain.data == [{"cursor": 5}]
+    assert asking.data == [{"cursor": 5, "epoch": "e", "after": 3, "changes": ["x", "y"]}]
+
+
+def test_the_last_subscribe_decides_on_changes() -> None:
+    hub, follower = make_hub(hint_gap=0.0), Follower()
+    for items, keys in ((True, 4), (False, 1)):
+        hub.subscribe("sync:a", follower, items=items)
+        hub.unsubscribe("sync:a", Follower())  # who never followed it
+        hub.hint("sync:a", news(5, "x"))
+        assert len(follower.data[-1]) == keys
+    assert len(follower.heard) == 2
+
+
+def burst(hints: list[Hint], **limits: Any) -> list[Any]:
+    """What a follower hears of hints that come at once, when the first was slow to tell."""
+
+    async def all_at_once() -> list[Any]:
+        hub, follower = make_hub(**limits), Follower(pause=0.005)
+        hub.subscribe("sync:a", follower, items=True)
+        for hint in hints:
+            hub.hint("sync:a", hint)
+        assert len(follower.heard) == 1
+        await quiet(follower, hints[-1].cursor)
+        assert follower.times[1] - follower.times[0] >= 4 * follower.pause
+        assert len(follower.heard) == 2
+        return follower.data
+
+    return ask(all_at_once())
+
+
+def test_hints_of_a_burst_merge_and_are_paced() -> None:
+    _, merged = burst([news(cursor, str(cursor)) for cursor in range(1, 11)])
+    assert merged == {
+        "cursor": 10, "epoch": "e", "after": 1, "changes": [str(n) for n in range(2, 11)],
+    }  # fmt: skip
+
+
+def test_a_merged_hint_with_many_changes_comes_without_them() -> None:
+    hints = [news(1, 1), *(news(cursor, 1) for cursor in range(2, 7))]
+    assert burst(hints, hint_changes=5)[1] == news_data(6, 1, [1] * 5)
+    assert burst(hints, hint_changes=4)[1] == {"cursor": 6}
+
+
+def news_data(cursor: int, after: int, changes: list[Any]) -> dict[str, Any]:
+    return {"cursor": cursor, "epoch": "e", "after": after, "changes": changes}
+
+
+def test_a_hint_with_large_changes_comes_without_them() -> None:
+    for size, keys in ((100, 4), (101, 1)):
+        hub, follower = make_hub(hint_size=102), Follower()
+        hub.subscribe("sync:a", follower, items=True)
+        hub.hint("sync:a", news(1, "x" * size))
+        assert len(follower.data[0]) == keys
+
+
+def test_a_merged_hint_never_hides_a_gap() -> None:
+    foreign = Hint(4, "e")  # another process's commit, whose changes are not known here
+    assert burst([news(1, 1), news(2, 2), foreign, news(5, 5)])[1] == {"cursor": 5}
+    assert burst([news(1, 1), news(2, 2), news(9, 9, after=7)])[1] == {"cursor": 9}
+
+
+@settings(max_examples=40)
+@given(commits=st.lists(st.integers(0, 4), min_size=1, max_size=30), few=st.integers(1, 12))
+def test_hints_with_changes_have_no_gap_and_end_at_the_newest(commits: list[int], few: int) -> None:
+    async def follow() -> list[Any]:
+        hub, follower, cursor = make_hub(hint_changes=few), Follower(), 0
+        hub.subscribe("sync:a", follower, items=True)
+        for count in commits:
+            items = range(cursor + 1, cursor + count + 2)
+            cursor += count + 1
+            hub.hint("sync:a", news(cursor, *items))
+            if count == 3:
+                await quiet(follower, cursor)
+        await quiet(follower, cursor)
+        return follower.data
+
+    heard = ask(follow())
+    cursors = [data["cursor"] for data in heard]
+    assert cursors == sorted(set(cursors))
+    for data in heard:
+        if "changes" in data:
+            assert data["changes"] == list(range(data["after"] + 1, data["cursor"] + 1))
+            assert len(data["changes"]) <= few
+
+
+def test_a_new_follower_is_told_where_the_topic_stands_and_never_of_less() -> None:
+    hub, follower = make_hub(hint_gap=0.0), Follower()
+    hub.subscribe("sync:a", follower)
+    hub.tell("sync:a", follower, 7)
+    hub.tell("sync:a", follower, 3)  # read before a commit, told after it
+    hub.hint("sync:a", Hint(9))
+    hub.tell("sync:a", follower)
+    assert follower.cursors == [7, 7, 9, 9]
+    hub.tell("sync:b", follower, 1)  # a topic that it does not follow
+    assert len(follower.heard) == 4
+
+
+def test_the_newest_hint_is_sent_again_after_a_silence() -> None:
+    hub, told, hinted = make_hub(heartbeat=100.0, hint_gap=0.0), Follower(), Follower()
+    hub.subscribe("sync:a", told)
+    hub.subscribe("sync:b", hinted, items=True)
+    start = time.monotonic()
+    hub.tell("sync:a", told, 1)
+    hub.hint("sync:b", news(2, "x"))
+    hub.beat(start + 99)
+    assert (told.cursors, hinted.cursors) == ([1], [2])
+    late = time.monotonic()
+    until(lambda: time.monotonic() > late)
+    hub.beat(late + 100)
+    assert (told.cursors, hinted.cursors) == ([1, 1], [2, 2])
+    assert hinted.data[-1] == {"cursor": 2}
+
+
+def test_only_the_topics_that_were_silent_are_sent_again() -> None:
+    hub = make_hub(heartbeat=100.0, hint_gap=0.0)
+    followers = {name: Follower() for name in ("first", "second", "third")}
+    for topic, follower in followers.items():
+        hub.subscribe(topic, follower)
+        hub.hint(topic, Hint(1))
+    early = time.monotonic()
+    until(lambda: time.monotonic() > early)
+    hub.hint("first", Hint(2))
+    late = time.monotonic()
+    hub.beat(early + 100)
+    assert [follower.cursors for follower in followers.values()] == [[1, 2], [1, 1], [1, 1]]
+    until(lambda: time.monotonic() > late)
+    hub.beat(late + 100)
+    assert [follower.cursors for follower in followers.values()] == [[1, 2, 2], [1, 1], [1, 1]]
+
+
+def test_a_topic_that_never_had_a_hint_has_no_heartbeat() -> None:
+    hub, follower = make_hub(heartbeat=1.0), Follower()
+    hub.subscribe("news", follower)
+    hub.beat(time.monotonic() + 5)
+    assert follower.heard == []
+
+
+def test_a_topic_without_followers_is_forgotten_with_what_it_had_to_say() -> None:
+    async def leave() -> None:
+        hub, follower, later = make_hub(), Follower(pause=0.005), Follower()
+        hub.subscribe("sync:a", follower)
+        hub.hint("sync:a", Hint(1))
+        hub.hint("sync:a", Hint(2))  # which has to wait
+        hub.unsubscribe("sync:a", follower)
+        assert not hub.topics
+        hub.hint("sync:a", Hint(3))
+        hub.publish("sync:a", b"3")
+        hub.unsubscribe("sync:a", follower)
+        hub.subscribe("sync:a", later)
+        hub.tell("sync:a", later, 3)
+        await asyncio.sleep(0.05)
+        assert (follower.cursors, later.cursors) == ([1], [3])
+
+    ask(leave())
+
+
+def test_a_message_reaches_every_follower_and_none_is_merged() -> None:
+    hub, one, two = make_hub(), Follower(), Follower()
+    hub.subscribe("news", one)
+    hub.subscribe("news", two)
+    for number in range(50):
+        hub.publish("news", b"%d" % number)
+    assert one.data == two.data == list(range(50))
+    hub.publish("nobody's", b"1")
+
+
+def test_who_leaves_while_a_hint_goes_round_hurts_nobody() -> None:
+    hub, last = make_hub(), Follower()
+
+    class Leaver(Follower):
+        def hint(self, topic: str, cursor: int, message: bytes) -> None:
+            hub.unsubscribe(topic, self)
+
+    hub.subscribe("sync:a", Leaver())
+    hub.subscribe("sync:a", last)
+    hub.hint("sync:a", Hint(1))
+    assert last.cursors == [1]
+    assert len(hub.topics["sync:a"].followers) == 1
+
+
+# --- HTTP/1.1 -------------------------------------------------------------------------------
+# First the parser alone, then what goes over a socket. Whatever two parsers could read
+# differently is refused, the connection closed, and nothing behind it read as a request.
+
+HOST = b"Host: localhost"
+HEALTHZ = raw(b"GET /healthz HTTP/1.1", HOST)
+PUSH = b"POST /sync/push HTTP/1.1"
+JSON = b"Content-Type: application/json"
+BODY = b'[{"id": "a", "name": "note"}]'
+LENGTH = b"Content-Length: %d" % len(BODY)
+
+tokens = st.text("ABCXYZabcxyz019!#$%&'*+-.^_`|~", min_size=1, max_size=12)
+printable = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
+paths = st.text("abcXYZ09-._~!$&'()*+,;=:@/", max_size=30)
+
+
+@st.composite
+def request_heads(draw: st.DrawFn) -> bytes:
+    """A request without a body, as the grammar allows it (RFC 9112 §3, RFC 9110 §5)."""
+    query = draw(st.sampled_from(["", "?", "?scope=a+b&cursor=7", "?scope=%C3%A9%20"]))
+    lines = [f"{draw(tokens)} /{draw(paths)}{query} HTTP/1.1", "Host: localhost"]
+    for name, value in draw(st.lists(st.tuples(tokens, printable), max_size=4)):
+        space = draw(st.sampled_from(["", " ", "\t", " \t "]))
+        lines.append(f"X-{name}:{space}{value}{space}")
+    return raw(*(line.encode() for line in lines))
+
+
+@st.composite
+def spoiled_heads(draw: st.DrawFn) -> bytes:
+    """A good request in which a few places were written over."""
+    head = bytearray(draw(request_heads()))
+    framing = [
+        b"\r\n\r\n",
+        b"\r\nContent-Length: 1",
+        b"\r\nTransfer-Encoding: chunked",
+        b"HTTP/1.0",
+    ]
+    stuff = st.sampled_from([*framing, *b"\r|\n|\r\n|\0| |\t|:|,|%|\x0b|\xa0|\xff".split(b"|")])
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(head)))
+        head[at : at + draw(st.integers(0, 3))] = draw(stuff | st.binary(max_size=3))
+    return bytes(head)
+
+
+def read_heads(parts: Iterable[bytes]) -> list[Any]:
+    """The requests in these bytes, and the code of the refusal that ended them, if one did."""
+    buffer, found = bytearray(), list[Any]()
+    try:
+        for part in parts:
+            buffer += part
+            while (request := mizusync.parse_request(buffer, Settings())) is not None:
+                headers = sorted(request.headers.items())
+                found.append((request.method, request.target, request.query, headers))
+    except mizusync.SyncError as refusal:
+        found.append(refusal.code)
+    return found
+
+
+@given(st.lists(request_heads(), max_size=3), st.lists(st.integers(0, 900), max_size=9))
+def test_requests_read_the_same_however_the_bytes_arrive(
+    sent: list[bytes], cuts: list[int]
+) -> None:
+    found = read_heads(pieces(b"".join(sent), cuts))
+    assert found == read_heads([b"".join(sent)])
+    assert [one[0].encode() for one in found] == [head.split(b" ")[0] for head in sent]
+
+
+@given(spoiled_heads(), st.lists(st.integers(0, 900), max_size=5))
+@settings(max_examples=300)
+def test_a_spoiled_head_is_a_request_or_a_refusal_however_it_arrives(
+    head: bytes, cuts: list[int]
+) -> None:
+    assert read_heads(pieces(head, cuts)) == read_heads([head])
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_a_request_or_a_refusal(data: bytes) -> None:
+    read_heads([data + b"\r\n\r\n"])
+
+
+def test_a_head_is_taken_off_the_front_and_the_rest_stays() -> None:
+    buffer = bytearray(
+        raw(b"GET /a%20b?c=d+e HTTP/1.1", b"HOST: localhost", b"X-A:\t1 ", body=b"rest")
+    )
+    request = mizusync.parse_request(buffer, Settings())
+    assert request is not None
+    assert (request.method, request.target) == ("GET", "/a%20b?c=d+e")
+    assert (request.path, request.query) == ("/a b", {"c": "d e"})
+    assert request.headers == {"host": "localhost", "x-a": "1"}
+    assert buffer == b"rest"
+
+
+def test_half_a_head_is_none_and_stays_whole() -> None:
+    buffer = bytearray(HEALTHZ[:-1])
+    assert mizusync.parse_request(buffer, Settings()) is None
+    assert buffer == HEALTHZ[:-1]
+
+
+BAD_HEADS = {
+    "no version": raw(b"GET /healthz", HOST),
+    "two spaces": raw(b"GET  /healthz HTTP/1.1", HOST),
+    "a space in the target": raw(b"GET /heal thz HTTP/1.1", HOST),
+    "a space at the end": raw(b"GET /healthz HTTP/1.1 ", HOST),
+    "a space at the start": raw(b" GET /healthz HTTP/1.1", HOST),
+    "tabs for spaces": raw(b"GET\t/healthz\tHTTP/1.1", HOST),
+    "a small http": raw(b"GET /healthz http/1.1", HOST),
+    "no number": raw(b"GET /healthz HTTP/1.x", HOST),
+    "a long number": raw(b"GET /healthz HTTP/1.11", HOST),
+    "another script's number": raw("GET /healthz HTTP/1.\u0661".encode(), HOST),
+    "a method of no token": raw(b"G(T /healthz HTTP/1.1", HOST),
+    "no method": raw(b" /healthz HTTP/1.1", HOST),
+    "a relative target": raw(b"GET healthz HTTP/1.1", HOST),
+    "a fragment": raw(b"GET /healthz#top HTTP/1.1", HOST),
+    "a control character in the target": raw(b"GET /heal\x01thz HTTP/1.1", HOST),
+    "a bare CR in the target": raw(b"GET /heal\rthz HTTP/1.1", HOST),
+    "a raw byte in the target": raw(b"GET /h\xe9althz HTTP/1.1", HOST),
+    "a TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    "no host": raw(b"GET /healthz HTTP/1.1"),
+    "two hosts": raw(b"GET /healthz HTTP/1.1", HOST, HOST),
+    "a host of two": raw(b"GET /healthz HTTP/1.1", b"Host: localhost, localhost"),
+    "a host with a space": raw(b"GET /healthz HTTP/1.1", b"Host: local host"),
+    "a host with a path": raw(b"GET /healthz HTTP/1.1", b"Host: localhost/"),
+    "a host with a user": raw(b"GET /healthz HTTP/1.1", b"Host: me@localhost"),
+    "a port of letters": raw(b"GET /healthz HTTP/1.1", b"Host: localhost:http"),
+    "a space before the colon": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A : 1"),
+    "a space before the name": raw(b"GET /healthz HTTP/1.1", b" X-A: 1", HOST),
+    "a folded line": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: 1", b" 2"),
+    "a line folded by a tab": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: 1", b"\t2"),
+    "no colon": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A"),
+    "no name": raw(b"GET /healthz HTTP/1.1", HOST, b": 1"),
+    "a name of no token": raw(b"GET /healthz HTTP/1.1", HOST, b"X(A: 1"),
+    "a name of another script": raw(b"GET /healthz HTTP/1.1", HOST, b"X-\xc3\xa9: 1"),
+    "a NUL in a value": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: 1\x002"),
+    "a bare CR in a value": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: 1\r2"),
+    "a vertical tab in a value": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: 1\x0b"),
+    "a DEL in a value": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: \x7f"),
+    "a bare LF": b"GET /healthz HTTP/1.1\r\nHost: localhost\nX-A: 1\r\n\r\n",
+    "bare LFs alone": b"GET /healthz HTTP/1.1\nHost: localhost\n\n",
+    "a bare LF at the end": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\n",
+}
+
+
+@table("head", BAD_HEADS)
+def test_a_malformed_head_is_refused_and_nothing_behind_it_is_read(
+    visitor: RawClient, head: bytes
+) -> None:
+    visitor.send(head + HEALTHZ)
+    assert refused(visitor.response(), 400)
+    assert visitor.ended()
+
+
+BAD_FRAMING = {
+    "both": [LENGTH, b"Transfer-Encoding: chunked"],
+    "both, the other way round": [b"Transfer-Encoding: chunked", LENGTH],
+    "two lengths": [LENGTH, b"Content-Length: 3"],
+    "two lengths that agree": [LENGTH, LENGTH],
+    "a list of lengths": [LENGTH + b", 3"],
+    "a list that agrees": [b"%b, %d" % (LENGTH, len(BODY))],
+    "a sign": [b"Content-Length: +%d" % len(BODY)],
+    "a negative length": [b"Content-Length: -1"],
+    "an underscore": [b"Content-Length: 2_9"],
+    "a hex length": [b"Content-Length: 0x1d"],
+    "no length": [b"Content-Length:"],
+    "a fraction": [b"Content-Length: 29.0"],
+    "an exponent": [b"Content-Length: 29e0"],
+    "another script's digits": ["Content-Length: \u0662\u0669".encode()],
+    "a superscript": ["Content-Length: \u00b2".encode()],
+    "a space inside": [b"Content-Length: 2 9"],
+    "a vertical tab": [LENGTH + b"\x0b"],
+    "a no-break space": [LENGTH + b"\xa0"],
+    "a space before the colon of a length": [b"Content-Length : %d" % len(BODY)],
+    "chunked twice": [b"Transfer-Encoding: chunked, chunked"],
+    "chunked in two fields": [b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"],
+    "chunked, but not last": [b"Transfer-Encoding: chunked, gzip"],
+    "identity": [b"Transfer-Encoding: identity"],
+    "chunked and identity": [b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"],
+    "no coding": [b"Transfer-Encoding:"],
+    "a coding like chunked": [b"Transfer-Encoding: xchunked"],
+    "chunked with a parameter": [b"Transfer-Encoding: chunked;a=b"],
+    "chunked in quotes": [b'Transfer-Encoding: "chunked"'],
+    "chunked behind a vertical tab": [b"Transfer-Encoding: \x0bchunked"],
+    "chunked before a no-break space": [b"Transfer-Encoding: chunked\xa0"],
+    "a space before the colon of a coding": [b"Transfer-Encoding : chunked"],
+    "a folded coding": [b"Transfer-Encoding:", b" chunked"],
+}
+
+
+@table("fields", BAD_FRAMING)
+def test_a_body_that_two_parsers_could_read_differently_is_refused(
+    visitor: RawClient, fields: list[bytes]
+) -> None:
+    coded = any(b"ransfer" in field for field in fields)
+    body = chunked(BODY) if coded and fields[0] != LENGTH else BODY
+    visitor.send(raw(PUSH, HOST, JSON, *fields, body=body + HEALTHZ))
+    assert refused(visitor.response(), *([400, 501] if coded else [400]))
+    assert visitor.ended()
+
+
+def test_an_http_1_0_request_with_a_transfer_coding_is_refused(visitor: RawClient) -> None:
+    visitor.send(
+        raw(
+            b"POST /sync/push HTTP/1.0",
+            HOST,
+            JSON,
+            b"Transfer-Encoding: chunked",
+            body=chunked(BODY),
+        )
+    )
+    assert refused(visitor.response(), 400)
+    assert visitor.ended()
+
+
+def test_a_transfer_coding_that_the_server_lacks_is_not_implemented(visitor: RawClient) -> None:
+    visitor.send(raw(PUSH, HOST, JSON, b"Transfer-Encoding: gzip, chunked", body=chunked(BODY)))
+    assert refused(visitor.response(), 501)
+    assert visitor.ended()
+
+
+@pytest.mark.parametrize("version", [b"HTTP/2.0", b"HTTP/3.1", b"HTTP/0.9"])
+def test_another_version_is_refused(visitor: RawClient, version: bytes) -> None:
+    visitor.send(raw(b"GET /healthz " + version, HOST))
+    assert refused(visitor.response(), 505)
+    assert visitor.ended()
+
+
+def test_an_empty_line_before_a_request_is_skipped(client: RawClient) -> None:
+    client.send(b"\r\n" + HEALTHZ)
+    assert client.response().status == 200
+
+
+def test_a_target_past_the_limit_is_too_long(visitor: RawClient) -> None:
+    at_limit = b"/healthz?x=" + b"x" * (8 * 1024 - 11)
+    visitor.send(raw(b"GET %b HTTP/1.1" % at_limit, HOST))
+    assert visitor.response().status == 200
+    visitor.send(raw(b"GET %bx HTTP/1.1" % at_limit, HOST))
+    assert refused(visitor.response(), 414)
+    assert visitor.ended()
+
+
+def test_a_target_without_an_end_is_too_long(visitor: RawClient) -> None:
+    visitor.send(b"GET /" + b"x" * 100_000)
+    assert refused(visitor.response(), 414)
+
+
+def test_a_head_past_its_bytes_is_too_large(visitor: RawClient) -> None:
+    visitor.send(raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: " + b"x" * 64 * 1024))
+    assert refused(visitor.response(), 431)
+    assert visitor.ended()
+
+
+def test_a_head_past_its_fields_is_too_large(visitor: RawClient) -> None:
+    visitor.send(raw(b"GET /healthz HTTP/1.1", HOST, *[b"X-A: 1"] * 99))
+    assert visitor.response().status == 200
+    visitor.send(raw(b"GET /healthz HTTP/1.1", HOST, *[b"X-A: 1"] * 100))
+    assert refused(visitor.response(), 431)
+
+
+def test_a_head_that_comes_too_slowly_is_timed_out(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, head_timeout=MOMENT)) as live:
+        client = live.client()
+        started = time.monotonic()
+        client.send(b"GET /healthz HTTP/1.1\r\nX-A: ")
+        while not select.select([client.sock], [], [], MOMENT / 10)[0]:
+            assert time.monotonic() < started + PATIENCE
+            client.send(b"a")  # each byte in time, the head never
+        assert time.monotonic() - started > MOMENT * 0.9
+        assert refused(client.response(), 408)
+
+
+def test_a_body_that_comes_too_slowly_is_timed_out_and_never_applied(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, body_timeout=MOMENT)) as live:
+        client = live.client()
+        client.send(raw(PUSH, HOST, JSON, LENGTH, body=BODY[:-1]))
+        assert refused(client.response(), 408)
+        assert client.ended()
+        assert live.client().pull()["changes"] == []
+
+
+def test_a_connection_without_a_request_is_closed_in_time(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, idle_timeout=MOMENT, head_timeout=MOMENT)) as live:
+        silent, idle = live.client(), live.client()
+        assert idle.request("GET", "/healthz").status == 200
+        assert idle.ended()
+        with pytest.raises(EOFError):  # 408 may be said first
+            silent.take(10_000)
+
+
+def test_connections_are_kept_alive(client: RawClient) -> None:
+    for _ in range(3):
+        reply = client.request("GET", "/healthz")
+        assert (reply.status, reply.headers.get("connection")) in ((200, None), (200, "keep-alive"))
+
+
+def test_a_request_that_says_close_is_the_last(client: RawClient) -> None:
+    reply = client.request("GET", "/healthz", headers={"Connection": "X-A , CLOSE"})
+    assert (reply.status, reply.headers["connection"]) == (200, "close")
+    assert client.ended()
+
+
+def test_pipelined_requests_are_answered_in_order(client: RawClient) -> None:
+    push = raw(PUSH, HOST, JSON, LENGTH, body=BODY)
+    wait = raw(b"GET /sync/pull?scope=other&wait=%f HTTP/1.1" % MOMENT, HOST)
+    lost = raw(b"GET /nowhere HTTP/1.1", HOST)
+    client.send(wait + push + lost + HEALTHZ)
+    assert client.response().json["changes"] == []
+    assert client.response().json[0]["ok"]
+    assert refused(client.response(), 404)
+    assert client.response().json["status"] == "ok"
+
+
+def test_the_body_of_a_get_is_not_the_next_request(client: RawClient) -> None:
+    smuggled = raw(b"GET /nowhere HTTP/1.1", HOST)
+    client.send(
+        raw(b"GET /healthz HTTP/1.1", HOST, b"Content-Length: %d" % len(smuggled), body=smuggled)
+    )
+    client.send(raw(b"DELETE /healthz HTTP/1.1", HOST))
+    assert client.response().status == 200
+    assert refused(client.response(), 405)
+
+
+def test_a_body_in_chunks_is_read(client: RawClient) -> None:
+    coding = b"TRANSFER-encoding:\tChunked "
+    client.send(
+        raw(PUSH, HOST, JSON, coding, body=chunked(BODY[:5], BODY[5:6], BODY[6:])) + HEALTHZ
+    )
+    assert client.response().json[0]["ok"]
+    assert client.response().json["status"] == "ok"
+
+
+def test_a_body_in_chunks_is_read_byte_by_byte(client: RawClient) -> None:
+    for byte in raw(PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=chunked(BODY)):
+        client.send(bytes([byte]))
+    assert client.response().json[0]["ok"]
+
+
+def test_chunk_extensions_and_trailers_are_skipped(client: RawClient) -> None:
+    body = chunked(BODY, trailer=b"X-Sum: 1\r\nX-More:\r\n").replace(
+        b"\r\n", b';a=b; c="d e" ;f\r\n', 1
+    )
+    client.send(raw(PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=body) + HEALTHZ)
+    assert client.response().json[0]["ok"]
+    assert client.response().json["status"] == "ok"
+
+
+def test_a_trailer_is_no_header(visitor: RawClient) -> None:
+    body = chunked(BODY, trailer=b"Content-Type: application/json\r\n")
+    visitor.send(raw(PUSH, HOST, b"Transfer-Encoding: chunked", body=body))
+    assert refused(visitor.response(), 415)
+
+
+SIZE = b"%x" % len(BODY)
+BAD_CHUNKS = {
+    "a sign": b"+" + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "a negative size": b"-1\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "a prefix": b"0x" + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "an underscore": b"0_" + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "no digit": b"\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "no hex digit": b"1g\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "another script's digits": "\u0661d\r\n".encode() + BODY + b"\r\n0\r\n\r\n",
+    "a space before": b" " + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "a vertical tab": SIZE + b"\x0b\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "a size past 64 bits": b"1" + b"0" * 16 + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "a size of a thousand digits": b"0" * 1000 + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "an LF behind the size": SIZE + b"\n" + BODY + b"\r\n0\r\n\r\n",
+    "a CR in the extension": SIZE + b";a\rb\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "an LF in the extension": SIZE + b";a\nb\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "a NUL in the extension": SIZE + b";a\0\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "an extension without an end": SIZE + b";" + b"a" * 200_000 + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "data that is too long": SIZE + b"\r\n" + BODY + b"!\r\n0\r\n\r\n",
+    "an LF behind the data": SIZE + b"\r\n" + BODY + b"\n0\r\n\r\n",
+    "no line behind the data": SIZE + b"\r\n" + BODY + b"0\r\n\r\n",
+    "a trailer with a space before the colon": chunked(BODY, trailer=b"X-A : 1\r\n"),
+    "a folded trailer": chunked(BODY, trailer=b"X-A: 1\r\n 2\r\n"),
+    "a trailer without a colon": chunked(BODY, trailer=b"X-A\r\n"),
+    "a trailer that ends in LF": chunked(BODY, trailer=b"X-A: 1\n"),
+    "a trailer past its bytes": chunked(BODY, trailer=b"X-A: " + b"a" * 200_000 + b"\r\n"),
+    "trailers past their number": chunked(BODY, trailer=b"X-A: 1\r\n" * 20_000),
+}
+
+
+@table("body", BAD_CHUNKS)
+def test_a_broken_chunk_is_refused_and_nothing_behind_it_is_read(
+    visitor: RawClient, body: bytes
+) -> None:
+    visitor.send(raw(PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=body + HEALTHZ))
+    assert refused(visitor.response(), 400, 413, 431)
+    assert visitor.ended()
+
+
+@table(
+    "sent",
+    {
+        "less than the length": raw(PUSH, HOST, JSON, b"Content-Length: 99", body=BODY),
+        "no last chunk": raw(
+            PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=chunked(BODY)[:-5]
+        ),
+        "no end of the trailers": raw(
+            PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=chunked(BODY)[:-2]
+        ),
+    },
+)
+def test_a_body_that_did_not_arrive_whole_is_never_applied(visitor: RawClient, sent: bytes) -> None:
+    visitor.send(sent)
+    visitor.half_close()
+    with pytest.raises(EOFError):  # 400 may be said first
+        visitor.take(10_000)
+    assert b"200 OK" not in visitor.buffer
+
+
+def test_the_end_of_what_a_client_sends_is_not_the_end_of_its_answer(client: RawClient) -> None:
+    client.send(raw(PUSH, HOST, JSON, LENGTH, body=BODY))
+    client.half_close()
+    assert client.response().json[0]["ok"]
+    assert client.ended()
+
+
+def test_a_body_is_asked_for_where_the_client_expects_it(client: RawClient) -> None:
+    client.send(raw(PUSH, HOST, JSON, LENGTH, b"Expect: 100-Continue"))
+    assert client.response() == Reply(100, {}, b"")
+    client.send(BODY)
+    assert client.response().json[0]["ok"]
+
+
+def test_a_body_that_would_be_refused_is_not_asked_for(visitor: RawClient) -> None:
+    visitor.send(raw(PUSH, HOST, JSON, b"Content-Length: 1048577", b"Expect: 100-continue"))
+    assert refused(visitor.response(), 413)
+    assert visitor.ended()
+
+
+def test_http_1_0_is_answered_and_closed_and_never_told_to_continue(client: RawClient) -> None:
+    line = b"POST /sync/push HTTP/1.0"
+    client.send(raw(line, HOST, JSON, LENGTH, b"Expect: 100-continue", body=BODY))
+    assert client.response().json[0]["ok"]
+    assert client.ended()
+
+
+def test_http_1_0_is_kept_alive_if_both_say_so(client: RawClient) -> None:
+    for _ in range(2):
+        client.send(raw(b"GET /healthz HTTP/1.0", HOST, b"Connection: Keep-Alive"))
+        reply = client.response()
+        assert (reply.status, reply.headers["connection"].lower()) == (200, "keep-alive")
+
+
+def test_a_target_may_be_a_whole_address(client: RawClient) -> None:
+    here = "http://{}:{}".format(*client.address)
+    assert client.request("GET", f"{here}/healthz").json["status"] == "ok"
+    assert client.request("GET", f"{here}/sync/pull?cursor=0").json["changes"] == []
+
+
+@pytest.mark.parametrize("target", ["/healthz", "/sync/pull?scope=a", "/sync/snapshot", "/nowhere"])
+def test_head_is_get_without_its_body(visitor: RawClient, target: str) -> None:
+    got, head = visitor.request("GET", target), visitor.request("HEAD", target)
+    for name in ("content-length", "content-type", "cache-control"):
+        assert head.headers[name] == got.headers[name]
+    assert (head.status, head.body) == (got.status, b"")
+    assert visitor.request("GET", "/healthz").status == 200
+
+
+@table(
+    "case",
+    {
+        "push": ("/sync/push", {"POST", "OPTIONS"}),
+        "pull": ("/sync/pull", {"GET", "HEAD", "OPTIONS"}),
+        "snapshot": ("/sync/snapshot", {"GET", "HEAD", "OPTIONS"}),
+        "healthz": ("/healthz", {"GET", "HEAD", "OPTIONS"}),
+    },
+)
+def test_allow_names_what_an_endpoint_can(visitor: RawClient, case: tuple[str, set[str]]) -> None:
+    target, methods = case
+    options, delete = visitor.request("OPTIONS", target), visitor.request("DELETE", target)
+    assert options.status == 204
+    assert refused(delete, 405)
+    for reply in (options, delete):
+        assert set(reply.headers["allow"].replace(" ", "").split(",")) == methods
+
+
+def test_options_of_the_server_itself_are_answered(client: RawClient) -> None:
+    reply = client.request("OPTIONS", "*")
+    assert (reply.status, "GET" in reply.headers["allow"]) == (204, True)
+
+
+@pytest.mark.parametrize("line", [b"CONNECT localhost:80", b"GET *", b"TRACE /healthz", b"BREW /"])
+def test_a_method_that_nobody_serves_is_refused(visitor: RawClient, line: bytes) -> None:
+    visitor.send(raw(line + b" HTTP/1.1", HOST))
+    assert refused(visitor.response(), 400, 405, 404)
+
+
+def test_every_answer_has_a_date_a_length_and_no_store(client: RawClient) -> None:
+    for target in ("/sync/pull", "/sync/snapshot", "/healthz", "/nowhere", "/sync/pull?limit=x"):
+        headers = client.request("GET", target).headers
+        assert headers["cache-control"] == "no-store"
+        assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", headers["date"])
+        said = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
+        assert abs(time.time() - said) < PATIENCE
+
+
+def test_a_body_past_the_limit_is_too_large_and_the_answer_is_heard(client: RawClient) -> None:
+    length = b"Content-Length: %d" % (3 * 2**20)
+    client.send(raw(PUSH, HOST, JSON, length, body=b" " * (3 * 2**20)))  # all of it, before reading
+    assert refused(client.response(), 413)
+    assert client.ended()
+
+
+def test_a_body_of_the_limit_is_taken(client: RawClient) -> None:
+    body = BODY + b" " * (2**20 - len(BODY))
+    reply = client.request("POST", "/sync/push", body)
+    assert reply.json[0]["ok"]
+
+
+def test_chunks_past_the_limit_are_too_large(client: RawClient) -> None:
+    body = chunked(*[b" " * 2**16] * 17)
+    client.send(raw(PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=body))
+    assert refused(client.response(), 413)
+    assert client.ended()
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "json"]
+)
+def test_push_wants_json(visitor: RawClient, kind: str) -> None:
+    reply = visitor.request("POST", "/sync/push", BODY, {"Content-Type": kind})
+    assert refused(reply, 415)
+
+
+@pytest.mark.parametrize("kind", ["APPLICATION/Json", "application/json; charset=utf-8"])
+def test_push_takes_json_however_it_is_spelt(client: RawClient, kind: str) -> None:
+    assert client.request("POST", "/sync/push", BODY, {"Content-Type": kind}).status == 200
+
+
+def mutation_with(args: bytes) -> bytes:
+    return b'[{"id": "a", "name": "note", "args": %b}]' % args
+
+
+BAD_JSON = {
+    "nothing": b"",
+    "white space": b"  ",
+    "an open bracket": b"[",
+    "two values": BODY + BODY,
+    "a trailing comma": mutation_with(b"[1,]"),
+    "single quotes": mutation_with(b"'x'"),
+    "a comment": mutation_with(b"1 /* one */"),
+    "a leading zero": mutation_with(b"01"),
+    "a plus": mutation_with(b"+1"),
+    "NaN": mutation_with(b"NaN"),
+    "Infinity": mutation_with(b"Infinity"),
+    "-Infinity": mutation_with(b"[-Infinity]"),
+    "a number that becomes infinite": mutation_with(b"1e400"),
+    "a lone surrogate": mutation_with(b'"\\ud800"'),
+    "a lone surrogate in a key": mutation_with(b'{"\\udfff": 1}'),
+    "surrogates the wrong way round": mutation_with(b'"\\udc00\\ud800"'),
+    "a surrogate in UTF-8": mutation_with(b'"\xed\xa0\x80"'),
+    "bad UTF-8": mutation_with(b'"\xff"'),
+    "overlong UTF-8": mutation_with(b'"\xc0\xaf"'),
+    "a control character": mutation_with(b'"\x01"'),
+    "an unknown escape": mutation_with(b'"\\x41"'),
+    "a BOM": b"\xef\xbb\xbf" + BODY,
+    "UTF-16": BODY.decode().encode("utf-16-le"),
+    "UTF-16 with a BOM": BODY.decode().encode("utf-16"),
+    "UTF-32": BODY.decode().encode("utf-32-be"),
+    "65 levels": mutation_with(b"[" * 63 + b"]" * 63),
+    "65 levels of objects": mutation_with(b'{"a":' * 63 + b"1" + b"}" * 63),
+    "100,000 levels": mutation_with(b"[" * 100_000 + b"]" * 100_000),
+    "levels without an end": b"[" * 1_000_000,
+    "5,000 digits": mutation_with(b"9" * 5000),
+    "no array": BODY[1:-1],
+    "an object": b"{}",
+    "a string": b'"[]"',
+    "null": b"null",
+    "no mutation": b"[]",
+}
+
+
+@table("body", BAD_JSON)
+def test_a_push_that_is_no_json_array_of_mutations_is_refused(
+    visitor: RawClient, body: bytes
+) -> None:
+    assert refused(visitor.request("POST", "/sync/push", body), 400)
+
+
+GOOD_JSON = {
+    "64 levels": b"[" * 62 + b"]" * 62,
+    "brackets in a string": b'"' + b"[{" * 100 + b'"',
+    "an escaped quote before brackets": b'"\\"' + b"[" * 100 + b'\\\\"',
+    "surrogates that are a pair": b'"\\ud83d\\ude00 \xf0\x9f\x98\x80"',
+    "the largest cursor": b"9007199254740991",
+    "a fraction": b"-0.5e-3",
+    "a NUL": b'"\\u0000"',
+    "separators of lines": b'"\\u2028\\u2029"',
+    "a key twice": b'{"a": 1, "a": 2}',
+}
+
+
+@table("args", GOOD_JSON)
+def test_json_comes_back_as_it_was(client: RawClient, args: bytes) -> None:
+    (result,) = client.request("POST", "/sync/push", mutation_with(args)).json
+    assert result["changes"][0]["data"] == json.loads(args)
+    assert client.pull()["changes"] == result["changes"]
+
+
+def test_an_integer_past_64_bits_is_the_clients_mistake_or_comes_back(client: RawClient) -> None:
+    reply = client.request("POST", "/sync/push", mutation_with(b"18446744073709551616"))
+    if reply.status == 200 and reply.json[0]["ok"]:
+        assert reply.json[0]["changes"][0]["data"] == 2**64
+    else:
+        assert (reply.json if reply.status == 400 else reply.json[0])["code"].startswith("invalid")
+
+
+def test_of_duplicate_keys_the_last_one_counts(client: RawClient) -> None:
+    body = b'[{"id": "a", "id": "b", "name": "note", "args": 1, "args": 2}]'
+    assert client.request("POST", "/sync/push", body).json[0]["changes"][0]["data"] == 2
+    assert "duplicate" not in client.push(note("a"))[0]
+    assert client.push(note("b"))[0]["duplicate"]
+
+
+def test_push_answers_one_result_per_mutation_in_order(client: RawClient) -> None:
+    results = client.push(
+        note("a", 1), {"id": "b", "name": "refuse", "args": "conflict"}, note("c", 3)
+    )
+    assert [result["ok"] for result in results] == [True, False, True]
+    assert [list(result) for result in results] == [
+        ["ok", "cursor", "changes"],
+        ["ok", "code", "error"],
+        ["ok", "cursor", "changes"],
+    ]
+    assert results[0]["cursor"] < results[2]["cursor"]
+
+
+def test_a_change_has_its_four_fields(client: RawClient) -> None:
+    (result,) = client.push(note("a", {"x": [1, None, "\u00e9"]}, scope="list"))
+    (change,) = result["changes"]
+    assert list(change) == ["cursor", "scope", "time", "data"]
+    assert (change["cursor"], change["scope"]) == (result["cursor"], "list")
+    assert change["data"] == {"x": [1, None, "\u00e9"]}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", change["time"])
+
+
+def test_a_mutation_sent_twice_applies_once(client: RawClient) -> None:
+    (first,) = client.push(note("a", 1))
+    (again,) = client.push(
+        {"id": "a", "name": "refuse", "args": "conflict"}
+    )  # whatever comes with it
+    assert again == first | {"duplicate": True}
+    assert len(client.pull()["changes"]) == 1
+
+
+def test_copies_of_a_mutation_in_one_push_apply_once(client: RawClient) -> None:
+    first, second, third = client.push(note("a", 1), note("a", 1), note("a", 2))
+    assert second == third == first | {"duplicate": True}
+    assert client.request("GET", "/sync/snapshot").json["data"] == [1]
+
+
+def test_copies_of_a_mutation_at_the_same_moment_apply_once(server: Live) -> None:
+    clients = [server.client() for _ in range(8)]
+    for client in clients:
+        client.send(raw(PUSH, HOST, JSON, LENGTH, body=BODY))
+    results = [client.response().json[0] for client in clients]
+    assert len({result["cursor"] for result in results}) == 1
+    assert sum("duplicate" not in result for result in results) == 1
+
+
+def test_an_id_is_of_its_scope(client: RawClient) -> None:
+    results = client.push(note("a", scope="one"), note("a", scope="two"), note("a"))
+    assert all(result["ok"] and "duplicate" not in result for result in results)
+
+
+def test_the_scope_is_default_when_none_is_named(client: RawClient) -> None:
+    assert client.push(note("a"))[0]["changes"][0]["scope"] == "_default"
+    assert client.push(note("a", scope="_default"))[0]["duplicate"]
+    assert client.pull()["changes"] == client.pull(scope="_default")["changes"] != []
+
+
+def test_a_failed_mutation_may_be_sent_again_under_its_id(client: RawClient) -> None:
+    assert not client.push({"id": "a", "name": "refuse", "args": "not_found"})[0]["ok"]
+    (result,) = client.push(note("a"))
+    assert (result["ok"], "duplicate" in result) == (True, False)
+
+
+@pytest.mark.parametrize("code", list(REFUSALS))
+def test_a_refusal_of_apply_is_told_and_fails_alone(client: RawClient, code: str) -> None:
+    before, failed, after = client.push(
+        note("a"), {"id": "b", "name": "refuse", "args": code}, note("c")
+    )
+    assert failed == {"ok": False, "code": code, "error": "a reason for people"}
+    assert before["ok"]
+    assert after["ok"]
+
+
+def test_a_fault_of_apply_is_an_internal_error_that_tells_nothing(
+    server: Live, client: RawClient
+) -> None:
+    failed, after = client.push({"id": "a", "name": "crash"}, note("b"))
+    assert (failed["ok"], failed["code"], after["ok"]) == (False, "internal_error", True)
+    assert "secret" not in failed["error"]
+    server.logged("a secret of the inside")
+
+
+BAD_MUTATIONS = {
+    "null": None,
+    "a number": 1,
+    "a list": [note("a")],
+    "nothing in it": {},
+    "no id": {"name": "note"},
+    "an empty id": note(""),
+    "an id of 129": note("x" * 129),
+    "an id of no string": {"id": 1, "name": "note"},
+    "an id of null": {"id": None, "name": "note"},
+    "no name": {"id": "a"},
+    "an empty name": {"id": "a", "name": ""},
+    "a name of 129": {"id": "a", "name": "x" * 129},
+    "a name of no string": {"id": "a", "name": ["note"]},
+    "an empty scope": note("a", scope=""),
+    "a scope of 257": note("a", scope="x" * 257),
+    "a scope of no string": note("a", scope=7),
+}
+
+
+@table("bad", BAD_MUTATIONS)
+def test_a_malformed_mutation_among_good_ones_fails_alone(client: RawClient, bad: Any) -> None:
+    before, failed, after = client.push(note("one"), bad, note("two"))
+    assert (failed["ok"], failed["code"]) == (False, "invalid_mutation")
+    assert list(failed) == ["ok", "code", "error"]
+    assert (before["ok"], after["ok"]) == (True, True)
+
+
+def test_unknown_fields_are_ignored(client: RawClient) -> None:
+    assert client.push(note("a", client="me", seq=1))[0]["ok"]
+    assert len(client.pull(colour="red")["changes"]) == 1
+
+
+def test_a_push_of_a_hundred_is_taken_and_of_more_is_too_large(client: RawClient) -> None:
+    many = [note(f"n{number}") for number in range(101)]
+    assert refused(client.request("POST", "/sync/push", json.dumps(many).encode()), 413)
+    assert client.pull()["changes"] == []
+    assert all(result["ok"] for result in client.push(*many[:100]))
+
+
+def test_a_mutation_may_change_other_scopes(client: RawClient) -> None:
+    (result,) = client.push({"id": "a", "name": "share", "args": ["one", "two"]})
+    assert [change["scope"] for change in result["changes"]] == ["one", "two"]
+    assert result["cursor"] == result["changes"][-1]["cursor"]
+    assert client.pull()["changes"] == []
+    assert client.pull(scope="two")["changes"] == result["changes"][1:]
+
+
+def test_a_result_without_changes_has_its_scopes_current_cursor(client: RawClient) -> None:
+    (first,) = client.push(note("a", scope="s"))
+    client.push(note("b", scope="other"))
+    (nothing,) = client.push({"id": "c", "name": "share", "args": [], "scope": "s"})
+    assert nothing == {"ok": True, "cursor": first["cursor"], "changes": []}
+    (nothing,) = client.push({"id": "c", "name": "share", "args": [], "scope": "new"})
+    assert nothing["cursor"] == 0
+
+
+def test_pull_gives_the_changes_of_one_scope_above_the_cursor(client: RawClient) -> None:
+    one, _, three = client.push(note("a", 1), note("b", 2, scope="other"), note("c", 3))
+    page = client.pull()
+    assert list(page) == ["changes", "cursor", "epoch", "hasMore"]
+    assert page["changes"] == one["changes"] + three["changes"]
+    assert (page["cursor"], page["hasMore"]) == (three["cursor"], False)
+    assert client.pull(cursor=one["cursor"], epoch=page["epoch"])["changes"] == three["changes"]
+
+
+def test_pull_gives_at_most_the_limit_and_says_whether_there_is_more(client: RawClient) -> None:
+    client.push(*(note(f"n{number}", number) for number in range(5)))
+    cursor, found = 0, []
+    for more in (True, True, False):
+        page = client.pull(cursor=cursor, limit=2)
+        assert page["hasMore"] is more
+        cursor = page["cursor"]
+        found += [change["data"] for change in page["changes"]]
+    assert found == [0, 1, 2, 3, 4]
+
+
+def test_a_page_has_100_changes_unasked_and_1000_at_most(client: RawClient) -> None:
+    client.push(*({"id": f"n{number}", "name": "notes", "args": 20} for number in range(51)))
+    assert len(client.pull()["changes"]) == 100
+    assert len(client.pull(limit=1001)["changes"]) == 1000
+    assert client.pull(limit=5000)["hasMore"]
+
+
+def test_an_empty_page_gives_a_cursor_that_misses_nothing(client: RawClient) -> None:
+    client.push(note("a", scope="other"))
+    page = client.pull()
+    assert (page["changes"], page["hasMore"]) == ([], False)
+    client.push(note("b"))
+    assert len(client.pull(cursor=page["cursor"], epoch=page["epoch"])["changes"]) == 1
+
+
+def test_a_pull_that_waits_is_answered_by_a_push(server: Live, client: RawClient) -> None:
+    client.send(raw(b"GET /sync/pull?wait=60&scope=s HTTP/1.1", HOST))
+    server.client().push(note("a", scope="other"))
+    (result,) = server.client().push(note("b", scope="s"))
+    assert client.response().json["changes"] == result["changes"]
+
+
+def test_a_pull_that_waits_does_not_where_there_are_changes(client: RawClient) -> None:
+    client.push(note("a"))
+    assert len(client.pull(wait=1000)["changes"]) == 1
+
+
+def test_a_pull_that_waits_ends_with_its_time(client: RawClient) -> None:
+    started = time.monotonic()
+    page = client.pull(wait=MOMENT)
+    assert page["changes"] == []
+    assert MOMENT * 0.9 < time.monotonic() - started < PATIENCE / 2
+
+
+def test_a_wait_past_the_limit_is_taken_as_the_limit(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, pull_wait_max=MOMENT)) as live:
+        assert live.client().pull(wait=60)["changes"] == []
+
+
+def test_a_client_that_gives_up_waiting_is_forgotten(server: Live) -> None:
+    before = server.tasks()
+    client = server.client()
+    client.send(raw(b"GET /sync/pull?wait=60 HTTP/1.1", HOST))
+    until(lambda: server.tasks() > before)
+    client.reset()
+    until(lambda: server.tasks() <= before)
+
+
+BAD_NUMBERS = "%2B1 1_0 %D9%A3 %C2%B2 -1 -0 %201 1%20 1%0B +1 0x1 1e1 null nan inf 1.2.3 ."
+BAD_ESCAPES = "%zz % %4 a%FF %ED%A0%80 %C0%AF"
+BAD_QUERIES = {
+    *(
+        f"{name}={value}"
+        for name in ("cursor", "limit", "wait")
+        for value in ["", *BAD_NUMBERS.split()]
+    ),
+    *(f"cursor={value}" for value in ("1.5", 2**53, "9" * 30, "9" * 5000)),
+    *("limit=0", "limit=1.5", "limit=ten"),
+    *(f"scope={scope}" for scope in ["", "x" * 257, *BAD_ESCAPES.split()]),
+    *("scope=a&scope=a", "scope=a&cursor=0&scope=b", "scope=a&%73cope=b", "cursor=0&cursor=0"),
+    *("limit=1&limit=2", "wait=0&wait=0", "epoch=&epoch="),
+}
+
+
+@table("query", {f"{query:.40}": query for query in sorted(BAD_QUERIES)})
+def test_a_malformed_parameter_is_refused(visitor: RawClient, query: str) -> None:
+    assert refused(visitor.request("GET", f"/sync/pull?{query}"), 400)
+    assert visitor.request("GET", "/healthz").status == 200
+
+
+@table(
+    "case",
+    {
+        "a plus": ("a+b", "a b"),
+        "a percent-encoded space": ("a%20b", "a b"),
+        "a percent-encoded plus": ("a%2bb", "a+b"),
+        "UTF-8": ("%C3%A9%F0%9F%98%80", "\u00e9\U0001f600"),
+        "a slash and a question mark": ("a/b?c", "a/b?c"),
+        "a percent-encoded ampersand": ("a%26b%3Dc", "a&b=c"),
+        "an equals sign": ("a=b", "a=b"),
+        "encoded once": ("%2541", "%41"),
+    },
+)
+def test_parameters_are_read_as_forms_write_them(client: RawClient, case: tuple[str, str]) -> None:
+    written, scope = case
+    (result,) = client.push(note("a", scope=scope))
+    page = client.request("GET", f"/sync/pull?scope={written}").json
+    assert page["changes"] == result["changes"]
+    assert result["changes"][0]["scope"] == scope
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "cursor=0",
+        "cursor=000",
+        "wait=0",
+        "wait=0.05",
+        "wait=0.15000000000000002",
+        "epoch=",
+        "limit=9999",
+    ],
+)
+def test_a_good_parameter_is_taken(visitor: RawClient, query: str) -> None:
+    assert visitor.request("GET", f"/sync/pull?{query}").status == 200
+
+
+def test_a_cursor_of_another_scope_is_known(client: RawClient) -> None:
+    (result,) = client.push(note("a", scope="other"))
+    assert client.pull(cursor=result["cursor"])["changes"] == []
+
+
+def test_an_epoch_that_is_not_known_makes_the_cursor_unknown(client: RawClient) -> None:
+    (result,) = client.push(note("a"))
+    reply = client.request("GET", f"/sync/pull?cursor={result['cursor']}&epoch=another")
+    assert refused(reply, 410, code="cursor_unknown")
+    assert client.pull(cursor=result["cursor"], epoch="")["changes"] == []
+
+
+def test_a_cursor_before_a_trim_is_too_old_also_0(server: Live, client: RawClient) -> None:
+    cursors = [client.push(note(f"n{number}"))[0]["cursor"] for number in range(4)]
+    epoch = client.pull()["epoch"]
+    assert server.call(server.engine.trim, "_default", cursors[2]) == 2
+    for cursor in (0, cursors[0]):
+        for query in (
+            f"cursor={cursor}",
+            f"cursor={cursor}&epoch={epoch}",
+            f"cursor={cursor}&wait=9",
+        ):
+            assert refused(client.request("GET", f"/sync/pull?{query}"), 410, code="cursor_too_old")
+    assert len(client.pull(cursor=cursors[1], epoch=epoch)["changes"]) == 2
+    assert client.pull(scope="other")["changes"] == []
+
+
+def test_a_duplicate_whose_changes_were_trimmed_comes_without_them(
+    server: Live, client: RawClient
+) -> None:
+    first, second = client.push(note("a"), note("b"))
+    server.call(server.engine.trim, "_default", second["cursor"])
+    assert client.push(note("a")) == [{"ok": True, "cursor": first["cursor"], "duplicate": True}]
+    assert client.push(note("b")) == [second | {"duplicate": True}]
+
+
+def test_a_snapshot_is_the_state_at_a_cursor(client: RawClient) -> None:
+    client.push(note("a", 1, scope="s"), note("b", 2, scope="other"), note("c", 3, scope="s"))
+    taken = client.request("GET", "/sync/snapshot?scope=s").json
+    assert list(taken) == ["data", "cursor", "epoch"]
+    assert taken["data"] == [1, 3]
+    client.push(note("d", 4, scope="s"))
+    page = client.pull(scope="s", cursor=taken["cursor"], epoch=taken["epoch"])
+    assert [change["data"] for change in page["changes"]] == [4]
+
+
+def test_a_pull_from_a_snapshot_is_not_too_old(server: Live, client: RawClient) -> None:
+    cursors = [client.push(note(f"n{number}"))[0]["cursor"] for number in range(3)]
+    server.call(server.engine.trim, "_default", cursors[-1] + 1)
+    taken = client.request("GET", "/sync/snapshot").json
+    assert taken["data"] == [None] * 3
+    assert client.pull(cursor=taken["cursor"], epoch=taken["epoch"])["changes"] == []
+
+
+def test_without_a_snapshot_function_a_snapshot_is_not_found(tmp_path: Path) -> None:
+    with serve(tmp_path, snapshot=None) as live:
+        assert refused(live.client().request("GET", "/sync/snapshot"), 404)
+
+
+@pytest.mark.parametrize("query", ["scope=", "scope=a&scope=a", "scope=%zz"])
+def test_a_snapshot_of_a_malformed_scope_is_refused(visitor: RawClient, query: str) -> None:
+    assert refused(visitor.request("GET", f"/sync/snapshot?{query}"), 400)
+
+
+def test_a_fault_of_the_snapshot_function_is_an_internal_error_that_tells_nothing(
+    tmp_path: Path,
+) -> None:
+    def broken(db: sqlite3.Connection, scope: str) -> Any:
+        raise RuntimeError("a secret of the inside")
+
+    with serve(tmp_path, snapshot=broken) as live:
+        reply = live.client().request("GET", "/sync/snapshot")
+        assert refused(reply, 500)
+        assert b"secret" not in reply.body
+        live.logged("a secret of the inside")
+
+
+def test_healthz_tells_how_the_server_is(server: Live, client: RawClient) -> None:
+    (result,) = client.push(note("a", scope="s"))
+    server.socket()
+    health = client.request("GET", "/healthz").json
+    assert health == {
+        "status": "ok",
+        "version": mizusync.__version__,
+        "cursor": result["cursor"],
+        "epoch": client.pull()["epoch"],
+        "sessions": 1,
+    }
+    assert list(health) == ["status", "version", "cursor", "epoch", "sessions"]
+
+
+def test_an_unknown_path_is_not_found(visitor: RawClient) -> None:
+    for target in ("/nowhere", "/sync/push/", "/sync", "//healthz", "/SYNC/PULL", "/healthz/../x"):
+        assert refused(visitor.request("GET", target), 404)
+    assert refused(visitor.request("POST", "/nowhere", b"{}"), 404)
+
+
+def test_what_the_writer_has_no_room_for_is_unavailable_and_not_applied(tmp_path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        entered.set()
+        release.wait(PATIENCE)
+        return [mutation.id]
+
+    with serve(tmp_path, replace(SMALL, pending_pushes=1), apply=slow) as live:
+        clients = [live.client() for _ in range(4)]
+        try:
+            for number, client in enumerate(clients):
+                body = json.dumps([note(f"n{number}")]).encode()
+                client.send(raw(PUSH, HOST, JSON, b"Content-Length: %d" % len(body), body=body))
+                assert entered.wait(PATIENCE)
+            assert refused(clients[-1].response(), 503)
+        finally:
+            release.set()
+        assert clients[0].response().json[0]["ok"]
+        assert "n3" not in [change["data"] for change in live.client().pull()["changes"]]
+
+
+def test_a_database_that_was_taken_away_is_unavailable(tmp_path: Path) -> None:
+    with serve(tmp_path, may_log=".") as live:
+        client = live.client()
+        client.push(note("a"))
+        for file in tmp_path.glob("log.db*"):
+            file.unlink()
+        until(lambda: client.request("POST", "/sync/push", BODY).status == 503)
+        assert refused(client.request("POST", "/sync/push", BODY), 503)
+        assert refused(client.request("GET", "/healthz"), 503)
+
+
+# --- WebSocket ------------------------------------------------------------------------------
+# RFC 6455 §4 to §8: again the parser alone, then the handshake, then frames over a socket.
+
+frames = st.builds(
+    Frame,
+    st.sampled_from([0, 1, 2]),
+    st.binary(max_size=200) | st.binary(min_size=126),
+    st.booleans(),
+) | st.builds(Frame, st.sampled_from([CLOSE, PING, PONG]), st.binary(max_size=125), st.just(True))
+
+
+def read_frames(parts: Iterable[bytes], max_payload: int = 2**20) -> list[Any]:
+    """The frames in these bytes, and the code of the close that ended them, if one did."""
+    buffer, found = bytearray(), list[Any]()
+    try:
+        for part in parts:
+            buffer += part
+            while (frame := mizusync.parse_frame(buffer, max_payload=max_payload)) is not None:
+                found.append(Frame(int(frame.opcode), bytes(frame.payload), frame.fin))
+    except mizusync.ProtocolError as error:
+        found.append(int(error.code))
+    return found
+
+
+@given(st.lists(frames, max_size=4), st.lists(st.integers(0, 900), max_size=9))
+def test_frames_read_the_same_however_the_bytes_arrive(sent: list[Frame], cuts: list[int]) -> None:
+    assert read_frames(pieces(b"".join(masked(*frame) for frame in sent), cuts)) == sent
+
+
+@given(
+    st.lists(frames, min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=5),
+    st.lists(st.integers(0, 900), max_size=5),
+)
+@settings(max_examples=300)
+def test_spoiled_frames_are_frames_or_a_close_however_they_arrive(
+    sent: list[Frame], spoilt: list[tuple[int, int]], cuts: list[int]
+) -> None:
+    data = bytearray(b"".join(masked(*frame) for frame in sent))
+    for at, byte in spoilt:
+        data[at % len(data)] = byte
+    found = read_frames(pieces(bytes(data), cuts), max_payload=300)
+    assert found == read_frames([bytes(data)], max_payload=300)
+    assert not found or isinstance(found[-1], Frame) or found[-1] in (1002, 1009)
+
+
+BAD_FRAMES = {
+    "no mask": (b"\x81\x02hi", 1002),
+    "RSV1": (masked(TEXT, b"hi", rsv=4), 1002),
+    "RSV2": (masked(TEXT, b"hi", rsv=2), 1002),
+    "RSV3": (masked(PING, b"hi", rsv=1), 1002),
+    "a reserved opcode": (masked(3, b"hi"), 1002),
+    "another reserved opcode": (masked(7, b"hi"), 1002),
+    "a reserved control opcode": (masked(11, b"hi"), 1002),
+    "another reserved control opcode": (masked(15, b"hi"), 1002),
+    "a long ping": (masked(PING, b"x" * 126), 1002),
+    "a long close": (masked(CLOSE, b"\x03\xe8" + b"x" * 124), 1002),
+    "a ping in fragments": (masked(PING, b"hi", fin=False), 1002),
+    "two bytes for a short length": (b"\x81\xfe\x00\x02abcdhi", 1002),
+    "eight bytes for a short length": (b"\x81\xff" + bytes(6) + b"\x00\x02abcdhi", 1002),
+    "a length past 63 bits": (b"\x81\xff\x80" + bytes(7) + b"abcd", 1002),
+    "a length past the limit": (b"\x81\xff" + (2**20 + 1).to_bytes(8, "big"), 1009),
+    "a huge length": (b"\x81\xff\x7f" + b"\xff" * 7, 1009),
+}
+
+
+@table("case", BAD_FRAMES)
+def test_a_frame_that_breaks_the_rules_closes_with_its_code(
+    visitor: RawClient, case: tuple[bytes, int]
+) -> None:
+    data, code = case
+    assert read_frames([data]) == [code]
+    assert visitor.upgrade().status == 101
+    visitor.send(data)
+    assert visitor.read_close() == code
+
+
+@pytest.mark.parametrize("size", [0, 125, 126, 65535, 65536])
+def test_the_servers_frames_are_not_masked_and_no_longer_than_need_be(size: int) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, closing(RawClient.__new__(RawClient)) as client:
+        client.sock, client.buffer = theirs, bytearray()
+        ours.sendall(mizusync.encode_frame(BINARY, b"x" * size))
+        assert client.read_frame() == Frame(BINARY, b"x" * size)
+
+
+def test_the_handshake_answers_the_key(client: RawClient) -> None:
+    reply = client.upgrade()
+    assert reply.status == 101
+    assert reply.headers["upgrade"].lower() == "websocket"
+    assert reply.headers["connection"].lower() == "upgrade"
+    assert reply.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+    assert not {"sec-websocket-extensions", "content-length", "transfer-encoding"} & set(
+        reply.headers
+    )
+
+
+@table(
+    "fields",
+    {
+        "lists and other cases": {"Connection": "keep-alive, UPGRADE", "Upgrade": "h2c, WebSocket"},
+        "an extension": {"Sec-WebSocket-Extensions": "permessage-deflate; client_max_window_bits"},
+        "its own origin": {"Origin": "http://localhost:{port}", "Host": "localhost:{port}"},
+    },
+)
+def test_a_handshake_that_is_good_is_taken(visitor: RawClient, fields: dict[str, str]) -> None:
+    port = visitor.address[1]
+    reply = visitor.upgrade(
+        headers={name: value.format(port=port) for name, value in fields.items()}
+    )
+    assert (reply.status, reply.headers.get("sec-websocket-extensions")) == (101, None)
+    assert visitor.quiet()
+
+
+@table(
+    "fields",
+    {
+        "no upgrade": {"Upgrade": "", "Connection": "keep-alive"},
+        "another upgrade": {"Upgrade": "h2c"},
+        "another version": {"Sec-WebSocket-Version": "8"},
+    },
+)
+def test_ws_wants_an_upgrade_to_version_13(visitor: RawClient, fields: dict[str, str]) -> None:
+    reply = visitor.upgrade(headers=fields)
+    assert refused(reply, 426)
+    assert reply.headers["upgrade"].lower() == "websocket"
+    assert "upgrade" in reply.headers["connection"].lower()  # RFC 9110 §7.8
+    if "Sec-WebSocket-Version" in fields:
+        assert reply.headers["sec-websocket-version"] == "13"  # RFC 6455 §4.4
+
+
+@pytest.mark.parametrize("target", ["/ws", "/ws?scope=s"])
+def test_ws_without_an_upgrade_is_refused(visitor: RawClient, target: str) -> None:
+    assert refused(visitor.request("GET", target), 426)
+
+
+@pytest.mark.parametrize(
+    "key", ["", "short", "x" * 24, "dGhlIHNhbXBsZQ==", "dGhlIHNhbXBsZSBub25j*Q=="]
+)
+def test_a_bad_key_is_refused(visitor: RawClient, key: str) -> None:
+    assert refused(visitor.upgrade(headers={"Sec-WebSocket-Key": key}), 400)
+
+
+@table(
+    "lines",
+    {
+        "no key": [b"GET /ws HTTP/1.1"],
+        "two keys": [b"GET /ws HTTP/1.1", KEY, KEY],
+        "a post": [b"POST /ws HTTP/1.1", KEY],
+        "HTTP/1.0": [b"GET /ws HTTP/1.0", KEY],
+        "a malformed scope": [b"GET /ws?scope= HTTP/1.1", KEY],
+        "two scopes": [b"GET /ws?scope=a&scope=b HTTP/1.1", KEY],
+    },
+)
+def test_a_handshake_that_breaks_the_rules_is_refused(
+    visitor: RawClient, lines: list[bytes]
+) -> None:
+    visitor.send(
+        raw(
+            *lines,
+            HOST,
+            b"Connection: Upgrade",
+            b"Upgrade: websocket",
+            b"Sec-WebSocket-Version: 13",
+        )
+    )
+    assert refused(visitor.response(), 400, 405, 426)
+
+
+def test_bytes_that_came_with_the_handshake_belong_to_the_websocket(client: RawClient) -> None:
+    head = raw(
+        *(b"GET /ws HTTP/1.1", HOST, KEY, b"Sec-WebSocket-Version: 13"),
+        *(b"Connection: Upgrade", b"Upgrade: websocket"),
+        body=masked(TEXT, b'{"topic": "subscribe", "data": {}}') + masked(PING, b"!"),
+    )
+    client.send(head)
+    assert client.response().status == 101
+    assert client.read_json() == {"topic": "sync:_default", "data": {"cursor": 0}}
+    assert client.read_frame() == Frame(PONG, b"!")
+
+
+def test_a_message_may_come_in_fragments_with_pings_in_between(server: Live) -> None:
+    client = server.socket()
+    message = json.dumps({"topic": "subscribe", "data": {"scope": "\u00e9"}}, ensure_ascii=False)
+    first, *others = pieces(message.encode(), range(1, 99))  # also inside the é
+    client.send_frame(TEXT, first, fin=False)
+    for piece in others:
+        client.send_frame(0, piece, fin=False)
+        client.send_frame(PING, piece)
+        assert client.read_frame() == Frame(PONG, piece)
+    client.send_frame(0, b"", fin=True)
+    assert client.read_json()["topic"] == "sync:\u00e9"
+
+
+def test_pings_are_answered_and_pongs_are_not(server: Live) -> None:
+    client = server.socket()
+    client.send_frame(PONG, b"unasked")
+    for payload in (b"", b"hi", bytes(range(125))):
+        client.send_frame(PING, payload)
+        assert client.read_frame() == Frame(PONG, payload)
+
+
+@table(
+    "case",
+    {
+        "a continuation of nothing": ([masked(0, b"hi")], 1002),
+        "a message inside another": ([masked(TEXT, b"hi", False), masked(TEXT, b"hi")], 1002),
+        "a binary message": ([masked(BINARY, b"{}")], 1003),
+        "a binary message in fragments": (
+            [masked(BINARY, b"{}", False), masked(0, b"")],
+            1003,
+        ),
+        "bad UTF-8": ([masked(TEXT, b"\xff")], 1007),
+        "a surrogate": ([masked(TEXT, b"\xed\xa0\x80")], 1007),
+        "a cut character": ([masked(TEXT, b"\xc3")], 1007),
+        "bad UTF-8 in a first fragment": ([masked(TEXT, b"a\xc0\xafb", False)], 1007),
+        "bad UTF-8 over a border": (
+            [masked(TEXT, b"\xf4", False), masked(0, b"\x90", False)],
+            1007,
+        ),
+        "too much at once": ([masked(TEXT, b" " * (2**20 + 1))], 1009),
+        "too much in fragments": (
+            [masked(TEXT, b" " * 2**19, False), masked(0, b" " * 2**19, False), masked(0, b" ")],
+            1009,
+        ),
+    },
+)
+def test_a_message_that_breaks_the_rules_closes_with_its_code(
+    visitor: RawClient, case: tuple[list[bytes], int]
+) -> None:
+    assert visitor.upgrade().status == 101
+    for data in case[0]:
+        visitor.send(data)
+    assert visitor.read_close() == case[1]
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1003, 1007, 1011, 3000, 4999])
+def test_a_close_is_answered_and_the_connection_ends(visitor: RawClient, code: int) -> None:
+    assert visitor.upgrade().status == 101
+    visitor.send_frame(CLOSE, code.to_bytes(2, "big") + "f\u00fcr immer".encode())
+    visitor.send_frame(PING, b"after the close")
+    frame = visitor.read_frame()
+    assert frame.opcode == CLOSE
+    assert int.from_bytes(frame.payload[:2], "big") in (1000, code)
+    assert visitor.ended()
+
+
+def test_a_close_without_a_code_is_answered(visitor: RawClient) -> None:
+    assert visitor.upgrade().status == 101
+    visitor.send_frame(CLOSE, b"")
+    assert visitor.read_frame() in (Frame(CLOSE, b""), Frame(CLOSE, b"\x03\xe8"))
+    assert visitor.ended()
+
+
+BAD_CLOSES = {str(code): code.to_bytes(2, "big") for code in (0, 999, 1004, 1005, 1006, 1015, 1016)}
+BAD_CLOSES |= {str(code): code.to_bytes(2, "big") for code in (1100, 2000, 2999, 5000, 65535)}
+
+
+@table("payload", BAD_CLOSES | {"one byte": b"\x03", "bad UTF-8": b"\x03\xe8\xff"})
+def test_a_bad_close_is_a_protocol_error(visitor: RawClient, payload: bytes) -> None:
+    assert visitor.upgrade().status == 101
+    visitor.send_frame(CLOSE, payload)
+    assert visitor.read_close() in (1002, 1007 if len(payload) == 3 else 1002)
+
+
+def test_a_client_that_does_not_answer_a_close_is_not_waited_for(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, close_timeout=MOMENT)) as live:
+        client = live.socket()
+        client.send_frame(BINARY, b"")
+        assert client.read_frame().payload[:2] == b"\x03\xeb"
+        assert client.ended()
+
+
+def test_the_server_pings_and_keeps_who_answers(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, ping_interval=MOMENT / 3, ping_timeout=MOMENT)) as live:
+        client, started = live.socket(), time.monotonic()
+        while time.monotonic() < started + MOMENT * 3:
+            frame = client.read_frame()
+            assert frame.opcode == PING
+            client.send_frame(PONG, frame.payload)
+        client.say("subscribe", {})
+        assert client.read_json()["data"] == {"cursor": 0}
+
+
+def test_a_session_that_answers_no_ping_is_dropped(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, ping_interval=MOMENT / 3, ping_timeout=MOMENT)) as live:
+        client = live.socket()
+        assert client.read_frame().opcode == PING
+        until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 0)
+        with pytest.raises((EOFError, ConnectionError)):
+            client.take(10_000)
+
+
+def test_pings_of_a_client_that_does_not_read_are_not_all_kept(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, send_buffer=4096)) as live:
+        client = live.socket(receive_buffer=4096)
+        client.sock.settimeout(MOMENT * 2)
+
+        def flood() -> None:
+            for _ in range(400):
+                client.send(masked(PING, b"x" * 125) * 500)
+
+        with pytest.raises((TimeoutError, ConnectionError)):  # it is not read from any more
+            flood()
+
+
+def test_fragments_of_nothing_take_no_memory(server: Live) -> None:
+    client = server.socket()
+    client.send(masked(TEXT, b"", False))
+    assert client.quiet()
+    tracemalloc.start()
+    try:
+        client.send(masked(0, b"", False) * 100_000)
+        assert client.quiet()
+        assert tracemalloc.get_traced_memory()[0] < 400_000
+    finally:
+        tracemalloc.stop()
+
+
+# --- Live -----------------------------------------------------------------------------------
+# What a session is told: hints, never late, never going down; and what an application may add.
+
+
+def test_subscribe_answers_the_current_cursor_at_once(server: Live) -> None:
+    (result,) = server.client().push(note("a", scope="s"))
+    server.client().push(note("b", scope="other"))
+    client = server.socket("/ws?scope=s")
+    assert client.subscribe() == {"topic": "sync:s", "data": {"cursor": result["cursor"]}}
+
+
+def test_the_current_cursor_is_0_before_the_first_change(server: Live) -> None:
+    server.client().push(note("b", scope="other"))
+    assert server.socket().subscribe() == {"topic": "sync:_default", "data": {"cursor": 0}}
+
+
+def test_a_trim_does_not_lower_the_current_cursor(server: Live) -> None:
+    (result,) = server.client().push(note("a"))
+    server.call(server.engine.trim, "_default", result["cursor"] + 1)
+    assert server.socket().subscribe()["data"] == {"cursor": result["cursor"]}
+
+
+def test_a_push_is_hinted_and_a_pull_sees_it(server: Live) -> None:
+    client = server.socket("/ws?scope=caf%C3%A9")
+    client.subscribe()
+    (result,) = server.client().push(note("a", scope="caf\u00e9"))
+    assert client.read_json() == {"topic": "sync:caf\u00e9", "data": {"cursor": result["cursor"]}}
+    assert server.client().pull(scope="caf\u00e9")["changes"] == result["changes"]
+
+
+def test_a_session_may_subscribe_to_another_scope(server: Live) -> None:
+    client = server.socket("/ws?scope=one")
+    assert client.subscribe(scope="two")["topic"] == "sync:two"
+    server.client().push(note("a", scope="one"))  # nobody asked for it
+    (result,) = server.client().push(note("b", scope="two"))
+    assert client.read_json() == {"topic": "sync:two", "data": {"cursor": result["cursor"]}}
+
+
+def test_a_change_in_another_scope_is_hinted_there(server: Live) -> None:
+    client = server.socket()
+    client.subscribe(scope="two")
+    (result,) = server.client().push({"id": "a", "name": "share", "args": ["one", "two", "one"]})
+    assert client.read_json()["data"] == {"cursor": result["changes"][1]["cursor"]}
+
+
+def test_a_session_that_unsubscribed_hears_no_more(server: Live) -> None:
+    client, witness = server.socket(), server.socket()
+    for one in (client, witness):
+        one.subscribe()
+        one.subscribe(scope="two")
+    client.say("unsubscribe", {})
+    client.say("unsubscribe", {"scope": "two"})
+    assert client.quiet()
+    server.client().push(note("a"), note("b", scope="two"))
+    assert {witness.read_json()["topic"] for _ in range(2)} == {"sync:_default", "sync:two"}
+    assert client.quiet()
+
+
+def test_a_session_that_did_not_subscribe_hears_nothing(server: Live) -> None:
+    client, witness = server.socket(), server.socket()
+    witness.subscribe()
+    server.client().push(note("a"))
+    witness.read_json()
+    assert client.quiet()
+
+
+def test_hints_carry_the_changes_for_who_asked(server: Live) -> None:
+    plain, client = server.socket(), server.socket()
+    plain.subscribe()
+    assert client.subscribe(changes=True)["data"]["cursor"] == 0
+    (result,) = server.client().push(note("a", {"x": "\u00e9"}))
+    hint = client.read_json()
+    assert list(hint) == ["topic", "data"]
+    assert list(hint["data"]) == ["cursor", "epoch", "after", "changes"]
+    assert hint["data"]["changes"] == result["changes"]
+    assert hint["data"]["cursor"] == result["cursor"] > hint["data"]["after"] >= 0
+    assert hint["data"]["epoch"] == server.client().pull()["epoch"]
+    assert plain.read_json()["data"] == {"cursor": result["cursor"]}
+
+
+def test_hints_with_changes_and_pulls_where_they_lack_give_the_whole_log(server: Live) -> None:
+    client, pusher = server.socket(), server.client()
+    cursor, found, epoch = 0, list[Any](), server.client().pull()["epoch"]
+    client.subscribe(changes=True)
+    for number in range(60):
+        (result,) = pusher.push({"id": str(number), "name": "notes", "args": number})
+    while cursor < result["cursor"]:
+        hint = client.read_json()["data"]
+        if hint.get("after", 2**53) > cursor or hint["epoch"] != epoch:
+            hint = server.client().pull(cursor=cursor, epoch=epoch, limit=1000)
+        found += [change for change in hint["changes"] if change["cursor"] > cursor]
+        cursor, epoch = hint["cursor"], hint.get("epoch", epoch)
+    log = [change for page in pages_of(server.client()) for change in page]
+    assert found == log
+    assert len(log) == sum(range(60))
+
+
+def pages_of(client: RawClient) -> Iterator[list[Any]]:
+    cursor, more = 0, True
+    while more:
+        page = client.pull(cursor=cursor, limit=1000)
+        yield page["changes"]
+        cursor, more = page["cursor"], page["hasMore"]
+
+
+@table("args", {"too many": {"name": "notes", "args": 33}, "too large": {"args": "x" * 2**14}})
+def test_a_hint_of_a_large_commit_comes_without_its_changes(
+    server: Live, args: dict[str, Any]
+) -> None:
+    client = server.socket()
+    client.subscribe(changes=True)
+    (result,) = server.client().push(note("a") | args)
+    assert client.read_json()["data"] == {"cursor": result["cursor"]}
+
+
+def test_the_last_subscribe_decides_whether_hints_carry_changes(server: Live) -> None:
+    client = server.socket()
+    client.subscribe(changes=True)
+    client.subscribe(changes=False)
+    (result,) = server.client().push(note("a"))
+    assert client.read_json()["data"] == {"cursor": result["cursor"]}
+    client.subscribe(changes=True)
+    server.client().push(note("b"))
+    assert "changes" in client.read_json()["data"]
+
+
+def test_cursors_of_a_topic_never_go_down(server: Live) -> None:
+    client, pusher = server.socket(), server.client()
+    cursors = [client.subscribe()["data"]["cursor"]]
+    for number in range(50):
+        (result,) = pusher.push(note(str(number)))
+        client.say("subscribe", {"changes": number % 2 == 0})
+    while cursors[-1] < result["cursor"]:
+        cursors.append(client.read_json()["data"]["cursor"])
+    assert cursors == sorted(cursors)
+
+
+def test_a_commit_of_another_process_is_hinted_and_ends_a_wait(
+    server: Live, tmp_path: Path
+) -> None:
+    live, waiting = server.socket(), server.client()
+    live.subscribe()
+    waiting.send(raw(b"GET /sync/pull?wait=60 HTTP/1.1", HOST))
+    with closing(Engine(tmp_path / "log.db", apply=apply, schema=SCHEMA)) as other:
+        (result,) = other.submit([Mutation("a", "note", 7)]).result(PATIENCE)
+    assert live.read_json()["data"]["cursor"] == result.cursor
+    assert waiting.response().json["changes"][0]["data"] == 7
+
+
+def test_the_newest_cursor_is_sent_again_after_silence(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, heartbeat=MOMENT)) as live:
+        (result,) = live.client().push(note("a"))
+        client, started = live.socket(), time.monotonic()
+        hint = client.subscribe()
+        assert client.read_json() == client.read_json() == hint
+        assert hint["data"] == {"cursor": result["cursor"]}
+        assert time.monotonic() - started > MOMENT * 1.5
+
+
+def test_a_slow_reader_is_kept_and_gets_the_newest_cursor(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, send_buffer=4096)) as live:
+        client, pusher = live.socket(receive_buffer=4096), live.client()
+        client.subscribe(changes=True)
+        for number in range(100):
+            (result,) = pusher.push(note(str(number), "x" * 12_000))
+        size, cursor = 0, 0
+        while cursor < result["cursor"]:
+            hint = client.read_json()["data"]
+            size, cursor = size + len(json.dumps(hint)), hint["cursor"]
+        assert size < 600_000  # of 1,200,000: what it did not read was merged
+        (result,) = pusher.push(note("after"))
+        assert client.read_json()["data"]["cursor"] == result["cursor"]
+
+
+@contextmanager
+def joined(folder: Path, settings: Settings = SMALL, **options: Any) -> Iterator[tuple[Live, Any]]:
+    """A server whose sessions follow the topic `news` once they said `join`, and how to do so."""
+    came: list[mizusync.Session] = []
+
+    def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
+        came.append(session)
+
+    with serve(folder, settings, on_message=on_message, **options) as live:
+
+        def join(client: RawClient) -> mizusync.Session:
+            number = len(came)
+            client.say("join")
+            until(lambda: len(came) > number)
+            live.call(live.server.subscribe, came[-1], "news")
+            return came[-1]
+
+        yield live, join
+
+
+def test_a_topic_of_the_application_is_heard_by_who_follows_it(tmp_path: Path) -> None:
+    with joined(tmp_path) as (live, join):
+        member, guest = live.socket(), live.socket()
+        session = join(member)
+        live.call(live.server.publish, "news", {"n": [1, "\u00e9"]})
+        assert member.read_json() == {"topic": "news", "data": {"n": [1, "\u00e9"]}}
+        live.call(live.server.unsubscribe, session, "news")
+        live.call(live.server.publish, "news", 2)
+        assert member.quiet()
+        assert guest.quiet()
+
+
+def test_a_reader_too_slow_for_what_may_not_be_merged_is_closed(tmp_path: Path) -> None:
+    with joined(tmp_path, replace(SMALL, send_buffer=4096, session_queue=2**15)) as (live, join):
+        slow, quick = live.socket(receive_buffer=4096), live.socket()
+        join(slow)
+        join(quick)
+        for number in range(500):
+            live.call(live.server.publish, "news", [number, "x" * 2000])
+            assert quick.read_json()["data"][0] == number
+        assert slow.read_close() == 1013
+        until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 1)
+
+
+def test_topics_of_scopes_are_not_the_applications_to_publish(server: Live) -> None:
+    with pytest.raises(ValueError, match="sync:"):
+        server.call(server.server.publish, "sync:_default", {"cursor": 7})
+
+
+@pytest.mark.parametrize("topic", ["news", "sync:_default", "sync:", "", "Subscribe"])
+def test_a_topic_that_nobody_serves_is_unknown(visitor: RawClient, topic: str) -> None:
+    assert visitor.upgrade().status == 101
+    visitor.say(topic, {"cursor": 1})
+    answer = visitor.read_json()
+    assert (answer["topic"], answer["data"]["code"]) == ("error", "unknown_topic")
+    assert list(answer["data"]) == ["code", "error"]
+    assert visitor.subscribe()["topic"] == "sync:_default"
+
+
+def test_topics_of_scopes_are_refused_before_the_application_sees_them(tmp_path: Path) -> None:
+    with joined(tmp_path) as (live, join):
+        client = live.socket()
+        client.say("sync:_default", {"cursor": 1})
+        assert client.read_json()["data"]["code"] == "unknown_topic"
+        join(client)  # which would find the other message first
+
+
+BAD_MESSAGES = {
+    "nothing": b"",
+    "no JSON": b"hello",
+    "a list": b"[]",
+    "a number": b"1",
+    "null": b"null",
+    "no topic": b'{"data": {}}',
+    "a topic of no string": b'{"topic": 1, "data": {}}',
+    "a topic of null": b'{"topic": null}',
+    "NaN": b'{"topic": "x", "data": NaN}',
+    "a number that becomes infinite": b'{"topic": "x", "data": 1e400}',
+    "a lone surrogate": b'{"topic": "\\ud800", "data": 1}',
+    "65 levels": b'{"topic": "x", "data": ' + b"[" * 64 + b"]" * 64 + b"}",
+    "100,000 levels": b'{"topic": "x", "data": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "5,000 digits": b'{"topic": "x", "data": ' + b"9" * 5000 + b"}",
+    "an empty scope": b'{"topic": "subscribe", "data": {"scope": ""}}',
+    "a scope of 257": b'{"topic": "subscribe", "data": {"scope": "%b"}}' % (b"x" * 257),
+    "a scope of no string": b'{"topic": "subscribe", "data": {"scope": 7}}',
+    "an empty scope to leave": b'{"topic": "unsubscribe", "data": {"scope": ""}}',
+}
+
+
+@table("message", BAD_MESSAGES)
+def test_an_invalid_message_is_answered_and_the_session_goes_on(
+    visitor: RawClient, message: bytes
+) -> None:
+    assert visitor.upgrade().status == 101
+    visitor.send_frame(TEXT, message)
+    answer = visitor.read_json()
+    assert list(answer) == ["topic", "data"]
+    assert (answer["topic"], answer["data"]["code"]) == ("error", "invalid_message")
+    assert isinstance(answer["data"]["error"], str)
+    assert visitor.subscribe() == {"topic": "sync:_default", "data": {"cursor": 0}}
+
+
+def test_unknown_fields_of_a_message_are_ignored(server: Live) -> None:
+    client = server.socket()
+    client.send_frame(TEXT, b'{"ref": 1, "topic": "subscribe", "data": {"since": 3}}')
+    assert client.read_json()["topic"] == "sync:_default"
+
+
+def test_more_topics_than_a_session_may_have_are_too_large(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, session_topics=2)) as live:
+        client = live.socket()
+        assert client.subscribe()["topic"] == "sync:_default"
+        assert client.subscribe(scope="two")["topic"] == "sync:two"
+        assert client.subscribe(scope="three")["data"]["code"] == "too_large"
+        assert client.subscribe(scope="two")["topic"] == "sync:two"  # one that it has
+        client.say("unsubscribe", {"scope": "two"})
+        assert client.subscribe(scope="three")["topic"] == "sync:three"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_other_topics_are_the_applications(tmp_path: Path, waits: bool) -> None:
+    def at_once(session: mizusync.Session, topic: str, data: Any) -> None:
+        session.send("answer", [session.scope, topic, data])
+
+    async def later(session: mizusync.Session, topic: str, data: Any) -> None:
+        await asyncio.sleep(0)
+        at_once(session, topic, data)
+
+    with serve(tmp_path, on_message=later if waits else at_once) as live:
+        client = live.socket("/ws?scope=s")
+        for number in range(3):
+            client.say("hello", number)
+        for number in range(3):
+            assert client.read_json() == {"topic": "answer", "data": ["s", "hello", number]}
+        assert client.subscribe()["topic"] == "sync:s"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_fault_of_on_message_is_logged_and_hurts_nobody(tmp_path: Path, waits: bool) -> None:
+    def broken(session: mizusync.Session, topic: str, data: Any) -> None:
+        raise RuntimeError("a secret of the inside")
+
+    async def broken_later(session: mizusync.Session, topic: str, data: Any) -> None:
+        broken(session, topic, data)
+
+    with serve(tmp_path, on_message=broken_later if waits else broken) as live:
+        client = live.socket()
+        client.say("hello")
+        client.say("subscribe", {})
+        answers = [client.read_json()]
+        if answers[-1]["topic"] == "error":  # it may say that something went wrong, but not what
+            answers.append(client.read_json())
+        assert "secret" not in str(answers)
+        assert answers[-1]["topic"] == "sync:_default"
+        live.logged("a secret of the inside")
+
+
+@table(
+    "leave",
+    {
+        "a close": lambda client: client.send_frame(CLOSE, b"\x03\xe8"),
+        "an end without a close": lambda client: client.half_close(),
+        "a reset": lambda client: client.reset(),
+        "a broken rule": lambda client: client.send_frame(3, b""),
+    },
+)
+def test_on_close_is_called_once_with_the_session(
+    tmp_path: Path, leave: Callable[[RawClient], None]
+) -> None:
+    closed: list[mizusync.Session] = []
+
+    def on_close(session: mizusync.Session, error: BaseException | None) -> None:
+        closed.append(session)
+
+    with joined(tmp_path, on_close=on_close) as (live, join):
+        client, other = live.socket(), live.socket()
+        session = join(client)
+        leave(client)
+        client.close()
+        until(lambda: closed)
+        assert other.quiet()
+        assert closed == [session]
+    assert len(closed) == 2
+
+
+def test_a_fault_of_on_close_is_logged_and_hurts_nobody(tmp_path: Path) -> None:
+    async def broken(session: mizusync.Session, error: BaseException | None) -> None:
+        raise RuntimeError("a secret of the inside")
+
+    with serve(tmp_path, on_close=broken) as live:
+        live.socket().close()
+        live.logged("a secret of the inside")
+        client = live.client()
+        until(lambda: client.request("GET", "/healthz").json["sessions"] == 0)
+
+
+def test_the_application_may_close_a_session(tmp_path: Path) -> None:
+    def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
+        session.close(4000, "enough")
+
+    with serve(tmp_path, on_message=on_message) as live:
+        client = live.socket()
+        client.say("hello")
+        assert client.read_frame() == Frame(CLOSE, b"\x0f\xa0enough")
+
+
+def test_sessions_have_ids_of_their_own(tmp_path: Path) -> None:
+    with joined(tmp_path) as (live, join):
+        sessions = [join(live.socket(f"/ws?scope={scope}")) for scope in ("one", "two")]
+        assert [session.scope for session in sessions] == ["one", "two"]
+        assert len({session.id for session in sessions}) == 2
+        assert all(isinstance(session.id, str) and session.id for session in sessions)
+
+
+async def echo(websocket: Any) -> None:
+    async for message in websocket:
+        await websocket.send(message)
+
+
+def test_a_raw_websocket_echoes_text_and_binary(tmp_path: Path) -> None:
+    with serve(tmp_path, prepare=lambda server: server.websocket("/echo")(echo)) as live:
+        client = live.socket("/echo")
+        for frame in (
+            Frame(TEXT, b""),
+            Frame(BINARY, bytes(range(256)) * 400),
+            Frame(TEXT, b"\xc3\xa9"),
+        ):
+            client.send_frame(*frame)
+            assert client.read_frame() == frame
+        client.send_frame(CLOSE, b"\x03\xe8")
+        assert client.read_frame().opcode == CLOSE
+        assert client.ended()
+
+
+def test_a_raw_websocket_takes_a_large_message_where_the_settings_allow_it(tmp_path: Path) -> None:
+    message = os.urandom(2**24)
+    large = replace(SMALL, message_size=2**24)
+    with serve(tmp_path, large, prepare=lambda server: server.websocket("/echo")(echo)) as live:
+        client = live.socket("/echo")
+        writer = threading.Thread(target=client.send_frame, args=(BINARY, message))
+        writer.start()
+        assert client.read_frame() == Frame(BINARY, message)
+        writer.join(PATIENCE)
+
+
+def test_a_raw_websocket_ends_with_its_function(tmp_path: Path) -> None:
+    async def once(websocket: Any) -> None:
+        await websocket.send("bye")
+
+    with serve(tmp_path, prepare=lambda server: server.websocket("/once")(once)) as live:
+        client = live.socket("/once")
+        assert client.read_frame() == Frame(TEXT, b"bye")
+        assert client.read_close() == 1000
+
+
+def test_a_fault_of_a_raw_websocket_is_logged_and_closes_with_1011(tmp_path: Path) -> None:
+    async def broken(websocket: Any) -> None:
+        await websocket.send("hello")
+        raise RuntimeError("a secret of the inside")
+
+    with serve(tmp_path, prepare=lambda server: server.websocket("/broken")(broken)) as live:
+        assert live.socket("/broken").read_close() == 1011
+        live.logged("a secret of the inside")
+
+
+def test_the_websockets_library_hears_hints_with_changes(server: Live) -> None:
+    client = pytest.importorskip("websockets.sync.client")
+    with client.connect("ws://{}:{}/ws?scope=s".format(*server.address)) as socket:
+        socket.send(json.dumps({"topic": "subscribe", "data": {"changes": True}}))
+        assert json.loads(socket.recv(PATIENCE))["data"]["cursor"] == 0
+        (result,) = server.client().push(note("a", "\u00e9", scope="s"))
+        assert json.loads(socket.recv(PATIENCE))["data"]["changes"] == result["changes"]
+        assert socket.ping().wait(PATIENCE)
+    assert socket.close_code == 1000
+
+
+# --- Gate -----------------------------------------------------------------------------------
+# Who may: Host, Origin, token, on_auth. A browser's page of another origin gets nothing.
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LocalHost", "127.0.0.1", "[::1]", "127.0.0.1:{port}"]
+)
+def test_names_of_the_loopback_are_its_hosts(visitor: RawClient, host: str) -> None:
+    headers = {"Host": host.format(port=visitor.address[1])}
+    assert visitor.request("GET", "/sync/pull", headers=headers).status == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "evil"]
+)
+def test_another_host_is_forbidden_on_the_loopback(
+    shared: Live, visitor: RawClient, host: str
+) -> None:
+    for target in ("/sync/pull", "/sync/snapshot", "/", "/healthz"):
+        headers = {"Host": f"{host}:{shared.address[1]}"}
+        reply = shared.client().request("GET", target, headers=headers)
+        assert refused(reply, 403)
+        assert "--allow-host" in reply.json["error"]
+    assert refused(shared.client().request("POST", "/sync/push", BODY, {"Host": host}), 403)
+    assert refused(shared.client().upgrade(headers={"Host": host}), 403)
+
+
+def test_the_host_of_a_whole_address_is_the_host(visitor: RawClient) -> None:
+    assert refused(visitor.request("GET", "http://evil.example/sync/pull"), 400, 403)
+
+
+def test_a_host_that_is_allowed_is_taken(tmp_path: Path) -> None:
+    with serve(tmp_path, allow_host=["sync.example"]) as live:
+        client = live.client()
+        assert client.request("GET", "/sync/pull", headers={"Host": "sync.example"}).status == 200
+        assert refused(client.request("GET", "/sync/pull", headers={"Host": "evil.example"}), 403)
+
+
+FOREIGN = [
+    "http://evil.example",
+    "null",
+    "http://127.0.0.1:1",
+    "http://localhost:{port}",
+    "file://",
+]
+
+
+@pytest.mark.parametrize("origin", [*FOREIGN, "http://127.0.0.1:{port}.evil.example", ""])
+def test_a_websocket_from_another_origin_is_forbidden(visitor: RawClient, origin: str) -> None:
+    assert refused(visitor.upgrade(headers={"Origin": origin.format(port=visitor.address[1])}), 403)
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_a_page_of_another_origin_gets_nothing(
+    shared: Live, visitor: RawClient, origin: str
+) -> None:
+    headers = {"Origin": origin.format(port=shared.address[1])}
+    assert refused(shared.client().request("POST", "/sync/push", BODY, headers), 403)
+    asked = headers | {"Access-Control-Request-Method": "POST"}
+    for reply in (
+        shared.client().request("GET", "/sync/pull", headers=headers),
+        shared.client().request("OPTIONS", "/sync/push", headers=asked),
+    ):
+        assert not [name for name in reply.headers if name.startswith("access-control-")]
+
+
+def test_its_own_origin_is_taken(client: RawClient) -> None:
+    headers = {"Origin": "http://{}:{}".format(*client.address)}
+    assert client.push(note("a"), headers=headers)[0]["ok"]
+    assert client.upgrade(headers=headers).status == 101
+
+
+def test_an_allowed_origin_is_told_so(tmp_path: Path) -> None:
+    with serve(tmp_path, allow_origin=["https://app.example"]) as live:
+        client = live.client()
+        headers = {"Origin": "https://app.example"}
+        asked = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type",
+        }
+        preflight = client.request("OPTIONS", "/sync/push", headers=headers | asked)
+        assert preflight.status == 204
+        assert "POST" in preflight.headers["access-control-allow-methods"]
+        allowed = preflight.headers["access-control-allow-headers"].lower()
+        assert "content-type" in allowed
+        assert "authorization" in allowed
+        pushed = client.request("POST", "/sync/push", BODY, headers)
+        missing = client.request("GET", "/nowhere", headers=headers)
+        for reply in (preflight, pushed, missing):
+            assert reply.headers["access-control-allow-origin"] == "https://app.example"
+            assert "origin" in reply.headers["vary"].lower()
+        assert client.upgrade(headers=headers).status == 101
+
+
+def test_an_origin_like_an_allowed_one_is_forbidden(tmp_path: Path) -> None:
+    with serve(tmp_path, allow_origin=["https://app.example"]) as live:
+        for origin in ("https://app.example.evil.example", "http://app.example", "https://evil"):
+            headers = {"Origin": origin}
+            assert refused(live.client().request("POST", "/sync/push", BODY, headers), 403)
+            assert refused(live.client().upgrade(headers=headers), 403)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Live]:
+    with serve(tmp_path, token="s3cret-token") as live:
+        yield live
+
+
+BAD_TOKENS = {
+    "none": {},
+    "another": {"Authorization": "Bearer another"},
+    "half": {"Authorization": "Bearer s3cret"},
+    "more": {"Authorization": "Bearer s3cret-token2"},
+    "no token": {"Authorization": "Bearer"},
+    "no scheme": {"Authorization": "s3cret-token"},
+    "another scheme": {"Authorization": "Basic s3cret-token"},
+    "another script": {"Authorization": "Bearer \u00e9"},
+}
+
+
+@table("headers", BAD_TOKENS)
+def test_without_the_token_all_is_unauthorized(guarded: Live, headers: dict[str, str]) -> None:
+    replies = [
+        guarded.client().request("POST", "/sync/push", BODY, headers),
+        guarded.client().request("GET", "/sync/pull?token=s3cret-token", headers=headers),
+        guarded.client().request("GET", "/sync/snapshot", headers=headers),
+        guarded.client().upgrade("/ws?token=s3cret-token", headers),
+    ]
+    for reply in replies:
+        assert refused(reply, 401)
+        assert reply.headers["www-authenticate"].split()[0] == "Bearer"
+        assert b"s3cret" not in reply.body
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+def test_with_the_token_all_is_open(guarded: Live, scheme: str) -> None:
+    client, headers = guarded.client(), {"Authorization": f"{scheme} s3cret-token"}
+    assert client.push(note("a"), headers=headers)[0]["ok"]
+    assert client.request("GET", "/sync/pull", headers=headers).status == 200
+    assert client.request("GET", "/sync/snapshot", headers=headers).status == 200
+    assert client.upgrade(headers=headers).status == 101
+
+
+def test_a_browser_offers_the_token_as_a_subprotocol(guarded: Live) -> None:
+    client = guarded.client()
+    reply = client.upgrade(headers={"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"})
+    assert (reply.status, reply.headers["sec-websocket-protocol"]) == (101, "mizusync")
+    assert client.subscribe()["topic"] == "sync:_default"
+
+
+@pytest.mark.parametrize(
+    "offer", ["mizusync", "mizusync, bearer.another", "mizusync, s3cret-token"]
+)
+def test_another_subprotocol_is_unauthorized(guarded: Live, offer: str) -> None:
+    assert refused(guarded.client().upgrade(headers={"Sec-WebSocket-Protocol": offer}), 401)
+
+
+def test_healthz_tells_its_status_alone_where_there_is_a_token(guarded: Live) -> None:
+    reply = guarded.client().request("GET", "/healthz")
+    assert (reply.status, reply.json) == (200, {"status": "ok"})
+    assert guarded.client().request("GET", "/").status != 401
+
+
+def test_the_token_is_never_logged(tmp_path: Path) -> None:
+    everything = Records()
+    everything.setLevel(logging.DEBUG)
+    logger = logging.getLogger("mizusync")
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(everything)
+    try:
+        with serve(tmp_path, token="s3cret-token") as live:
+            client = live.client()
+            client.request("GET", "/sync/pull", headers={"Authorization": "Bearer s3cret-token"})
+            client.request("GET", "/sync/pull", headers={"Authorization": "Basic s3cret-token"})
+            client.upgrade(headers={"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"})
+    finally:
+        logger.removeHandler(everything)
+        logger.setLevel(level)
+    assert not [text for text in everything.texts if "s3cret" in text]
+
+
+class Doors:
+    """An on_auth: who says no name is nobody; `secret` is for nobody; once shut, all is."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.shut = False
+        self.gate: Callable[[mizusync.Request, str], Any] = self.now
+
+    def now(self, request: mizusync.Request, scope: str) -> str:
+        self.asked.append(scope)
+        if self.shut or scope == "closed" or "x-name" not in request.headers:
+            raise mizusync.Unauthorized("say who you are")
+        if scope == "secret":
+            raise mizusync.Forbidden("not for you")
+        return request.headers["x-name"]
+
+    async def later(self, request: mizusync.Request, scope: str) -> str:
+        await asyncio.sleep(0)
+        return self.now(request, scope)
+
+
+ANN = {"X-Name": "ann"}
+
+
+@pytest.fixture(params=["a function", "a coroutine"])
+def doors(request: pytest.FixtureRequest) -> Doors:
+    doors = Doors()
+    if request.param == "a coroutine":
+        doors.gate = doors.later
+    return doors
+
+
+@pytest.fixture
+def watched(tmp_path: Path, doors: Doors) -> Iterator[Live]:
+    with serve(tmp_path, on_auth=doors.gate) as live:
+        yield live
+
+
+def test_a_push_fails_alone_where_its_scope_is_forbidden(watched: Live) -> None:
+    client = watched.client()
+    results = client.push(note("a"), note("b", scope="secret"), note("c", scope="s"), headers=ANN)
+    assert [result["ok"] for result in results] == [True, False, True]
+    assert results[1] == {"ok": False, "code": "forbidden", "error": "not for you"}
+    assert watched.call(watched.engine.head, "secret") == 0
+
+
+def test_a_push_asks_once_for_each_scope_that_its_mutations_name(
+    watched: Live, doors: Doors
+) -> None:
+    watched.client().push(
+        note("a"), note("b", scope="s"), note("c"), note("d", scope="s"), headers=ANN
+    )
+    assert sorted(doors.asked) == ["_default", "s"]
+
+
+def test_a_push_is_refused_whole_where_one_scope_is_unauthorized(watched: Live) -> None:
+    body = json.dumps([note("a"), note("b", scope="closed")]).encode()
+    assert refused(watched.client().request("POST", "/sync/push", body, ANN), 401)
+    assert refused(watched.client().request("POST", "/sync/push", BODY), 401)
+    assert watched.call(watched.engine.head, "_default") == 0
+
+
+@pytest.mark.parametrize("target", ["/sync/pull", "/sync/snapshot", "/ws"])
+def test_each_way_in_is_asked_for(watched: Live, target: str) -> None:
+    def asked(query: str, headers: dict[str, str]) -> Reply:
+        client = watched.client()
+        if target == "/ws":
+            return client.upgrade(target + query, headers)
+        return client.request("GET", target + query, headers=headers)
+
+    assert refused(asked("", {}), 401)
+    assert refused(asked("?scope=secret", ANN), 403)
+    assert refused(asked("?scope=%73ecret&wait=1", ANN), 403)
+    assert asked("?scope=s", ANN).status in (101, 200)
+
+
+def test_healthz_and_the_page_are_open_to_all(watched: Live, doors: Doors) -> None:
+    assert watched.client().request("GET", "/healthz").status == 200
+    assert watched.client().request("GET", "/").status in (200, 404)
+    assert doors.asked == []
+
+
+def test_a_scope_that_is_not_allowed_cannot_be_subscribed_to(watched: Live) -> None:
+    client = watched.socket("/ws", ANN)
+    assert client.subscribe(scope="secret")["data"]["code"] == "forbidden"
+    share = {"id": "a", "name": "share", "args": ["secret", "s"]}
+    (result,) = watched.client().push(share, headers=ANN)
+    assert client.subscribe(scope="s")["data"]["cursor"] == result["cursor"]
+    assert client.quiet()
+
+
+def test_what_on_auth_returned_is_the_identity(tmp_path: Path) -> None:
+    def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
+        session.send("you", session.identity)
+
+    with serve(tmp_path, on_auth=Doors().gate, on_message=on_message) as live:
+        (result,) = live.client().push({"id": "a", "name": "who"}, headers=ANN)
+        assert result["changes"][0]["data"] == "ann"
+        client = live.socket("/ws", ANN)
+        client.say("who?")
+        assert client.read_json() == {"topic": "you", "data": "ann"}
+
+
+def test_a_fault_of_on_auth_lets_nobody_in(tmp_path: Path) -> None:
+    def broken(request: mizusync.Request, scope: str) -> None:
+        raise KeyError("a secret of the inside")
+
+    with serve(tmp_path, on_auth=broken) as live:
+        client = live.client()
+        assert refused(client.request("POST", "/sync/push", BODY), 500)
+        assert refused(client.request("GET", "/sync/pull"), 500)
+        reply = client.upgrade()
+        assert refused(reply, 500)
+        assert b"secret" not in reply.body
+        live.logged("a secret of the inside")
+        assert live.call(live.engine.head, "_default") == 0
+
+
+def test_a_session_whose_permission_ended_is_closed_with_1008(tmp_path: Path, doors: Doors) -> None:
+    settings = replace(SMALL, auth_interval=MOMENT / 2)
+    with serve(tmp_path, settings, on_auth=doors.gate) as live:
+        client = live.socket("/ws", ANN)
+        until(lambda: len(doors.asked) > 2)
+        assert client.subscribe()["topic"] == "sync:_default"
+        doors.shut = True
+        assert client.read_close() == 1008
+
+
+# --- Server ---------------------------------------------------------------------------------
+# Routes of the application's own, limits of the whole, and an end that loses nothing.
+
+
+def test_the_page_is_served(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<!doctype html><title>caf\u00e9</title>", encoding="utf-8")
+    with serve(tmp_path, page=page) as live:
+        reply = live.client().request("GET", "/")
+        assert (reply.status, reply.body) == (200, page.read_bytes())
+        assert reply.headers["content-type"].replace(" ", "").lower() == "text/html;charset=utf-8"
+        assert reply.headers["cache-control"] == "no-store"
+        assert refused(live.client().request("POST", "/", b""), 405)
+
+
+def test_without_its_page_the_server_has_none(tmp_path: Path) -> None:
+    with serve(tmp_path, page=tmp_path / "nowhere.html") as live:
+        assert refused(live.client().request("GET", "/"), 404)
+
+
+def prepared(server: Server) -> None:
+    """Routes as an application would add them."""
+
+    @server.route("GET", "/text")
+    async def text(request: mizusync.Request) -> str:
+        return "h\u00e9llo " + request.query.get("name", "")
+
+    @server.route("POST", "/upper")
+    async def upper(request: mizusync.Request) -> bytes:
+        return bytes(request.body).upper()
+
+    @server.route("GET", "/json")
+    async def value(request: mizusync.Request) -> Any:
+        return {"x": [1, None]}
+
+    @server.route("GET", "/response")
+    async def response(request: mizusync.Request) -> Any:
+        return mizusync.Response(status=201, body=b"made", headers={"X-A": "1"}, content_type="a/b")
+
+    @server.route("GET", "/refuse")
+    async def refuse(request: mizusync.Request) -> Any:
+        raise mizusync.Conflict("it is taken")
+
+    @server.route("GET", "/crash")
+    async def crash(request: mizusync.Request) -> Any:
+        raise RuntimeError("a secret of the inside")
+
+
+def test_routes_of_the_application_give_text_bytes_json_or_a_response(tmp_path: Path) -> None:
+    with serve(tmp_path, prepare=prepared) as live:
+        client = live.client()
+        assert client.request("GET", "/text?name=a+b").body.decode() == "h\u00e9llo a b"
+        assert client.request("POST", "/upper", b"abc", {"Content-Type": "x/y"}).body == b"ABC"
+        assert client.request("GET", "/json").json == {"x": [1, None]}
+        made = client.request("GET", "/response")
+        assert (made.status, made.body, made.headers["x-a"]) == (201, b"made", "1")
+        assert made.headers["content-type"] == "a/b"
+        assert set(client.request("OPTIONS", "/upper").headers["allow"].split(", ")) >= {"POST"}
+
+
+def test_a_header_that_would_be_two_is_a_fault_of_its_route(tmp_path: Path) -> None:
+    def prepare(server: Server) -> None:
+        @server.route("GET", "/two")
+        async def two(request: mizusync.Request) -> Any:
+            return mizusync.Response(headers={"X-A": "1\r\nX-B: 2"})
+
+    with serve(tmp_path, prepare=prepare) as live:
+        assert refused(live.client().request("GET", "/two"), 500)
+        live.logged("Traceback")
+
+
+def test_a_refusal_of_a_route_is_told_and_a_fault_is_not(tmp_path: Path) -> None:
+    with serve(tmp_path, prepare=prepared) as live:
+        client = live.client()
+        assert refused(client.request("GET", "/refuse"), 409)
+        reply = client.request("GET", "/crash")
+        assert refused(reply, 500)
+        assert b"secret" not in reply.body
+        live.logged("a secret of the inside")
+        assert live.client().request("GET", "/json").status == 200
+
+
+def test_stats_tell_of_sessions_that_come_and_go(server: Live) -> None:
+    assert server.call(server.server.stats)["sessions"] == 0
+    client = server.socket()
+    assert server.call(server.server.stats)["sessions"] == 1
+    client.close()
+    until(lambda: server.call(server.server.stats)["sessions"] == 0)
+
+
+def test_more_sessions_than_the_limit_are_unavailable(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, sessions=1)) as live:
+        first = live.socket()
+        assert refused(live.client().upgrade(), 503)
+        first.close()
+        until(lambda: live.client().upgrade().status == 101)
+
+
+def test_more_connections_than_the_limit_are_unavailable(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, connections=2)) as live:
+        first, second, third = live.client(), live.client(), live.client()
+        assert first.request("GET", "/healthz").status == 200
+        assert second.request("GET", "/healthz").status == 200
+        assert refused(third.response(), 503)
+        assert third.ended()
+        assert first.request("GET", "/healthz").status == 200
+        second.close()
+
+        def again() -> bool:
+            with closing(live.client()) as client:
+                return client.request("GET", "/healthz").status == 200
+
+        until(again)
+
+
+def test_an_end_closes_sessions_with_1001_and_answers_who_waits(tmp_path: Path) -> None:
+    with serve(tmp_path) as live:
+        session, waiting, idle = live.socket(), live.client(), live.client()
+        assert idle.request("GET", "/healthz").status == 200
+        waiting.send(HEALTHZ + raw(b"GET /sync/pull?wait=60 HTTP/1.1", HOST))
+        assert waiting.response().json["status"] == "ok"  # so the other has arrived as well
+        live.stop()
+        assert session.read_close() == 1001
+        assert waiting.response().json["changes"] == []
+        assert waiting.ended()
+        assert idle.ended()
+        with pytest.raises(ConnectionError):
+            until(lambda: live.client() is None)
+
+
+def test_a_push_in_flight_is_answered_before_the_end(tmp_path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        entered.set()
+        release.wait(PATIENCE)
+        return [mutation.id]
+
+    with serve(tmp_path, apply=slow) as live:
+        client, session = live.client(), live.socket()
+        client.send(raw(PUSH, HOST, JSON, LENGTH, body=BODY))
+        assert entered.wait(PATIENCE)
+        live.stop()
+        assert session.read_close() == 1001
+        release.set()
+        assert client.response().json[0]["changes"][0]["data"] == "a"
+        assert client.ended()
+
+
+def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
+    with serve(tmp_path) as live:
+        results = live.client().push(note("a", 1), note("b", 2, scope="s"))
+        epoch = live.client().pull()["epoch"]
+    with serve(tmp_path) as live:
+        client = live.client()
+        assert client.pull()["changes"] == results[0]["changes"]
+        assert client.push(note("b", scope="s")) == [results[1] | {"duplicate": True}]
+        (result,) = client.push(note("c"))
+        assert result["cursor"] > results[1]["cursor"]
+        # An ordinary restart disturbs nobody.
+        assert len(client.pull(cursor=results[1]["cursor"], epoch=epoch)["changes"]) == 1
+
+
+def test_a_cursor_that_a_restored_copy_never_gave_out_is_unknown(tmp_path: Path) -> None:
+    with serve(tmp_path) as live:
+        live.client().push(note("a"))
+    copy = {file: file.read_bytes() for file in tmp_path.glob("log.db*")}
+    with serve(tmp_path) as live:
+        (lost,) = live.client().push(note("b"))
+        epoch = live.client().pull()["epoch"]
+    for file in tmp_path.glob("log.db*"):
+        file.unlink()
+    for file, data in copy.items():
+        file.write_bytes(data)
+    with serve(tmp_path) as live:
+        client = live.client()
+        client.push(note("c"), note("d"))  # the copy has grown past the cursor again
+        reply = client.request("GET", f"/sync/pull?cursor={lost['cursor']}&epoch={epoch}")
+        assert refused(reply, 410, code="cursor_unknown")
+
+
+def test_a_client_that_does_not_read_its_answers_is_dropped(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, send_timeout=MOMENT)) as live:
+        live.client().push(note("a", "x" * 2**19))
+        before = live.tasks()
+        greedy = live.client(receive_buffer=4096)
+        greedy.send(raw(b"GET /sync/pull HTTP/1.1", HOST) * 100)
+        until(lambda: live.tasks() > before)
+        until(lambda: live.tasks() <= before)
+
+
+RUDE_UPGRADE = raw(
+    *(b"GET /ws HTTP/1.1", HOST, KEY, b"Sec-WebSocket-Version: 13"),
+    *(b"Connection: Upgrade", b"Upgrade: websocket"),
+)
+RUDE = [
+    b"",
+    b"GET /hea",
+    HEALTHZ * 20,
+    raw(PUSH, HOST, JSON, LENGTH, body=BODY[:5]),
+    raw(b"GET /sync/pull?wait=60 HTTP/1.1", HOST),
+    RUDE_UPGRADE + masked(TEXT, b'{"topic": "subscribe", "data": {}}'),
+    RUDE_UPGRADE + masked(TEXT, b"x" * 300)[:100],
+    RUDE_UPGRADE + masked(CLOSE, b""),
+]
+
+
+def test_rude_clients_leave_nothing_behind(tmp_path: Path) -> None:
+    # The end of what a client sends is not the end of its waiting: that has a time of its own.
+    with serve(tmp_path, replace(SMALL, pull_wait_max=MOMENT)) as live:
+        before = live.tasks()
+        for number in range(100):
+            client = live.client()
+            client.send(RUDE[number % len(RUDE)])
+            client.reset() if number % 3 else client.close()
+        until(lambda: live.tasks() <= before)
+        assert live.client().request("GET", "/healthz").json["sessions"] == 0
+
+
+def test_http_client_of_the_standard_library_is_served(server: Live) -> None:
+    with closing(http.client.HTTPConnection(*server.address, timeout=PATIENCE)) as connection:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/sync/push", iter([BODY[:9], BODY[9:]]), headers)  # in chunks
+        assert json.load(connection.getresponse())[0]["ok"]
+        connection.request("GET", "/sync/pull")
+        reply = connection.getresponse()
+        assert len(json.load(reply)["changes"]) == 1
+        assert not reply.will_close
+        connection.request("HEAD", "/healthz")
+        assert connection.getresponse().read() == b""
+        connection.request("DELETE", "/healthz")
+        assert connection.getresponse().status == 405
+
+
+# --- Todo -----------------------------------------------------------------------------------
+# The demo, which is an application like any other.
+
+
+@pytest.fixture
+def todos(tmp_path: Path) -> Iterator[RawClient]:
+    engine = Engine(
+        tmp_path / "todo.db",
+        apply=mizusync.apply_todo,
+        snapshot=mizusync.snapshot_todos,
+        schema=mizusync.TODO_SCHEMA,
+        settings=SMALL,
+    )
+    with serving(engine) as live:
+        yield live.client()
+
+
+def todo(name: str, **args: Any) -> dict[str, Any]:
+    return {"id": os.urandom(8).hex(), "scope": "list", "name": f"todo.{name}", "args": args}
+
+
+def test_todos_are_made_changed_toggled_and_deleted(todos: RawClient) -> None:
+    results = todos.push(
+        todo("create", id="1", title=" Buy milk\n"),
+        todo("update", id="1", title="Buy bread"),
+        todo("update", id="1", completed=True),
+        todo("toggle", id="1"),
+        todo("delete", id="1"),
+    )
+
+    def state(title: str, completed: bool) -> dict[str, Any]:
+        return {"id": "1", "title": title, "completed": completed}
+
+    assert [result["changes"][0]["data"] for result in results] == [
+        {"op": "create", "todo": state(" Buy milk\n", False)},
+        {"op": "update", "todo": state("Buy bread", False)},
+        {"op": "update", "todo": state("Buy bread", True)},
+        {"op": "update", "todo": state("Buy bread", False)},
+        {"op": "delete", "id": "1"},
+    ]
+
+
+def test_a_snapshot_of_todos_is_in_the_order_of_creation_and_of_one_scope(todos: RawClient) -> None:
+    made = [todo("create", id=key, title=f"todo {key}") for key in "cab"]
+    todos.push(
+        *made, todo("toggle", id="a"), todo("create", id="c", title="else") | {"scope": "two"}
+    )
+    data = todos.request("GET", "/sync/snapshot?scope=list").json["data"]
+    assert data == {
+        "todos": [
+            {"id": "c", "title": "todo c", "completed": False},
+            {"id": "a", "title": "todo a", "completed": True},
+            {"id": "b", "title": "todo b", "completed": False},
+        ]
+    }
+
+
+@table(
+    "case",
+    {
+        "a known id": (todo("create", id="1", title="again"), "conflict"),
+        "an unknown id to update": (todo("update", id="2", title="x"), "not_found"),
+        "an unknown id to toggle": (todo("toggle", id="2"), "not_found"),
+        "an unknown id to delete": (todo("delete", id="2"), "not_found"),
+        "an empty title": (todo("create", id="2", title=""), "invalid_mutation"),
+        "a title of 1,001": (todo("create", id="2", title="x" * 1001), "invalid_mutation"),
+        "a title of no string": (todo("create", id="2", title=7), "invalid_mutation"),
+        "no title": (todo("create", id="2"), "invalid_mutation"),
+        "no id": (todo("create", title="x"), "invalid_mutation"),
+        "an id of no string": (todo("delete", id=[1]), "invalid_mutation"),
+        "an empty title in an update": (todo("update", id="1", title=""), "invalid_mutation"),
+        "completed of no boolean": (todo("update", id="1", completed="yes"), "invalid_mutation"),
+        "no args": (todo("toggle") | {"args": None}, "invalid_mutation"),
+        "another name": (todo("rename", id="1"), "invalid_mutation"),
+    },
+)
+def test_a_todo_that_cannot_be_is_refused(todos: RawClient, case: tuple[Any, str]) -> None:
+    mutation, code = case
+    todos.push(todo("create", id="1", title="x" * 1000))
+    assert todos.push(mutation)[0]["code"] == code
+    assert len(todos.request("GET", "/sync/snapshot?scope=list").json["data"]["todos"]) == 1
+
+
+# --- Command line ---------------------------------------------------------------------------
+# The program as a user starts it, in a process of its own.
+
+PROGRAM = Path(mizusync.__file__)
+
+
+class Program:
+    """`python mizusync.py` on a port of its own; what it said, and who answers there."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-X", "dev", str(PROGRAM), "--port", "0", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **environment},
+        )
+        assert self.process.stdout is not None
+        watchdog = threading.Timer(PATIENCE, self.process.kill)
+        watchdog.start()
+        self.line = self.process.stdout.readline()
+        watchdog.cancel()
+        found = re.search(r"https?://([^:/]+):(\d+)/", self.line)
+        assert found, (self.line, self.process.communicate())
+        self.address = (found[1], int(found[2]))
+
+    def end(self, number: int) -> tuple[int, str, str]:
+        """Its exit status after this signal, and what else it said."""
+        self.process.send_signal(number)
+        said, complained = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, said, complained
+
+
+@contextmanager
+def program(*arguments: str, **environment: str) -> Iterator[Program]:
+    running = Program(*arguments, **environment)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.communicate()
+
+
+def run_to_its_end(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROGRAM), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+def complains(done: subprocess.CompletedProcess[str], *statuses: int) -> bool:
+    """Whether it ended with this status, and one sentence for people."""
+    assert done.returncode in statuses, done
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return bool(done.stderr.strip())
+
+
+def test_the_program_says_in_one_line_where_to_open_the_page(tmp_path: Path) -> None:
+    path = tmp_path / "todos.db"
+    with program("--db", str(path)) as running:
+        assert running.line == (
+            f"mizusync {mizusync.__version__}: open http://127.0.0.1:{running.address[1]}/"
+            f" (data in {path})\n"
+        )
+        with closing(RawClient(running.address)) as client:
+            assert client.request("GET", "/healthz").json["status"] == "ok"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_program_in_order(tmp_path: Path, number: int) -> None:
+    with (
+        program("--db", str(tmp_path / "todos.db")) as running,
+        closing(RawClient(running.address)) as session,
+        closing(RawClient(running.address)) as waiting,
+    ):
+        assert session.upgrade("/ws?scope=list").status == 101
+        waiting.send(HEALTHZ + raw(b"GET /sync/pull?wait=60 HTTP/1.1", HOST))
+        assert waiting.response().status == 200
+        session.subscribe()
+        running.process.send_signal(number)
+        assert session.read_close() == 1001
+        assert waiting.response().json["changes"] == []
+        waiting.close()
+        said, complained = running.process.communicate(timeout=PATIENCE)
+        assert (running.process.returncode, said) == (0, "")
+        assert "Traceback" not in complained
+        assert not (tmp_path / "todos.db-wal").exists()  # it was checkpointed
+
+
+def test_a_second_signal_ends_the_program_at_once(tmp_path: Path) -> None:
+    with (
+        program("--db", str(tmp_path / "todos.db")) as running,
+        closing(RawClient(running.address)) as session,
+    ):
+        assert session.upgrade("/ws?scope=list").status == 101
+        running.process.send_signal(signal.SIGTERM)
+        assert session.read_frame().opcode == CLOSE  # which is not answered: the server waits
+        started = time.monotonic()
+        assert "Traceback" not in running.end(signal.SIGTERM)[2]
+        assert time.monotonic() - started < Settings().close_timeout / 2
+
+
+def test_kill_9_and_a_restart_keep_everything(tmp_path: Path) -> None:
+    arguments = ("--db", str(tmp_path / "todos.db"))
+    with program(*arguments) as running, closing(RawClient(running.address)) as client:
+        sent = [todo("create", id=str(number), title="x") for number in range(50)]
+        results = [client.push(one)[0] for one in sent]
+        epoch = client.pull()["epoch"]
+        running.process.kill()
+    with program(*arguments) as running, closing(RawClient(running.address)) as client:
+        assert client.push(*sent) == [result | {"duplicate": True} for result in results]
+        page = client.pull(scope="list", epoch=epoch)
+        assert page["changes"] == [change for result in results for change in result["changes"]]
+        taken = client.request("GET", "/sync/snapshot?scope=list").json
+        assert len(taken["data"]["todos"]) == 50
+
+
+def test_the_demo_refuses_a_socket_without_a_scope(tmp_path: Path) -> None:
+    with program("--db", str(tmp_path / "todos.db")) as running:
+        with closing(RawClient(running.address)) as client:
+            assert refused(client.upgrade("/ws"), 401)
+        with closing(RawClient(running.address)) as client:
+            assert client.upgrade("/ws?scope=list").status == 101
+
+
+@pytest.mark.parametrize("how", ["an argument", "the environment"])
+def test_the_program_takes_a_token(tmp_path: Path, how: str) -> None:
+    arguments = ["--token", "s3cret"] if how == "an argument" else []
+    environment = {} if arguments else {"MIZUSYNC_TOKEN": "s3cret"}
+    with (
+        program("--db", str(tmp_path / "todos.db"), *arguments, **environment) as running,
+        closing(RawClient(running.address)) as client,
+    ):
+        assert "s3cret" not in running.line
+        assert refused(client.request("GET", "/sync/pull"), 401)
+        headers = {"Authorization": "Bearer s3cret"}
+        assert client.request("GET", "/sync/pull", headers=headers).status == 200
+        assert "s3cret" not in running.end(signal.SIGTERM)[2]
+
+
+def test_the_program_takes_origins_and_hosts(tmp_path: Path) -> None:
+    allowed = ("--allow-origin", "https://app.example", "--allow-host", "sync.example")
+    with (
+        program("--db", str(tmp_path / "todos.db"), *allowed) as running,
+        closing(RawClient(running.address)) as client,
+    ):
+        headers = {"Host": "sync.example", "Origin": "https://app.example"}
+        reply = client.request("GET", "/sync/pull", headers=headers)
+        assert reply.status == 200
+        assert reply.headers["access-control-allow-origin"] == "https://app.example"
+
+
+def test_the_program_tells_its_version() -> None:
+    done = run_to_its_end("--version")
+    assert (done.returncode, done.stdout) == (0, f"mizusync {mizusync.__version__}\n")
+
+
+def test_a_busy_port_is_one_sentence(tmp_path: Path, server: Live) -> None:
+    done = run_to_its_end("--port", str(server.address[1]), "--db", str(tmp_path / "todos.db"))
+    assert complains(done, 1, 2)
+    assert str(server.address[1]) in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--port", "99999"], ["--port", "web"], ["--nonsense"], ["x"]]
+)
+def test_a_bad_argument_is_exit_2(arguments: list[str]) -> None:
+    assert complains(run_to_its_end(*arguments), 2)
+
+
+def test_a_database_that_is_not_ours_is_one_sentence_and_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE invoices (n INTEGER)")
+    before = path.read_bytes()
+    assert complains(run_to_its_end("--port", "0", "--db", str(path)), 1, 2)
+    assert [file.name for file in tmp_path.iterdir()] == ["other.db"]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"no database at all\n" * 100, b"SQLite format 3\0" + bytes(99)]
+)
+def test_a_file_that_is_no_database_is_one_sentence_and_unchanged(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    assert complains(run_to_its_end("--port", "0", "--db", str(path)), 1, 2)
+    assert path.read_bytes() == content
+
+
+def test_a_folder_that_is_not_there_or_not_writable_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere" / "todos.db", tmp_path / "file" / "todos.db", tmp_path):
+        assert complains(run_to_its_end("--port", "0", "--db", str(path)), 1, 2)
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    if os.geteuid() != 0:  # root may write everywhere
+        assert complains(run_to_its_end("--port", "0", "--db", str(locked / "todos.db")), 1, 2)
+
+
+def test_a_certificate_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    files = ("--certfile", str(tmp_path / "c.pem"), "--keyfile", str(tmp_path / "k.pem"))
+    assert complains(run_to_its_end("--port", "0", "--db", str(tmp_path / "t.db"), *files), 1, 2)
+
+
+def test_the_program_speaks_tls(tmp_path: Path) -> None:
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("no openssl to make a certificate with")
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = [openssl, *make.split(" "), *named, "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+    arguments = ("--db", str(tmp_path / "todos.db"), "--certfile", certificate, "--keyfile", key)
+    context = ssl.create_default_context(cafile=certificate)
+    with program(*arguments) as running, closing(RawClient(running.address)) as client:
+        assert "open https://" in running.line
+        client.sock = context.wrap_socket(client.sock, server_hostname="127.0.0.1")
+        origin = {"Origin": "https://{}:{}".format(*running.address)}
+        assert client.push(todo("create", id="1", title="x"), headers=origin)[0]["ok"]
+        assert client.upgrade("/ws?scope=list", origin).status == 101
+        assert client.subscribe()["data"]["cursor"] > 0
+        running.process.send_signal(signal.SIGTERM)
+        assert client.read_close() == 1001
+        assert running.process.wait(PATIENCE) == 0
+
+
+# --- README ---------------------------------------------------------------------------------
+# What it shows is what happens, and its tables name what there is.
+
+UNITS = {"": 1, "s": 1, "KiB": 2**10, "MiB": 2**20}
+
+
+def readme(heading: str = "") -> str:
+    """Its text, or what stands between one of its headings and the next."""
+    text = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
+    return (
+        re.split(r"^#+ ", text.partition(f"# {heading}\n")[2], flags=re.M)[0] if heading else text
+    )
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", readme(), re.M | re.S)
+
+
+def steady(shown: str) -> str:
+    """Without what is another one in each run."""
+    shown = re.sub(r'"\d{4}-\d\d-\d\dT[0-9:.]+Z"', '"a time"', shown)
+    return re.sub(r'"epoch":"[^"]+"', '"epoch":"an epoch"', shown).strip()
+
+
+def test_the_commands_of_the_readme_print_what_it_shows(tmp_path: Path) -> None:
+    if (curl := shutil.which("curl")) is None:
+        pytest.skip("no curl to run the examples with")
+    # A command ends with its line, but not inside quotes; what follows it is what it prints.
+    example = re.compile(r"^\$ ((?:'[^']*'|[^'\n])*)\n((?:(?!\$ ).*\n)*)", re.M)
+    (start, line), *requests = example.findall("".join(blocks("console")))
+    assert start == "python mizusync.py"
+    with program("--db", str(tmp_path / "mizusync.db")) as running:
+        port = str(running.address[1])
+        assert running.line.replace(f"{tmp_path}{os.sep}", "").replace(port, "8080") == line
+        for command, shown in requests:
+            name, *words = shlex.split(command.replace("localhost:8080", f"127.0.0.1:{port}"))
+            assert name == "curl"
+            done = subprocess.run(
+                [curl, "-q", "--noproxy", "*", *words],
+                capture_output=True,
+                timeout=PATIENCE,
+                check=True,
+            )
+            assert steady(done.stdout.decode()) == steady(shown), command
+    assert len(requests) > 5
+
+
+def test_the_application_of_the_readme_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Server, "run", lambda server, host, port: None)
+    (application,) = blocks("python")
+    names: dict[str, Any] = {}
+    exec(application, names)
+    monkeypatch.undo()
+    with serving(names["engine"]) as live:
+        client = live.client()
+        wish = {"scope": "gala", "name": "seat.take", "args": {"seat": "A1", "holder": "Ann"}}
+        again = {"scope": "gala", "name": "seat.take", "args": {"seat": "A1", "holder": "Bob"}}
+        taken, refused, invalid, once = client.push(
+            {"id": "1", **wish}, {"id": "2", **again}, {"id": "3", "name": "?"}, {"id": "1", **wish}
+        )
+        assert taken["changes"][0]["data"] == {"seat": "A1", "holder": "Ann"}
+        assert (refused["code"], refused["error"]) == ("conflict", "seat A1 is taken")
+        assert (invalid["code"], once["duplicate"]) == ("invalid_mutation", True)
+        state = client.request("GET", "/sync/snapshot?scope=gala").json
+        assert (state["data"], state["cursor"]) == ({"A1": "Ann"}, taken["cursor"])
+
+
+def test_the_readme_has_every_setting_with_its_default() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) ?(s|KiB|MiB|) \|", readme("Settings"), re.M)
+    shown = {
+        name: None if number == "none" else float(number) * UNITS[unit]
+        for name, number, unit in rows
+    }
+    assert shown == asdict(Settings())
+
+
+def test_the_readme_has_every_flag_name_and_code() -> None:
+    flags = set(re.findall(r"--[a-z-]+", run_to_its_end("--help").stdout)) - {"--help"}
+    assert set(re.findall(r"`(--[a-z-]+)`", readme("Command line"))) == flags
+    assert set(mizusync.__all__) <= set(re.findall(r"`(\w+)`", readme("Names")))
+    errors = re.findall(r"^\| (\d+) \| `(\w+)` \|", readme(), re.M)
+    assert {(int(status), code) for status, code in errors} == {
+        *CODES.items(),
+        *((410, code) for code in ("cursor_too_old", "cursor_unknown")),
+    }
+
+
+# --- The whole ------------------------------------------------------------------------------
+
+
+def test_kill_9_at_any_moment_loses_and_repeats_nothing(path: Path) -> None:
+    """Threads that retry what was not answered; a follower in this process sees it all happen."""
+    chance = random.Random(2026)
+    acknowledged: dict[str, int] = {}
+    starts = [0] * 4
+    with closing(open_log(path)) as follower:
+        seen: list[Any] = []
+        for _ in range(4):
+            worker = start_worker(path, "w", starts, 10_000)
+            assert worker.stdout is not None
+            lines = [worker.stdout.readline() for _ in range(chance.randrange(20, 300))]
+            worker.kill()
+            lines += worker.stdout.readlines()
+            worker.stdout.close()
+            worker.wait(PATIENCE)
+            for key, cursor, thread, number in map(json.loads, lines):
+                assert acknowledged.setdefault(key, cursor) == cursor
+                starts[thread] = number  # is sent once more, as if its answer had been lost
+            log = whole_log(follower)
+            assert log[: len(seen)] == seen  # no cursor vanished or changed
+            seen = log
+        cursors = {change["data"]: change["cursor"] for change in seen}
+        assert len(cursors) == len(seen)  # no id is there twice
+        assert acknowledged.items() <= cursors.items()
+        assert len(seen) <= len(acknowledged) + 4 * len(starts)  # and little that was not told
+        assert ask(follower.snapshot()).data == fold(seen)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+SCOPES = ["a", "b"]
+
+
+class Client:
+    """A client as the protocol wants it, and what the test knows of it beside that."""
+
+    def __init__(self, scope: str) -> None:
+        self.scope, self.cursor, self.epoch = scope, 0, ""
+        self.state: list[Any] = []
+        self.lost = False  # a copy was restored that is older than its cursor
+        self.doubted = False  # or perhaps than its epoch
+
+
+class Model:
+    """What was acknowledged: it goes back to an earlier one when an older copy is restored."""
+
+    def __init__(self) -> None:
+        self.log: dict[str, list[Any]] = {scope: [] for scope in SCOPES}
+        self.trimmed = dict.fromkeys(SCOPES, 0)
+        self.results: dict[str, Any] = {}  # of each mutation by its id
+        self.head = 0
+        self.epochs: set[str] = {""}
+
+    def current(self, scope: str) -> int:
+        return cursor_of(self.log[scope][-1]) if self.log[scope] else 0
+
+
+class Convergence(RuleBasedStateMachine):
+    """Clients that lose answers and come back, on a file that is trimmed, reopened, shared with
+    another engine and restored; the model is the list of acknowledged changes."""
+
+    clients = Bundle("clients")
+    mutations = Bundle("mutations")
+
+    @initialize()
+    def open(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name) / "log.db"
+        self.small = Settings(tail_changes=3, watch_interval=PATIENCE)
+        self.engine = open_log(self.path, apply=ledger, settings=self.small)
+        self.foreign: Engine | None = None
+        self.backup: Model | None = None
+        self.model, self.everyone, self.number = Model(), list[Client](), 0
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            try:
+                for client in self.everyone:
+                    self.pull_all(client)
+                    assert client.state == fold(self.model.log[client.scope])
+            finally:
+                self.close()
+                self.folder.cleanup()
+
+    def close(self) -> None:
+        self.engine.close()
+        if self.foreign:
+            self.foreign.close()
+
+    @rule(target=clients, scope=st.sampled_from(SCOPES))
+    def a_client_comes(self, scope: str) -> Client:
+        self.everyone.append(Client(scope))
+        return self.everyone[-1]
+
+    # What a client sends.
+
+    @rule(
+        target=mutations,
+        scope=st.sampled_from(SCOPES),
+        changes=st.lists(st.sampled_from(SCOPES), max_size=5),
+        fail=st.none() | st.sampled_from(["conflict", "not_found", "internal_error"]),
+    )
+    def push(self, scope: str, changes: list[str], fail: str | None) -> dict[str, Any]:
+        self.number += 1
+        mutation = entry(str(self.number), *changes, fail=fail, scope=scope)
+        self.send(self.engine, mutation)
+        return mutation
+
+    @rule(mutation=mutations)
+    def push_again_because_the_answer_was_lost(self, mutation: dict[str, Any]) -> None:
+        self.send(self.engine, mutation)
+
+    @rule(mutation=mutations)
+    def push_again_what_failed_when_nothing_stands_in_its_way(
+        self, mutation: dict[str, Any]
+    ) -> None:
+        self.send(self.engine, mutation | {"args": [mutation["args"][0], None]})
+
+    @rule(these=st.lists(mutations, min_size=2, max_size=5))
+    def push_several_and_some_of_them_twice(self, these: list[dict[str, Any]]) -> None:
+        self.send(self.engine, *these)
+
+    def send(self, engine: Engine, *mutations: dict[str, Any]) -> None:
+        for mutation, result in zip(mutations, push(engine, *mutations), strict=True):
+            if mutation["id"] in self.model.results:
+                first = dict(self.model.results[mutation["id"]])
+                if any(c["cursor"] <= self.model.trimmed[c["scope"]] for c in first["changes"]):
+                    del first["changes"]
+                assert result == first | DUPLICATE
+            elif fail := mutation["args"][1]:
+                assert (result["ok"], result["code"]) == (False, fail)
+            else:
+                self.acknowledge(mutation, result)
+
+    def acknowledge(self, mutation: dict[str, Any], result: Any) -> None:
+        assert result["ok"]
+        assert "duplicate" not in result
+        changes = result["changes"]
+        assert [change["scope"] for change in changes] == mutation["args"][0]
+        for change in changes:
+            assert change["cursor"] > self.model.head  # over all scopes, and never again
+            self.model.head = change["cursor"]
+            self.model.log[change["scope"]].append(change)
+        of_scope = self.model.current(mutation["scope"])
+        assert result["cursor"] == (changes[-1]["cursor"] if changes else of_scope)
+        self.model.results[mutation["id"]] = result
+
+    # What a client asks.
+
+    @rule(client=clients, limit=st.integers(1, 6))
+    def pull_a_page(self, client: Client, limit: int) -> None:
+        self.pull(client, limit)
+
+    def pull(self, client: Client, limit: int) -> bool:
+        """One page, or the snapshot that follows a 410; whether there is more."""
+        log, trimmed = self.model.log[client.scope], self.model.trimmed[client.scope]
+        known = {"epoch": client.epoch}
+        try:
+            page = pull(self.engine, client.cursor, client.scope, limit=limit, **known)
+        except mizusync.CursorUnknown:
+            assert client.lost or client.doubted
+            self.take_snapshot(client)
+            return True
+        except mizusync.CursorTooOld:
+            assert client.cursor < trimmed
+            assert not client.lost
+            self.take_snapshot(client)
+            return True
+        assert not client.lost
+        assert client.cursor >= trimmed
+        left = [change for change in log if change["cursor"] > client.cursor]
+        assert page["changes"] == left[: len(page["changes"])]
+        assert page["hasMore"] == (len(page["changes"]) < len(left))
+        assert len(page["changes"]) >= min(limit, len(left))
+        client.state += fold(page["changes"])
+        client.cursor = page["cursor"]
+        self.heard(client, page["epoch"])
+        return bool(page["hasMore"])
+
+    def pull_all(self, client: Client) -> None:
+        while self.pull(client, 1000):
+            pass
+
+    @rule(client=clients)
+    def take_snapshot(self, client: Client) -> None:
+        taken = ask(self.engine.snapshot(client.scope))
+        assert taken.cursor == self.model.current(client.scope)
+        client.state, client.cursor = taken.data, taken.cursor
+        self.heard(client, taken.epoch)
+
+    def heard(self, client: Client, epoch: str) -> None:
+        assert client.state == fold(
+            c for c in self.model.log[client.scope] if c["cursor"] <= client.cursor
+        )
+        client.epoch, client.lost, client.doubted = epoch, False, False
+        self.model.epochs.add(epoch)
+
+    # What happens to the file.
+
+    @rule(scope=st.sampled_from(SCOPES), behind=st.integers(-1, 8), foreign=st.booleans())
+    def trim(self, scope: str, behind: int, foreign: bool) -> None:
+        before = max(self.model.head - behind, 0)
+        ends = {r["changes"][0]["cursor"]: r["cursor"] for r in self.model.results.values()
+                if r["changes"]}  # fmt: skip
+        gone = [
+            part[-1]["cursor"]
+            for first, last in ends.items()
+            if (part := [c for c in self.model.log[scope] if first <= c["cursor"] <= last])
+            and part[-1]["cursor"] < before
+        ]
+        ask(((foreign and self.foreign) or self.engine).trim(scope, before))
+        self.model.trimmed[scope] = max([self.model.trimmed[scope], *gone])
+
+    @rule()
+    def reopen(self) -> None:
+        self.engine.close()
+        self.engine = open_log(self.path, apply=ledger, settings=self.small)
+
+    @precondition(lambda self: not self.foreign)
+    @rule()
+    def another_engine_opens_the_file(self) -> None:
+        self.foreign = open_log(self.path, apply=ledger, settings=self.small)
+
+    @precondition(lambda self: self.foreign)
+    @rule()
+    def the_other_engine_closes(self) -> None:
+        assert self.foreign
+        self.foreign.close()
+        self.foreign = None
+
+    @precondition(lambda self: self.foreign)
+    @rule(target=mutations, changes=st.lists(st.sampled_from(SCOPES), max_size=3))
+    def push_to_the_other_engine(self, changes: list[str]) -> dict[str, Any]:
+        assert self.foreign
+        self.number += 1
+        mutation = entry(str(self.number), *changes, scope="a")
+        self.send(self.foreign, mutation)
+        return mutation
+
+    @rule()
+    def back_up(self) -> None:
+        copied = self.path.with_name("backup.db")
+        copied.unlink(missing_ok=True)
+        with closing(sqlite3.connect(self.path)) as db:
+            db.execute("VACUUM INTO ?", (str(copied),))
+        self.backup = copy.deepcopy(self.model)
+
+    @precondition(lambda self: self.backup)
+    @rule()
+    def restore(self) -> None:
+        assert self.backup
+        self.close()
+        shutil.copy(self.path.with_name("backup.db"), self.path)
+        self.engine = open_log(self.path, apply=ledger, settings=self.small)
+        self.foreign, self.model = None, copy.deepcopy(self.backup)
+        for client in self.everyone:
+            client.lost = client.lost or client.cursor > self.model.head
+            client.doubted = client.doubted or client.epoch not in self.model.epochs
+
+    @invariant()
+    def the_head_is_where_the_model_is(self) -> None:
+        if hasattr(self, "engine"):
+            for scope in SCOPES:
+                assert ask(self.engine.head(scope)) == self.model.current(scope)
+
+
+TestConvergence = Convergence.TestCase
+TestConvergence.settings = settings(max_examples=40, stateful_step_count=30)
