@@ -981,36 +981,41 @@ class News(NamedTuple):
     fragments: Sequence[bytes] | None = None
 
 
-Apply = Callable[[Any, Mutation], Iterable[Any]]
 Listener = Callable[[Sequence[News]], None]
 Mutations = Iterable[Mutation | Mapping[str, Any]]
 Loop = asyncio.AbstractEventLoop
-Call = tuple[Loop | None, Callable[[], None]]
-Entry = tuple[int, int, bytes]  # a change in memory: its cursor, its mutation's first, encoded
+Call = tuple[Loop | None, Callable[[Any], None], Any]  # where, what, with what
 
 
+@dataclasses.dataclass(slots=True)
 class Tail:
     """The newest changes of one scope, encoded: all those above `after`."""
 
-    __slots__ = ("after", "cursors", "firsts", "fragments", "size")
-
-    def __init__(self, after: int) -> None:
-        self.after, self.size = after, 1000  # bytes of memory, about
-        self.cursors: list[int] = []
-        self.firsts: list[int] = []
-        self.fragments: list[bytes] = []
+    after: int
+    cursors: list[int] = dataclasses.field(default_factory=list)
+    firsts: list[int] = dataclasses.field(default_factory=list)
+    fragments: list[bytes] = dataclasses.field(default_factory=list)
+    size: int = 0  # bytes of memory, about
 
     @property
     def current(self) -> int:
         return self.cursors[-1] if self.cursors else self.after
 
-    def extend(self, entries: Iterable[Entry], keep: int) -> None:
+    def add(self, row: Row) -> bytes:
+        """Encode one more change; returns the fragment."""
+        fragment = row.encode()
+        self.cursors.append(row.cursor)
+        self.firsts.append(row.first)
+        self.fragments.append(fragment)
+        self.size += len(fragment) + 200
+        return fragment
+
+    def extend(self, newer: Tail, keep: int) -> None:
         """Add to the end; forget all but the newest `keep` once there are twice as many."""
-        for cursor, first, fragment in entries:
-            self.cursors.append(cursor)
-            self.firsts.append(first)
-            self.fragments.append(fragment)
-            self.size += len(fragment) + 200
+        self.cursors += newer.cursors
+        self.firsts += newer.firsts
+        self.fragments += newer.fragments
+        self.size += newer.size
         if (drop := len(self.cursors) - keep) > keep:
             self.after = self.cursors[drop - 1]
             self.size -= sum(map(len, self.fragments[:drop])) + 200 * drop
@@ -1034,45 +1039,48 @@ class Batch:
         self.start = self.head = position.head
         self.time = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
         self.rows: list[Row] = []
-        self.fragments: list[bytes] = []  # of the rows, one each
-        self.entries: dict[str, list[Entry]] = {}  # the same by scope
         self.marks: dict[tuple[str, str], Mark] = {}
-        self.before: dict[str, int] = {}  # each touched scope's current cursor without this,
-        self.current: dict[str, int] = {}  # and with it
+        self.tails: dict[str, Tail] = {}  # of each touched scope: where it stood, and these rows
         self.trimmed: set[str] = set()
 
-    def cursor_of(self, scope: str) -> int:
-        if scope not in self.current:
-            self.before[scope] = self.current[scope] = self.store.current(self.db, scope)
-        return self.current[scope]
+    def tail(self, scope: str) -> Tail:
+        if scope not in self.tails:
+            self.tails[scope] = Tail(self.store.current(self.db, scope))
+        return self.tails[scope]
 
-    def add(self, mutation: Mutation, made: Sequence[tuple[str, str]]) -> Result:
-        """Number what a mutation made, and mark it as applied."""
-        last, first, count = self.cursor_of(mutation.scope), self.head + 1, len(self.rows)
-        for scope, data in made:
-            self.cursor_of(scope)
-            self.head = self.current[scope] = last = self.head + 1
-            row = Row(last, first, scope, self.time, data)
-            self.rows.append(row)
-            self.fragments.append(row.encode())
-            self.entries.setdefault(scope, []).append((last, first, self.fragments[-1]))
+    def add(self, mutation: Mutation, rows: Sequence[Row]) -> Result:
+        """Take what a mutation made, and mark it as applied."""
+        first, last = None, self.tail(mutation.scope).current
+        if rows:
+            first, last = rows[0].cursor, rows[-1].cursor
+        fragments = [self.tail(row.scope).add(row) for row in rows]
+        self.rows += rows
+        self.head += len(rows)
         key = (mutation.scope, mutation.id)
-        self.marks[key] = Mark(*key, first if made else None, last)
-        return Result.applied(last, self.fragments[count:])
+        self.marks[key] = Mark(*key, first, last)
+        return Result.applied(last, fragments)
 
     def repeat(self, mark: Mark) -> Result:
         """The first answer of a mutation that was applied before, or further up in this batch."""
-        found: Sequence[bytes] = ()
-        if mark.first is not None and mark.first > self.start:
-            found = self.fragments[mark.first - self.start - 1 : mark.last - self.start]
-        elif mark.first is not None:
-            found = [r.encode() for r in self.store.between(self.db, mark.first, mark.last)]
-        whole = mark.first is None or len(found) == mark.last - mark.first + 1
-        return Result.applied(mark.last, found if whole else None, again=True)
+        first, last = mark.first or mark.last + 1, mark.last  # without changes: an empty range
+        if first > self.start:
+            rows = self.rows[first - self.start - 1 : last - self.start]
+        else:
+            rows = self.store.between(self.db, first, last)
+        whole = len(rows) == last - first + 1
+        return Result.applied(last, [row.encode() for row in rows] if whole else None, again=True)
+
+    def news(self) -> list[News]:
+        """What to tell, once it is in the log."""
+        return [
+            News(scope, tail.current, self.epoch, tail.after, tail.fragments)
+            for scope, tail in self.tails.items()
+            if tail.fragments
+        ]
 
 
 class Job(NamedTuple):
-    """Work for the writer in a transaction, and whom to answer: on a loop, or anywhere (None)."""
+    """Work for the writer, inside a transaction; whom to answer, on which loop (None: anywhere)."""
 
     work: Callable[[Batch], Any]
     future: asyncio.Future[Any] | Future[Any]
@@ -1102,7 +1110,7 @@ class Engine:
         self,
         store: str | os.PathLike[str] | Store,
         *,
-        apply: Apply,
+        apply: Callable[[Any, Mutation], Iterable[Any]],
         snapshot: Callable[[Any, str], Any] | None = None,
         schema: str = "",
         adopt: bool = False,
@@ -1134,8 +1142,7 @@ class Engine:
         Those that are ok are on disk. Raises Unavailable when the store refuses (nothing of this
         push was applied), and InvalidMutation for a mapping that is no mutation.
         """
-        results: list[Result] = await self._on_writer(self._pushing(mutations))
-        return results
+        return await self._on_writer(self._pushing(mutations))
 
     def submit(self, mutations: Mutations) -> Future[list[Result]]:
         """The same for a thread that has no loop: `engine.submit(mutations).result()`."""
@@ -1168,7 +1175,7 @@ class Engine:
             self.counts["duplicate"] += 1
             return batch.repeat(mark)
         try:
-            made = self.store.attempt(lambda db: self._changes_of(mutation, db))
+            made = self.store.attempt(lambda db: self._rows_of(mutation, db, batch))
         except StoreRefused:
             raise
         except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
@@ -1182,12 +1189,13 @@ class Engine:
         self.counts[refusal.code] += 1
         return Result.refused(refusal)
 
-    def _changes_of(self, mutation: Mutation, db: Any) -> list[tuple[str, str]]:
-        """What the application makes of a mutation, checked: scopes, and data as JSON."""
+    def _rows_of(self, mutation: Mutation, db: Any, batch: Batch) -> list[Row]:
+        """What the application makes of a mutation, checked and numbered: data as JSON."""
         made = self._apply_function(db, mutation)
         if isinstance(made, (str, bytes, Mapping, Change)):
             raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
-        changes: list[tuple[str, str]] = []
+        first = batch.head + 1
+        rows: list[Row] = []
         for change in () if made is None else made:
             whole = change if isinstance(change, Change) else Change(change)
             scope = mutation.scope if whole.scope is None else whole.scope
@@ -1195,10 +1203,10 @@ class Engine:
                 raise ValueError(f"apply made a change for {scope!r}, which can't name a scope")
             text = whole.data.text if isinstance(whole.data, Json) else encode_json(whole.data)
             text.encode()  # half a surrogate pair fails here, where it can still be undone
-            changes.append((scope, text))
-            if len(changes) > self.settings.mutation_changes:
+            rows.append(Row(first + len(rows), first, scope, batch.time, text))
+            if len(rows) > self.settings.mutation_changes:
                 raise InvalidMutation(f"it makes over {self.settings.mutation_changes} changes")
-        return changes
+        return rows
 
     # -- the writer's thread
 
@@ -1211,8 +1219,10 @@ class Engine:
             try:
                 if job is not None:
                     self._commit(job)
-                else:
-                    self._look_elsewhere()
+                elif self.store.look() != self._position:
+                    # Another process has committed, while there was nothing to write.
+                    with self.store.reading() as db:
+                        self._catch_up(db)
             except StoreRefused as refusal:
                 log.debug("can't look at the store: %s", refusal)
             except BaseException:
@@ -1226,7 +1236,7 @@ class Engine:
             # 1. Everything that waits goes into one transaction: one fsync for all.
             db, position = self.store.begin()
             if position != self._position:
-                self._catch_up(position, self.store.touched(db, self._position.head))
+                self._catch_up(db)
             batch = Batch(self.store, db, position)
             deadline = time.monotonic() + self.settings.commit_time
             for job in jobs:  # it grows as we go
@@ -1244,66 +1254,61 @@ class Engine:
             outcomes = [refusal] * len(jobs)
         else:
             # 3. Memory before the hint: who hears of a change finds it.
-            news = self._remember(batch)
+            self.counts.update(commits=1, trims=len(batch.trimmed))
+            self._remember(Position(batch.head, batch.epoch), batch.trimmed, batch.tails)
+            news = batch.news()
         # 4. Answers and hints, in one hop to each loop.
-        self._deliver(jobs, outcomes, news)
+        answers = zip(jobs, outcomes, strict=True)
+        scopes = (None, *(item.scope for item in news)) if news else ()
+        self._tell(news, scopes, ((job.loop, job.answer, outcome) for job, outcome in answers))
 
-    def _remember(self, batch: Batch) -> list[News]:
-        """Take a commit into memory."""
-        self.counts["commits"] += 1
-        news = []
+    def _remember(self, position: Position, gone: Iterable[str], tails: dict[str, Tail]) -> None:
+        """Follow the file to a new position: forget what is gone, take in what is new."""
         with self._lock:
-            for scope in batch.trimmed:
-                self.counts["trims"] += 1
+            for scope in list(gone):
                 self._drop_tail(scope)
-            for scope, entries in batch.entries.items():
-                self._keep_tail(scope, self._tails.get(scope) or Tail(batch.before[scope]), entries)
-                after, fragments = batch.before[scope], [fragment for _, _, fragment in entries]
-                news.append(News(scope, batch.current[scope], batch.epoch, after, fragments))
-            self._position = Position(batch.head, batch.epoch)
-        return news
+            for scope, tail in tails.items():
+                self._keep_tail(scope, tail)
+            self._position = position
 
-    def _keep_tail(self, scope: str, tail: Tail, entries: Iterable[Entry]) -> None:
+    def _keep_tail(self, scope: str, newer: Tail) -> None:
         """Extend a tail and put it last, at the cost of the least recently used. Under the lock."""
-        self._drop_tail(scope)
-        tail.extend(entries, self.settings.tail_changes)
+        tail = self._drop_tail(scope) or Tail(newer.after)
+        tail.extend(newer, self.settings.tail_changes)
         self._tails[scope] = tail
         self._tails_size += tail.size
-        while self._tails_size > self.settings.tail_size:
+        # One without changes takes about 1,000 bytes, too.
+        while self._tails_size + 1000 * len(self._tails) > self.settings.tail_size:
             self._drop_tail(next(iter(self._tails)))
 
-    def _drop_tail(self, scope: str) -> None:
+    def _drop_tail(self, scope: str) -> Tail | None:
         if tail := self._tails.pop(scope, None):
             self._tails_size -= tail.size
+        return tail
 
-    def _look_elsewhere(self) -> None:
-        """Hear of what another process has committed, while there is nothing to write."""
-        if self.store.look() != self._position:
-            with self.store.reading() as db:
-                position = self.store.position(db)
-                touched = self.store.touched(db, self._position.head)
-            self._catch_up(position, touched)
-
-    def _catch_up(self, position: Position, touched: Sequence[tuple[str, int]]) -> None:
+    def _catch_up(self, db: Any) -> None:
         """Forget what memory has of scopes that another process wrote to, and tell of them."""
-        with self._lock:
-            went_back = position.head < self._position.head  # an older copy was restored into it
-            for scope in list(self._tails) if went_back else [scope for scope, _ in touched]:
-                self._drop_tail(scope)
-            self._position = position
-        self._deliver((), (), [News(scope, cursor, position.epoch) for scope, cursor in touched])
+        position, touched = self.store.position(db), self.store.touched(db, self._position.head)
+        went_back = position.head < self._position.head  # an older copy was restored into it
+        self._remember(position, self._tails if went_back else dict(touched), {})
+        news = [News(scope, cursor, position.epoch) for scope, cursor in touched]
+        self._tell(news, (None, *dict(touched)) if news else ())
 
-    def _deliver(self, jobs: Sequence[Job], outcomes: Sequence[Any], news: Sequence[News]) -> None:
-        """Answer each job, wake each waiter, tell each listener: one hop to each loop."""
-        calls: list[Call] = []
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            calls.append((job.loop, functools.partial(job.answer, outcome)))
-        if news:
-            with self._lock:
-                for scope in (None, *(item.scope for item in news)):
-                    for loop, listener in self._listeners.get(scope, {}).values():
-                        calls.append((loop, functools.partial(listener, news)))
-        hop(calls)
+    def _tell(
+        self, news: Sequence[News], scopes: Iterable[str | None], answers: Iterable[Call] = ()
+    ) -> None:
+        """Answer, then call who listens to these scopes: one hop to each loop; None: here."""
+        with self._lock:
+            hearers = [to for scope in scopes for to in self._listeners.get(scope, {}).values()]
+        of_loop: dict[Loop | None, list[Call]] = {}
+        for call in (*answers, *((*to, news) for to in hearers)):
+            of_loop.setdefault(call[0], []).append(call)
+        for loop, calls in of_loop.items():
+            if loop is None:
+                call_all(calls)
+            else:
+                with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there
+                    loop.call_soon_threadsafe(call_all, calls)
 
     # -- pull
 
@@ -1340,35 +1345,22 @@ class Engine:
 
     def wake(self) -> None:
         """End every pull that waits, now: each answers with what there is."""
-        with self._lock:
-            listeners = [of for scope, of in self._listeners.items() if scope is not None]
-            waiting = [listener for of in listeners for listener in of.values()]
-        hop([(loop, functools.partial(listener, ())) for loop, listener in waiting])
+        self._tell((), (scope for scope in self._listeners if scope is not None))
 
     async def _page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:
-        if page := self._page_in_memory(scope, cursor, epoch, limit):
-            self.counts["pulls_from_memory"] += 1
-            return page
+        if scope in self._tails:
+            position = self.store.look()
+            with self._lock:
+                # Where the file stands elsewhere, it has commits that memory does not hold yet; and
+                # only the file knows how far an older epoch goes.
+                known = position == self._position and epoch in ("", position.epoch)
+                tail = self._tails.get(scope)
+                if known and tail and tail.after <= cursor <= position.head:
+                    self._tails.move_to_end(scope)
+                    self.counts["pulls_from_memory"] += 1
+                    return tail.page(cursor, limit, position.epoch)
         self.counts["pulls_from_disk"] += 1
         return await self._read(lambda db: self._page_on_disk(db, scope, cursor, epoch, limit))
-
-    def _page_in_memory(self, scope: str, cursor: int, epoch: str, limit: int) -> Page | None:
-        if scope not in self._tails:
-            return None
-        position = self.store.look()
-        with self._lock:
-            tail = self._tails.get(scope)
-            # Where the file stands elsewhere, it has commits that memory does not hold yet.
-            if (
-                tail is None
-                or position != self._position
-                or not tail.after <= cursor <= position.head
-            ):
-                return None
-            if epoch not in ("", position.epoch):
-                return None  # only the file knows how far an older one goes
-            self._tails.move_to_end(scope)
-            return tail.page(cursor, limit, position.epoch)
 
     def _page_on_disk(self, db: Any, scope: str, cursor: int, epoch: str, limit: int) -> Page:
         trims, position = self.counts["trims"], self.store.position(db)
@@ -1378,22 +1370,20 @@ class Engine:
             raise CursorUnknown(f"this history never gave out cursor {cursor}: take a snapshot")
         if cursor < trimmed:
             raise CursorTooOld(f"changes {cursor} to {trimmed} were trimmed: take a snapshot")
-        entries: list[Entry] = []
-        has_more = False
+        tail = Tail(cursor)
         for row in self.store.changes(db, scope, cursor):
-            if len(entries) >= limit and row.first != entries[-1][1]:
-                has_more = True
-                break
-            entries.append((row.cursor, row.first, row.encode()))
-        if not has_more:
+            tail.add(row)
+            if len(tail.firsts) > limit and tail.firsts[-1] != tail.firsts[-2]:
+                break  # it begins a mutation that the page has no room for
+        page = tail.page(cursor, limit, position.epoch)
+        if not page.has_more:
             # The page reached the log's end: the next pull here will find it in memory.
-            tail = Tail(cursor if entries else self.store.current(db, scope))
+            tail.after = cursor if page.fragments else self.store.current(db, scope)
             with self._lock:
                 unmoved = position == self._position and trims == self.counts["trims"]
                 if unmoved and scope not in self._tails:
-                    self._keep_tail(scope, tail, entries)
-        cursor = entries[-1][0] if entries else cursor
-        return Page([fragment for _, _, fragment in entries], cursor, position.epoch, has_more)
+                    self._keep_tail(scope, tail)
+        return page
 
     async def _read(self, work: Callable[[Any], T]) -> T:
         """`work(db)` on a reader's thread, in a transaction of its own: all of one moment."""
@@ -1423,9 +1413,8 @@ class Engine:
         def read(db: Any) -> Snapshot:
             cursor, epoch = self.store.current(db, scope), self.store.position(db).epoch
             data = take(db, scope)
-            return Snapshot(
-                data.text if isinstance(data, Json) else encode_json(data), cursor, epoch
-            )
+            text = data.text if isinstance(data, Json) else encode_json(data)
+            return Snapshot(text, cursor, epoch)
 
         return await self._read(read)
 
@@ -1451,9 +1440,10 @@ class Engine:
             cursor, epoch = page.cursor, page.epoch
 
     def listen(self, callback: Listener, scope: str | None = None) -> Callable[[], None]:
-        """Call `callback(news)` after each commit (to `scope`), on this loop or the writer's.
+        """Call `callback(news)` after each commit (to `scope`).
 
-        Returns the function that ends it. The callback must be quick.
+        On this loop, or where none runs on the writer's thread: it must be quick. Returns the
+        function that ends it.
         """
         key, loop = object(), None
         with contextlib.suppress(RuntimeError):
@@ -1498,23 +1488,10 @@ class Engine:
         self.store.close()
 
 
-def hop(calls: Iterable[Call]) -> None:
-    """Make each call on its loop, all those of one loop in one go; None: here."""
-    of_loop: dict[Loop | None, list[Callable[[], None]]] = {}
-    for loop, call in calls:
-        of_loop.setdefault(loop, []).append(call)
-    for loop, todo in of_loop.items():
-        if loop is None:
-            _call_all(todo)
-        else:
-            with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there
-                loop.call_soon_threadsafe(_call_all, todo)
-
-
-def _call_all(todo: Iterable[Callable[[], None]]) -> None:
-    for call in todo:
+def call_all(calls: Iterable[Call]) -> None:
+    for _, function, argument in calls:
         try:
-            call()
+            function(argument)
         except Exception:
             log.exception("a listener failed")
 
@@ -2025,7 +2002,7 @@ READ_SIZE = 64 * 1024  # bytes; also what may wait for the peer to read before w
 
 
 class ConnectionLost(ConnectionError):
-    """The peer is gone, or was given up."""
+    """The peer is gone: nothing that is sent can reach it."""
 
 
 class Connection(asyncio.StreamReaderProtocol):
@@ -2035,40 +2012,40 @@ class Connection(asyncio.StreamReaderProtocol):
         self.reader = asyncio.StreamReader(READ_SIZE)
         super().__init__(self.reader)
         self.settings, self.on_lost = settings, on_lost
-        self.on_writable: Callable[[], object] = bool  # the peer has read what waited
         self.transport: Any = None
         self.buffer = bytearray()
         self.heard = 0.0  # when bytes came last
-        self.full = False  # more waits for the peer to read than it should
+        self.writable = asyncio.Event()  # not while more waits for the peer to read than it should
+        self.on_writable: Callable[[], None] = lambda: None  # the peer has read what waited
         self.idle = self.working = self.lingering = False
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
-        self.give(settings.head_timeout, self.abort)  # for a TLS handshake
+        self.give(math.inf, self.abort)  # until the first phase; TLS has a time-out of its own
 
     # -- what asyncio calls
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.transport = transport
+        self.writable.set()
 
     def data_received(self, data: bytes) -> None:
         self.heard = time.monotonic()
         if not self.lingering:
             super().data_received(data)
 
-    def eof_received(self) -> bool:
-        half_open = super().eof_received()
-        return bool(half_open) and not self.lingering  # else the transport closes itself
+    def eof_received(self) -> bool | None:
+        return not self.lingering and super().eof_received()  # False: the transport closes itself
 
     def pause_writing(self) -> None:
-        self.full = True
+        self.writable.clear()
 
     def resume_writing(self) -> None:
-        self.full = False
+        self.writable.set()
         self.on_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.resume_writing()
+        self.writable.set()
         self.on_lost()
 
     # -- time
@@ -2078,34 +2055,35 @@ class Connection(asyncio.StreamReaderProtocol):
         self.deadline, self.expire = time.monotonic() + seconds, expire
 
     def abort(self) -> None:
-        self.deadline = math.inf
         if self.transport:
             self.transport.abort()
 
     def _time_out(self) -> None:
+        # Also an idle peer's end is a `finish`: a bare close() would wait for ever to be rid of an
+        # answer that the peer does not read, and a second one breaks a transport of TLS.
         self.deadline = math.inf
-        self.reader.set_exception(HTTPError(408, "the request did not arrive in time"))
+        late = HTTPError(408, "the request did not arrive in time")
+        self.reader.set_exception(ConnectionError("no request came") if self.idle else late)
 
     # -- in
 
     async def receive(self) -> None:
-        """Wait for more bytes. Raises ConnectionLost at their end, or what a deadline says."""
+        """Wait for more bytes. Raises ConnectionError at their end, or what a deadline says."""
         if not (chunk := await self.reader.read(READ_SIZE)):
-            raise ConnectionLost("the peer closed the connection")
+            raise ConnectionError("the peer closed the connection")
         self.buffer += chunk
 
     async def next_request(self) -> Request:
-        """The next head. Raises SyncError for a bad or late one, ConnectionLost when none comes."""
+        """The next head. Raises SyncError for a bad or late one, OSError when none comes."""
         if not self.buffer:
             self.idle = True
-            self.give(self.settings.idle_timeout, self.transport.close)
+            self.give(self.settings.idle_timeout, self._time_out)
             await self.receive()
             self.idle = False
         self.give(self.settings.head_timeout, self._time_out)
         while (request := parse_request(self.buffer, self.settings)) is None:
             await self.receive()
-        self.deadline = math.inf
-        self.unread = request.length != 0
+        self.deadline, self.unread = math.inf, request.length != 0
         return request
 
     async def read_body(self, request: Request) -> bytes:
@@ -2121,9 +2099,9 @@ class Connection(asyncio.StreamReaderProtocol):
         try:
             while not (chunked.take(self.buffer) if size is None else len(self.buffer) >= size):
                 await self.receive()
-        except ConnectionLost:
+        except ConnectionError:
             raise InvalidRequest("the body ended before its length") from None
-        self.unread, self.deadline = False, math.inf
+        self.deadline, self.unread = math.inf, False
         body = chunked.body if size is None else self.buffer[:size]
         del self.buffer[: size or 0]
         return bytes(body)
@@ -2133,26 +2111,16 @@ class Connection(asyncio.StreamReaderProtocol):
     async def send(self, data: bytes) -> None:
         """Write, and wait while the peer has much to read: who does not read is not read from."""
         self.transport.write(data)
-        if self.full:
-            await self.drain()
+        if not self.writable.is_set():
+            self._press()
+            await self.writable.wait()
+            self.deadline = math.inf
 
-    async def drain(self) -> None:
+    def _press(self, left: float = math.inf) -> None:
         """Wait for the peer to read: each send_timeout has to bring some progress."""
-        left = math.inf
-        read = asyncio.Event()
-
-        def expire() -> None:
-            nonlocal left
-            if (still := self.transport.get_write_buffer_size()) >= left:
-                self.abort()
-            left = still
-            self.give(self.settings.send_timeout / 2, expire)
-
-        self.on_writable = read.set
-        expire()
-        while self.full:
-            await read.wait()
-        self.deadline = math.inf
+        if (still := self.transport.get_write_buffer_size()) >= left:
+            self.abort()
+        self.give(self.settings.send_timeout, functools.partial(self._press, still))
 
     async def finish(self) -> None:
         """Close so that the peer can read our last words: half now, the rest when it has.
@@ -2161,14 +2129,14 @@ class Connection(asyncio.StreamReaderProtocol):
         (RFC 9112 §9.6).
         """
         self.transport.set_write_buffer_limits(0)
-        await self.drain()
-        self.lingering = True
+        await self.send(b"")
+        self.lingering, self.idle = True, False
         self.give(self.settings.linger, self.abort)
-        if self.reader.at_eof() or not self.transport.can_write_eof():
-            self.transport.close()
-        elif not self.transport.is_closing():
+        if self.transport.can_write_eof() and not self.reader.at_eof():
             self.transport.write_eof()
             self.transport.resume_reading()
+        elif not self.transport.is_closing():
+            self.transport.close()
 
 
 class WebSocket:
@@ -2192,22 +2160,20 @@ class WebSocket:
         if not self.accepted:
             self.accepted = True
             self.connection.transport.write(self._response.encode())
-            self._live()
+            self._ping()
 
     async def send(self, message: str | bytes) -> None:
-        """Send a message, waiting while the peer has much to read."""
+        """Send a message, waiting while the peer has much to read. Raises ConnectionLost."""
         self.accept()
-        if isinstance(message, str):
-            self.write(encode_frame(TEXT, message.encode()))
-        else:
-            self.write(encode_frame(BINARY, message))
-        read = asyncio.Event()
-        self.connection.on_writable = read.set
-        while self.connection.full:
-            await read.wait()
+        frame = (TEXT, message.encode()) if isinstance(message, str) else (BINARY, message)
+        self.write(encode_frame(*frame))
+        await self.connection.writable.wait()
+        if self.connection.transport.is_closing():
+            raise ConnectionLost("the peer is gone")
 
     def write(self, frame: bytes) -> None:
-        if not self.closing:
+        # asyncio warns of writes to a socket that is gone, and a peer can make us owe it many.
+        if not self.closing and not self.connection.transport.is_closing():
             self.connection.transport.write(frame)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
@@ -2216,72 +2182,66 @@ class WebSocket:
             self.accept()
             self.reason = self.reason or f"{code} {reason}"
             words = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore").encode()
-            self.write(
-                encode_frame(CLOSE, b"" if code == 1005 else code.to_bytes(2, "big") + words)
-            )
+            payload = b"" if code == 1005 else code.to_bytes(2, "big") + words
+            self.write(encode_frame(CLOSE, payload))
             self.closing = True
             self.connection.give(self.settings.close_timeout, self.connection.abort)
 
-    def __aiter__(self) -> WebSocket:
-        return self
-
-    async def __anext__(self) -> str | bytes:
-        if (message := await self.receive()) is None:
-            raise StopAsyncIteration
-        return message
+    async def __aiter__(self) -> AsyncIterator[str | bytes]:
+        while (message := await self.receive()) is not None:
+            yield message
 
     async def receive(self) -> str | bytes | None:
         """The next message; None when there will be none."""
         self.accept()
         try:
-            while True:
+            while not self.over:
                 room = self._assembler.room
                 while (frame := parse_frame(self.connection.buffer, room)) is None:
                     await self.connection.receive()
-                while self.connection.full and not self.closing:
-                    await asyncio.sleep(0.05)  # who reads no answers is not read from
                 if frame.opcode == CLOSE:
                     code, reason = parse_close(frame.payload)
                     self.reason = self.reason or f"the peer closed: {code} {reason}"
                     self.close(code)  # the same code back (§5.5.1)
-                    break
-                if frame.opcode == PING:
+                    self.over = True
+                elif frame.opcode == PING:
                     self.write(encode_frame(PONG, frame.payload))
-                if frame.opcode in (PING, PONG) or self.closing:
-                    continue
-                if (message := self._assembler.add(frame)) is not None:
+                    await self.connection.writable.wait()  # who does not read is not read from
+                elif frame.opcode == PONG or self.closing:
+                    pass  # a pong shows life by itself; after our close nothing else counts
+                elif (message := self._assembler.add(frame)) is not None:
                     return message
-        except ProtocolError as error:
+        except (ProtocolError, OSError) as error:
             self.error = self.error or error
-            self.close(error.code, str(error))
-        except OSError as error:
-            self.error, self.reason = self.error or error, self.reason or str(error)
-            self.closing = True
-        self.over = True
+            if isinstance(error, ProtocolError):
+                self.close(error.code, str(error))
+            self.reason = self.reason or str(error)
+        self.closing = self.over = True
         return None
 
-    # A ping after some silence, and a judgement when it was not answered.
-    def _live(self) -> None:
-        self.connection.give(self.settings.ping_interval, self._ping)
-
     def _ping(self) -> None:
-        pinged, unsent = time.monotonic(), self.connection.transport.get_write_buffer_size()
-        if (quiet := pinged - self.connection.heard) < self.settings.ping_interval:
-            self.connection.give(self.settings.ping_interval - quiet, self._ping)
-            return
+        """Ping after some silence, and give up a peer without a sign of life in ping_timeout."""
+        connection, transport = self.connection, self.connection.transport
+        pinged, unsent = time.monotonic(), transport.get_write_buffer_size()
+        interval, timeout = self.settings.ping_interval, self.settings.ping_timeout
 
         def judge() -> None:
-            transport = self.connection.transport
+            left, still = pinged + timeout - time.monotonic(), transport.get_write_buffer_size()
             # A slow reader answers late, a dead one never: does it still take bytes?
-            reads = transport.get_write_buffer_size() < unsent or not transport.is_reading()
-            if reads or self.connection.heard > pinged:
-                self._live()
+            reads = still < unsent or not (still or transport.is_reading())
+            if reads or connection.heard > pinged:
+                self._ping()
+            elif left > 0:
+                connection.give(min(left, interval), judge)  # who answered is pinged in time again
             else:
-                self.reason = f"no answer to a ping for {self.settings.ping_timeout:g} s"
-                self.connection.abort()
+                self.reason = f"no answer to a ping for {timeout:g} s"
+                connection.abort()
 
-        self.write(encode_frame(PING, b""))
-        self.connection.give(self.settings.ping_timeout, judge)
+        if (quiet := pinged - connection.heard) < interval:
+            connection.give(interval - quiet, self._ping)
+        else:
+            self.write(encode_frame(PING, b""))
+            connection.give(min(timeout, interval), judge)
 
 
 # --- Session -------------------------------------------------------------------------------------
@@ -2302,7 +2262,8 @@ class Session:
         # The kernel holds a little for the peer, the transport nothing: so a slow reader shows.
         transport, size = websocket.connection.transport, self.settings.send_buffer
         transport.set_write_buffer_limits(0)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        with contextlib.suppress(OSError):  # the peer may be gone by now
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         websocket.connection.on_writable = self._pay
 
     def send(self, topic: str, data: Any) -> None:
@@ -2314,7 +2275,7 @@ class Session:
         self.websocket.close(code, reason)
 
     def hint(self, topic: str, cursor: int, message: bytes) -> None:
-        if self.websocket.connection.full:
+        if not self.websocket.connection.writable.is_set():
             self._owed.add(topic)
         elif cursor >= self.topics.get(topic, 0):
             self.topics[topic] = cursor
@@ -2372,26 +2333,26 @@ class Gate:
 
     def cors(self, request: Request) -> dict[str, str]:
         """What lets a page of an allowed origin read the answer (the Fetch standard, §3.2)."""
-        origin = request.headers.get("origin", "")
-        if origin not in self.origins:
-            return {"Vary": "Origin"} if self.origins else {}
-        headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-        if "access-control-request-method" in request.headers:
-            headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
-            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
-            headers["Access-Control-Max-Age"] = "600"
+        headers = {"Vary": "Origin"} if self.origins else {}
+        if (origin := request.headers.get("origin", "")) in self.origins:
+            headers["Access-Control-Allow-Origin"] = origin
+            if "access-control-request-method" in request.headers:
+                headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+                headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+                headers["Access-Control-Max-Age"] = "600"
         return headers
 
     def check_token(self, request: Request) -> None:
-        """Raises Unauthorized."""
+        """Raises Unauthorized, where there is a token to show."""
+        if self.token is None:
+            return
         scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
         offers = [credentials.strip(" ")] if scheme.lower() == "bearer" else []
         # A browser's WebSocket can't send headers: it offers the token among its subprotocols.
         protocols = request.headers.get("sec-websocket-protocol", "").split(",")
         offers += [p.strip(" \t")[7:] for p in protocols if p.strip(" \t").startswith("bearer.")]
-        if self.token is not None and not any(
-            hmac.compare_digest(self.token.encode(), offer.encode()) for offer in offers
-        ):
+        wanted = self.token.encode()
+        if not any(hmac.compare_digest(wanted, offer.encode()) for offer in offers):
             raise Unauthorized("this server wants a token: Authorization: Bearer ...")
 
     async def identify(self, request: Request, scope: str) -> Any:
@@ -2508,6 +2469,7 @@ class Server:
         try:
             # Without a limit, a peer that does not answer TLS's close holds its socket for 30 s.
             limits: dict[str, Any] = {"ssl_shutdown_timeout": self.settings.linger} if ssl else {}
+            limits |= {"ssl_handshake_timeout": self.settings.head_timeout} if ssl else {}
             await loop.connect_accepted_socket(lambda: connection, sock, ssl=ssl, **limits)
             if crowded:
                 refusal = Unavailable("the server has too many connections")
@@ -2583,6 +2545,8 @@ class Server:
         try:
             await handler(websocket)
             websocket.close()
+        except ConnectionLost as error:
+            websocket.error = error
         except Exception as error:
             if not websocket.accepted:
                 raise
