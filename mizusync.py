@@ -737,10 +737,14 @@ class SQLiteStore:
             factory=GuardedConnection,
         )
         db.writes = mode.startswith("rw")
-        _run(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
-        if sys.platform == "darwin":  # where fsync leaves the data in the drive's cache
-            _run(db, "PRAGMA fullfsync = ON")
-            _run(db, "PRAGMA checkpoint_fullfsync = ON")
+        try:
+            _run(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
+            if sys.platform == "darwin":  # where fsync leaves the data in the drive's cache
+                _run(db, "PRAGMA fullfsync = ON")
+                _run(db, "PRAGMA checkpoint_fullfsync = ON")
+        except sqlite3.Error:  # it is no database
+            db.close()
+            raise
         return db
 
     def _check(self, db: GuardedConnection, adopt: bool) -> bool:
@@ -2724,7 +2728,7 @@ class Server:
         `announce` is told where to open the page; the options are listen's, and what it raises.
         """
 
-        async def main() -> None:
+        async def serve() -> None:
             loop, stop = asyncio.get_running_loop(), asyncio.Event()
             signals = signal.SIGTERM, signal.SIGINT
 
@@ -2743,7 +2747,7 @@ class Server:
                 await stop.wait()
 
         try:
-            asyncio.run(main())
+            asyncio.run(serve())
         finally:
             self.engine.close()
 
