@@ -189,66 +189,52 @@ class SyncError(Exception):
     code: str = "internal_error"
     headers: Mapping[str, str] = {}  # field lines that the status makes mandatory (RFC 9110 §15)
 
+    def __init_subclass__(cls, status: int | None = None, code: str = "") -> None:
+        if status is not None:  # else both are those of the class above
+            cls.status, cls.code = status, code
 
-class InvalidRequest(SyncError):
+
+class InvalidRequest(SyncError, status=400, code="invalid_request"):
     """The request can't be understood, or could be understood in two ways."""
 
-    status, code = 400, "invalid_request"
 
-
-class InvalidMutation(SyncError):
+class InvalidMutation(SyncError, status=400, code="invalid_mutation"):
     """This mutation can never work: the client drops it. For `apply` to raise."""
 
-    status, code = 400, "invalid_mutation"
 
-
-class Unauthorized(SyncError):
+class Unauthorized(SyncError, status=401, code="unauthorized"):
     """Who asks is not known. For `on_auth` to raise; it refuses the whole request."""
 
-    status, code = 401, "unauthorized"
     headers = {"WWW-Authenticate": 'Bearer realm="mizusync"'}
 
 
-class Forbidden(SyncError):
+class Forbidden(SyncError, status=403, code="forbidden"):
     """Who asks is known and may not. For `apply` and `on_auth` to raise."""
 
-    status, code = 403, "forbidden"
 
-
-class NotFound(SyncError):
+class NotFound(SyncError, status=404, code="not_found"):
     """It is not there. For `apply` to raise, too."""
 
-    status, code = 404, "not_found"
 
-
-class Conflict(SyncError):
+class Conflict(SyncError, status=409, code="conflict"):
     """The data is not in the state that the mutation needs. For `apply` to raise."""
 
-    status, code = 409, "conflict"
 
-
-class CursorTooOld(SyncError):
+class CursorTooOld(SyncError, status=410, code="cursor_too_old"):
     """The changes after this cursor were trimmed: take a snapshot and go on from there."""
 
-    status, code = 410, "cursor_too_old"
 
-
-class CursorUnknown(SyncError):
+class CursorUnknown(SyncError, status=410, code="cursor_unknown"):
     """This history never gave out this cursor: take a snapshot and go on from there."""
 
-    status, code = 410, "cursor_unknown"
 
-
-class TooLarge(SyncError):
+class TooLarge(SyncError, status=413, code="too_large"):
     """More than the server takes at once: a client sends fewer at a time."""
 
-    status, code = 413, "too_large"
 
-
-class Unavailable(SyncError):
+class Unavailable(SyncError, status=503, code="unavailable"):
     """Not now, and nothing was applied: try again later. For `apply` to raise, too."""
 
-    status, code = 503, "unavailable"
     headers = {"Retry-After": "1"}
 
 
@@ -315,20 +301,17 @@ class Mutation:
     identity: Any = None
 
     def __post_init__(self) -> None:
-        if not is_word(self.id, MAX_NAME) or not is_word(self.name, MAX_NAME):
-            raise InvalidMutation(
-                f"a mutation's id and name are strings of 1 to {MAX_NAME} characters"
-            )
-        if not is_word(self.scope, MAX_SCOPE):
-            raise InvalidMutation(f"a scope is a string of 1 to {MAX_SCOPE} characters")
+        names = (self.id, MAX_NAME), (self.name, MAX_NAME), (self.scope, MAX_SCOPE)
+        if not all(is_name(name, longest) for name, longest in names):
+            rule = f"an id and a name of 1 to {MAX_NAME} characters, a scope of 1 to {MAX_SCOPE}"
+            raise InvalidMutation(f"a mutation has {rule}")
 
     @classmethod
     def parse(cls, value: Any) -> Mutation:
         """The mutation that a JSON value holds. Raises InvalidMutation."""
-        if not isinstance(value, Mapping):
-            raise InvalidMutation("a mutation is an object with an id and a name")
-        scope = value.get("scope", DEFAULT_SCOPE)
-        return cls(value.get("id", ""), value.get("name", ""), value.get("args"), scope)
+        given: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+        scope = given.get("scope", DEFAULT_SCOPE)
+        return cls(given.get("id", ""), given.get("name", ""), given.get("args"), scope)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -345,8 +328,7 @@ class Change:
     time: str = ""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """What became of one mutation. `encoded` is the same as JSON, as it goes to the client."""
 
     encoded: bytes
@@ -372,11 +354,10 @@ class Result:
 
     @property
     def changes(self) -> list[Change]:
-        return read_changes(json.loads(self.encoded).get("changes", ()))
+        return [Change(**change) for change in json.loads(self.encoded).get("changes", ())]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Page:
+class Page(NamedTuple):
     """Some changes of one scope, in order. `cursor` is what to ask with next."""
 
     fragments: Sequence[bytes]
@@ -386,7 +367,7 @@ class Page:
 
     @property
     def changes(self) -> list[Change]:
-        return read_changes(map(json.loads, self.fragments))
+        return [Change(**json.loads(fragment)) for fragment in self.fragments]
 
     def encode(self) -> bytes:
         """The body that answers a pull."""
@@ -395,8 +376,7 @@ class Page:
         return b'{"changes":[%b],"cursor":%d,"epoch":"%b","hasMore":%b}' % words
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """The whole state of one scope at one cursor, as JSON text."""
 
     text: str
@@ -412,17 +392,10 @@ class Snapshot:
         return f'{{"data":{self.text},"cursor":{self.cursor},"epoch":"{self.epoch}"}}'.encode()
 
 
-def read_changes(values: Iterable[Mapping[str, Any]]) -> list[Change]:
-    return [Change(v["data"], v["scope"], v["cursor"], v["time"]) for v in values]
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def is_word(value: Any, longest: int) -> bool:
-    """Whether this is a string of 1 to `longest` characters. Half a surrogate pair has no UTF-8."""
+def is_name(value: Any, longest: int) -> bool:
+    """Whether this can name something. Half a surrogate pair can't: it has no UTF-8."""
     fits = isinstance(value, str) and 0 < len(value) <= longest
-    return fits and (value.isascii() or not _SURROGATE.search(value))
+    return fits and (value.isascii() or not re.search("[\ud800-\udfff]", value))
 
 
 # Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without needless spaces.
@@ -458,17 +431,20 @@ def parse_json(raw: bytes, depth: int = 64) -> Any:
     return value
 
 
-def _number(text: str) -> int | float:
-    """What json.loads took for a number, if everybody can hold it."""
-    if text.lstrip("-").isdigit():
-        if len(text) <= 20 and -(2**63) <= (integer := int(text)) < 2**63:
-            return integer
-    elif math.isfinite(number := float(text)):  # NaN and Infinity come here too
-        return number
-    raise ValueError(f"{text[:20]} is not a number that fits 64 bits")
+def _integer(text: str) -> int:
+    # Its length first: to read a million digits would take seconds.
+    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**63:
+        raise ValueError(f"{text[:20]} does not fit 64 bits")
+    return number
 
 
-_DECODER = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_constant=_number)
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_finite)
 
 
 # --- Store ---------------------------------------------------------------------------------------
@@ -501,11 +477,8 @@ class Row(NamedTuple):
 
     def encode(self) -> bytes:
         """The fragment: this change as the protocol writes it."""
-        scope = encode_json(self.scope)
-        words = (
-            f'{{"cursor":{self.cursor},"scope":{scope},"time":"{self.time}","data":{self.data}}}'
-        )
-        return words.encode()
+        words = f'"cursor":{self.cursor},"scope":{encode_json(self.scope)},"time":"{self.time}"'
+        return f'{{{words},"data":{self.data}}}'.encode()
 
 
 class Mark(NamedTuple):
@@ -555,31 +528,36 @@ APPLICATION_ID = 0x6D697A75  # "mizu" (https://sqlite.org/pragma.html#pragma_app
 
 # `first` in changes: cursor of the first change of the same mutation. mutations: the dedupe marks.
 # trims: the low-water marks, the highest cursor that was removed. epochs: the head when each began.
-LOG_SCHEMA = """
+# With their rows from the start, the head (in sqlite_sequence) and an epoch are always there.
+LOG_SCHEMA = f"""
     CREATE TABLE mizusync_format (format INTEGER NOT NULL);
+    INSERT INTO mizusync_format VALUES ({FORMAT});
     CREATE TABLE mizusync_changes (cursor INTEGER PRIMARY KEY AUTOINCREMENT,
         first INTEGER NOT NULL, scope TEXT NOT NULL, time TEXT NOT NULL, data TEXT NOT NULL);
+    INSERT INTO sqlite_sequence VALUES ('mizusync_changes', 0);
     CREATE INDEX mizusync_changes_of_scope ON mizusync_changes (scope, cursor);
     CREATE TABLE mizusync_mutations (scope TEXT NOT NULL, id TEXT NOT NULL,
         first INTEGER, last INTEGER NOT NULL, PRIMARY KEY (scope, id)) WITHOUT ROWID;
     CREATE TABLE mizusync_trims (scope TEXT PRIMARY KEY, cursor INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE INDEX mizusync_trims_by_cursor ON mizusync_trims (cursor);
     CREATE TABLE mizusync_epochs (number INTEGER PRIMARY KEY,
         epoch TEXT NOT NULL UNIQUE, start INTEGER NOT NULL);
+    INSERT INTO mizusync_epochs VALUES (1, hex(randomblob(9)), 0);
 """
+
+StrPath = str | os.PathLike[str]
 
 # SQLite's result codes (https://sqlite.org/rescode.html) when the disk is in the way, or another
 # process: the statement itself was right, and may work later.
 _DISK = sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CORRUPT
 _REFUSED = (*_DISK, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL)
 
-
-# What apply may not do to the engine's transaction; and all that it may do with the log's tables.
+# What apply may not do to the engine's transaction; and what it may only read.
 _DENIED = sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_PRAGMA
-_WRITES = sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE
-_READS = sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT
+_OURS = "mizusync_", "sqlite_sequence"  # as names begin, of tables and all else
 
 
-def primary_code(error: BaseException) -> int:
+def primary_code(error: BaseException | None) -> int:
     """SQLite's primary result code; 0 for what the Python module raised by itself."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
@@ -595,50 +573,58 @@ def _refusals() -> Iterator[None]:
         raise
 
 
+def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> sqlite3.Cursor:
+    """A statement of the engine's own, past the guard."""
+    return sqlite3.Connection.execute(db, sql, parameters)
+
+
+def _one(db: sqlite3.Connection, sql: str, *parameters: Any) -> Any:
+    """The only column of the only row; None where there is no row."""
+    row = _run(db, sql, *parameters).fetchone()
+    return row and row[0]
+
+
 class GuardedConnection(sqlite3.Connection):
     """The connection that `apply` and `snapshot` get: theirs for everything but the transaction.
 
     While it is lent, an authorizer refuses what would end the engine's transaction, leave the
-    file, or write to the log's tables; and every cursor that was opened is closed afterwards,
-    since a half-read SELECT, or a blob, makes a later COMMIT fail.
+    file, or change the log's tables (or sqlite_sequence, which holds the head); and every cursor
+    that was opened is closed afterwards, since a half-read SELECT makes a later COMMIT fail.
 
     An authorizer is asked only when a statement is prepared, so what the engine itself runs is
     spelled as no application spells it: an application's COMMIT must not find ours in the cache.
     """
 
-    lent = False
-    writes = False  # the writer's: outside of its transaction, a statement would autocommit
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._opened: list[sqlite3.Cursor | sqlite3.Blob] = []
+    def __init__(self, path: str, mode: str, timeout: float) -> None:
+        uri = f"file:{urllib.parse.quote(path)}?mode={mode}"  # "rwc" may create the file
+        # In autocommit, until an explicit BEGIN; on any thread, but on one at a time.
+        options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
+        super().__init__(uri, timeout=timeout, uri=True, **options)
+        self.lent = False
+        self._opened: list[Any] = []  # cursors and blobs
         self.set_authorizer(self._authorize)
 
-    def _authorize(self, action: int, one: str | None, two: str | None, *_: str | None) -> int:
-        if not self.lent or action in _READS:
-            return sqlite3.SQLITE_OK
-        denied = action in _DENIED or (action in _WRITES and not self.writes)
-        for name in (one or "", two or ""):  # tables, indexes, triggers, our savepoint
-            denied |= name.lower().startswith(("mizusync_", "sqlite_sequence"))
-        return sqlite3.SQLITE_DENY if denied else sqlite3.SQLITE_OK
+    def _authorize(self, action: int, *names: str | None) -> int:
+        ours = any(str(name).lower().startswith(_OURS) for name in names[:2])
+        denied = action in _DENIED or (ours and action != sqlite3.SQLITE_READ)
+        return sqlite3.SQLITE_DENY if denied and self.lent else sqlite3.SQLITE_OK
 
-    # Connection.execute does not go through an overridden cursor(), so each has to.
     def cursor(self, factory: Any = sqlite3.Cursor) -> Any:
-        if self.lent and self.writes and not self.in_transaction:
-            # SQLITE_FULL rolled everything back, and was caught: what follows would autocommit.
-            raise sqlite3.OperationalError("the transaction is gone")
+        if self.lent and not self.in_transaction:  # SQLITE_FULL, say, has rolled it all back
+            raise sqlite3.OperationalError("the transaction is lost: this would commit by itself")
         self._opened.append(super().cursor(factory))
         return self._opened[-1]
 
-    def blobopen(self, *place: Any, **options: Any) -> Any:
-        self._opened.append(super().blobopen(*place, **options))
-        return self._opened[-1]
-
+    # Connection.execute does not go through an overridden cursor(), so each has to.
     def execute(self, *statement: Any) -> Any:
         return self.cursor().execute(*statement)
 
     def executemany(self, *statement: Any) -> Any:
         return self.cursor().executemany(*statement)
+
+    def blobopen(self, *place: Any, **options: Any) -> Any:
+        self._opened.append(super().blobopen(*place, **options))
+        return self._opened[-1]
 
     def close(self) -> None:
         if self.lent:
@@ -647,32 +633,38 @@ class GuardedConnection(sqlite3.Connection):
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[GuardedConnection]:
-        """The connection in the application's hands, and afterwards as it was."""
+        """The connection in the application's hands, under a savepoint; afterwards as it was.
+
+        If the application raises, it left no trace. Where there is no transaction yet, the
+        savepoint is one, of one moment (https://sqlite.org/lang_savepoint.html).
+        """
+        _run(self, "SAVEPOINT /* mizusync */ mizusync_lent")
         self.lent = True
         try:
             yield self
-        except sqlite3.DatabaseError as error:
+        except BaseException as error:
             if primary_code(error) == sqlite3.SQLITE_AUTH:
                 error.add_note("apply and snapshot run inside the engine's transaction: they can't")
-                error.add_note("end it, use PRAGMA or ATTACH, or write to tables named mizusync_*")
+                error.add_note("end it, use PRAGMA or ATTACH, or change what is named mizusync_*")
+            self._take_back(error)
             raise
-        finally:
-            self.lent = False
-            for opened in self._opened:
-                opened.close()
-            self._opened.clear()
-            self.row_factory, self.text_factory = None, str
+        self._take_back(None)
 
-
-def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> sqlite3.Cursor:
-    """A statement of the engine's own, past the guard."""
-    return sqlite3.Connection.execute(db, sql, parameters)
-
-
-def _one(db: sqlite3.Connection, sql: str, *parameters: Any) -> Any:
-    """The only column of the only row; None where there is no row."""
-    row = sqlite3.Connection.execute(db, sql, parameters).fetchone()
-    return row and row[0]
+    def _take_back(self, failure: BaseException | None) -> None:
+        self.lent, self.row_factory, self.text_factory = False, None, str
+        while self._opened:
+            self._opened.pop().close()
+        # SQLITE_FULL and its like may roll the whole transaction back, not this savepoint; then it
+        # is gone, also where the application caught the error and went on.
+        lost = primary_code(failure) in _DISK
+        try:
+            if failure:
+                _run(self, "ROLLBACK /* mizusync */ TO mizusync_lent")
+            _run(self, "RELEASE /* mizusync */ mizusync_lent")
+        except sqlite3.Error:
+            lost = True
+        if lost:
+            raise StoreRefused("the database gave up the transaction") from failure
 
 
 class SQLiteStore:
@@ -685,109 +677,68 @@ class SQLiteStore:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        schema: str = "",
-        adopt: bool = False,
-        busy_timeout: float = 5,
+        self, path: StrPath, schema: str = "", adopt: bool = False, busy_timeout: float = 5.0
     ) -> None:
         self.path, self.schema, self.busy_timeout = os.path.abspath(path), schema, busy_timeout
-        self._db: GuardedConnection | None = None  # the writer's
+        self._connect = functools.partial(GuardedConnection, self.path, timeout=busy_timeout)
+        self._db: Any = None  # the writer's connection; None: begin() has to open it anew
         self._looker: GuardedConnection | None = None
         self._looking = threading.Lock()
         self._idle: list[GuardedConnection] = []  # readers that nobody uses now
-        self._head = 0  # of the newest commit that the writer knows of
+        # The head at our last commit. Where it is lower now, an older copy was restored: that
+        # begins an epoch. So does our first commit, since before it this is above any head; but in
+        # a file that we made, which has its first epoch from its making.
+        self._head = self._next_head = MAX_CURSOR + 1
         if os.fspath(path) in ("", ":memory:") or sqlite3.sqlite_version_info < (3, 31):
             raise StoreError("the log needs a file, and SQLite 3.31 or newer")
         try:
-            new = not os.path.exists(self.path) or os.path.getsize(self.path) == 0
-            if not new:
-                # Nothing of it changes, its WAL least of all, before we know that it is ours.
-                quiet = "" if os.path.exists(f"{self.path}-wal") else "&immutable=1"
-                with (
-                    contextlib.suppress(sqlite3.Error),
-                    contextlib.closing(self._connect(f"ro{quiet}")) as db,
-                ):
-                    self._check(db, adopt)
-            self._db = self._connect("rwc" if new else "rw")
-            # The epoch of a file that was just made was begun with it.
-            self._epoch_begun = self._prepare(self._db, adopt)
-            self._looker = self._connect("ro")
-            self._file = os.stat(self.path)
+            if os.path.exists(f"{self.path}-wal"):
+                # A crash left it, of another program perhaps: only who may write would move it
+                # into the file, and that it shall do itself.
+                with contextlib.closing(self._connect("ro")) as db:
+                    self._has_log(db, adopt)
+            self._db = self._connect("rwc")
+            self._prepare(self._db, adopt)
+            self._looker, self._file = self._connect("ro"), os.stat(self.path)
         except (sqlite3.Error, OSError, StoreError) as error:
             self.close()
             if isinstance(error, StoreError):
                 raise
-            advice = "is it a SQLite database, in a folder that can be written to?"
-            raise StoreError(
-                f"the database {self.path} can't be used ({error}): {advice}"
-            ) from error
+            why = f"({error}): is it a SQLite database, in a folder that can be written to?"
+            raise StoreError(f"the database {self.path} can't be used {why}") from error
 
     # -- opening
 
-    def _connect(self, mode: str) -> GuardedConnection:
-        """A connection in autocommit, until an explicit BEGIN; "rwc" may create the file."""
-        db = sqlite3.connect(
-            f"file:{urllib.parse.quote(self.path)}?mode={mode}",
-            uri=True,
-            timeout=self.busy_timeout,
-            isolation_level=None,
-            check_same_thread=False,
-            cached_statements=256,
-            factory=GuardedConnection,
-        )
-        db.writes = mode.startswith("rw")
-        try:
-            _run(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
-            if sys.platform == "darwin":  # where fsync leaves the data in the drive's cache
-                _run(db, "PRAGMA fullfsync = ON")
-                _run(db, "PRAGMA checkpoint_fullfsync = ON")
-        except sqlite3.Error:  # it is no database
-            db.close()
-            raise
-        return db
-
-    def _check(self, db: GuardedConnection, adopt: bool) -> bool:
-        """Whether the file has a log. Raises StoreError where it may not get one."""
-        if _one(db, "SELECT 1 FROM sqlite_master WHERE name = 'mizusync_format'"):
-            if (found := _one(db, "SELECT format FROM mizusync_format")) > FORMAT:
-                raise StoreError(
-                    f"the database {self.path} has format {found}: use a newer mizusync"
-                )
-            return True
-        tables = _one(db, "SELECT count(*) FROM sqlite_master")
-        if (tables or _one(db, "PRAGMA application_id") not in (0, APPLICATION_ID)) and not adopt:
-            raise StoreError(
-                f"the database {self.path} belongs to another program: name another file, or open "
-                "it with adopt=True to add the log to it"
-            )
-        return False
-
-    def _prepare(self, db: GuardedConnection, adopt: bool) -> bool:
-        """Make the log's tables, unless they are there. Returns whether they were made just now."""
-        made = False
-        _run(db, "PRAGMA journal_mode = WAL")
-        if not self._check(db, adopt):
+    def _prepare(self, db: GuardedConnection, adopt: bool) -> None:
+        """Make the file ours, and this connection its writer. Raises StoreError."""
+        _run(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
+        _run(db, "PRAGMA fullfsync = ON")  # on macOS fsync leaves the data in the drive's cache
+        if not self._has_log(db, adopt):
+            _run(db, "PRAGMA journal_mode = WAL")
             _run(db, "BEGIN IMMEDIATE")
             with db:  # commits, or rolls back
-                ours = not _one(db, "SELECT count(*) FROM sqlite_master")
-                if made := not self._check(db, adopt):  # another process may just have made it
+                if not self._has_log(db, adopt):  # unless another process just made it
+                    if not _one(db, "SELECT count(*) FROM sqlite_master"):
+                        # An adopted file keeps its application's.
+                        _run(db, f"PRAGMA application_id = {APPLICATION_ID}")
                     for statement in LOG_SCHEMA.split(";")[:-1]:
                         _run(db, statement)
-                    _run(db, "INSERT INTO mizusync_format VALUES (?)", FORMAT)
-                    # With its row from the start, the head is always one look-up away.
-                    _run(db, "INSERT INTO sqlite_sequence VALUES ('mizusync_changes', 0)")
-                    self._begin_epoch(db, 0)
-                    if ours:  # an adopted file keeps its application's
-                        _run(db, f"PRAGMA application_id = {APPLICATION_ID}")
-        if self.schema:
-            db.executescript(self.schema)
+                    self._head = 0
+        _run(db, "PRAGMA journal_mode = WAL")
+        db.executescript(self.schema)
         _run(db, "PRAGMA busy_timeout = 0")  # begin() waits by itself
-        return made
 
-    def _begin_epoch(self, db: GuardedConnection, head: int) -> None:
-        name = secrets.token_urlsafe(9)
-        _run(db, "INSERT INTO mizusync_epochs (epoch, start) VALUES (?, ?)", name, head)
+    def _has_log(self, db: GuardedConnection, adopt: bool) -> bool:
+        """Whether the log is there. Raises StoreError for another program's, a newer format."""
+        if _one(db, "SELECT 1 FROM sqlite_master WHERE name = 'mizusync_format'"):
+            if (found := _one(db, "SELECT format FROM mizusync_format")) <= FORMAT:
+                return True
+            raise StoreError(f"the database {self.path} has format {found}: use a newer mizusync")
+        marked = _one(db, "PRAGMA application_id") not in (0, APPLICATION_ID)
+        if (marked or _one(db, "SELECT count(*) FROM sqlite_master")) and not adopt:
+            advice = "name another file, or open it with adopt=True to add the log to it"
+            raise StoreError(f"the database {self.path} belongs to another program: {advice}")
+        return False
 
     def _check_file(self) -> None:
         """A file that was unlinked or replaced still takes commits, and they are lost."""
@@ -802,20 +753,20 @@ class SQLiteStore:
     def look(self) -> Position:
         with self._looking:
             if self._looker is None:
-                raise StoreRefused("the store is closed")
+                raise StoreRefused("the database is closed")
             return self.position(self._looker)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[GuardedConnection]:
         self._check_file()
         with _refusals():
-            db = self._idle.pop() if self._idle else self._connect("ro")
             try:
-                # Without BEGIN, each SELECT would see a moment of its own.
-                _run(db, "BEGIN /* mizusync */ DEFERRED")
+                db = self._idle.pop()
+            except IndexError:
+                db = self._connect("ro")
+            try:
                 with db.lend():
                     yield db
-                _run(db, "ROLLBACK /* mizusync */")
             except BaseException:
                 db.close()
                 raise
@@ -835,12 +786,10 @@ class SQLiteStore:
         return _one(db, "SELECT cursor FROM mizusync_trims WHERE scope = ?", scope) or 0
 
     def epoch_end(self, db: Any, epoch: str) -> int | None:
-        number = _one(db, "SELECT number FROM mizusync_epochs WHERE epoch = ?", epoch)
-        if number is None:
-            return None
-        following = "SELECT start FROM mizusync_epochs WHERE number > ? ORDER BY number LIMIT 1"
-        end = _one(db, following, number)
-        return self.position(db).head if end is None else int(end)
+        next_start = "SELECT min(start) FROM mizusync_epochs WHERE number > this.number"
+        sql = f"SELECT coalesce(({next_start}), ?) FROM mizusync_epochs AS this WHERE epoch = ?"
+        end: int | None = _one(db, sql, self.position(db).head, epoch)
+        return end
 
     def changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
         sql = "SELECT * FROM mizusync_changes WHERE scope = ? AND cursor > ? ORDER BY cursor"
@@ -852,11 +801,10 @@ class SQLiteStore:
         return list(map(Row._make, _run(db, sql, first, last)))
 
     def touched(self, db: Any, after: int) -> list[tuple[str, int]]:
-        # With what was trimmed since: who has less than that has to know.
-        rows = "SELECT scope, cursor FROM mizusync_changes WHERE cursor > ? UNION ALL"
-        rows += " SELECT scope, cursor FROM mizusync_trims WHERE cursor > ?"
-        newest = f"SELECT scope, max(cursor) FROM ({rows}) GROUP BY scope"
-        return _run(db, newest, after, after).fetchall()
+        # With the trims: memory has to forget a scope whose new changes are all gone again, too.
+        marks = "SELECT scope, cursor FROM mizusync_changes UNION ALL SELECT * FROM mizusync_trims"
+        sql = f"SELECT scope, max(cursor) FROM ({marks}) WHERE cursor > ? GROUP BY scope"
+        return _run(db, sql, after).fetchall()
 
     def find(self, db: Any, scope: str, id: str) -> Mark | None:
         sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
@@ -868,60 +816,41 @@ class SQLiteStore:
     @_refusals()
     def begin(self) -> tuple[Any, Position]:
         self._check_file()
-        if (db := self._db) is None:
-            db = self._db = self._connect("rw")
-            self._prepare(db, adopt=False)
+        if self._db is None:
+            self._db = self._connect("rw")
+            self._prepare(self._db, adopt=False)
         # SQLite's own busy handler pauses up to 100 ms between two tries: beside a busy writer of
         # another process it would never get its turn.
         deadline = time.monotonic() + self.busy_timeout
-        while not db.in_transaction:
+        while not self._db.in_transaction:
             try:
-                _run(db, "BEGIN /* mizusync */ IMMEDIATE")
+                _run(self._db, "BEGIN /* mizusync */ IMMEDIATE")
             except sqlite3.OperationalError as error:
                 if primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                     raise
                 time.sleep(0.0002)
-        position = self.position(db)
-        if (
-            not self._epoch_begun or position.head < self._head
-        ):  # an older copy was restored into it
-            self._begin_epoch(db, position.head)
-            position = self.position(db)
-        self._head = position.head
-        return db, position
+        position = self.position(self._db)
+        if position.head < self._head:
+            sql = "INSERT INTO mizusync_epochs (epoch, start) VALUES (hex(randomblob(9)), ?)"
+            _run(self._db, sql, position.head)
+            position = self.position(self._db)
+        self._next_head = position.head
+        return self._db, position
 
     def attempt(self, work: Callable[[Any], T]) -> T:
-        db = self._db
-        assert db is not None  # since begin()
-        _run(db, "SAVEPOINT mizusync_mutation")
-        try:
-            with db.lend():
-                result = work(db)
-        except BaseException as error:
-            # SQLITE_FULL and its like may roll the whole transaction back, not this savepoint.
-            if not db.in_transaction or primary_code(error) in _DISK:
-                raise StoreRefused("the database gave up the transaction") from error
-            _run(db, "ROLLBACK /* mizusync */ TO mizusync_mutation")
-            _run(db, "RELEASE /* mizusync */ mizusync_mutation")
-            raise
-        try:
-            _run(db, "RELEASE /* mizusync */ mizusync_mutation")
-        except sqlite3.OperationalError as error:  # it is gone: the same, and `work` caught it
-            raise StoreRefused("the database gave up the transaction") from error
-        return result
+        with self._db.lend() as db:
+            return work(db)
 
     @_refusals()
     def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
-        assert self._db is not None
         many = functools.partial(sqlite3.Connection.executemany, self._db)
         many("INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)", rows)
         many("INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", marks)
-        self._head = rows[-1].cursor if rows else self._head
+        self._next_head = rows[-1].cursor if rows else self._next_head
 
     @_refusals()
     def trim(self, scope: str, before: int, limit: int) -> int:
         db, changes = self._db, "FROM mizusync_changes WHERE scope = ? AND cursor"
-        assert db is not None
         # Neither `before` nor the limit may cut a mutation in two: the end moves to where one
         # begins.
         stays = _one(db, f"SELECT first {changes} >= ? ORDER BY cursor LIMIT 1", scope, before)
@@ -937,28 +866,25 @@ class SQLiteStore:
 
     @_refusals()
     def commit(self) -> None:
-        assert self._db is not None
         _run(self._db, "COMMIT /* mizusync */")
-        self._epoch_begun = True
+        self._head = self._next_head
 
     def rollback(self) -> None:
-        if (db := self._db) is None or not db.in_transaction:
-            return
         try:
-            _run(db, "ROLLBACK /* mizusync */")
+            if self._db and self._db.in_transaction:
+                _run(self._db, "ROLLBACK /* mizusync */")
         except sqlite3.Error:
             log.exception("a rollback failed: the database will be opened anew")
-            with contextlib.suppress(sqlite3.Error):
-                db.close()
+            self._db.close()
             self._db = None
 
     def close(self) -> None:
         """Close every connection; the last one out writes the WAL back into the file."""
+        if self._db:
+            with contextlib.suppress(sqlite3.Error):  # a reader elsewhere may hold it back
+                _run(self._db, "PRAGMA wal_checkpoint(TRUNCATE)")
         with self._looking:
             for db in filter(None, (*self._idle, self._looker, self._db)):
-                with contextlib.suppress(sqlite3.Error):  # a reader elsewhere may hold it back
-                    if db is self._db:
-                        _run(db, "PRAGMA wal_checkpoint(TRUNCATE)")
                 db.close()
             self._idle, self._looker, self._db = [], None, None
 
@@ -1112,7 +1038,7 @@ class Engine:
 
     def __init__(
         self,
-        store: str | os.PathLike[str] | Store,
+        store: StrPath | Store,
         *,
         apply: Callable[[Any, Mutation], Iterable[Any]],
         snapshot: Callable[[Any, str], Any] | None = None,
@@ -1203,7 +1129,7 @@ class Engine:
         for change in () if made is None else made:
             whole = change if isinstance(change, Change) else Change(change)
             scope = mutation.scope if whole.scope is None else whole.scope
-            if not is_word(scope, MAX_SCOPE):
+            if not is_name(scope, MAX_SCOPE):
                 raise ValueError(f"apply made a change for {scope!r}, which can't name a scope")
             text = whole.data.text if isinstance(whole.data, Json) else encode_json(whole.data)
             text.encode()  # half a surrogate pair fails here, where it can still be undone
@@ -2399,7 +2325,7 @@ class Server:
         on_auth: Callable[[Request, str], Any] | None = None,
         on_message: Callable[[Session, str, Any], Any] | None = None,
         on_close: Callable[[Session, Exception | None], Any] | None = None,
-        page: str | os.PathLike[str] = PAGE,
+        page: StrPath = PAGE,
     ) -> None:
         self.engine, self.settings = engine, settings or engine.settings
         self.on_message, self.on_close = on_message, on_close
@@ -2606,7 +2532,7 @@ class Server:
 
     async def _scope(self, request: Request) -> tuple[str, Any]:
         """The scope that a request names, and who asks for it."""
-        if not is_word(scope := request.query.get("scope", DEFAULT_SCOPE), MAX_SCOPE):
+        if not is_name(scope := request.query.get("scope", DEFAULT_SCOPE), MAX_SCOPE):
             raise InvalidRequest(f"a scope is a string of 1 to {MAX_SCOPE} characters")
         return scope, await self.gate.identify(request, scope)
 
@@ -2684,7 +2610,7 @@ class Server:
 
     async def _subscribe(self, session: Session, verb: str, wish: Any) -> None:
         scope: Any = wish.get("scope", session.scope) if isinstance(wish, dict) else None
-        if not is_word(scope, MAX_SCOPE):
+        if not is_name(scope, MAX_SCOPE):
             raise InvalidRequest(f"a scope is a string of 1 to {MAX_SCOPE} characters")
         if verb == "unsubscribe":
             session.leave(f"sync:{scope}")
