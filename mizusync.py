@@ -350,7 +350,8 @@ class Result(NamedTuple):
     def refused(cls, refusal: SyncError) -> Result:
         """It left no trace."""
         shown = {"ok": False, "code": refusal.code, "error": str(refusal)}
-        return cls(encode_json(shown).encode(), False, code=refusal.code, error=str(refusal))
+        encoded = encode_json(shown).encode(errors="replace")
+        return cls(encoded, False, code=refusal.code, error=str(refusal))
 
     @property
     def changes(self) -> list[Change]:
@@ -554,6 +555,7 @@ _REFUSED = (*_DISK, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE
 
 # What apply may not do to the engine's transaction; and what it may only read.
 _DENIED = sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_PRAGMA
+_WRITES = sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE
 _OURS = "mizusync_", "sqlite_sequence"  # as names begin, of tables and all else
 
 
@@ -601,12 +603,13 @@ class GuardedConnection(sqlite3.Connection):
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
         super().__init__(uri, timeout=timeout, uri=True, **options)
         self.lent = False
+        self._denied = _DENIED if mode != "ro" else (*_DENIED, *_WRITES)
         self._opened: list[Any] = []  # cursors and blobs
         self.set_authorizer(self._authorize)
 
     def _authorize(self, action: int, *names: str | None) -> int:
         ours = any(str(name).lower().startswith(_OURS) for name in names[:2])
-        denied = action in _DENIED or (ours and action != sqlite3.SQLITE_READ)
+        denied = action in self._denied or (ours and action != sqlite3.SQLITE_READ)
         return sqlite3.SQLITE_DENY if denied and self.lent else sqlite3.SQLITE_OK
 
     def cursor(self, factory: Any = sqlite3.Cursor) -> Any:
@@ -2301,7 +2304,6 @@ def is_loopback(name: str) -> bool:
 # Routes, sessions, life; and the one arrow between the two halves: the engine tells of a commit,
 # the hub tells the topic of each scope in it.
 
-
 PAGE = os.path.join(os.path.dirname(__file__), "demo.html")
 
 
@@ -2333,16 +2335,18 @@ class Server:
         self.hub = Hub(self.settings, functools.partial(encode_frame, TEXT))
         self.sessions: set[Session] = set()
         self._allow_host = frozenset(host.lower() for host in allow_host)
-        self._connections: set[Connection] = set()
-        self._websockets: set[WebSocket] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._listening = self._stopping = False
-        self._routes: dict[str, dict[str, Callable[[Any], Any]]] = {}
+        self._connections: dict[Connection, WebSocket | None] = {}  # and what it became
+        self._tasks: set[asyncio.Task[None]] = set()  # while there are any, it listens
+        self._stopping = False
+        # By path and method: a handler, and whether it is a WebSocket's.
+        self._routes: dict[str, dict[str, tuple[Callable[[Any], Any], bool]]] = {}
         self.route("POST", "/sync/push")(self._push)
         self.route("GET", "/sync/pull")(self._pull)
         self.route("GET", "/sync/snapshot")(self._snapshot)
         self.route("GET", "/healthz")(self._healthz)
         self.websocket("/ws")(self._live)
+        # OPTIONS * asks about the server as a whole (RFC 9110 §9.3.7).
+        self._routes["*"] = self._routes["/healthz"] | self._routes["/sync/push"]
         with contextlib.suppress(OSError), open(page, "rb") as file:
             response = Response.page(file.read())
             self.route("GET", "/")(lambda request: response)
@@ -2352,21 +2356,23 @@ class Server:
     def route(self, method: str, path: str) -> Callable[[T], T]:
         """`@server.route("GET", "/path")`: from a Request to a Response, text, bytes or JSON.
 
-        A function or a coroutine. "WEBSOCKET" as the method is what `websocket` registers.
+        A function or a coroutine. One for GET answers HEAD as well.
         """
-
-        def register(handler: Any) -> Any:
-            self._routes.setdefault(path, {})[method.upper()] = handler
-            return handler
-
-        return register
+        return functools.partial(self._register, path, method.upper(), False)
 
     def websocket(self, path: str) -> Callable[[T], T]:
         """`@server.websocket("/path")`: a coroutine that has a WebSocket to itself."""
-        return self.route("WEBSOCKET", path)
+        return functools.partial(self._register, path, "GET", True)
+
+    def _register(self, path: str, method: str, websocket: bool, handler: Any) -> Any:
+        routes = self._routes.setdefault(path, {})
+        routes[method] = handler, websocket
+        if method == "GET" and not websocket:
+            routes["HEAD"] = routes["GET"]
+        return handler
 
     def publish(self, topic: str, data: Any) -> None:
-        """Send a message to all who follow a topic of the application's. On the loop."""
+        """Send a message to all sessions that follow a topic of the application's. On the loop."""
         if topic.startswith("sync:"):
             raise ValueError(f"{topic!r}: topics that begin with sync: are the engine's")
         self.hub.publish(topic, encode_json(data).encode())
@@ -2390,25 +2396,32 @@ class Server:
         crowded = len(self._connections) >= self.settings.connections
 
         def on_lost() -> None:
-            self._connections.discard(connection)
+            self._connections.pop(connection, None)
             if connection.working and task:
                 task.cancel()  # nobody is left to answer
 
         connection = Connection(self.settings, on_lost)
-        self._connections.add(connection)
+        self._connections[connection] = None
         try:
-            # Without a limit, a peer that does not answer TLS's close holds its socket for 30 s.
-            limits: dict[str, Any] = {"ssl_shutdown_timeout": self.settings.linger} if ssl else {}
-            limits |= {"ssl_handshake_timeout": self.settings.head_timeout} if ssl else {}
+            # asyncio does so only to a socket that names its protocol, and an accepted one doesn't.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Without limits, a peer that does not answer TLS's handshake would hold its socket for
+            # 60 s, one that does not answer its close for 30 s.
+            begin, end = self.settings.head_timeout, self.settings.linger
+            limits = {"ssl_handshake_timeout": begin, "ssl_shutdown_timeout": end} if ssl else {}
             await loop.connect_accepted_socket(lambda: connection, sock, ssl=ssl, **limits)
-            if crowded:
-                refusal = Unavailable("the server has too many connections")
+            try:
+                if crowded:
+                    raise Unavailable("the server has too many connections")
+                while await self._exchange(connection):
+                    pass
+            except SyncError as refusal:  # what came is no request, so nothing can follow it
                 connection.transport.write(Response.refusal(refusal).encode("close"))
-            while not crowded and await self._exchange(connection):
-                pass
+            except OSError as error:
+                log.debug("no more requests: %s", error)
             await connection.finish()
         except OSError as error:
-            log.debug("a connection ended: %s", error)
+            log.debug("a connection failed: %s", error)
         finally:
             if not connection.lingering:
                 connection.abort()
@@ -2417,49 +2430,31 @@ class Server:
                 on_lost()
 
     async def _exchange(self, connection: Connection) -> bool:
-        """One request and its answer. Whether another may follow."""
-        request, response = None, None
+        """One request and its answer. Whether another may follow; raises what next_request does."""
+        request = await connection.next_request()
         try:
-            request = await connection.next_request()
             response = await self._respond(connection, request)
         except SyncError as refusal:  # the client sees it
             response = Response.refusal(refusal)
-        except OSError:
-            return False
         except Exception:  # our bug, or the application's: the log sees it, the client a bare 500
-            log.exception("failed on %s", request and f"{request.method} {request.path}")
+            log.exception("failed on %s %s", request.method, request.path)
             response = Response.refusal(SyncError("the server failed on this request"))
-        if response is None:  # it was a WebSocket
-            return False
-        if request is None:
-            await connection.send(response.encode("close"))
-            return False
-        log.debug("%s %s -> %s", request.method, request.path, response.status)
-        if cors := self.gate.cors(request):
-            response = dataclasses.replace(response, headers={**response.headers, **cors})
-        keep = request.keep_alive and not connection.unread and not self._stopping
-        word = "close" if not keep else "keep-alive" if request.version < (1, 1) else ""
-        await connection.send(response.encode(word, head_only=request.method == "HEAD"))
-        if self.engine.committing:
-            time.sleep(0)  # a busy loop never lets the writer's thread have the interpreter
-        return keep
+        return response is not None and await self._answer(connection, request, response)
 
     async def _respond(self, connection: Connection, request: Request) -> Response | None:
+        """What its route says; None: it was a WebSocket."""
         self.gate.check(request)
-        everywhere = {"GET": self._healthz, "POST": self._push} if request.path == "*" else None
-        if (handlers := everywhere or self._routes.get(request.path)) is None:
+        if (routes := self._routes.get(request.path)) is None:
             raise NotFound(f"there is nothing at {request.path[:100]}")
-        get = (
-            {"GET", "HEAD"} if "GET" in handlers else {"GET"} if "WEBSOCKET" in handlers else set()
-        )
-        allow = ", ".join(sorted({*handlers, *get, "OPTIONS"} - {"WEBSOCKET"}))
-        if request.method == "GET" and "GET" not in handlers and "WEBSOCKET" in handlers:
-            await self._converse(WebSocket(connection, request), handlers["WEBSOCKET"])
+        handler, is_websocket = routes.get(request.method, (None, False))
+        if handler and is_websocket:
+            websocket = self._connections[connection] = WebSocket(connection, request)
+            await self._converse(websocket, handler)
             return None
         request.body = await connection.read_body(request)
+        allow = ", ".join(sorted({*routes, "OPTIONS"}))
         if request.method == "OPTIONS":
             return Response(204, headers={"Allow": allow})
-        handler = handlers.get("GET" if request.method == "HEAD" else request.method)
         if handler is None:
             raise HTTPError(405, f"{request.path} takes {allow}", Allow=allow)
         connection.working = True
@@ -2469,24 +2464,32 @@ class Server:
         finally:
             connection.working = False
 
+    async def _answer(self, connection: Connection, request: Request, response: Response) -> bool:
+        log.debug("%s %s -> %s", request.method, request.path, response.status)
+        if cors := self.gate.cors(request):
+            response = dataclasses.replace(response, headers={**response.headers, **cors})
+        keep = request.keep_alive and not connection.unread and not self._stopping
+        word = "" if keep else "close"
+        if keep and request.version < (1, 1):
+            word = "keep-alive"
+        await connection.send(response.encode(word, head_only=request.method == "HEAD"))
+        if self.engine.committing:
+            time.sleep(0)  # a busy loop never lets the writer's thread have the interpreter
+        return keep
+
     async def _converse(self, websocket: WebSocket, handler: Callable[[Any], Any]) -> None:
         """A WebSocket's whole life. A SyncError before it was accepted is answered in HTTP."""
-        self._websockets.add(websocket)
         try:
             await handler(websocket)
             websocket.close()
         except ConnectionLost as error:
             websocket.error = error
-        except Exception as error:
+        except Exception:
             if not websocket.accepted:
                 raise
             log.exception("the WebSocket at %s failed", websocket.request.path)
-            websocket.error = error
             websocket.close(1011, "the server failed")
-        finally:
-            self._websockets.discard(websocket)
-        if not websocket.over:
-            await websocket.receive()  # the peer's half of the closing handshake
+        await websocket.receive()  # the peer's half of the closing handshake
 
     # -- the protocol's endpoints
 
@@ -2495,34 +2498,30 @@ class Server:
         media_type = request.headers.get("content-type", "").partition(";")[0]
         if media_type.strip(" \t").lower() != "application/json":
             raise HTTPError(415, "a push is application/json")
-        values, most = (
-            parse_json(request.body, self.settings.json_depth),
-            self.settings.push_mutations,
-        )
+        values = parse_json(request.body, self.settings.json_depth)
+        most = self.settings.push_mutations
         if not isinstance(values, list) or not values:
             raise InvalidRequest(f"a push is a JSON array of 1 to {most} mutations")
         if len(values) > most:
             raise TooLarge(f"a push has at most {most} mutations")
-        results: list[Result | None] = []  # None: the engine has it
-        mutations: list[Mutation] = []
+        wishes: list[Mutation | Result] = []  # for the engine, or refused already
         identities: dict[str, Any] = {}  # of each scope: permission is asked once
         for value in values:
             try:
                 mutation = Mutation.parse(value)
-                if mutation.scope not in identities:
-                    identities[mutation.scope] = await self._identity(request, mutation.scope)
-                if isinstance(identity := identities[mutation.scope], Forbidden):
+                if (scope := mutation.scope) not in identities:
+                    identities[scope] = await self._identity(request, scope)
+                if isinstance(identity := identities[scope], Forbidden):
                     raise identity
-            except (InvalidMutation, Forbidden) as refusal:
-                results.append(Result.refused(refusal))
-            else:
-                results.append(None)
                 if identity is not None:
                     mutation = dataclasses.replace(mutation, identity=identity)
-                mutations.append(mutation)
+                wishes.append(mutation)
+            except (InvalidMutation, Forbidden) as refusal:
+                wishes.append(Result.refused(refusal))
+        mutations = [wish for wish in wishes if isinstance(wish, Mutation)]
         applied = iter(await self.engine.push(mutations) if mutations else ())
-        encoded = [(result or next(applied)).encoded for result in results]
-        return Response(body=b"[%b]" % b",".join(encoded))
+        results = [next(applied) if isinstance(wish, Mutation) else wish for wish in wishes]
+        return Response(body=b"[%b]" % b",".join(result.encoded for result in results))
 
     async def _identity(self, request: Request, scope: str) -> Any:
         try:
@@ -2552,13 +2551,10 @@ class Server:
 
     async def _healthz(self, request: Request) -> Any:
         head, epoch = await self.engine.position()
-        shown = {
-            "version": __version__,
-            "cursor": head,
-            "epoch": epoch,
-            "sessions": len(self.sessions),
-        }
-        return {"status": "ok"} if self.gate.token is not None else {"status": "ok", **shown}
+        if self.gate.token is not None:
+            return {"status": "ok"}
+        where = {"cursor": head, "epoch": epoch, "sessions": len(self.sessions)}
+        return {"status": "ok", "version": __version__, **where}
 
     # -- live
 
@@ -2575,12 +2571,12 @@ class Server:
             async for message in websocket:
                 if work:
                     await work  # one at a time, in order; meanwhile pings are answered
-                if isinstance(message, bytes):
-                    websocket.close(1003, "messages are text")
-                else:
-                    work = await self._handle(session, message)
+                work = await self._handle(session, message)
             if work:
                 await work
+        except Exception as error:
+            websocket.error = error
+            raise
         finally:
             self.sessions.discard(session)
             for topic in list(session.topics):
@@ -2589,17 +2585,19 @@ class Server:
             if self.on_close:
                 await self._call(self.on_close, session, websocket.error)
 
-    async def _handle(self, session: Session, raw: str) -> asyncio.Task[None] | None:
+    async def _handle(self, session: Session, raw: str | bytes) -> asyncio.Task[None] | None:
         """One message of a client. A task where the application goes on working on it."""
         try:
+            if isinstance(raw, bytes):
+                session.close(1003, "messages are text")
+                return None
             message = parse_json(raw.encode(), self.settings.json_depth)
             if not isinstance(message, dict) or not isinstance(topic := message.get("topic"), str):
                 raise InvalidRequest('a message is {"topic": "...", "data": ...}')
             if topic in ("subscribe", "unsubscribe"):
                 await self._subscribe(session, topic, message.get("data", {}))
             elif self.on_message and not topic.startswith("sync:"):
-                work = self._call(self.on_message, session, topic, message.get("data"))
-                return asyncio.create_task(work)
+                return self._spawn(self._call(self.on_message, session, topic, message.get("data")))
             else:
                 error = {"code": "unknown_topic", "error": f"nothing listens to {topic[:100]!r}"}
                 session.send("error", error)
@@ -2614,17 +2612,17 @@ class Server:
             raise InvalidRequest(f"a scope is a string of 1 to {MAX_SCOPE} characters")
         if verb == "unsubscribe":
             session.leave(f"sync:{scope}")
-            return
-        await self.gate.identify(session.websocket.request, scope)
-        # First follow, then read: no change can fall between the two.
-        session.follow(f"sync:{scope}", wish.get("changes") is True)
-        self.hub.tell(f"sync:{scope}", session, await self.engine.head(scope))
+        else:
+            await self.gate.identify(session.websocket.request, scope)
+            # First follow, then read: no change can fall between the two.
+            session.follow(f"sync:{scope}", wish.get("changes") is True)
+            self.hub.tell(f"sync:{scope}", session, await self.engine.head(scope))
 
     async def _ask_again(self, session: Session) -> None:
         """Whether a session may still do what it does."""
-        scopes = {t.removeprefix("sync:") for t in session.topics if t.startswith("sync:")}
+        topics = [topic for topic in session.topics if topic.startswith("sync:")]
         try:
-            for scope in {session.scope, *scopes}:
+            for scope in {session.scope, *(topic.removeprefix("sync:") for topic in topics)}:
                 await self.gate.identify(session.websocket.request, scope)
         except (Unauthorized, Forbidden) as refusal:
             session.close(1008, str(refusal))
@@ -2657,20 +2655,16 @@ class Server:
         async def serve() -> None:
             loop, stop = asyncio.get_running_loop(), asyncio.Event()
             signals = signal.SIGTERM, signal.SIGINT
-
-            def on_signal() -> None:
-                stop.set()
-                for one in signals:
-                    loop.remove_signal_handler(one)  # a second one ends at once
-
             # Neither a thread other than the first nor Windows can have signal handlers here.
             with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
                 for one in signals:
-                    loop.add_signal_handler(one, on_signal)
+                    loop.add_signal_handler(one, stop.set)
             async with self.listen(host, port, **options) as (name, number):
                 name = f"[{name}]" if ":" in name else name
                 announce(f"open {'https' if options.get('ssl') else 'http'}://{name}:{number}/")
                 await stop.wait()
+                for one in signals:
+                    loop.remove_signal_handler(one)  # a second one ends at once
 
         try:
             asyncio.run(serve())
@@ -2685,7 +2679,7 @@ class Server:
 
         Raises OSError where the address can't be had.
         """
-        if self._listening:
+        if self._tasks:
             raise RuntimeError("this server is listening already")
         kind = socket.SOCK_STREAM
         family, *_, address = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
@@ -2694,20 +2688,29 @@ class Server:
         listener.setblocking(False)
         name, number = listener.getsockname()[:2]
         self.gate.hosts = self._allow_host if self._allow_host or is_loopback(name) else None
-        self._listening, self._stopping = True, False
-        unlisten = self.engine.listen(self._notify)
-        accepting = asyncio.create_task(self._accept(listener, ssl))
-        sweeping = asyncio.create_task(self._sweep())
+        self._stopping, unlisten = False, self.engine.listen(self._notify)
+        accepting, sweeping = self._spawn(self._accept(listener, ssl)), self._spawn(self._sweep())
         try:
             yield name, number
         finally:
+            # Finish what was begun: answer pushes, end long polls, close sockets with 1001.
+            self._stopping, deadline = True, time.monotonic() + self.settings.shutdown_timeout
             accepting.cancel()
             listener.close()
-            await self._stop()
+            self.engine.wake()
+            while (self._tasks - {sweeping} or self._connections) and time.monotonic() < deadline:
+                for connection, websocket in list(self._connections.items()):
+                    if websocket and websocket.accepted:
+                        websocket.close(1001, "the server is stopping")
+                    elif connection.idle:
+                        connection.expire()
+                await asyncio.sleep(0.02)
+            for connection in list(self._connections):
+                connection.abort()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             unlisten()
-            sweeping.cancel()
-            await asyncio.gather(accepting, sweeping, return_exceptions=True)
-            self._listening = False
 
     async def _accept(self, listener: socket.socket, ssl: tls.SSLContext | None) -> None:
         """Our own accept loop: asyncio's logs without end when descriptors run out."""
@@ -2715,7 +2718,6 @@ class Server:
         while True:
             try:
                 sock, _ = await loop.sock_accept(listener)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except OSError as error:
                 if not waiting:
                     log.error("new clients wait: %s", error)
@@ -2726,40 +2728,23 @@ class Server:
                 self._spawn(self._serve(sock, ssl))
                 await asyncio.sleep(0)  # an accept that never waits would keep the loop to itself
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _sweep(self) -> None:
         """Every deadline of every connection, in one task."""
         while True:
             await asyncio.sleep(0.1)
             now, interval = time.monotonic(), self.settings.auth_interval or math.inf
-            for connection in [c for c in self._connections if c.deadline <= now]:
+            for connection in [one for one in self._connections if one.deadline <= now]:
                 connection.expire()
-            for session in [s for s in self.sessions if s.asked + interval <= now]:
+            for session in [one for one in self.sessions if one.asked + interval <= now]:
                 session.asked = now
                 self._spawn(self._call(self._ask_again, session))
             self.hub.beat(now)
-
-    async def _stop(self) -> None:
-        """Finish what was begun: answer pushes, end long polls, close sockets with 1001."""
-        self._stopping = True
-        self.engine.wake()
-        for connection in list(self._connections):
-            if connection.idle:
-                connection.transport.close()
-        for websocket in list(self._websockets):
-            websocket.close(1001, "the server is stopping")
-        deadline = time.monotonic() + self.settings.shutdown_timeout
-        while (self._tasks or self._connections) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        for task in list(self._tasks):
-            task.cancel()
-        for connection in list(self._connections):
-            connection.abort()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 # --- Todo ----------------------------------------------------------------------------------------
@@ -2773,6 +2758,7 @@ TODO_SCHEMA = """
 
 def apply_todo(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
     """todo.create, todo.update, todo.toggle, todo.delete; in each scope a list of its own."""
+    # What comes from outside is checked first. Whatever is raised undoes this mutation alone.
     args = mutation.args if isinstance(mutation.args, dict) else {}
     key, title, completed = args.get("id"), args.get("title"), args.get("completed")
     if not isinstance(key, str) or not 1 <= len(key) <= 128:
@@ -2781,33 +2767,35 @@ def apply_todo(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
         raise InvalidMutation("a todo's title is a string of 1 to 1,000 characters")
     if "completed" in args and not isinstance(completed, bool):
         raise InvalidMutation("completed is true or false")
-    of_todo = {"scope": mutation.scope, "id": key}
+    where = {"scope": mutation.scope, "id": key}
     sql = "SELECT title, completed FROM todos WHERE scope = :scope AND id = :id"
-    old = db.execute(sql, of_todo).fetchone()
-    if mutation.name == "todo.create":
-        if old or title is None:
-            raise Conflict("this todo is there already") if old else InvalidMutation("no title")
-        sql = "INSERT INTO todos (scope, id, title, completed) VALUES (:scope, :id, :title, 0)"
-        db.execute(sql, of_todo | {"title": title})
-        return [{"op": "create", "todo": {"id": key, "title": title, "completed": False}}]
-    if mutation.name not in ("todo.update", "todo.toggle", "todo.delete"):
-        raise InvalidMutation(f"there is no mutation {mutation.name!r}")
-    if old is None:
-        raise NotFound("this todo is not there")
-    if mutation.name == "todo.delete":
-        db.execute("DELETE FROM todos WHERE scope = :scope AND id = :id", of_todo)
-        return [{"op": "delete", "id": key}]
-    new = {"title": old[0], "completed": not old[1]}
-    if mutation.name == "todo.update":
-        new = {
-            "title": old[0] if title is None else title,
-            "completed": args.get("completed", bool(old[1])),
-        }
-    sql = (
-        "UPDATE todos SET title = :title, completed = :completed WHERE scope = :scope AND id = :id"
-    )
-    db.execute(sql, of_todo | new)
-    return [{"op": "update", "todo": {"id": key, **new}}]
+    old = db.execute(sql, where).fetchone()
+    # What is asked for, and what is there: each case has its line.
+    match mutation.name, old:
+        case "todo.create", None if title:
+            new = {"title": title, "completed": False}
+        case "todo.create", None:
+            raise InvalidMutation("a new todo needs a title")
+        case "todo.create", _:
+            raise Conflict("this todo is there already")
+        case "todo.update" | "todo.toggle" | "todo.delete", None:
+            raise NotFound("this todo is not there")
+        case "todo.update", (text, done):
+            new = {"title": args.get("title", text), "completed": args.get("completed", bool(done))}
+        case "todo.toggle", (text, done):
+            new = {"title": text, "completed": not done}
+        case "todo.delete", _:
+            db.execute("DELETE FROM todos WHERE scope = :scope AND id = :id", where)
+            return [{"op": "delete", "id": key}]
+        case _:
+            raise InvalidMutation(f"there is no mutation {mutation.name!r}")
+    sql = """
+        INSERT INTO todos (scope, id, title, completed) VALUES (:scope, :id, :title, :completed)
+        ON CONFLICT (scope, id) DO UPDATE SET title = :title, completed = :completed
+    """
+    db.execute(sql, where | new)
+    # What every client of the scope will see.
+    return [{"op": "update" if old else "create", "todo": {"id": key} | new}]
 
 
 def snapshot_todos(db: sqlite3.Connection, scope: str) -> Json:
@@ -2854,10 +2842,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the todo demo. The exit status: 0, 1 where it can't run, 2 for a bad command line."""
-    args, ssl = parse_args(argv), None
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", level=args.log_level.upper()
-    )
+    args, ssl, line = parse_args(argv), None, "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(format=line, level=args.log_level.upper())
     try:
         if args.certfile:
             ssl = tls.create_default_context(tls.Purpose.CLIENT_AUTH)
@@ -2865,10 +2851,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = Engine(args.db, apply=apply_todo, snapshot=snapshot_todos, schema=TODO_SCHEMA)
         gate: dict[str, Any] = {"token": args.token, "allow_host": args.allow_host}
         server = Server(engine, allow_origin=args.allow_origin, on_auth=require_scope, **gate)
-        announced = functools.partial(
-            print, f"mizusync {__version__}:", end=f" (data in {args.db})\n", flush=True
-        )
-        server.run(args.host, args.port, ssl=ssl, reuse_port=args.reuse_port, announce=announced)
+        where = {"end": f" (data in {args.db})\n", "flush": True}
+        announce = functools.partial(print, f"mizusync {__version__}:", **where)
+        server.run(args.host, args.port, announce, ssl=ssl, reuse_port=args.reuse_port)
     except KeyboardInterrupt:
         return 130
     except (StoreError, OSError) as error:

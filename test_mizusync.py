@@ -697,6 +697,24 @@ def test_a_change_has_its_time_in_utc(engine: Engine) -> None:
     assert before <= moment <= time.gmtime()
 
 
+def test_a_reason_that_has_no_utf_8_is_shown_as_far_as_it_goes(path: Path) -> None:
+    def refuse(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        raise mizusync.InvalidMutation("no \ud800")
+
+    with closing(open_log(path, apply=refuse)) as engine:
+        assert push(engine, note("1"), note("2"))[1]["code"] == "invalid_mutation"
+
+
+def test_a_snapshot_function_that_writes_is_a_fault_and_not_a_refusal(path: Path) -> None:
+    def write(db: sqlite3.Connection, scope: str) -> Any:
+        db.execute("INSERT INTO notes VALUES ('n', '1')")
+
+    with closing(open_log(path, snapshot=write)) as engine:
+        with pytest.raises(sqlite3.DatabaseError):
+            ask(engine.snapshot())
+        assert ask(engine.head()) == 0
+
+
 def test_the_error_of_a_mutation_shows_nothing_of_the_inside(engine: Engine) -> None:
     (result,) = push(engine, {"id": "1", "name": "unknown"})
     assert (result["ok"], result["code"]) == (False, "internal_error")
