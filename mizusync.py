@@ -2032,7 +2032,7 @@ class Connection(asyncio.StreamReaderProtocol):
         try:
             while not (chunked.take(self.buffer) if size is None else len(self.buffer) >= size):
                 await self.receive()
-        except ConnectionError:
+        except OSError:
             raise InvalidRequest("the body ended before its length") from None
         self.deadline, self.unread = math.inf, False
         body = chunked.body if size is None else self.buffer[:size]
@@ -2505,29 +2505,26 @@ class Server:
         if len(values) > most:
             raise TooLarge(f"a push has at most {most} mutations")
         wishes: list[Mutation | Result] = []  # for the engine, or refused already
-        identities: dict[str, Any] = {}  # of each scope: permission is asked once
+        identities: dict[str, Any] = {}  # of each scope, or its refusal: permission is asked once
         for value in values:
             try:
                 mutation = Mutation.parse(value)
                 if (scope := mutation.scope) not in identities:
-                    identities[scope] = await self._identity(request, scope)
+                    identities[scope] = await self.gate.identify(request, scope)
                 if isinstance(identity := identities[scope], Forbidden):
                     raise identity
                 if identity is not None:
                     mutation = dataclasses.replace(mutation, identity=identity)
                 wishes.append(mutation)
-            except (InvalidMutation, Forbidden) as refusal:
+            except InvalidMutation as refusal:
+                wishes.append(Result.refused(refusal))
+            except Forbidden as refusal:
+                identities[scope] = refusal
                 wishes.append(Result.refused(refusal))
         mutations = [wish for wish in wishes if isinstance(wish, Mutation)]
         applied = iter(await self.engine.push(mutations) if mutations else ())
         results = [next(applied) if isinstance(wish, Mutation) else wish for wish in wishes]
         return Response(body=b"[%b]" % b",".join(result.encoded for result in results))
-
-    async def _identity(self, request: Request, scope: str) -> Any:
-        try:
-            return await self.gate.identify(request, scope)
-        except Forbidden as refusal:
-            return refusal
 
     async def _scope(self, request: Request) -> tuple[str, Any]:
         """The scope that a request names, and who asks for it."""
