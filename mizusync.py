@@ -1602,6 +1602,19 @@ class Request:
         return [token for value in values if (token := value.strip(" \t"))]
 
     @property
+    def bearer(self) -> str:
+        """The token that it shows (RFC 6750 §2.1), or "".
+
+        A browser's WebSocket can't send headers: it offers `bearer.TOKEN` among its subprotocols.
+        """
+        scheme, _, token = self.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            return token.strip(" ")
+        protocols = self.headers.get("sec-websocket-protocol", "").split(",")
+        offers = [protocol.strip(" \t").partition("bearer.") for protocol in protocols]
+        return next((token for before, found, token in offers if found and not before), "")
+
+    @property
     def keep_alive(self) -> bool:
         """Whether the peer would send another request here (RFC 9112 §9.3)."""
         options = self.tokens("connection")
@@ -2279,17 +2292,12 @@ class Gate:
         """Raises Unauthorized, where there is a token to show."""
         if self.token is None:
             return
-        scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-        offers = [credentials.strip(" ")] if scheme.lower() == "bearer" else []
-        # A browser's WebSocket can't send headers: it offers the token among its subprotocols.
-        protocols = request.headers.get("sec-websocket-protocol", "").split(",")
-        offers += [p.strip(" \t")[7:] for p in protocols if p.strip(" \t").startswith("bearer.")]
-        wanted = self.token.encode()
-        if not any(hmac.compare_digest(wanted, offer.encode()) for offer in offers):
+        shown = request.bearer.encode()
+        if not shown or not hmac.compare_digest(self.token.encode(), shown):
             raise Unauthorized("this server wants a token: Authorization: Bearer ...")
 
     async def identify(self, request: Request, scope: str) -> Any:
-        """Who asks, for this scope: what on_auth says. Raises Unauthorized, Forbidden."""
+        """Who asks, for this scope: what on_auth returns. Raises Unauthorized, Forbidden."""
         self.check_token(request)
         identity = self.on_auth(request, scope) if self.on_auth else None
         return await identity if inspect.isawaitable(identity) else identity
@@ -2310,8 +2318,9 @@ PAGE = os.path.join(os.path.dirname(__file__), "demo.html")
 class Server:
     """HTTP and WebSocket over an engine.
 
-    `token`, `allow_origin`, `allow_host` are the command line's. `on_auth(request, scope)` returns
-    the identity of the one who asks, or raises Unauthorized or Forbidden; `on_message(session,
+    `token`, `allow_origin` and `allow_host` mean what the command line's flags mean.
+    `on_auth(request, scope)` returns the identity of the one who asks; to refuse it raises
+    Unauthorized or Forbidden, for whatever it returns, None too, is a yes. `on_message(session,
     topic, data)` gets the messages that are not the protocol's; `on_close(session, error)` hears
     of each session's end. Each may be a function or a coroutine. `page` is what `GET /` shows.
     """
@@ -2356,12 +2365,16 @@ class Server:
     def route(self, method: str, path: str) -> Callable[[T], T]:
         """`@server.route("GET", "/path")`: from a Request to a Response, text, bytes or JSON.
 
-        A function or a coroutine. One for GET answers HEAD as well.
+        A function or a coroutine. One for GET answers HEAD as well. Host and Origin were checked;
+        who asks is for it to ask: `await server.gate.identify(request, scope)`.
         """
         return functools.partial(self._register, path, method.upper(), False)
 
     def websocket(self, path: str) -> Callable[[T], T]:
-        """`@server.websocket("/path")`: a coroutine that has a WebSocket to itself."""
+        """`@server.websocket("/path")`: a coroutine that has a WebSocket to itself.
+
+        Who asks is for it to ask, before it accepts: `gate.identify(websocket.request, scope)`.
+        """
         return functools.partial(self._register, path, "GET", True)
 
     def _register(self, path: str, method: str, websocket: bool, handler: Any) -> Any:
@@ -2821,7 +2834,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=8080, help="port; 0 takes a free one (%(default)s)")
     add("--db", default="mizusync.db", help="the database file (%(default)s)")
-    add("--token", default=os.environ.get("MIZUSYNC_TOKEN"), help="what clients have to show")
+    add(
+        "--token",
+        default=os.environ.get("MIZUSYNC_TOKEN") or None,
+        help="what clients have to show",
+    )
     add("--allow-origin", action="append", default=[], help="a web origin that may use the server")
     add("--allow-host", action="append", default=[], help="a name that the server goes by")
     add("--certfile", help="a certificate chain, for TLS; with --keyfile")

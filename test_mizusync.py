@@ -4322,6 +4322,13 @@ def test_a_session_whose_permission_ended_is_closed_with_1008(tmp_path: Path, do
         assert client.read_close() == 1008
 
 
+@pytest.mark.parametrize("shown", ["Bearer ", "Bearer", "Bearer x", ""])
+def test_an_empty_token_lets_nobody_in(tmp_path: Path, shown: str) -> None:
+    with serve(tmp_path, token="") as live:
+        headers = {"Authorization": shown} if shown else {}
+        assert refused(live.client().request("GET", "/sync/pull", headers=headers), 401)
+
+
 # --- Server ---------------------------------------------------------------------------------
 # Routes of the application's own, limits of the whole, and an end that loses nothing.
 
@@ -4919,7 +4926,7 @@ def test_the_application_of_the_readme_works(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Server, "run", lambda server, host, port: None)
-    (application,) = blocks("python")
+    application, _ = blocks("python")
     names: dict[str, Any] = {}
     exec(application, names)
     monkeypatch.undo()
@@ -4935,6 +4942,22 @@ def test_the_application_of_the_readme_works(
         assert (invalid["code"], once["duplicate"]) == ("invalid_mutation", True)
         state = client.request("GET", "/sync/snapshot?scope=gala").json
         assert (state["data"], state["cursor"]) == ({"A1": "Ann"}, taken["cursor"])
+
+
+def test_the_on_auth_of_the_readme_works(tmp_path: Path) -> None:
+    names: dict[str, Any] = {"mizusync": mizusync, "user_of": {"Ann-7": "ann"}.get}
+    exec(blocks("python")[1], names)
+    with serve(tmp_path, on_auth=names["on_auth"]) as live:
+        for scope, token, status in (
+            ("family", "Ann-7", 200),
+            ("user:ann", "Ann-7", 200),
+            ("user:ben", "Ann-7", 403),
+            ("family", "?", 401),
+            ("family", "", 401),
+        ):
+            shown = {"Authorization": f"Bearer {token}"} if token else {}
+            reply = live.client().request("GET", f"/sync/pull?scope={scope}", headers=shown)
+            assert reply.status == status
 
 
 def test_the_readme_has_every_setting_with_its_default() -> None:
