@@ -1523,7 +1523,10 @@ class Hub:
                 whole = b'{"cursor":%d,"epoch":"%b","after":%d,"changes":[%b]}' % words
                 long = self._message(name, whole)
         for subscriber, items in list(topic.followers.items()):
-            subscriber.hint(name, topic.cursor, long if items else short)
+            try:
+                subscriber.hint(name, topic.cursor, long if items else short)
+            except Exception:  # another transport's: it hurts nobody else
+                log.exception("a follower of %s failed", name)
         self.counts["hints_sent"] += len(topic.followers)
         now = time.monotonic()
         topic.ready = now + min(4 * (now - topic.spoke), self.settings.hint_gap)
@@ -1654,9 +1657,11 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
         raise HTTPError(431, f"the head has more than {settings.head_fields} fields")
     headers = parse_fields(fields)
     host = headers.get("host", "" if version < (1, 1) else "?")  # 1.1 has to send it (§3.2)
+    valid = _AUTHORITY.fullmatch(host)  # also where the absolute form overrides it (§3.2.2)
     if absolute := _ABSOLUTE_FORM.fullmatch(target):
         host, target = absolute[1], "/" + absolute[2]
-    if not _AUTHORITY.fullmatch(host):
+        valid = valid and _AUTHORITY.fullmatch(host or "?")
+    if not valid:
         raise InvalidRequest("the request needs one valid Host")
     if "#" in target or not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
         raise InvalidRequest("the request target has to be a path, without a fragment")
@@ -2074,7 +2079,7 @@ class Connection(asyncio.StreamReaderProtocol):
         A close with unread bytes in the socket would reset it, and the reset overtakes the answer
         (RFC 9112 §9.6).
         """
-        self.transport.set_write_buffer_limits(0)
+        self.transport.set_write_buffer_limits(1, 0)  # TLS takes 0 for "always full"
         await self.send(b"")
         self.lingering, self.idle = True, False
         self.give(self.settings.linger, self.abort)
@@ -2207,7 +2212,7 @@ class Session:
         self._owed: set[str] = set()
         # The kernel holds a little for the peer, the transport nothing: so a slow reader shows.
         transport, size = websocket.connection.transport, self.settings.send_buffer
-        transport.set_write_buffer_limits(0)
+        transport.set_write_buffer_limits(1, 0)
         with contextlib.suppress(OSError):  # the peer may be gone by now
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         websocket.connection.on_writable = self._pay

@@ -4852,6 +4852,14 @@ def test_a_certificate_that_is_not_there_is_one_sentence(tmp_path: Path) -> None
     assert complains(run_to_its_end("--port", "0", "--db", str(tmp_path / "t.db"), *files), 1, 2)
 
 
+@pytest.mark.parametrize("host", [b"", b"Host: a b\r\n"])
+def test_a_target_in_absolute_form_does_not_excuse_a_bad_host(
+    client: RawClient, host: bytes
+) -> None:
+    client.send(b"GET http://localhost/healthz HTTP/1.1\r\n" + host + b"\r\n")
+    assert refused(client.response(), 400)
+
+
 def test_the_program_speaks_tls(tmp_path: Path) -> None:
     if (openssl := shutil.which("openssl")) is None:
         pytest.skip("no openssl to make a certificate with")
@@ -4868,7 +4876,11 @@ def test_the_program_speaks_tls(tmp_path: Path) -> None:
         origin = {"Origin": "https://{}:{}".format(*running.address)}
         assert client.push(todo("create", id="1", title="x"), headers=origin)[0]["ok"]
         assert client.upgrade("/ws?scope=list", origin).status == 101
-        assert client.subscribe()["data"]["cursor"] > 0
+        before = client.subscribe()["data"]["cursor"]
+        with closing(RawClient(running.address)) as other:
+            other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
+            other.push(todo("create", id="2", title="y"), headers=origin)
+        assert client.read_json()["data"]["cursor"] > before > 0
         running.process.send_signal(signal.SIGTERM)
         assert client.read_close() == 1001
         assert running.process.wait(PATIENCE) == 0
