@@ -86,6 +86,7 @@ import logging
 import math
 import os
 import queue
+import random
 import re
 import secrets
 import signal
@@ -169,6 +170,7 @@ class Settings:
     # The engine.
     commit_time: float = 0.02  # no mutation joins a transaction that is older than this
     pending_pushes: int = 10_000
+    keep_changes: int | None = None  # of each scope, about; older ones are trimmed
     tail_changes: int = 1000  # of one scope, in memory
     tail_size: int = 16 * 1024 * 1024  # of all scopes together
     readers: int = 4  # threads that read the disk
@@ -240,6 +242,10 @@ class Unavailable(SyncError, status=503, code="unavailable"):
 
 class StoreRefused(Unavailable):
     """The disk or the database refuses. The open transaction is lost as a whole."""
+
+
+class TransactionLost(StoreRefused):
+    """An application ended the transaction: what was in it has to be done again, without that."""
 
 
 class HTTPError(SyncError):
@@ -461,10 +467,11 @@ _DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_const
 
 
 class Position(NamedTuple):
-    """Where a history stands: its highest cursor over all scopes, and its newest epoch."""
+    """Where a history stands: whatever happens to it moves one of these on."""
 
-    head: int
-    epoch: str
+    head: int  # the highest cursor over all scopes
+    epoch: str  # the newest
+    trims: int  # the number of the last one
 
 
 class Row(NamedTuple):
@@ -508,11 +515,12 @@ class Store(Protocol):
     # On any thread, with a db that is in a transaction.
     def position(self, db: Any) -> Position: ...
     def current(self, db: Any, scope: str) -> int: ...  # its newest cursor; a trim lowers it not
+    def nth_newest(self, db: Any, scope: str, n: int) -> int: ...  # its cursor; 0: there is none
     def trimmed(self, db: Any, scope: str) -> int: ...  # the highest cursor that a trim removed
     def epoch_end(self, db: Any, epoch: str) -> int | None: ...  # its highest; None: not known
     def changes(self, db: Any, scope: str, after: int) -> Iterator[Row]: ...  # read as one asks
     def between(self, db: Any, first: int, last: int) -> list[Row]: ...  # of all scopes
-    def touched(self, db: Any, after: int) -> list[tuple[str, int]]: ...  # scopes, newest cursors
+    def touched(self, db: Any, since: Position) -> dict[str, int]: ...  # scopes, newest cursors
     def find(self, db: Any, scope: str, id: str) -> Mark | None: ...
 
     # On the writer's thread, from begin to commit or rollback.
@@ -539,8 +547,8 @@ LOG_SCHEMA = f"""
     CREATE INDEX mizusync_changes_of_scope ON mizusync_changes (scope, cursor);
     CREATE TABLE mizusync_mutations (scope TEXT NOT NULL, id TEXT NOT NULL,
         first INTEGER, last INTEGER NOT NULL, PRIMARY KEY (scope, id)) WITHOUT ROWID;
-    CREATE TABLE mizusync_trims (scope TEXT PRIMARY KEY, cursor INTEGER NOT NULL) WITHOUT ROWID;
-    CREATE INDEX mizusync_trims_by_cursor ON mizusync_trims (cursor);
+    CREATE TABLE mizusync_trims (number INTEGER PRIMARY KEY AUTOINCREMENT,
+        scope TEXT NOT NULL UNIQUE, cursor INTEGER NOT NULL);
     CREATE TABLE mizusync_epochs (number INTEGER PRIMARY KEY,
         epoch TEXT NOT NULL UNIQUE, start INTEGER NOT NULL);
     INSERT INTO mizusync_epochs VALUES (1, hex(randomblob(9)), 0);
@@ -586,6 +594,29 @@ def _one(db: sqlite3.Connection, sql: str, *parameters: Any) -> Any:
     return row and row[0]
 
 
+class GuardedCursor(sqlite3.Cursor):
+    """Writes nothing outside the engine's transaction, and notes when the disk was in the way."""
+
+    def _guarded(self, method: Callable[..., Any], statement: Sequence[Any]) -> Any:
+        db: Any = self.connection
+        if db.lent and not db.in_transaction:  # SQLITE_FULL, say, has rolled it all back
+            raise sqlite3.OperationalError("the transaction is lost: this would commit by itself")
+        try:
+            return method(*statement)
+        except sqlite3.Error as error:  # which the application may catch
+            db.refused = db.refused or primary_code(error) in _DISK
+            raise
+
+    def execute(self, *statement: Any) -> Any:
+        return self._guarded(super().execute, statement)
+
+    def executemany(self, *statement: Any) -> Any:
+        return self._guarded(super().executemany, statement)
+
+    def executescript(self, *statement: Any) -> Any:
+        return self._guarded(super().executescript, statement)
+
+
 class GuardedConnection(sqlite3.Connection):
     """The connection that `apply` and `snapshot` get: theirs for everything but the transaction.
 
@@ -602,7 +633,7 @@ class GuardedConnection(sqlite3.Connection):
         # In autocommit, until an explicit BEGIN; on any thread, but on one at a time.
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
         super().__init__(uri, timeout=timeout, uri=True, **options)
-        self.lent = False
+        self.lent = self.refused = False
         self._denied = _DENIED if mode != "ro" else (*_DENIED, *_WRITES)
         self._opened: list[Any] = []  # cursors and blobs
         self.set_authorizer(self._authorize)
@@ -612,9 +643,7 @@ class GuardedConnection(sqlite3.Connection):
         denied = action in self._denied or (ours and action != sqlite3.SQLITE_READ)
         return sqlite3.SQLITE_DENY if denied and self.lent else sqlite3.SQLITE_OK
 
-    def cursor(self, factory: Any = sqlite3.Cursor) -> Any:
-        if self.lent and not self.in_transaction:  # SQLITE_FULL, say, has rolled it all back
-            raise sqlite3.OperationalError("the transaction is lost: this would commit by itself")
+    def cursor(self, factory: Any = GuardedCursor) -> Any:
         self._opened.append(super().cursor(factory))
         return self._opened[-1]
 
@@ -624,6 +653,9 @@ class GuardedConnection(sqlite3.Connection):
 
     def executemany(self, *statement: Any) -> Any:
         return self.cursor().executemany(*statement)
+
+    def executescript(self, *statement: Any) -> Any:
+        return self.cursor().executescript(*statement)
 
     def blobopen(self, *place: Any, **options: Any) -> Any:
         self._opened.append(super().blobopen(*place, **options))
@@ -642,7 +674,7 @@ class GuardedConnection(sqlite3.Connection):
         savepoint is one, of one moment (https://sqlite.org/lang_savepoint.html).
         """
         _run(self, "SAVEPOINT /* mizusync */ mizusync_lent")
-        self.lent = True
+        self.lent, self.refused = True, False
         try:
             yield self
         except BaseException as error:
@@ -657,16 +689,17 @@ class GuardedConnection(sqlite3.Connection):
         self.lent, self.row_factory, self.text_factory = False, None, str
         while self._opened:
             self._opened.pop().close()
-        # SQLITE_FULL and its like may roll the whole transaction back, not this savepoint; then it
-        # is gone, also where the application caught the error and went on.
-        lost = primary_code(failure) in _DISK
+        refused = self.refused or primary_code(failure) in _DISK
         try:
             if failure:
                 _run(self, "ROLLBACK /* mizusync */ TO mizusync_lent")
             _run(self, "RELEASE /* mizusync */ mizusync_lent")
         except sqlite3.Error:
-            lost = True
-        if lost:
+            # No savepoint: SQLITE_FULL and its like may roll the whole transaction back, also where
+            # the application caught the error and went on. Or it did so itself: RAISE(ROLLBACK).
+            if not refused:
+                raise TransactionLost("the application ended the transaction") from failure
+        if refused:
             raise StoreRefused("the database gave up the transaction") from failure
 
 
@@ -752,9 +785,8 @@ class SQLiteStore:
 
     # -- reading
 
-    @_refusals()
     def look(self) -> Position:
-        with self._looking:
+        with self._looking, _refusals():
             if self._looker is None:
                 raise StoreRefused("the database is closed")
             return self.position(self._looker)
@@ -777,13 +809,17 @@ class SQLiteStore:
 
     def position(self, db: Any) -> Position:
         # The sequence, not max(cursor), which a trim could lower.
-        newest = "(SELECT epoch FROM mizusync_epochs ORDER BY number DESC LIMIT 1)"
-        sql = f"SELECT seq, {newest} FROM sqlite_sequence WHERE name = 'mizusync_changes'"
-        return Position(*_run(db, sql).fetchone())
+        head = "SELECT seq FROM sqlite_sequence WHERE name = 'mizusync_changes'"
+        epoch = "SELECT epoch FROM mizusync_epochs ORDER BY number DESC LIMIT 1"
+        trims = "SELECT coalesce(max(number), 0) FROM mizusync_trims"
+        return Position(*_run(db, f"SELECT ({head}), ({epoch}), ({trims})").fetchone())
 
     def current(self, db: Any, scope: str) -> int:
-        newest = _one(db, "SELECT max(cursor) FROM mizusync_changes WHERE scope = ?", scope)
-        return newest or self.trimmed(db, scope)
+        return self.nth_newest(db, scope, 1) or self.trimmed(db, scope)
+
+    def nth_newest(self, db: Any, scope: str, n: int) -> int:
+        sql = "SELECT cursor FROM mizusync_changes WHERE scope = ? ORDER BY cursor DESC"
+        return _one(db, f"{sql} LIMIT 1 OFFSET ?", scope, n - 1) or 0
 
     def trimmed(self, db: Any, scope: str) -> int:
         return _one(db, "SELECT cursor FROM mizusync_trims WHERE scope = ?", scope) or 0
@@ -803,11 +839,11 @@ class SQLiteStore:
         sql = "SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor"
         return list(map(Row._make, _run(db, sql, first, last)))
 
-    def touched(self, db: Any, after: int) -> list[tuple[str, int]]:
-        # With the trims: memory has to forget a scope whose new changes are all gone again, too.
-        marks = "SELECT scope, cursor FROM mizusync_changes UNION ALL SELECT * FROM mizusync_trims"
-        sql = f"SELECT scope, max(cursor) FROM ({marks}) WHERE cursor > ? GROUP BY scope"
-        return _run(db, sql, after).fetchall()
+    def touched(self, db: Any, since: Position) -> dict[str, int]:
+        changes = "SELECT scope, cursor FROM mizusync_changes WHERE cursor > ?"
+        trims = "SELECT scope, cursor FROM mizusync_trims WHERE number > ?"
+        sql = f"SELECT scope, max(cursor) FROM ({changes} UNION ALL {trims}) GROUP BY scope"
+        return dict(_run(db, sql, since.head, since.trims).fetchall())
 
     def find(self, db: Any, scope: str, id: str) -> Mark | None:
         sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
@@ -864,7 +900,7 @@ class SQLiteStore:
             end = min(end, _one(db, following, scope, first, first) or end)
         if (newest := _one(db, f"SELECT max(cursor) {changes} < ?", scope, end)) is None:
             return 0
-        _run(db, "REPLACE INTO mizusync_trims VALUES (?, ?)", scope, newest)
+        _run(db, "REPLACE INTO mizusync_trims (scope, cursor) VALUES (?, ?)", scope, newest)
         return _run(db, f"DELETE {changes} <= ?", scope, newest).rowcount
 
     @_refusals()
@@ -918,6 +954,7 @@ Listener = Callable[[Sequence[News]], None]
 Mutations = Iterable[Mutation | Mapping[str, Any]]
 Loop = asyncio.AbstractEventLoop
 Call = tuple[Loop | None, Callable[[Any], None], Any]  # where, what, with what
+Spoilt = dict[tuple[str, str], Exception]  # mutations that end any transaction, and how
 
 
 @dataclasses.dataclass(slots=True)
@@ -949,10 +986,14 @@ class Tail:
         self.firsts += newer.firsts
         self.fragments += newer.fragments
         self.size += newer.size
-        if (drop := len(self.cursors) - keep) > keep:
-            self.after = self.cursors[drop - 1]
-            self.size -= sum(map(len, self.fragments[:drop])) + 200 * drop
-            del self.cursors[:drop], self.firsts[:drop], self.fragments[:drop]
+        if len(self.cursors) > 2 * keep:
+            self.forget(self.cursors[-keep - 1])
+
+    def forget(self, cursor: int) -> None:
+        """Forget the changes up to this one."""
+        self.after, drop = max(self.after, cursor), bisect.bisect_right(self.cursors, cursor)
+        self.size -= sum(map(len, self.fragments[:drop])) + 200 * drop
+        del self.cursors[:drop], self.firsts[:drop], self.fragments[:drop]
 
     def page(self, cursor: int, limit: int, epoch: str) -> Page:
         start, length = bisect.bisect_right(self.cursors, cursor), len(self.cursors)
@@ -967,14 +1008,15 @@ class Tail:
 class Batch:
     """One transaction while it is being made: rows and marks that are not in the log yet."""
 
-    def __init__(self, store: Store, db: Any, position: Position) -> None:
-        self.store, self.db, self.epoch = store, db, position.epoch
+    def __init__(self, store: Store, db: Any, position: Position, spoilt: Spoilt) -> None:
+        self.store, self.db, self.position, self.spoilt = store, db, position, spoilt
         self.start = self.head = position.head
         self.time = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
         self.tails: dict[str, Tail] = {}  # of each touched scope: where it stood, and these rows
-        self.trimmed: set[str] = set()
+        self.trims: dict[str, int] = {}  # of scopes: the highest cursor that a trim removed
+        self.counts: Counter[str] = Counter(commits=1)
 
     def tail(self, scope: str) -> Tail:
         if scope not in self.tails:
@@ -983,6 +1025,7 @@ class Batch:
 
     def add(self, mutation: Mutation, rows: Sequence[Row]) -> Result:
         """Take what a mutation made, and mark it as applied."""
+        self.counts["applied"] += 1
         first, last = None, self.tail(mutation.scope).current
         if rows:
             first, last = rows[0].cursor, rows[-1].cursor
@@ -995,6 +1038,7 @@ class Batch:
 
     def repeat(self, mark: Mark) -> Result:
         """The first answer of a mutation that was applied before, or further up in this batch."""
+        self.counts["duplicate"] += 1
         first, last = mark.first or mark.last + 1, mark.last  # without changes: an empty range
         if first > self.start:
             rows = self.rows[first - self.start - 1 : last - self.start]
@@ -1006,7 +1050,7 @@ class Batch:
     def news(self) -> list[News]:
         """What to tell, once it is in the log."""
         return [
-            News(scope, tail.current, self.epoch, tail.after, tail.fragments)
+            News(scope, tail.current, self.position.epoch, tail.after, tail.fragments)
             for scope, tail in self.tails.items()
             if tail.fragments
         ]
@@ -1050,6 +1094,8 @@ class Engine:
         settings: Settings | None = None,
     ) -> None:
         self.settings = settings or Settings()
+        if snapshot is None and self.settings.keep_changes is not None:
+            raise ValueError("keep_changes: who is behind a trim needs a snapshot function")
         if isinstance(store, (str, os.PathLike)):
             store = SQLiteStore(store, schema, adopt, self.settings.busy_timeout)
         self.store: Store = store
@@ -1105,10 +1151,12 @@ class Engine:
     def _apply(self, batch: Batch, mutation: Mutation) -> Result:
         key = (mutation.scope, mutation.id)
         if mark := batch.marks.get(key) or self.store.find(batch.db, *key):
-            self.counts["duplicate"] += 1
             return batch.repeat(mark)
         try:
             made = self.store.attempt(lambda db: self._rows_of(mutation, db, batch))
+        except TransactionLost as error:
+            batch.spoilt[key] = error
+            raise
         except StoreRefused:
             raise
         except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
@@ -1117,13 +1165,14 @@ class Engine:
             log.exception("apply failed on %r %r of %r", mutation.name, mutation.id, mutation.scope)
             refusal = SyncError("the server failed on this mutation")
         else:
-            self.counts["applied"] += 1
             return batch.add(mutation, made)
-        self.counts[refusal.code] += 1
+        batch.counts[refusal.code] += 1
         return Result.refused(refusal)
 
     def _rows_of(self, mutation: Mutation, db: Any, batch: Batch) -> list[Row]:
         """What the application makes of a mutation, checked and numbered: data as JSON."""
+        if error := batch.spoilt.get((mutation.scope, mutation.id)):
+            raise RuntimeError("it would end the transaction again") from error
         made = self._apply_function(db, mutation)
         if isinstance(made, (str, bytes, Mapping, Change)):
             raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
@@ -1151,7 +1200,7 @@ class Engine:
                 job = self._jobs.get(timeout=self.settings.watch_interval)
             try:
                 if job is not None:
-                    self._commit(job)
+                    self._commit([job])
                 elif self.store.look() != self._position:
                     # Another process has committed, while there was nothing to write.
                     with self.store.reading() as db:
@@ -1162,38 +1211,76 @@ class Engine:
                 log.exception("the writer's thread goes on after this")
             self.committing = not self._jobs.empty()
 
-    def _commit(self, job: Job) -> None:
-        """One transaction of all that waits."""
-        jobs, outcomes, news = [job], [], []
-        try:
-            # 1. Everything that waits goes into one transaction: one fsync for all.
-            db, position = self.store.begin()
-            if position != self._position:
-                self._catch_up(db)
-            batch = Batch(self.store, db, position)
-            deadline = time.monotonic() + self.settings.commit_time
-            for job in jobs:  # it grows as we go
-                outcomes.append(job.work(batch))
-                with contextlib.suppress(queue.Empty):
-                    if time.monotonic() < deadline and (more := self._jobs.get_nowait()):
-                        jobs.append(more)
-            # 2. Commit before any answer: what is acknowledged is on disk.
-            self.store.append(batch.rows, list(batch.marks.values()))
-            self.store.commit()
-        except BaseException as error:
-            self.store.rollback()
-            log.error("a transaction was lost: %s", error, exc_info=error)
-            refusal = error if isinstance(error, Unavailable) else SyncError("the server failed")
-            outcomes = [refusal] * len(jobs)
-        else:
-            # 3. Memory before the hint: who hears of a change finds it.
-            self.counts.update(commits=1, trims=len(batch.trimmed))
-            self._remember(Position(batch.head, batch.epoch), batch.trimmed, batch.tails)
-            news = batch.news()
-        # 4. Answers and hints, in one hop to each loop.
+    def _commit(self, jobs: list[Job], alone: bool = False) -> None:
+        """Answer these jobs and, unless they are to be alone, all that waits: one transaction."""
+        spoilt: Spoilt = {}
+        news: list[News] = []
+        while True:
+            try:
+                batch, outcomes = self._transact(jobs, alone, spoilt)
+            except TransactionLost:
+                self.store.rollback()
+                if len(jobs) == 1:
+                    continue  # and now without that mutation
+                for job in jobs:  # which shall spoil no other push
+                    self._commit([job], alone=True)
+                return
+            except BaseException as error:
+                self.store.rollback()
+                log.error("a transaction was lost: %s", error, exc_info=error)
+                known = isinstance(error, Unavailable)
+                outcomes = [error if known else SyncError("the server failed")] * len(jobs)
+            else:
+                # Memory before the hint: who hears of a change finds it.
+                self.counts.update(batch.counts)
+                self._remember(batch.position._replace(head=batch.head), (), batch.tails)
+                self._forget(batch.trims)
+                self._retain(batch)
+                news = batch.news()
+            break
+        # Answers and hints, in one hop to each loop.
         answers = zip(jobs, outcomes, strict=True)
         scopes = (None, *(item.scope for item in news)) if news else ()
         self._tell(news, scopes, ((job.loop, job.answer, outcome) for job, outcome in answers))
+
+    def _transact(self, jobs: list[Job], alone: bool, spoilt: Spoilt) -> tuple[Batch, list[Any]]:
+        """What became of each job, those that join too; when it returns, it is on disk."""
+        db, position = self.store.begin()
+        if position != self._position:
+            self._catch_up(db)
+        batch, outcomes = Batch(self.store, db, position, spoilt), []
+        deadline = 0.0 if alone else time.monotonic() + self.settings.commit_time
+        for job in jobs:  # it grows as we go
+            outcomes.append(job.work(batch))
+            with contextlib.suppress(queue.Empty):
+                if time.monotonic() < deadline and (more := self._jobs.get_nowait()):
+                    jobs.append(more)
+        self.store.append(batch.rows, list(batch.marks.values()))
+        self.store.commit()
+        return batch, outcomes
+
+    def _retain(self, batch: Batch) -> None:
+        """Trim scopes that grew past `keep_changes`: a step in each commit, until that is done."""
+        if (keep := self.settings.keep_changes) is None or self._closed:
+            return
+
+        def step(scope: str, batch: Batch) -> int:
+            return self._trim(batch, scope, self.store.nth_newest(batch.db, scope, keep))
+
+        # To find the change where it ends takes `keep` steps: some ten times in as many changes.
+        # Chance needs no memory, and no pattern of pushes evades it.
+        chance = 10 / keep
+        grown = {s for s, t in batch.tails.items() if random.random() < chance * len(t.fragments)}
+        for scope in grown | batch.trims.keys():
+            self._jobs.put(Job(functools.partial(step, scope), Future()))
+
+    def _trim(self, batch: Batch, scope: str, before: int) -> int:
+        # So few at a time that no push waits long behind them.
+        if removed := self.store.trim(scope, min(before, MAX_CURSOR + 1), 200):
+            batch.counts["trims"] += 1
+            batch.trims[scope] = self.store.trimmed(batch.db, scope)
+            batch.position = self.store.position(batch.db)
+        return removed
 
     def _remember(self, position: Position, gone: Iterable[str], tails: dict[str, Tail]) -> None:
         """Follow the file to a new position: forget what is gone, take in what is new."""
@@ -1203,6 +1290,13 @@ class Engine:
             for scope, tail in tails.items():
                 self._keep_tail(scope, tail)
             self._position = position
+
+    def _forget(self, trims: Mapping[str, int]) -> None:
+        with self._lock:
+            for scope, cursor in trims.items():
+                if older := self._drop_tail(scope):
+                    older.forget(cursor)
+                    self._keep_tail(scope, older)
 
     def _keep_tail(self, scope: str, newer: Tail) -> None:
         """Extend a tail and put it last, at the cost of the least recently used. Under the lock."""
@@ -1221,11 +1315,11 @@ class Engine:
 
     def _catch_up(self, db: Any) -> None:
         """Forget what memory has of scopes that another process wrote to, and tell of them."""
-        position, touched = self.store.position(db), self.store.touched(db, self._position.head)
+        position, touched = self.store.position(db), self.store.touched(db, self._position)
         went_back = position.head < self._position.head  # an older copy was restored into it
-        self._remember(position, self._tails if went_back else dict(touched), {})
-        news = [News(scope, cursor, position.epoch) for scope, cursor in touched]
-        self._tell(news, (None, *dict(touched)) if news else ())
+        self._remember(position, self._tails if went_back else touched, {})
+        news = [News(scope, cursor, position.epoch) for scope, cursor in touched.items()]
+        self._tell(news, (None, *touched) if news else ())
 
     def _tell(
         self, news: Sequence[News], scopes: Iterable[str | None], answers: Iterable[Call] = ()
@@ -1296,7 +1390,7 @@ class Engine:
         return await self._read(lambda db: self._page_on_disk(db, scope, cursor, epoch, limit))
 
     def _page_on_disk(self, db: Any, scope: str, cursor: int, epoch: str, limit: int) -> Page:
-        trims, position = self.counts["trims"], self.store.position(db)
+        position = self.store.position(db)
         trimmed = self.store.trimmed(db, scope)
         end = self.store.epoch_end(db, epoch) if epoch else position.head
         if end is None or cursor > end:
@@ -1313,8 +1407,7 @@ class Engine:
             # The page reached the log's end: the next pull here will find it in memory.
             tail.after = cursor if page.fragments else self.store.current(db, scope)
             with self._lock:
-                unmoved = position == self._position and trims == self.counts["trims"]
-                if unmoved and scope not in self._tails:
+                if position == self._position and scope not in self._tails:
                     self._keep_tail(scope, tail)
         return page
 
@@ -1399,14 +1492,8 @@ class Engine:
         """
         if self._snapshot_function is None:
             raise NotFound("without a snapshot function the log is never trimmed")
-
-        def step(batch: Batch) -> int:
-            batch.trimmed.add(scope)
-            # So few at a time that no push waits long behind them.
-            return self.store.trim(scope, min(before, MAX_CURSOR + 1), 1000)
-
         total = 0
-        while removed := await self._on_writer(step):
+        while removed := await self._on_writer(lambda batch: self._trim(batch, scope, before)):
             total += removed
         return total
 
@@ -2565,7 +2652,7 @@ class Server:
         return Response(body=(await self.engine.snapshot(scope)).encode())
 
     async def _healthz(self, request: Request) -> Any:
-        head, epoch = await self.engine.position()
+        head, epoch, _ = await self.engine.position()
         if self.gate.token is not None:
             return {"status": "ok"}
         where = {"cursor": head, "epoch": epoch, "sessions": len(self.sessions)}
@@ -2839,6 +2926,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=8080, help="port; 0 takes a free one (%(default)s)")
     add("--db", default="mizusync.db", help="the database file (%(default)s)")
+    add("--keep-changes", type=int, help="trim the log to about so many changes a scope")
     add(
         "--token",
         default=os.environ.get("MIZUSYNC_TOKEN") or None,
@@ -2854,6 +2942,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
         parser.error(f"--port {args.port}: a port is a number from 0 to 65535")
+    if args.keep_changes is not None and args.keep_changes < 1:
+        parser.error(f"--keep-changes {args.keep_changes}: at least the newest change stays")
     if bool(args.certfile) != bool(args.keyfile):
         parser.error("--certfile and --keyfile go together")
     return args
@@ -2867,7 +2957,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.certfile:
             ssl = tls.create_default_context(tls.Purpose.CLIENT_AUTH)
             ssl.load_cert_chain(args.certfile, args.keyfile)
-        engine = Engine(args.db, apply=apply_todo, snapshot=snapshot_todos, schema=TODO_SCHEMA)
+        todo: dict[str, Any] = {"apply": apply_todo, "snapshot": snapshot_todos}
+        settings = Settings(keep_changes=args.keep_changes)
+        engine = Engine(args.db, **todo, schema=TODO_SCHEMA, settings=settings)
         gate: dict[str, Any] = {"token": args.token, "allow_host": args.allow_host}
         server = Server(engine, allow_origin=args.allow_origin, on_auth=require_scope, **gate)
         where = {"end": f" (data in {args.db})\n", "flush": True}

@@ -527,8 +527,11 @@ def ledger(db: sqlite3.Connection, mutation: Mutation) -> Iterator[Change]:
         data = f"{mutation.id}.{number}"
         db.execute("INSERT INTO notes VALUES (?, ?)", (scope, json.dumps(data)))
         yield Change(data, scope=scope)
+    if failure == "internal_error":  # the worst: with it goes the whole transaction
+        db.execute("CREATE TABLE only (n UNIQUE ON CONFLICT ROLLBACK)")
+        db.execute("INSERT INTO only VALUES (1), (1)")
     if failure:
-        raise REFUSALS.get(failure, ZeroDivisionError)("a reason")
+        raise REFUSALS[failure]("a reason")
 
 
 def entry(key: str, *scopes: str, fail: str | None = None, scope: str = DEFAULT) -> dict[str, Any]:
@@ -1215,6 +1218,19 @@ def released(db: sqlite3.Connection) -> Any:
     raise mizusync.Conflict("with a savepoint open")
 
 
+def rolled_back(db: sqlite3.Connection) -> Any:
+    db.execute("CREATE TABLE only (n UNIQUE ON CONFLICT ROLLBACK)")
+    return [db.execute("INSERT INTO only VALUES (1), (1)")]
+
+
+def rolled_back_unheard(db: sqlite3.Connection) -> Any:
+    with suppress(sqlite3.Error):
+        rolled_back(db)
+    with suppress(sqlite3.Error):
+        db.execute("INSERT INTO notes VALUES ('_default', '\"a trace\"')")
+    return ["fine"]
+
+
 def cyclic() -> list[Any]:
     data: list[Any] = []
     data.append(data)
@@ -1229,6 +1245,8 @@ MISUSES: dict[str, Callable[[sqlite3.Connection], Any]] = {
     "executescript": lambda db: db.executescript("INSERT INTO notes VALUES ('n', '1');"),
     "isolation_level": lambda db: setattr(db, "isolation_level", None),
     "close": lambda db: db.close(),
+    "ROLLBACK on conflict": rolled_back,
+    "ROLLBACK on conflict, caught": rolled_back_unheard,
     "raises midway": midway,
     "a savepoint left open by a failure": released,
     "SystemExit": lambda db: raising(SystemExit(1)),
@@ -1327,6 +1345,29 @@ def test_what_an_application_may_do_does_not_hinder_the_next(path: Path, what: s
     KEPT.clear()
 
 
+def test_an_apply_that_ends_the_transaction_spoils_no_other_push(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+    gate = gated(entered, release)
+
+    def ending(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        made = gate(db, mutation)
+        return rolled_back(db) if mutation.name == "end" else made
+
+    with closing(open_log(path, apply=ending, settings=SLOW)) as engine:
+        futures = [engine.submit([note("gate")])]
+        assert entered.wait(PATIENCE)
+        bad = {"id": "bad", "name": "end", "args": None}
+        for number in range(5):
+            futures += [engine.submit([note(f"{number}"), bad, bad | {"id": f"worse {number}"}])]
+            futures += [engine.submit([note(f"{number} too")])]
+        release.set()
+        results = [result for future in futures for result in future.result(PATIENCE)]
+        assert [result.ok for result in results] == [True, *[True, False, False, True] * 5]
+        assert {result.code for result in results} == {"", "internal_error"}
+        assert whole_log(engine) == [asdict(c) for result in results for c in result.changes]
+        assert len(ask(engine.snapshot()).data) == 11
+
+
 def test_too_many_changes_are_an_invalid_mutation(path: Path) -> None:
     with closing(open_log(path, settings=Settings(mutation_changes=3))) as engine:
         results = push(engine, *({"id": str(n), "name": "notes", "args": n} for n in (3, 4)))
@@ -1367,7 +1408,19 @@ def swallow_and_begin(db: sqlite3.Connection) -> None:
     db.execute("INSERT INTO notes VALUES ('_default', '\"a trace\"')")
 
 
-@pytest.mark.parametrize("fill", [insert_much, swallow, swallow_and_go_on, swallow_and_begin])
+def swallow_and_go_on_with_a_cursor(db: sqlite3.Connection) -> None:
+    cursor, trace = db.cursor(), "INSERT INTO notes VALUES ('_default', '\"a trace\"')"
+    cursor.execute(trace)  # so that it is prepared
+    swallow(db)
+    for write in (cursor.execute, cursor.executescript, lambda sql: cursor.executemany(sql, [()])):
+        with suppress(sqlite3.Error):
+            write(trace)
+
+
+FILLS = [insert_much, swallow, swallow_and_go_on, swallow_and_go_on_with_a_cursor]
+
+
+@pytest.mark.parametrize("fill", [*FILLS, swallow_and_begin])
 def test_a_full_disk_is_unavailable_and_nothing_of_it_stays(
     path: Path, fill: Callable[[sqlite3.Connection], None]
 ) -> None:
@@ -1785,6 +1838,52 @@ def test_a_large_trim_leaves_whole_mutations(engine: Engine) -> None:
         pull(engine, 2399)
 
 
+def test_a_log_that_keeps_few_changes_keeps_the_newest_of_each_scope(path: Path) -> None:
+    with closing(open_log(path, settings=Settings(keep_changes=5))) as engine:
+        push(engine, *(note(f"before {number}", scope="quiet") for number in range(9)))
+        seen: list[Any] = []
+        for number in range(30):
+            mutation = {"id": str(number), "name": "notes", "args": 1 + number % 4}
+            (result,) = push(engine, mutation)
+            seen += pull(engine, cursor_of(seen[-1]) if seen else 0)["changes"]
+            assert seen[-1] == result["changes"][-1]  # who keeps up misses nothing
+        sql = "SELECT count(*), max(cursor) FROM mizusync_changes GROUP BY scope"
+        with closing(sqlite3.connect(path)) as db:
+            until(lambda: all(5 <= count < 5 + 4 for count, _ in db.execute(sql)))
+            assert [last for _, last in db.execute(sql)] == [cursor_of(seen[-1]), 9]
+        assert fold(seen) == [n for number in range(30) for n in range(1 + number % 4)]
+        assert pull(engine, cursor_of(seen[-6]))["changes"] == seen[-5:]
+        for cursor, scope in ((0, DEFAULT), (cursor_of(seen[-12]), DEFAULT), (3, "quiet")):
+            with pytest.raises(mizusync.CursorTooOld):
+                pull(engine, cursor, scope)
+        (last,) = push(engine, note("last"))  # and the memory forgot what the file did
+        assert pull(engine, cursor_of(seen[-1]))["changes"] == last["changes"]
+        with pytest.raises(mizusync.CursorTooOld):
+            pull(engine, cursor_of(seen[-12]))
+
+
+def test_the_file_of_a_log_that_keeps_few_changes_stops_growing(path: Path) -> None:
+    """But for the marks, of some 80 bytes each; the application's own tables are its own affair."""
+
+    def application(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        return [mutation.args]
+
+    sizes: list[int] = []
+    for opening in range(4):
+        few = Settings(keep_changes=20)
+        with closing(open_log(path, apply=application, settings=few)) as engine:
+            for number in range(100):
+                push(engine, note(f"{opening} {number}", "x" * 4000))
+        sizes += [path.stat().st_size]
+    assert sizes[0] < 100 * 4000
+    assert sizes[-1] < sizes[0] + 300 * 120
+
+
+def test_keep_changes_wants_a_snapshot_function(path: Path) -> None:
+    with pytest.raises(ValueError, match="snapshot"):
+        open_log(path, snapshot=None, settings=Settings(keep_changes=5))
+
+
 def test_a_trim_with_a_senseless_number_spoils_no_push(path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
     with closing(open_log(path, apply=gated(entered, release), settings=SLOW)) as engine:
@@ -1818,6 +1917,16 @@ def test_a_trim_in_another_process_is_told_of_where_its_changes_were_never_seen(
         push(engine, note("4"))
         with pytest.raises(mizusync.CursorTooOld):
             pull(engine, old["cursor"])
+
+
+def test_a_trim_in_another_process_is_told_of_where_memory_holds_its_changes(path: Path) -> None:
+    with closing(open_log(path)) as engine, closing(open_log(path)) as other:
+        (old, new) = push(engine, note("1"), note("2"))
+        assert len(whole_log(engine)) == 2
+        ask(other.trim(DEFAULT, new["cursor"]))
+        with pytest.raises(mizusync.CursorTooOld):
+            pull(engine)
+        assert pull(engine, old["cursor"])["changes"] == new["changes"]
 
 
 def test_reopening_never_makes_a_cursor_unknown(path: Path) -> None:
@@ -4655,12 +4764,13 @@ PROGRAM = Path(mizusync.__file__)
 class Program:
     """`python mizusync.py` on a port of its own; what it said, and who answers there."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(self, *arguments: str, folder: Path | None = None, **environment: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-X", "dev", str(PROGRAM), "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=folder,
             env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **environment},
         )
         assert self.process.stdout is not None
@@ -4680,8 +4790,8 @@ class Program:
 
 
 @contextmanager
-def program(*arguments: str, **environment: str) -> Iterator[Program]:
-    running = Program(*arguments, **environment)
+def program(*arguments: str, **options: Any) -> Iterator[Program]:
+    running = Program(*arguments, **options)
     try:
         yield running
     finally:
@@ -4933,6 +5043,40 @@ def test_the_commands_of_the_readme_print_what_it_shows(tmp_path: Path) -> None:
     assert len(requests) > 5
 
 
+def test_the_backup_of_the_readme_is_a_beginning_of_the_log_while_pushes_go_on(
+    tmp_path: Path,
+) -> None:
+    (command,) = re.findall(r"^python (-c .*VACUUM.*)$", "".join(blocks("sh")), re.M)
+    stop = threading.Event()
+    acknowledged: list[Any] = []
+
+    def pour() -> None:
+        with closing(RawClient(running.address)) as client:
+            for number in itertools.count():
+                if stop.is_set():
+                    return
+                acknowledged.extend(client.push(todo("create", id=str(number), title="x" * 500)))
+
+    with program("--db", "mizusync.db", folder=tmp_path) as running:
+        pouring = threading.Thread(target=pour)
+        pouring.start()
+        until(lambda: len(acknowledged) > 20)
+        before = len(acknowledged)
+        subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, check=True)
+        until(lambda: len(acknowledged) > before + 20)
+        stop.set()
+        pouring.join(PATIENCE)
+    with closing(
+        Engine(tmp_path / "backup.db", apply=apply, snapshot=mizusync.snapshot_todos)
+    ) as copy:
+        log = whole_log(copy, "list")
+        assert log == [result["changes"][0] for result in acknowledged][: len(log)]
+        assert before <= len(log) < len(acknowledged)
+        assert len(ask(copy.snapshot("list")).data["todos"]) == len(log)
+    with closing(sqlite3.connect(tmp_path / "backup.db")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
 def test_the_application_of_the_readme_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -5094,7 +5238,7 @@ class Convergence(RuleBasedStateMachine):
     @rule(
         target=mutations,
         scope=st.sampled_from(SCOPES),
-        changes=st.lists(st.sampled_from(SCOPES), max_size=5),
+        changes=st.lists(st.sampled_from(SCOPES), max_size=5) | st.just(["a"] * 40),
         fail=st.none() | st.sampled_from(["conflict", "not_found", "internal_error"]),
     )
     def push(self, scope: str, changes: list[str], fail: str | None) -> dict[str, Any]:
