@@ -77,6 +77,7 @@ import contextlib
 import dataclasses
 import email.utils
 import functools
+import gzip
 import hashlib
 import hmac
 import http
@@ -149,6 +150,7 @@ class Settings:
     body_timeout: float = 30.0  # for the whole body
     idle_timeout: float = 60.0  # between requests
     send_timeout: float = 30.0  # without progress, while the peer has an answer to read
+    gzip_size: int = 16 * 1024  # a smaller answer is sent as it is
     linger: float = 2.0  # after a refusal, for the peer to read it before the socket goes
     # WebSocket.
     message_size: int = 1024 * 1024
@@ -413,6 +415,13 @@ encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _BRACKETS = bytes.maketrans(b"[{]}", b"(())")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def check_scope(value: Any) -> str:
+    """The value, if it can name a scope. Raises InvalidRequest."""
+    if not is_name(value, MAX_SCOPE):
+        raise InvalidRequest(f"a scope is a string of 1 to {MAX_SCOPE} characters")
+    return str(value)
 
 
 def parse_json(raw: bytes, depth: int = 64) -> Any:
@@ -1705,6 +1714,13 @@ class Request:
         return next((token for before, found, token in offers if found and not before), "")
 
     @property
+    def takes_gzip(self) -> bool:
+        """Whether the answer may be compressed: gzip, without a weight of 0 (RFC 9110 §12.5.3)."""
+        weight = r"[ \t]*;[ \t]*q=(1(\.0*)?|0\.[0-9]*[1-9][0-9]*)"
+        codings = self.tokens("accept-encoding")
+        return any(re.fullmatch(f"gzip({weight})?", coding) for coding in codings)
+
+    @property
     def keep_alive(self) -> bool:
         """Whether the peer would send another request here (RFC 9112 §9.3)."""
         options = self.tokens("connection")
@@ -1717,8 +1733,7 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     Raises SyncError with the status to answer; then nothing behind it can be read as a request.
     Judged in the order of the bytes, so any way of cutting them gives the same (RFC 9112 §2, §3).
     """
-    while buffer.startswith(b"\r\n"):  # some clients end a body with it (RFC 9112 §2.2)
-        del buffer[:2]
+    skip_empty_lines(buffer)
     longest = settings.target_size + 64  # bytes of the request line
     line_end = find_line(buffer, b"\r\n", 0, longest)
     if line_end < 0:
@@ -1754,6 +1769,11 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
         raise InvalidRequest("the request target has to be a path, without a fragment")
     path, length = unquote(target.partition("?")[0]), body_length(headers, version)
     return Request(method, target, version, headers, host.lower(), path, length)
+
+
+def skip_empty_lines(buffer: bytearray) -> None:
+    while buffer.startswith(b"\r\n"):  # some clients end a body with one (RFC 9112 §2.2)
+        del buffer[:2]
 
 
 def find_line(buffer: bytearray, mark: bytes, start: int, limit: int) -> int:
@@ -1889,6 +1909,14 @@ class Response:
             policy += f"; {tag.decode()}-src 'sha256-{digest}'"
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         return cls(200, html, headers, "text/html; charset=utf-8")
+
+    def compress(self) -> Response:
+        """The same, compressed (RFC 9110 §8.4.1.3): if it is text, and not encoded already."""
+        is_text = self.content_type.startswith(("application/json", "text/"))
+        if not is_text or "Content-Encoding" in self.headers:
+            return self
+        headers = {**self.headers, "Content-Encoding": "gzip"}
+        return dataclasses.replace(self, body=gzip.compress(self.body, 1, mtime=0), headers=headers)
 
     def encode(self, connection: str = "", head_only: bool = False) -> bytes:
         """As bytes. `connection` is the Connection field, where there is something to say."""
@@ -2113,10 +2141,13 @@ class Connection(asyncio.StreamReaderProtocol):
 
     async def next_request(self) -> Request:
         """The next head. Raises SyncError for a bad or late one, OSError when none comes."""
+        skip_empty_lines(self.buffer)
         if not self.buffer:
             self.idle = True
             self.give(self.settings.idle_timeout, self._time_out)
-            await self.receive()
+            while not self.buffer:
+                await self.receive()
+                skip_empty_lines(self.buffer)
             self.idle = False
         self.give(self.settings.head_timeout, self._time_out)
         while (request := parse_request(self.buffer, self.settings)) is None:
@@ -2573,6 +2604,8 @@ class Server:
         log.debug("%s %s -> %s", request.method, request.path, response.status)
         if cors := self.gate.cors(request):
             response = dataclasses.replace(response, headers={**response.headers, **cors})
+        if len(response.body) > self.settings.gzip_size and request.takes_gzip:
+            response = await asyncio.to_thread(response.compress)
         keep = request.keep_alive and not connection.unread and not self._stopping
         word = "" if keep else "close"
         if keep and request.version < (1, 1):
@@ -2631,14 +2664,14 @@ class Server:
         results = [next(applied) if isinstance(wish, Mutation) else wish for wish in wishes]
         return Response(body=b"[%b]" % b",".join(result.encoded for result in results))
 
-    async def _scope(self, request: Request) -> tuple[str, Any]:
-        """The scope that a request names, and who asks for it."""
-        if not is_name(scope := request.query.get("scope", DEFAULT_SCOPE), MAX_SCOPE):
-            raise InvalidRequest(f"a scope is a string of 1 to {MAX_SCOPE} characters")
-        return scope, await self.gate.identify(request, scope)
+    async def _scope(self, request: Request) -> str:
+        """The scope that a request names, and may have."""
+        scope = check_scope(request.query.get("scope", DEFAULT_SCOPE))
+        await self.gate.identify(request, scope)
+        return scope
 
     async def _pull(self, request: Request) -> Response:
-        scope, _ = await self._scope(request)
+        scope = await self._scope(request)
         cursor, limit = int(request.number("cursor", 0)), int(request.number("limit", 0))
         wait = request.number("wait", 0.0, r"[0-9]{1,9}(\.[0-9]{1,20})?")
         if cursor > MAX_CURSOR or (limit < 1 and "limit" in request.query):
@@ -2648,7 +2681,7 @@ class Server:
         return Response(body=page.encode())
 
     async def _snapshot(self, request: Request) -> Response:
-        scope, _ = await self._scope(request)
+        scope = await self._scope(request)
         return Response(body=(await self.engine.snapshot(scope)).encode())
 
     async def _healthz(self, request: Request) -> Any:
@@ -2662,7 +2695,8 @@ class Server:
 
     async def _live(self, websocket: WebSocket) -> None:
         """/ws: a session, from its first message to on_close."""
-        scope, identity = await self._scope(websocket.request)
+        scope = check_scope(websocket.request.query.get("scope", DEFAULT_SCOPE))
+        identity = await self._identify(websocket, scope)
         if len(self.sessions) >= self.settings.sessions:
             raise Unavailable("the server has too many sessions")
         websocket.accept()
@@ -2709,16 +2743,22 @@ class Server:
         return None
 
     async def _subscribe(self, session: Session, verb: str, wish: Any) -> None:
-        scope: Any = wish.get("scope", session.scope) if isinstance(wish, dict) else None
-        if not is_name(scope, MAX_SCOPE):
-            raise InvalidRequest(f"a scope is a string of 1 to {MAX_SCOPE} characters")
+        scope = check_scope(wish.get("scope", session.scope) if isinstance(wish, dict) else None)
         if verb == "unsubscribe":
             session.leave(f"sync:{scope}")
         else:
-            await self.gate.identify(session.websocket.request, scope)
+            await self._identify(session.websocket, scope)
             # First follow, then read: no change can fall between the two.
             session.follow(f"sync:{scope}", wish.get("changes") is True)
             self.hub.tell(f"sync:{scope}", session, await self.engine.head(scope))
+
+    async def _identify(self, websocket: WebSocket, scope: str) -> Any:
+        """Who asks; if the peer goes meanwhile, nobody is left to be told."""
+        websocket.connection.working = True
+        try:
+            return await self.gate.identify(websocket.request, scope)
+        finally:
+            websocket.connection.working = False
 
     async def _ask_again(self, session: Session) -> None:
         """Whether a session may still do what it does."""
@@ -2728,6 +2768,8 @@ class Server:
                 await self.gate.identify(session.websocket.request, scope)
         except (Unauthorized, Forbidden) as refusal:
             session.close(1008, str(refusal))
+        finally:
+            session.asked = time.monotonic()
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """A function or coroutine of the application's; what it raises hurts nobody else."""
@@ -2809,9 +2851,11 @@ class Server:
                 await asyncio.sleep(0.02)
             for connection in list(self._connections):
                 connection.abort()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for _ in range(2):  # an on_close that the first cancel began may hang, too
+                for task in self._tasks:
+                    task.cancel()
+                if self._tasks:
+                    await asyncio.wait(self._tasks, timeout=self.settings.linger)
             unlisten()
 
     async def _accept(self, listener: socket.socket, ssl: tls.SSLContext | None) -> None:
@@ -2844,7 +2888,7 @@ class Server:
             for connection in [one for one in self._connections if one.deadline <= now]:
                 connection.expire()
             for session in [one for one in self.sessions if one.asked + interval <= now]:
-                session.asked = now
+                session.asked = math.inf  # one question at a time
                 self._spawn(self._call(self._ask_again, session))
             self.hub.beat(now)
 

@@ -10,6 +10,7 @@ import asyncio
 import copy
 import email.utils
 import gc
+import gzip
 import http.client
 import itertools
 import json
@@ -2630,6 +2631,16 @@ def test_a_connection_without_a_request_is_closed_in_time(tmp_path: Path) -> Non
             silent.take(10_000)
 
 
+def test_an_empty_line_after_a_body_begins_no_request(tmp_path: Path) -> None:
+    settings = replace(SMALL, idle_timeout=MOMENT * 2, head_timeout=MOMENT / 2)
+    with serve(tmp_path, settings) as live:
+        client = live.client()
+        client.send(raw(PUSH, HOST, JSON, LENGTH, body=BODY + b"\r\n"))
+        assert client.response().status == 200
+        client.send(b"\r\n")
+        assert client.ended()  # at the end of its idle time, without a 408
+
+
 def test_connections_are_kept_alive(client: RawClient) -> None:
     for _ in range(3):
         reply = client.request("GET", "/healthz")
@@ -3312,6 +3323,31 @@ def test_healthz_tells_how_the_server_is(server: Live, client: RawClient) -> Non
         "sessions": 1,
     }
     assert list(health) == ["status", "version", "cursor", "epoch", "sessions"]
+
+
+GZIP = {"gzip": True, "br, GZIP ;q=0.5": True, "gzip;q=1.000, *;q=0": True, "gzip;q=0.001": True,
+        "": False, "gzip;q=0": False, "gzip;q=0.000": False, "br": False, "gzipped": False,
+        "identity": False}  # fmt: skip
+
+
+@pytest.mark.parametrize("codings", GZIP)
+def test_large_answers_are_compressed_for_who_accepts_gzip(tmp_path: Path, codings: str) -> None:
+    with serve(tmp_path, page=PROGRAM.with_name("demo.html")) as live:
+        client = live.client()
+        client.push(note("a", "x" * 20_000))
+        for target in ("/sync/pull", "/sync/snapshot", "/", "/sync/pull?cursor=1", "/healthz"):
+            plain = client.request("GET", target)
+            answer = client.request("GET", target, headers={"Accept-Encoding": codings})
+            assert "content-encoding" not in plain.headers
+            if GZIP[codings] and len(plain.body) > 16 * 1024:
+                assert answer.headers["content-encoding"] == "gzip"
+                assert len(answer.body) < len(plain.body) / 2
+                assert gzip.decompress(answer.body) == plain.body
+                head = client.request("HEAD", target, headers={"Accept-Encoding": codings})
+                assert head.headers["content-length"] == str(len(answer.body))
+            else:
+                assert answer.body == plain.body
+                assert "content-encoding" not in answer.headers
 
 
 def test_an_unknown_path_is_not_found(visitor: RawClient) -> None:
@@ -4042,6 +4078,16 @@ def test_a_fault_of_on_close_is_logged_and_hurts_nobody(tmp_path: Path) -> None:
         until(lambda: client.request("GET", "/healthz").json["sessions"] == 0)
 
 
+def test_an_on_close_that_never_returns_does_not_hold_the_end(tmp_path: Path) -> None:
+    async def hanging(session: mizusync.Session, error: BaseException | None) -> None:
+        await asyncio.Event().wait()
+
+    quick = Settings(shutdown_timeout=MOMENT, linger=MOMENT, close_timeout=PATIENCE * 3)
+    with ExitStack() as stack, serve(tmp_path, quick, on_close=hanging) as live:
+        client = stack.enter_context(closing(RawClient(live.address)))  # it outlives the server
+        assert client.upgrade().status == 101  # and answers no close
+
+
 def test_the_application_may_close_a_session(tmp_path: Path) -> None:
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         session.close(4000, "enough")
@@ -4430,6 +4476,25 @@ def test_a_session_whose_permission_ended_is_closed_with_1008(tmp_path: Path, do
         assert client.subscribe()["topic"] == "sync:_default"
         doors.shut = True
         assert client.read_close() == 1008
+
+
+@pytest.mark.parametrize("target", ["/ws", "/sync/pull", "subscribe"])
+def test_a_client_that_goes_while_on_auth_thinks_is_forgotten(tmp_path: Path, target: str) -> None:
+    async def think(request: mizusync.Request, scope: str) -> None:
+        if scope != "quick":
+            await asyncio.Event().wait()
+
+    with serve(tmp_path, on_auth=think) as live:
+        before = live.tasks()
+        if target == "subscribe":
+            client = live.socket("/ws?scope=quick")
+            client.say("subscribe", {"scope": "another"})
+        else:
+            client = live.client()
+            client.send(RUDE_UPGRADE.replace(b"/ws", target.encode()))
+        until(lambda: live.tasks() > before)
+        client.reset()
+        until(lambda: live.tasks() <= before)
 
 
 @pytest.mark.parametrize("shown", ["Bearer ", "Bearer", "Bearer x", ""])
