@@ -5202,6 +5202,208 @@ def test_the_readme_has_every_flag_name_and_code() -> None:
     }
 
 
+# --- A power cut ----------------------------------------------------------------------------
+# strace writes down what a process asks of the kernel, in order: every write, sync and answer.
+
+LINE = re.compile(r"(\d+) +(?:(\w+)\(|<\.\.\. \w+ resumed>)")
+ARGUMENTS = re.compile(r'(?:\d+<([^>]*)>)?(?:, )?(?:"([^"]*)")?(?:.*?(\d+)\))?')  # file, data, at
+SHOWN = re.compile(rb'"cursor":(\d+),"scope":"_default",[^{]*{"op":"create","todo":{"id":"([^"]+)"')
+
+
+def strace(trace: Path, calls: str) -> list[str]:
+    """What to put before a command, so that these system calls of it are written to `trace`."""
+    options = f"-f -y -xx -qq -s 10000000 -e signal=none -e trace={calls}".split()
+    command = ["strace", *options, "-o", str(trace)]
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True, timeout=PATIENCE)
+    except FileNotFoundError:
+        pytest.skip("no strace to see system calls with: apt-get install strace")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"strace may not trace here (in Docker: --cap-add SYS_PTRACE): {error.stderr}")
+    return command
+
+
+def system_calls(trace: Path) -> Iterator[tuple[str, str, bytes, int]]:
+    """("began write", file, data, the last number), later ("write", ...) when it has returned.
+
+    Calls of several threads overlap; such a call has two lines, each in its place.
+    """
+    begun: dict[str, tuple[str, str]] = {}
+    with trace.open() as lines:
+        for line in lines:
+            head = LINE.match(line)
+            assert head, line
+            name, before = (head[2], "") if head[2] else begun.pop(head[1])
+            text = before + line[head.end() :].removesuffix(" <unfinished ...>\n")
+            arguments = ARGUMENTS.match(text)
+            assert arguments, line
+            file, data = (bytes.fromhex((arguments[i] or "").replace("\\x", "")) for i in (1, 2))
+            fields = file.decode(), data, int(arguments[3] or 0)
+            if head[2]:
+                yield f"began {name}", *fields
+            if text.endswith("\n"):
+                yield name, *fields
+            else:
+                begun[head[1]] = name, text
+
+
+class File:
+    """Its bytes on the disk, and the writes that no sync has covered yet."""
+
+    def __init__(self) -> None:
+        self.synced, self.covered = bytearray(), 0
+        self.waiting: list[tuple[int, bytes]] = []  # without bytes: cut, or extended, to there
+
+    def sync(self) -> None:
+        for write in self.waiting[: self.covered]:
+            put(self.synced, *write)
+        del self.waiting[: self.covered]
+
+    def remains(self, chance: random.Random | None) -> bytes:
+        content = bytearray(self.synced)
+        for at, data in self.waiting if chance else ():
+            for start in range(0, len(data) or 1, 512):  # a sector is written whole, or not at all
+                if chance and chance.random() < 0.5:
+                    put(content, at + start, data[start : start + 512])
+        return bytes(content)
+
+
+def put(content: bytearray, at: int, data: bytes) -> None:
+    content.extend(bytes(max(0, at - len(content))))
+    content[at : at + len(data) if data else None] = data
+
+
+class Disk:
+    """A folder on a disk that loses what was not synced, names as well as contents."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.names = folder, dict[str, File]()
+        self.kept, self.covered = self.names, self.names
+
+    def follow(self, call: str, path: str, data: bytes, number: int) -> None:
+        if call == "pwrite64" and path not in self.names and Path(path).parent == self.folder:
+            self.names = self.names | {path: File()}
+        file = self.names.get(path, File())
+        match call:
+            case "pwrite64" | "ftruncate":
+                file.waiting.append((number, data))
+            case "unlink":
+                self.names = {k: v for k, v in self.names.items() if k != data.decode()}
+            # It covers what was written before it began, and is worth something once it returned.
+            case "began fsync" | "began fdatasync":
+                file.covered = len(file.waiting)
+                self.covered = self.names if path == str(self.folder) else self.covered
+            case "fsync" | "fdatasync":
+                file.sync()
+                self.kept = self.covered if path == str(self.folder) else self.kept
+
+    def after_a_power_cut(self, folder: Path, chance: random.Random | None) -> None:
+        """Make the folder that is found then: what was synced; by chance, some of the rest too."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        names = chance.choice((self.kept, self.names)) if chance else self.kept
+        for path, file in names.items():
+            if not path.endswith("-shm"):  # shared memory, though it has a name
+                (folder / Path(path).name).write_bytes(file.remains(chance))
+
+
+def large_todo(key: str) -> dict[str, Any]:
+    return {"id": key, "name": "todo.create", "args": {"id": key, "title": "\U0001f4a7" * 1000}}
+
+
+def push_to_a_server_under(command: list[str], path: Path) -> set[tuple[int, str]]:
+    """Four clients at once, to the program's end; what was acknowledged, and its cursor."""
+    command = [*command, sys.executable, str(PROGRAM), "--port", "0", "--db", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout
+        port = int(process.stdout.readline().split(":")[3].split("/")[0])
+
+        def push_some(name: str) -> list[tuple[int, str]]:
+            told: list[tuple[int, str]] = []
+            with closing(RawClient(("127.0.0.1", port))) as client:
+                for size in (1, 36, 1, 36, 1, 36, 1, 36, 1, 1):
+                    keys = [f"{name} {len(told) + number}" for number in range(size)]
+                    results = client.push(*map(large_todo, keys))
+                    told += zip((result["cursor"] for result in results), keys, strict=True)
+            return told
+
+        with ThreadPoolExecutor() as pool:
+            return {pair for told in pool.map(push_some, "abcd") for pair in told}
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=PATIENCE)
+
+
+def assert_sound(path: Path, answered: set[tuple[int, str]]) -> None:
+    """The server goes on with this file, and every answer that it gave holds."""
+    cursor, key = max(answered)
+    options: dict[str, Any] = {"apply": mizusync.apply_todo, "schema": mizusync.TODO_SCHEMA}
+    with closing(open_log(path, **options)) as engine, closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        joined = (
+            "mizusync_mutations JOIN todos USING (scope, id) JOIN mizusync_changes ON cursor = last"
+        )
+        found = set(db.execute(f"SELECT last, id FROM {joined}"))
+        assert answered <= found
+        for name in ("todos", "mizusync_changes", "mizusync_mutations"):  # all, or nothing
+            assert db.execute(f"SELECT count(*) FROM {name}").fetchone() == (len(found),)
+        (again,) = push(engine, large_todo(key))
+        assert (again["cursor"], again["duplicate"]) == (cursor, True)
+
+
+def test_what_was_answered_survives_a_power_cut_at_any_moment(tmp_path: Path) -> None:
+    disk, trace = Disk(tmp_path / "disk"), tmp_path / "trace"
+    (path := disk.folder / "todos.db").parent.mkdir()
+    calls = "?unlink,pwrite64,ftruncate,fsync,fdatasync,sendto"
+    told = push_to_a_server_under(strace(trace, calls), path)
+    answered: set[tuple[int, str]] = set()
+    checkpoints: list[int] = []
+    unproved = False
+    for call, file, data, number in system_calls(trace):
+        # Before the disk changes again (answers in a row find the same one), and where a sync
+        # begins, since much is under way then. Before the first answer nothing was promised.
+        if (unproved and "sendto" not in call) or (answered and call == "began fdatasync"):
+            for chance in (None, random.Random(len(answered))):
+                disk.after_a_power_cut(tmp_path / "left", chance)
+                assert_sound(tmp_path / "left" / path.name, answered)
+            unproved = False
+        disk.follow(call, file, data, number)
+        if call == "began sendto" and (answers := SHOWN.findall(data)):
+            answered |= {(int(cursor), key.decode()) for cursor, key in answers}
+            unproved = True
+        if call == "fdatasync" and file == str(path):
+            checkpoints.append(len(answered))
+    trace.unlink()  # some 50 MB
+    assert answered == told
+    assert any(0 < count < len(told) for count in checkpoints), "a larger push is needed"
+
+
+OPENING = "import mizusync, os, sys; mizusync.Engine(sys.argv[1], apply=print); os._exit(0)"
+
+
+def test_opening_a_large_log_reads_little_and_writes_nothing(tmp_path: Path) -> None:
+    trace, reads = tmp_path / "trace", list[int]()
+    command = [*strace(trace, "pread64,pwrite64,ftruncate"), sys.executable, "-c", OPENING]
+    for count in (1, 200_000):
+        path = tmp_path / f"{count}.db"
+        with closing(open_log(path)) as engine:
+            push(engine, note("first"))
+        with closing(sqlite3.connect(path)) as db, db:
+            sql = """
+                WITH RECURSIVE numbers (n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers LIMIT ?)
+                INSERT INTO mizusync_changes SELECT n, n, n % 100, '2026-01-01T00:00:00Z', 'null'
+                FROM numbers
+            """
+            db.execute(sql, (count,))
+        subprocess.run([*command, str(path)], check=True, timeout=PATIENCE, cwd=PROGRAM.parent)
+        log = (str(path), f"{path}-wal")
+        asked = [call for call, file, *_ in system_calls(trace) if file in log]
+        assert set(asked) == {"began pread64", "pread64"}
+        reads.append(len(asked) // 2)
+    assert reads[1] - reads[0] < 20
+
+
 # --- The whole ------------------------------------------------------------------------------
 
 
