@@ -758,10 +758,13 @@ class SQLiteStore:
         """Make the file ours, and this connection its writer. Raises StoreError."""
         _run(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
         _run(db, "PRAGMA fullfsync = ON")  # on macOS fsync leaves the data in the drive's cache
-        if not self._has_log(db, adopt):
-            _run(db, "PRAGMA journal_mode = WAL")
-            _run(db, "BEGIN IMMEDIATE")
-            with db:  # commits, or rolls back
+        _run(db, "BEGIN")  # of one moment: another process may be making the log just now
+        with db:  # commits, or rolls back
+            found = self._has_log(db, adopt)
+        if not found:
+            self._insist(db, "PRAGMA journal_mode = WAL")
+            self._insist(db, "BEGIN IMMEDIATE")
+            with db:
                 if not self._has_log(db, adopt):  # unless another process just made it
                     if not _one(db, "SELECT count(*) FROM sqlite_master"):
                         # An adopted file keeps its application's.
@@ -769,9 +772,25 @@ class SQLiteStore:
                     for statement in LOG_SCHEMA.split(";")[:-1]:
                         _run(db, statement)
                     self._head = 0
-        _run(db, "PRAGMA journal_mode = WAL")
+        self._insist(db, "PRAGMA journal_mode = WAL")
         db.executescript(self.schema)
         _run(db, "PRAGMA busy_timeout = 0")  # begin() waits by itself
+
+    def _insist(self, db: GuardedConnection, sql: str) -> None:
+        """Run what takes a lock, until another process gives it back.
+
+        SQLite's own busy handler pauses up to 100 ms between two tries: beside a busy writer of
+        another process it would never get its turn. And journal_mode does not ask it at all.
+        """
+        deadline = time.monotonic() + self.busy_timeout
+        while True:
+            try:
+                _run(db, sql)
+                return
+            except sqlite3.OperationalError as error:
+                if primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.0002)
 
     def _has_log(self, db: GuardedConnection, adopt: bool) -> bool:
         """Whether the log is there. Raises StoreError for another program's, a newer format."""
@@ -867,16 +886,7 @@ class SQLiteStore:
         if self._db is None:
             self._db = self._connect("rw")
             self._prepare(self._db, adopt=False)
-        # SQLite's own busy handler pauses up to 100 ms between two tries: beside a busy writer of
-        # another process it would never get its turn.
-        deadline = time.monotonic() + self.busy_timeout
-        while not self._db.in_transaction:
-            try:
-                _run(self._db, "BEGIN /* mizusync */ IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                if primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.0002)
+        self._insist(self._db, "BEGIN /* mizusync */ IMMEDIATE")
         position = self.position(self._db)
         if position.head < self._head:
             sql = "INSERT INTO mizusync_epochs (epoch, start) VALUES (hex(randomblob(9)), ?)"
@@ -1236,9 +1246,9 @@ class Engine:
                 return
             except BaseException as error:
                 self.store.rollback()
-                log.error("a transaction was lost: %s", error, exc_info=error)
-                known = isinstance(error, Unavailable)
-                outcomes = [error if known else SyncError("the server failed")] * len(jobs)
+                refused = isinstance(error, StoreRefused)  # the disk's fault, not the code's
+                log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
+                outcomes = [error if refused else SyncError("the server failed")] * len(jobs)
             else:
                 # Memory before the hint: who hears of a change finds it.
                 self.counts.update(batch.counts)
@@ -1367,7 +1377,13 @@ class Engine:
             return await self._page(scope, cursor, epoch, limit)
         # The listener stands before the page is looked at: no commit can fall between the two.
         changed = asyncio.Event()
-        unlisten = self.listen(lambda news: changed.set(), scope)
+
+        def hear(news: Sequence[News]) -> None:
+            # Of another process's commit the watcher tells late: it may be in the page already.
+            if not news or any(item.scope == scope and item.cursor > cursor for item in news):
+                changed.set()
+
+        unlisten = self.listen(hear, scope)
         try:
             page = await self._page(scope, cursor, epoch, limit)
             if not page.fragments:
@@ -2071,48 +2087,66 @@ class ConnectionLost(ConnectionError):
     """The peer is gone: nothing that is sent can reach it."""
 
 
-class Connection(asyncio.StreamReaderProtocol):
+class Connection(asyncio.Protocol):
     """One accepted socket. `deadline` is the end of its phase, `expire` what then happens."""
 
     def __init__(self, settings: Settings, on_lost: Callable[[], None]) -> None:
-        self.reader = asyncio.StreamReader(READ_SIZE)
-        super().__init__(self.reader)
         self.settings, self.on_lost = settings, on_lost
         self.transport: Any = None
-        self.buffer = bytearray()
+        self.buffer = bytearray()  # what came, and nobody has taken yet
         self.heard = 0.0  # when bytes came last
-        self.writable = asyncio.Event()  # not while more waits for the peer to read than it should
+        self.full: asyncio.Event | None = None  # while more waits for the peer to read than should
         self.on_writable: Callable[[], None] = lambda: None  # the peer has read what waited
-        self.idle = self.working = self.lingering = False
+        self.idle = self.working = self.lingering = self.at_eof = False
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
+        self._end: Exception | None = None  # why nothing more will come
+        self._arrival: asyncio.Future[None] | None = None  # of what somebody waits for
+        self._enough = READ_SIZE  # bytes in the buffer
         self.give(math.inf, self.abort)  # until the first phase; TLS has a time-out of its own
 
     # -- what asyncio calls
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
         self.transport = transport
-        self.writable.set()
 
     def data_received(self, data: bytes) -> None:
         self.heard = time.monotonic()
         if not self.lingering:
-            super().data_received(data)
+            self.buffer += data
+            if len(self.buffer) > self._enough:
+                self.transport.pause_reading()  # until somebody asks for more
+            self._wake()
 
-    def eof_received(self) -> bool | None:
-        return not self.lingering and super().eof_received()  # False: the transport closes itself
+    def eof_received(self) -> bool:
+        self.at_eof = True
+        self._fail(ConnectionError("the peer closed the connection"))
+        # It may still read; but not over TLS. False: the transport closes itself.
+        return not self.lingering and bool(self.transport.can_write_eof())
 
     def pause_writing(self) -> None:
-        self.writable.clear()
+        self.full = asyncio.Event()
 
     def resume_writing(self) -> None:
-        self.writable.set()
+        self._let_write()
         self.on_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self.writable.set()
+        self._fail(exc or ConnectionError("the connection is closed"))
+        self._let_write()
         self.on_lost()
+
+    def _let_write(self) -> None:
+        if self.full:
+            self.full.set()
+            self.full = None
+
+    def _wake(self) -> None:
+        if self._arrival and not self._arrival.done():
+            self._arrival.set_result(None)
+
+    def _fail(self, error: Exception) -> None:
+        self._end = self._end or error
+        self._wake()
 
     # -- time
 
@@ -2129,15 +2163,23 @@ class Connection(asyncio.StreamReaderProtocol):
         # answer that the peer does not read, and a second one breaks a transport of TLS.
         self.deadline = math.inf
         late = HTTPError(408, "the request did not arrive in time")
-        self.reader.set_exception(ConnectionError("no request came") if self.idle else late)
+        self._fail(ConnectionError("no request came") if self.idle else late)
 
     # -- in
 
     async def receive(self) -> None:
-        """Wait for more bytes. Raises ConnectionError at their end, or what a deadline says."""
-        if not (chunk := await self.reader.read(READ_SIZE)):
-            raise ConnectionError("the peer closed the connection")
-        self.buffer += chunk
+        """Wait for more bytes. Raises OSError at their end, or what a deadline says."""
+        if self._end:
+            raise self._end
+        if self._arrival:
+            raise RuntimeError("two tasks wait for the same bytes")
+        self._enough = len(self.buffer) + READ_SIZE
+        self.transport.resume_reading()
+        self._arrival = asyncio.get_running_loop().create_future()
+        try:
+            await self._arrival
+        finally:
+            self._arrival = None
 
     async def next_request(self) -> Request:
         """The next head. Raises SyncError for a bad or late one, OSError when none comes."""
@@ -2180,10 +2222,14 @@ class Connection(asyncio.StreamReaderProtocol):
     async def send(self, data: bytes) -> None:
         """Write, and wait while the peer has much to read: who does not read is not read from."""
         self.transport.write(data)
-        if not self.writable.is_set():
+        if self.full:
             self._press()
-            await self.writable.wait()
+            await self.drain()
             self.deadline = math.inf
+
+    async def drain(self) -> None:
+        if self.full:
+            await self.full.wait()
 
     def _press(self, left: float = math.inf) -> None:
         """Wait for the peer to read: each send_timeout has to bring some progress."""
@@ -2201,7 +2247,7 @@ class Connection(asyncio.StreamReaderProtocol):
         await self.send(b"")
         self.lingering, self.idle = True, False
         self.give(self.settings.linger, self.abort)
-        if self.transport.can_write_eof() and not self.reader.at_eof():
+        if self.transport.can_write_eof() and not self.at_eof:
             self.transport.write_eof()
             self.transport.resume_reading()
         elif not self.transport.is_closing():
@@ -2236,7 +2282,7 @@ class WebSocket:
         self.accept()
         frame = (TEXT, message.encode()) if isinstance(message, str) else (BINARY, message)
         self.write(encode_frame(*frame))
-        await self.connection.writable.wait()
+        await self.connection.drain()
         if self.connection.transport.is_closing():
             raise ConnectionLost("the peer is gone")
 
@@ -2275,7 +2321,7 @@ class WebSocket:
                     self.over = True
                 elif frame.opcode == PING:
                     self.write(encode_frame(PONG, frame.payload))
-                    await self.connection.writable.wait()  # who does not read is not read from
+                    await self.connection.drain()  # who does not read is not read from
                 elif frame.opcode == PONG or self.closing:
                     pass  # a pong shows life by itself; after our close nothing else counts
                 elif (message := self._assembler.add(frame)) is not None:
@@ -2344,7 +2390,7 @@ class Session:
         self.websocket.close(code, reason)
 
     def hint(self, topic: str, cursor: int, message: bytes) -> None:
-        if not self.websocket.connection.writable.is_set():
+        if self.websocket.connection.full:
             self._owed.add(topic)
         elif cursor >= self.topics.get(topic, 0):
             self.topics[topic] = cursor
@@ -2839,6 +2885,9 @@ class Server:
         finally:
             # Finish what was begun: answer pushes, end long polls, close sockets with 1001.
             self._stopping, deadline = True, time.monotonic() + self.settings.shutdown_timeout
+            with contextlib.suppress(NotImplementedError):  # Windows has no readers
+                # An accept that is due already would run after the close.
+                asyncio.get_running_loop().remove_reader(listener)
             accepting.cancel()
             listener.close()
             self.engine.wake()

@@ -2101,6 +2101,51 @@ def test_processes_that_write_to_one_file_make_one_log(path: Path) -> None:
         assert whole_log(engine) == seen
 
 
+def head_after_more(engine: Engine) -> int:
+    """The head, once others have committed more."""
+    head = ask(engine.head())
+    until(lambda: ask(engine.head()) > head + 10)
+    return ask(engine.head())
+
+
+def test_a_process_gets_its_turn_beside_a_busy_one(path: Path) -> None:
+    waited, count = 0, 60  # in changes of the other: what a slow disk costs, it costs both
+    with closing(open_log(path)) as engine, ThreadPoolExecutor(1) as pool:
+        worker = start_worker(path, "busy", [0] * 4, 100_000)
+        said = pool.submit(worker.communicate)
+        for number in range(count):
+            head = head_after_more(engine)
+            waited += push(engine, note(str(number)))[0]["cursor"] - head
+        assert worker.poll() is None
+        worker.kill()
+        said.result(PATIENCE)
+    assert waited < count * 20  # about 7 each; with SQLite's own busy handler 13 to 130
+
+
+def test_a_wait_is_not_ended_by_another_engines_commit_that_was_pulled(path: Path) -> None:
+    with closing(open_log(path)) as one, closing(open_log(path)) as two:
+        push(two, note("1"))
+
+        async def wait() -> float:
+            page = await one.pull()  # before the watcher has seen it
+            started = time.monotonic()
+            assert not (await one.pull(cursor=page.cursor, wait=MOMENT)).fragments
+            return time.monotonic() - started
+
+        assert ask(wait()) >= MOMENT * 0.9
+
+
+def test_a_new_file_may_be_opened_by_several_at_once(tmp_path: Path) -> None:
+    together = threading.Barrier(4)
+
+    def open_and_close(number: int) -> None:
+        together.wait(PATIENCE)
+        open_log(tmp_path / f"{number // 4}.db").close()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(open_and_close, range(80))) == [None] * 80
+
+
 # --- Hub ------------------------------------------------------------------------------------
 # Topics, numbers and bytes; its messages are plain JSON here.
 
@@ -5200,6 +5245,180 @@ def test_the_readme_has_every_flag_name_and_code() -> None:
         *CODES.items(),
         *((410, code) for code in ("cursor_too_old", "cursor_unknown")),
     }
+
+
+# --- Two processes --------------------------------------------------------------------------
+# Two programs on one file are one server: one log, and hints for whoever follows it. What arrives
+# only with a heartbeat arrives too late: it beats every 25 s, and PATIENCE is 10.
+
+
+class Two:
+    """Two programs, and clients of each."""
+
+    def __init__(self, *programs: Program) -> None:
+        self.programs, self.clients = programs, ExitStack()
+
+    def client(self, at: int) -> RawClient:
+        return self.clients.enter_context(closing(RawClient(self.programs[at].address)))
+
+    def session(self, at: int) -> RawClient:
+        client = self.client(at)
+        assert client.upgrade("/ws?scope=list").status == 101
+        return client
+
+
+@contextmanager
+def two_programs(path: Path, *arguments: str) -> Iterator[Two]:
+    """Two on this file; whichever is left at the end stops in order."""
+    arguments = ("--db", str(path), *arguments)
+    with program(*arguments) as one:
+        port = one.address[1] if "--reuse-port" in arguments else 0
+        with program(*arguments, "--port", str(port)) as other:
+            two = Two(one, other)
+            with two.clients:
+                yield two
+            for running in two.programs:
+                if running.process.poll() is None:
+                    status, said, complained = running.end(signal.SIGTERM)
+                    assert (status, said) == (0, "")
+                    assert "Traceback" not in complained
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Two]:
+    with two_programs(tmp_path / "todos.db") as two:
+        yield two
+
+
+def create(**fields: Any) -> dict[str, Any]:
+    return todo("create", id=os.urandom(8).hex(), title="x") | fields
+
+
+def push_one_by_one(client: RawClient, mutations: list[Any], results: list[Any]) -> None:
+    for mutation in mutations:
+        results += client.push(mutation)
+        assert results[-1]["ok"], results[-1]
+
+
+def log_of(*results: Any) -> list[Any]:
+    """What was acknowledged, in the order of the log."""
+    return sorted((change for result in results for change in result["changes"]), key=cursor_of)
+
+
+def follow_by_pulls(client: RawClient, count: int) -> list[Any]:
+    """A client without a socket."""
+    log: list[Any] = []
+    place: dict[str, Any] = {}
+    while len(log) < count:
+        page = client.pull(scope="list", limit=3, wait=60, **place)
+        place = {"cursor": page["cursor"], "epoch": page["epoch"]}
+        log += page["changes"]
+    return log
+
+
+def follow_by_hints(session: RawClient, puller: RawClient, count: int) -> list[Any]:
+    """A client that applies the hints that fit, and pulls for any other that is news."""
+    session.say("subscribe", {"changes": True})
+    page = puller.pull(scope="list")
+    log = list(page["changes"])
+    while len(log) < count or page["hasMore"]:
+        cursor, epoch = page["cursor"], page["epoch"]
+        hint = {"cursor": cursor + 1} if page["hasMore"] else session.read_json()["data"]
+        if hint["cursor"] <= cursor:
+            continue
+        page = hint | {"hasMore": False}
+        if hint.get("epoch") != epoch or hint["after"] > cursor:
+            page = puller.pull(scope="list", cursor=cursor, epoch=epoch)
+            assert page["cursor"] >= hint["cursor"] or page["hasMore"]
+        log += [change for change in page["changes"] if change["cursor"] > cursor]
+    return log
+
+
+def test_followers_of_two_processes_see_one_log_while_both_are_pushed_to(two: Two) -> None:
+    count, results = 60, list[Any]()
+    with ThreadPoolExecutor(8) as pool:
+        followers = [pool.submit(follow_by_pulls, two.client(at), 4 * count) for at in (0, 1)]
+        for at in (0, 1):  # a socket at one, pulls at the other
+            clients = two.session(at), two.client(1 - at)
+            followers.append(pool.submit(follow_by_hints, *clients, 4 * count))
+        todos = [[create() for _ in range(count)] for _ in range(4)]
+        pushing = [
+            pool.submit(push_one_by_one, two.client(number % 2), todos[number], results)
+            for number in range(4)
+        ]
+    assert [pusher.result() for pusher in pushing] == [None] * 4
+    logs = [follower.result() for follower in followers]
+    cursors = list(map(cursor_of, logs[0]))
+    assert cursors == sorted(set(cursors))
+    assert logs == [log_of(*results)] * 4
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_hint_of_one_process_is_true_at_the_other(two: Two, at: int) -> None:
+    session, puller = two.session(at), two.client(1 - at)
+    pushers = [two.client(0), two.client(1)]
+    cursor = session.subscribe()["data"]["cursor"]
+    for number in range(20):
+        (result,) = pushers[number % 2].push(create())
+        if number % 4 < 2:  # its own commit to another scope, which must not hide the foreign one
+            pushers[1 - number % 2].push(create(scope="other"))
+        assert session.read_json()["data"] == {"cursor": result["cursor"]}
+        page = puller.pull(scope="list", cursor=cursor)
+        assert page["changes"] == result["changes"]
+        cursor = page["cursor"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one process may get everybody")
+def test_two_processes_share_a_port_and_hint_each_others_sessions(tmp_path: Path) -> None:
+    with two_programs(tmp_path / "todos.db", "--reuse-port") as two:
+        assert two.programs[0].address == two.programs[1].address
+        sessions = [two.session(0) for _ in range(30)]
+        assert {session.subscribe()["data"]["cursor"] for session in sessions} == {0}
+        client = two.client(0)
+        assert 0 < client.request("GET", "/healthz").json["sessions"] < len(sessions)
+        (result,) = client.push(create())
+        hints = [session.read_json()["data"] for session in sessions]
+        assert hints == [{"cursor": result["cursor"]}] * len(sessions)
+
+
+def test_kill_9_of_one_process_loses_nothing_and_the_other_goes_on(two: Two) -> None:
+    todos = [[create() for _ in range(number)] for number in (5000, 5000, 150, 150)]
+    results: list[list[Any]] = [[], [], [], []]
+    with ThreadPoolExecutor(4) as pool:
+        pushing = [
+            pool.submit(push_one_by_one, two.client(number // 2), todos[number], results[number])
+            for number in range(4)
+        ]
+        until(lambda: min(map(len, results)) > 20 or any(pusher.done() for pusher in pushing))
+        two.programs[0].process.kill()
+    for pusher in pushing[:2]:
+        assert isinstance(pusher.exception(), EOFError | OSError)
+    assert [pusher.result() for pusher in pushing[2:]] == [None] * 2
+    client = two.client(1)
+    for number in range(2):  # what was not answered is sent again, to the one that is left
+        results[number] += client.push(todos[number][len(results[number])])
+    log = follow_by_pulls(client, sum(map(len, results)))
+    assert log == log_of(*(result for part in results for result in part))
+    assert client.pull(scope="list", cursor=log[-1]["cursor"])["changes"] == []
+
+
+def test_the_same_pull_gets_the_same_page_from_both_processes(two: Two) -> None:
+    chance, clients = random.Random(2026), [two.client(0), two.client(1)]
+    log, scopes = list[Any](), ["list", "other"]
+    cursors = dict.fromkeys(scopes, [0])
+    for _ in range(150):
+        todos = [create(scope=chance.choice(scopes)) for _ in range(chance.randrange(4))]
+        if todos:
+            log += log_of(*chance.choice(clients).push(*todos))
+        scope, limit = chance.choice(scopes), chance.randint(1, 9)
+        cursor = chance.choice(cursors[scope][-4:])  # one that memory has; 0 it may not
+        first, second = chance.sample(clients, 2)
+        page = first.pull(scope=scope, cursor=cursor, limit=limit)
+        assert page == second.pull(scope=scope, cursor=cursor, limit=limit)
+        left = [one for one in log if one["scope"] == scope and one["cursor"] > cursor]
+        assert page["changes"] == left[:limit]
+        assert page["hasMore"] == (len(left) > limit)
+        cursors[scope] = [*cursors[scope], page["cursor"]]
 
 
 # --- A power cut ----------------------------------------------------------------------------
