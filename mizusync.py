@@ -1672,8 +1672,10 @@ _SINGLE = {  # fields that a second line makes ambiguous, not longer
 _TOKEN, _VALUE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++", rb"[\t -~\x80-\xff]*+"  # (RFC 9110 §5.5, §5.6.2)
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
 _FIELD = re.compile(rb"(%b):(%b)" % (_TOKEN, _VALUE))
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;%b)?" % _VALUE)
-_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%b%b)?" % (_TOKEN, _VALUE))
+_REG_NAME = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+"  # (RFC 3986 §3.2.2)
+_ADDRESS = r"\[(?=.*:.*:)[0-9A-Fa-f:.]+\]"
+_AUTHORITY = re.compile(f"(?:(?:{_REG_NAME}|{_ADDRESS})(?::[0-9]{{0,5}})?)?")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)/?(.*)", re.IGNORECASE)
 # One second's answers have one date.
 _http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
@@ -2099,6 +2101,7 @@ class Connection(asyncio.Protocol):
         self.on_writable: Callable[[], None] = lambda: None  # the peer has read what waited
         self.idle = self.working = self.lingering = self.at_eof = False
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
+        self.is_head = False  # so that a refusal of the request has no body either
         self._end: Exception | None = None  # why nothing more will come
         self._arrival: asyncio.Future[None] | None = None  # of what somebody waits for
         self._enough = READ_SIZE  # bytes in the buffer
@@ -2192,7 +2195,10 @@ class Connection(asyncio.Protocol):
                 skip_empty_lines(self.buffer)
             self.idle = False
         self.give(self.settings.head_timeout, self._time_out)
-        while (request := parse_request(self.buffer, self.settings)) is None:
+        while True:
+            self.is_head = self.buffer.startswith(b"HEAD ")
+            if request := parse_request(self.buffer, self.settings):
+                break
             await self.receive()
         self.deadline, self.unread = math.inf, request.length != 0
         return request
@@ -2247,11 +2253,15 @@ class Connection(asyncio.Protocol):
         await self.send(b"")
         self.lingering, self.idle = True, False
         self.give(self.settings.linger, self.abort)
-        if self.transport.can_write_eof() and not self.at_eof:
-            self.transport.write_eof()
-            self.transport.resume_reading()
-        elif not self.transport.is_closing():
+        by_half = self.transport.can_write_eof()  # TLS can't
+        if self.transport.is_closing():
+            return
+        if self.at_eof or not (by_half or self.unread):
             self.transport.close()
+            return
+        if by_half:
+            self.transport.write_eof()
+        self.transport.resume_reading()
 
 
 class WebSocket:
@@ -2598,7 +2608,9 @@ class Server:
                 while await self._exchange(connection):
                     pass
             except SyncError as refusal:  # what came is no request, so nothing can follow it
-                connection.transport.write(Response.refusal(refusal).encode("close"))
+                connection.unread = True
+                answer = Response.refusal(refusal).encode("close", connection.is_head)
+                connection.transport.write(answer)
             except OSError as error:
                 log.debug("no more requests: %s", error)
             await connection.finish()

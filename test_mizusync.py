@@ -2507,6 +2507,10 @@ BAD_HEADS = {
     "a raw byte in the target": raw(b"GET /h\xe9althz HTTP/1.1", HOST),
     "a TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
     "no host": raw(b"GET /healthz HTTP/1.1"),
+    "a percent sign alone in the host": raw(b"GET /healthz HTTP/1.1", b"Host: %zz.localhost"),
+    "no address in brackets": raw(b"GET /healthz HTTP/1.1", b"Host: [:]"),
+    "a port without a host": raw(b"GET /healthz HTTP/1.1", b"Host: :80"),
+    "a whole address without a host": raw(b"GET http://:80/healthz HTTP/1.1", HOST),
     "two hosts": raw(b"GET /healthz HTTP/1.1", HOST, HOST),
     "a host of two": raw(b"GET /healthz HTTP/1.1", b"Host: localhost, localhost"),
     "a host with a space": raw(b"GET /healthz HTTP/1.1", b"Host: local host"),
@@ -2529,6 +2533,12 @@ BAD_HEADS = {
     "bare LFs alone": b"GET /healthz HTTP/1.1\nHost: localhost\n\n",
     "a bare LF at the end": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\n",
 }
+
+
+def test_a_head_request_that_is_refused_unread_gets_no_body(visitor: RawClient) -> None:
+    visitor.send(raw(b"HEAD /healthz#part HTTP/1.1", HOST))
+    assert visitor.response(bodiless=True).status == 400
+    assert visitor.ended()
 
 
 @table("head", BAD_HEADS)
@@ -2751,6 +2761,8 @@ def test_a_trailer_is_no_header(visitor: RawClient) -> None:
 
 SIZE = b"%x" % len(BODY)
 BAD_CHUNKS = {
+    "a space behind the size": SIZE + b" \r\n" + BODY + b"\r\n0\r\n\r\n",
+    "an extension without a name": SIZE + b";\r\n" + BODY + b"\r\n0\r\n\r\n",
     "a sign": b"+" + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
     "a negative size": b"-1\r\n" + BODY + b"\r\n0\r\n\r\n",
     "a prefix": b"0x" + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
@@ -5096,6 +5108,12 @@ def test_the_program_speaks_tls(tmp_path: Path) -> None:
         client.sock = context.wrap_socket(client.sock, server_hostname="127.0.0.1")
         origin = {"Origin": "https://{}:{}".format(*running.address)}
         assert client.push(todo("create", id="1", title="x"), headers=origin)[0]["ok"]
+        with closing(RawClient(running.address)) as other:  # a refusal is heard, to the last byte
+            other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
+            other.send(raw(PUSH, HOST, JSON, b"Transfer-Encoding: chunked"))
+            for _ in range(300):
+                other.send(b"ea60\r\n%b\r\n" % (b"x" * 60_000))
+            assert refused(other.response(), 413)
         assert client.upgrade("/ws?scope=list", origin).status == 101
         before = client.subscribe()["data"]["cursor"]
         with closing(RawClient(running.address)) as other:
@@ -5630,7 +5648,7 @@ def test_kill_9_at_any_moment_loses_and_repeats_nothing(path: Path) -> None:
     """Threads that retry what was not answered; a follower in this process sees it all happen."""
     chance = random.Random(2026)
     acknowledged: dict[str, int] = {}
-    starts = [0] * 4
+    starts = [0] * 16
     with closing(open_log(path)) as follower:
         seen: list[Any] = []
         for _ in range(4):
