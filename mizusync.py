@@ -102,7 +102,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar
 
 __version__ = "1.0.0"
 
@@ -581,15 +581,19 @@ def primary_code(error: BaseException | None) -> int:
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
+def _refuse(error: sqlite3.Error) -> NoReturn:
+    """SQLite's own refusals as StoreRefused; whatever else is wrong, as it is."""
+    if primary_code(error) in _REFUSED:
+        raise StoreRefused("the database refuses, for now") from error
+    raise error
+
+
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """SQLite's own refusals as StoreRefused; whatever else is wrong, as it is."""
     try:
         yield
     except sqlite3.Error as error:
-        if primary_code(error) in _REFUSED:
-            raise StoreRefused("the database refuses, for now") from error
-        raise
+        _refuse(error)
 
 
 def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> sqlite3.Cursor:
@@ -729,6 +733,7 @@ class SQLiteStore:
         self._db: Any = None  # the writer's connection; None: begin() has to open it anew
         self._looker: GuardedConnection | None = None
         self._looking = threading.Lock()
+        self._seen: tuple[int, Position] = 0, Position(0, "", 0)  # the last look's version
         self._idle: list[GuardedConnection] = []  # readers that nobody uses now
         # The head at our last commit. Where it is lower now, an older copy was restored: that
         # begins an epoch. So does our first commit, since before it this is above any head; but in
@@ -814,10 +819,17 @@ class SQLiteStore:
     # -- reading
 
     def look(self) -> Position:
-        with self._looking, _refusals():
+        with self._looking:
             if self._looker is None:
                 raise StoreRefused("the database is closed")
-            return self.position(self._looker)
+            try:
+                # Half the price of the position, and any commit moves it, whoever makes it
+                # (https://sqlite.org/pragma.html#pragma_data_version).
+                if (version := _one(self._looker, "PRAGMA data_version")) != self._seen[0]:
+                    self._seen = version, self.position(self._looker)
+            except sqlite3.Error as error:
+                _refuse(error)
+            return self._seen[1]
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[GuardedConnection]:
@@ -1677,6 +1689,7 @@ _REG_NAME = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+"  # (RFC 3986 §3.
 _ADDRESS = r"\[(?=.*:.*:)[0-9A-Fa-f:.]+\]"
 _AUTHORITY = re.compile(f"(?:(?:{_REG_NAME}|{_ADDRESS})(?::[0-9]{{0,5}})?)?")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)/?(.*)", re.IGNORECASE)
+_PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 # One second's answers have one date.
 _http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 
@@ -1699,10 +1712,10 @@ class Request:
         """The parameters, as HTML forms write them. Raises InvalidRequest: also for one twice."""
         query: dict[str, str] = {}
         for pair in filter(None, self.target.partition("?")[2].split("&")):
-            name, _, value = (unquote(part.replace("+", " ")) for part in pair.partition("="))
-            if name in query:
+            name, _, value = pair.replace("+", " ").partition("=")
+            if (name := unquote(name)) in query:
                 raise InvalidRequest(f"the parameter {name[:40]!r} is given twice")
-            query[name] = value
+            query[name] = unquote(value)
         return query
 
     def number(self, name: str, default: float, pattern: str = "[0-9]{1,16}") -> float:
@@ -1838,7 +1851,9 @@ def body_length(headers: Mapping[str, str], version: tuple[int, int]) -> int | N
 
 def unquote(text: str) -> str:
     """Percent-decode, strictly: each escape whole, and UTF-8 in the end."""
-    if "%" in text and re.search("%(?![0-9A-Fa-f]{2})", text):
+    if "%" not in text:
+        return text
+    if re.search("%(?![0-9A-Fa-f]{2})", text):
         raise InvalidRequest("a percent sign without two hexadecimal digits")
     try:
         return urllib.parse.unquote(text, errors="strict")
@@ -1898,7 +1913,8 @@ class Response:
         fields = "".join((self.content_type, *self.headers, *self.headers.values()))
         if not (fields.isascii() and fields.isprintable()):
             raise ValueError(f"a response header has to be printable ASCII: {fields!r}")
-        http.HTTPStatus(self.status)  # raises ValueError for what is none
+        if self.status not in _PHRASES:
+            raise ValueError(f"{self.status} is no status code")
 
     @classmethod
     def of(cls, value: Any) -> Response:
@@ -1938,17 +1954,18 @@ class Response:
 
     def encode(self, connection: str = "", head_only: bool = False) -> bytes:
         """As bytes. `connection` is the Connection field, where there is something to say."""
-        phrase, date = http.HTTPStatus(self.status).phrase, _http_date(int(time.time()))
-        lines = [f"HTTP/1.1 {self.status} {phrase}", f"Date: {date}", "Cache-Control: no-store"]
+        head = f"HTTP/1.1 {self.status} {_PHRASES[self.status]}\r\nCache-Control: no-store\r\n"
+        head += f"Date: {_http_date(int(time.time()))}\r\n"
         if self.status >= 200 and self.status != 204:  # these have no body (RFC 9110 §8.6)
-            lines += [f"Content-Type: {self.content_type}", f"Content-Length: {len(self.body)}"]
+            head += f"Content-Type: {self.content_type}\r\nContent-Length: {len(self.body)}\r\n"
         if "Upgrade" in self.headers:  # a field of this connection alone (RFC 9110 §7.8)
             connection = f"Upgrade, {connection}" if connection else "Upgrade"
         if connection:
-            lines.append(f"Connection: {connection}")
-        lines += [f"{name}: {value}" for name, value in self.headers.items()]
-        head = "\r\n".join(lines).encode() + b"\r\n\r\n"
-        return head if head_only else head + self.body
+            head += f"Connection: {connection}\r\n"
+        for name, value in self.headers.items():
+            head += f"{name}: {value}\r\n"
+        whole = f"{head}\r\n".encode()
+        return whole if head_only else whole + self.body
 
 
 # --- WebSocket -----------------------------------------------------------------------------------
@@ -2446,14 +2463,16 @@ class Gate:
 
     def check(self, request: Request) -> None:
         """Host and Origin. Raises Forbidden."""
-        name, origin = re.sub(":[0-9]*$", "", request.host), request.headers.get("origin")
-        if self.hosts is not None and name and name not in self.hosts and not is_loopback(name):
+        host, origin = request.host, request.headers.get("origin")
+        if self.hosts is not None and host and not is_loopback(host):
             # A page elsewhere can make its own name lead here (DNS rebinding): it gets nothing.
-            raise Forbidden(f"this server is not {name[:100]!r}: --allow-host can name it")
+            name = re.sub(":[0-9]*$", "", host)
+            if name not in self.hosts:
+                raise Forbidden(f"this server is not {name[:100]!r}: --allow-host can name it")
         if origin is not None and origin not in self.origins:
             scheme, _, authority = origin.lower().partition("://")
             port = {"http": ":80", "https": ":443"}.get(scheme)
-            if not port or request.host not in (authority, authority + port):
+            if not port or host not in (authority, authority + port):
                 raise Forbidden("pages of this origin may not use this server: see --allow-origin")
 
     def cors(self, request: Request) -> dict[str, str]:
@@ -2482,9 +2501,11 @@ class Gate:
         return await identity if inspect.isawaitable(identity) else identity
 
 
-def is_loopback(name: str) -> bool:
-    """Whether a host's name or address can only mean this machine (RFC 6761 §6.3)."""
-    return bool(re.fullmatch(r"(.*\.)?localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?", name))
+@functools.lru_cache(maxsize=100)  # every request asks, and most for the same
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address, and perhaps a port, means this machine (RFC 6761 §6.3)."""
+    names = r"((.*\.)?localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?)(:[0-9]*)?"
+    return bool(re.fullmatch(names, host))
 
 
 # --- Server --------------------------------------------------------------------------------------
@@ -2646,10 +2667,10 @@ class Server:
             await self._converse(websocket, handler)
             return None
         request.body = await connection.read_body(request)
-        allow = ", ".join(sorted({*routes, "OPTIONS"}))
-        if request.method == "OPTIONS":
-            return Response(204, headers={"Allow": allow})
-        if handler is None:
+        if handler is None or request.method == "OPTIONS":
+            allow = ", ".join(sorted({*routes, "OPTIONS"}))
+            if request.method == "OPTIONS":
+                return Response(204, headers={"Allow": allow})
             raise HTTPError(405, f"{request.path} takes {allow}", Allow=allow)
         connection.working = True
         try:
