@@ -409,6 +409,9 @@ def is_name(value: Any, longest: int) -> bool:
 
 # Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without needless spaces.
 encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+encode_name = functools.lru_cache(maxsize=1000)(
+    encode_json
+)  # for the few that come again and again
 
 # A whole string; one that never ends counts to the end. Possessive (++, *+): no text makes the
 # search go back, or a million hostile quotes would take it hours.
@@ -494,7 +497,7 @@ class Row(NamedTuple):
 
     def encode(self) -> bytes:
         """The fragment: this change as the protocol writes it."""
-        words = f'"cursor":{self.cursor},"scope":{encode_json(self.scope)},"time":"{self.time}"'
+        words = f'"cursor":{self.cursor},"scope":{encode_name(self.scope)},"time":"{self.time}"'
         return f'{{{words},"data":{self.data}}}'.encode()
 
 
@@ -518,7 +521,7 @@ class Store(Protocol):
 
     # On any thread.
     def look(self) -> Position: ...  # where the last commit put it, whoever made that; in no time
-    def reading(self) -> contextlib.AbstractContextManager[Any]: ...  # a db that sees one moment
+    def read(self, work: Callable[[Any], T]) -> T: ...  # work(db), with a db that sees one moment
     def close(self) -> None: ...
 
     # On any thread, with a db that is in a transaction.
@@ -679,9 +682,8 @@ class GuardedConnection(sqlite3.Connection):
             raise sqlite3.ProgrammingError("the engine's connection stays open")
         super().close()
 
-    @contextlib.contextmanager
-    def lend(self) -> Iterator[GuardedConnection]:
-        """The connection in the application's hands, under a savepoint; afterwards as it was.
+    def lend(self, work: Callable[[Any], T]) -> T:
+        """`work(self)` in the application's hands, under a savepoint; afterwards all is as before.
 
         If the application raises, it left no trace. Where there is no transaction yet, the
         savepoint is one, of one moment (https://sqlite.org/lang_savepoint.html).
@@ -689,7 +691,7 @@ class GuardedConnection(sqlite3.Connection):
         _run(self, "SAVEPOINT /* mizusync */ mizusync_lent")
         self.lent, self.refused = True, False
         try:
-            yield self
+            result = work(self)
         except BaseException as error:
             if primary_code(error) == sqlite3.SQLITE_AUTH:
                 error.add_note("apply and snapshot run inside the engine's transaction: they can't")
@@ -697,6 +699,7 @@ class GuardedConnection(sqlite3.Connection):
             self._take_back(error)
             raise
         self._take_back(None)
+        return result
 
     def _take_back(self, failure: BaseException | None) -> None:
         self.lent, self.row_factory, self.text_factory = False, None, str
@@ -831,21 +834,20 @@ class SQLiteStore:
                 _refuse(error)
             return self._seen[1]
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[GuardedConnection]:
+    @_refusals()
+    def read(self, work: Callable[[Any], T]) -> T:
         self._check_file()
-        with _refusals():
-            try:
-                db = self._idle.pop()
-            except IndexError:
-                db = self._connect("ro")
-            try:
-                with db.lend():
-                    yield db
-            except BaseException:
-                db.close()
-                raise
-            self._idle.append(db)
+        try:
+            db = self._idle.pop()
+        except IndexError:
+            db = self._connect("ro")
+        try:
+            result = db.lend(work)
+        except BaseException:
+            db.close()
+            raise
+        self._idle.append(db)
+        return result
 
     def position(self, db: Any) -> Position:
         # The sequence, not max(cursor), which a trim could lower.
@@ -908,8 +910,8 @@ class SQLiteStore:
         return self._db, position
 
     def attempt(self, work: Callable[[Any], T]) -> T:
-        with self._db.lend() as db:
-            return work(db)
+        made: T = self._db.lend(work)
+        return made
 
     @_refusals()
     def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
@@ -1210,11 +1212,12 @@ class Engine:
         first = batch.head + 1
         rows: list[Row] = []
         for change in () if made is None else made:
-            whole = change if isinstance(change, Change) else Change(change)
-            scope = mutation.scope if whole.scope is None else whole.scope
-            if not is_name(scope, MAX_SCOPE):
-                raise ValueError(f"apply made a change for {scope!r}, which can't name a scope")
-            text = whole.data.text if isinstance(whole.data, Json) else encode_json(whole.data)
+            data, scope = change, mutation.scope
+            if isinstance(change, Change):
+                data, scope = change.data, scope if change.scope is None else change.scope
+                if not is_name(scope, MAX_SCOPE):
+                    raise ValueError(f"apply made a change for {scope!r}, which can't name a scope")
+            text = data.text if isinstance(data, Json) else encode_json(data)
             text.encode()  # half a surrogate pair fails here, where it can still be undone
             rows.append(Row(first + len(rows), first, scope, batch.time, text))
             if len(rows) > self.settings.mutation_changes:
@@ -1234,8 +1237,7 @@ class Engine:
                     self._commit([job])
                 elif self.store.look() != self._position:
                     # Another process has committed, while there was nothing to write.
-                    with self.store.reading() as db:
-                        self._catch_up(db)
+                    self.store.read(self._catch_up)
             except StoreRefused as refusal:
                 log.debug("can't look at the store: %s", refusal)
             except BaseException:
@@ -1434,29 +1436,27 @@ class Engine:
             raise CursorUnknown(f"this history never gave out cursor {cursor}: take a snapshot")
         if cursor < trimmed:
             raise CursorTooOld(f"changes {cursor} to {trimmed} were trimmed: take a snapshot")
-        tail = Tail(cursor)
+        rows: list[Row] = []
         for row in self.store.changes(db, scope, cursor):
-            tail.add(row)
-            if len(tail.firsts) > limit and tail.firsts[-1] != tail.firsts[-2]:
+            if len(rows) >= limit and row.first != rows[-1].first:
                 break  # it begins a mutation that the page has no room for
-        page = tail.page(cursor, limit, position.epoch)
-        if not page.has_more:
+            rows.append(row)
+        else:
             # The page reached the log's end: the next pull here will find it in memory.
-            tail.after = cursor if page.fragments else self.store.current(db, scope)
+            tail = Tail(cursor if rows else self.store.current(db, scope))
+            for row in rows:
+                tail.add(row)
             with self._lock:
                 if position == self._position and scope not in self._tails:
                     self._keep_tail(scope, tail)
-        return page
+            return Page(tail.fragments, max(cursor, tail.current), position.epoch)
+        return Page([row.encode() for row in rows], rows[-1].cursor, position.epoch, True)
 
     async def _read(self, work: Callable[[Any], T]) -> T:
         """`work(db)` on a reader's thread, in a transaction of its own: all of one moment."""
-
-        def read() -> T:
-            with self.store.reading() as db:
-                return work(db)
-
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+            return await loop.run_in_executor(self._readers, self.store.read, work)
         except RuntimeError:
             if self._closed:
                 raise Unavailable("the engine is closed") from None
