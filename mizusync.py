@@ -571,7 +571,8 @@ StrPath = str | os.PathLike[str]
 # SQLite's result codes (https://sqlite.org/rescode.html) when the disk is in the way, or another
 # process: the statement itself was right, and may work later.
 _DISK = sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CORRUPT
-_REFUSED = (*_DISK, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL)
+_REFUSED = (*_DISK, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL,
+            sqlite3.SQLITE_CANTOPEN)  # fmt: skip
 
 # What apply may not do to the engine's transaction; and what it may only read.
 _DENIED = sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_PRAGMA
@@ -1681,6 +1682,7 @@ _SINGLE = {  # fields that a second line makes ambiguous, not longer
     "authorization", "content-length", "content-type", "host", "origin", "sec-websocket-key",
     "sec-websocket-version", "transfer-encoding",
 }  # fmt: skip
+_SENT_BY_ITSELF = {"connection", "content-length", "content-type", "date", "transfer-encoding"}
 _TOKEN, _VALUE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++", rb"[\t -~\x80-\xff]*+"  # (RFC 9110 §5.5, §5.6.2)
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
 _FIELD = re.compile(rb"(%b):(%b)" % (_TOKEN, _VALUE))
@@ -1913,6 +1915,8 @@ class Response:
         fields = "".join((self.content_type, *self.headers, *self.headers.values()))
         if not (fields.isascii() and fields.isprintable()):
             raise ValueError(f"a response header has to be printable ASCII: {fields!r}")
+        if twice := _SENT_BY_ITSELF & {name.lower() for name in self.headers}:
+            raise ValueError(f"the server itself sends {', '.join(twice)}")
         if self.status not in _PHRASES:
             raise ValueError(f"{self.status} is no status code")
 
@@ -1956,7 +1960,8 @@ class Response:
         """As bytes. `connection` is the Connection field, where there is something to say."""
         head = f"HTTP/1.1 {self.status} {_PHRASES[self.status]}\r\nCache-Control: no-store\r\n"
         head += f"Date: {_http_date(int(time.time()))}\r\n"
-        if self.status >= 200 and self.status != 204:  # these have no body (RFC 9110 §8.6)
+        bodiless = self.status < 200 or self.status in (204, 304)  # (RFC 9112 §6.3, 9110 §8.6)
+        if not bodiless:
             head += f"Content-Type: {self.content_type}\r\nContent-Length: {len(self.body)}\r\n"
         if "Upgrade" in self.headers:  # a field of this connection alone (RFC 9110 §7.8)
             connection = f"Upgrade, {connection}" if connection else "Upgrade"
@@ -1965,7 +1970,7 @@ class Response:
         for name, value in self.headers.items():
             head += f"{name}: {value}\r\n"
         whole = f"{head}\r\n".encode()
-        return whole if head_only else whole + self.body
+        return whole if head_only or bodiless else whole + self.body
 
 
 # --- WebSocket -----------------------------------------------------------------------------------
@@ -2062,12 +2067,16 @@ class Assembler:
         return message
 
 
+def is_close_code(code: int) -> bool:
+    return 1000 <= code <= 1014 and code not in (1004, 1005, 1006) or 3000 <= code <= 4999
+
+
 def parse_close(payload: bytes) -> tuple[int, str]:
     """A close frame's code and reason; 1005: it has none (§5.5.1, §7.4). Raises ProtocolError."""
     if not payload:
         return 1005, ""
     code = int.from_bytes(payload[:2], "big")  # of a single byte, which is refused: below 256
-    if not (1000 <= code <= 1014 and code not in (1004, 1005, 1006) or 3000 <= code <= 4999):
+    if not is_close_code(code):
         raise ProtocolError(1002, "the close code is not one to be sent")
     try:
         return code, payload[2:].decode("utf-8")
@@ -2089,7 +2098,8 @@ def accept(request: Request) -> Response:
         raise InvalidRequest("a WebSocket begins with a request of HTTP/1.1, without a body")
     digest = base64.b64encode(hashlib.sha1(key.encode() + _GUID).digest()).decode()
     headers = {"Upgrade": "websocket", "Sec-WebSocket-Accept": digest}
-    if "mizusync" in request.tokens("sec-websocket-protocol"):
+    offers = request.headers.get("sec-websocket-protocol", "").split(",")
+    if "mizusync" in (offer.strip(" \t") for offer in offers):  # in its own case
         headers["Sec-WebSocket-Protocol"] = "mizusync"
     return Response(101, headers=headers)
 
@@ -2320,6 +2330,8 @@ class WebSocket:
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Begin the closing handshake; it ends when the peer answers, or after close_timeout."""
+        if code != 1005 and not is_close_code(code):
+            raise ValueError(f"{code} is no close code to be sent (RFC 6455 §7.4)")
         if not self.closing:
             self.accept()
             self.reason = self.reason or f"{code} {reason}"
@@ -2680,7 +2692,7 @@ class Server:
             connection.working = False
 
     async def _answer(self, connection: Connection, request: Request, response: Response) -> bool:
-        log.debug("%s %s -> %s", request.method, request.path, response.status)
+        log.debug("%s %r -> %s", request.method, request.path, response.status)
         if cors := self.gate.cors(request):
             response = dataclasses.replace(response, headers={**response.headers, **cors})
         if len(response.body) > self.settings.gzip_size and request.takes_gzip:
@@ -2757,6 +2769,8 @@ class Server:
             raise InvalidRequest("cursor is below 2**53, limit is 1 or more")
         epoch, wait = request.query.get("epoch", ""), 0.0 if self._stopping else wait
         page = await self.engine.pull(scope, cursor, epoch=epoch, limit=limit, wait=wait)
+        if wait:  # meanwhile permission may have ended
+            await self.gate.identify(request, scope)
         return Response(body=page.encode())
 
     async def _snapshot(self, request: Request) -> Response:
@@ -2796,7 +2810,7 @@ class Server:
             self.sessions.discard(session)
             for topic in list(session.topics):
                 session.leave(topic)
-            log.info("session %s of %r ended: %s", session.id, scope, websocket.reason)
+            log.info("session %s of %r ended: %r", session.id, scope, websocket.reason)
             if self.on_close:
                 await self._call(self.on_close, session, websocket.error)
 
@@ -2942,17 +2956,19 @@ class Server:
 
     async def _accept(self, listener: socket.socket, ssl: tls.SSLContext | None) -> None:
         """Our own accept loop: asyncio's logs without end when descriptors run out."""
-        loop, waiting = asyncio.get_running_loop(), False
+        loop, silent = asyncio.get_running_loop(), 0.0  # until when
         while True:
             try:
+                with contextlib.ExitStack() as spare:  # what the store's readers may have to open
+                    for _ in range(2 * self.engine.settings.readers + 2):
+                        spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:
-                if not waiting:
+                if (now := time.monotonic()) >= silent:
                     log.error("new clients wait: %s", error)
-                waiting = True
+                    silent = now + 60  # it may come and go ten times a second
                 await asyncio.sleep(0.1)
             else:
-                waiting = False
                 self._spawn(self._serve(sock, ssl))
                 await asyncio.sleep(0)  # an accept that never waits would keep the loop to itself
 

@@ -7,10 +7,13 @@ of ours, so that no mistake cancels itself. Nothing sleeps to wait: a condition 
 from __future__ import annotations
 
 import asyncio
+import base64
 import copy
 import email.utils
+import functools
 import gc
 import gzip
+import hashlib
 import http.client
 import itertools
 import json
@@ -3446,6 +3449,122 @@ def test_a_database_that_was_taken_away_is_unavailable(tmp_path: Path) -> None:
         assert refused(client.request("GET", "/healthz"), 503)
 
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
+
+
+EVIL, VERSION = b"Host: evil.example", b"Sec-WebSocket-Version: 13"
+
+
+def get(target: bytes, *lines: bytes, host: bytes = HOST) -> bytes:
+    return raw(b"GET %b HTTP/1.1" % target, host, *lines)
+
+
+def post(*lines: bytes, line: bytes = PUSH, host: bytes = HOST, body: bytes = BODY) -> bytes:
+    return raw(line, host, JSON, *lines, body=body)
+
+
+@table(
+    "case",
+    {  # RFC 9112 §6.3, §3.2, §9.3; RFC 9110 §8.6, §4.2.1, §4.2.4; RFC 6455 §11.3
+        "a coding that is not chunked": (400, post(b"Transfer-Encoding: gzip")),
+        "chunked, but not last": (400, post(b"Transfer-Encoding: chunked, gzip")),
+        "a length past 64 bits": (400, post(b"Content-Length: 99999999999999999999")),
+        "an address without a host": (400, get(b"http:///healthz")),
+        "an address with a port alone": (400, get(b"http://:80/healthz")),
+        "an address with a user": (400, get(b"http://me@localhost/healthz")),
+        "a host with half an escape": (400, get(b"/healthz", host=b"Host: localhost%4")),
+        "a host with half a bracket": (400, get(b"/healthz", host=b"Host: [::1")),
+        "two versions of WebSocket": (400, get(b"/ws", VERSION, VERSION)),
+        "a body that nobody wants": (404, post(LENGTH, line=b"POST /nowhere HTTP/1.1")),
+        "a body for another host": (403, post(LENGTH, host=EVIL)),
+        "a body that is not asked for": (403, post(LENGTH, b"Expect: 100-continue", host=EVIL)),
+    },
+)  # fmt: skip
+def test_a_refusal_has_its_status_and_nothing_behind_it_is_read(
+    visitor: RawClient, case: tuple[int, bytes]
+) -> None:
+    visitor.send(case[1] + HEALTHZ)
+    reply = visitor.response()
+    assert refused(reply, case[0])
+    assert reply.headers["connection"] == "close"  # RFC 9112 §9.6
+    assert visitor.ended()
+
+
+@table(
+    "sent",
+    {  # RFC 9112 §3.2.2; RFC 9110 §2.5, §4.2.3, §5.6.1, §7.8
+        "a whole address beside another host": get(b"http://localhost/healthz", host=EVIL),
+        "a scheme and a host in capitals": get(b"HTTP://LOCALHOST/healthz"),
+        "a later minor version": raw(b"GET /healthz HTTP/1.9", HOST),
+        "a port without digits": get(b"/healthz", host=b"Host: localhost:"),
+        "an upgrade that nobody serves": get(b"/healthz", b"Connection: Upgrade", b"Upgrade: h2c"),
+        "lists with empty elements": get(b"/healthz", b"Connection: , ,x-a,"),
+    },
+)  # fmt: skip
+def test_what_a_server_has_to_take_is_taken(visitor: RawClient, sent: bytes) -> None:
+    visitor.send(sent + HEALTHZ)
+    assert [visitor.response().status for _ in range(2)] == [200, 200]
+
+
+def test_a_method_in_another_case_is_another_method(visitor: RawClient) -> None:
+    assert refused(visitor.request("get", "/healthz"), 405, 501)  # RFC 9110 §9.1
+
+
+@pytest.mark.parametrize("last", [get(b"/healthz", b"Connection: , close"), raw(b"GET / HTTP/1.0")])
+def test_a_push_behind_the_last_request_is_never_applied(visitor: RawClient, last: bytes) -> None:
+    visitor.send(last + post(LENGTH))  # RFC 9112 §9.6; the fixture pulls
+    assert visitor.response().status == 200
+    assert visitor.ended()
+
+
+def test_the_refusal_of_a_head_has_no_content(visitor: RawClient) -> None:
+    visitor.send(raw(b"HEAD /healthz HTTP/1.1", HOST, b"Content-Length: 1048577"))
+    assert visitor.response(bodiless=True).status == 413  # RFC 9110 §9.3.2
+    assert visitor.ended()
+
+
+def test_a_body_in_chunks_is_asked_for_where_the_client_expects_it(client: RawClient) -> None:
+    client.send(post(b"Transfer-Encoding: chunked", b"Expect: 100-continue", body=b""))
+    assert client.response().status == 100
+    client.send(chunked(BODY))
+    assert client.response().json[0]["ok"]
+
+
+def answering(**response: Any) -> Callable[[Server], None]:
+    def prepare(server: Server) -> None:
+        server.route("GET", "/it")(lambda request: mizusync.Response(**response))
+
+    return prepare
+
+
+@pytest.mark.parametrize("status", [204, 304])
+def test_an_answer_that_can_have_no_content_has_none(tmp_path: Path, status: int) -> None:
+    with serve(tmp_path, prepare=answering(status=status, body=b"content")) as live:
+        client = live.client()
+        client.send(get(b"/it") + HEALTHZ)
+        reply = client.response()  # RFC 9112 §6.3; which also looks for a Content-Length
+        assert (reply.status, "date" in reply.headers) == (status, True)
+        assert client.response().json["status"] == "ok"
+
+
+@pytest.mark.parametrize("name", ["Content-Length", "Transfer-Encoding", "Connection", "date"])
+def test_a_route_cannot_frame_its_answer_a_second_time(tmp_path: Path, name: str) -> None:
+    with serve(tmp_path, prepare=answering(body=b"it", headers={name: "1"})) as live:
+        assert refused(live.client().request("GET", "/it"), 500)  # RFC 9112 §6.2
+        live.logged("Traceback")
+
+
+def test_nothing_of_a_request_comes_back_in_a_header(visitor: RawClient) -> None:
+    mark = "reflected"
+    names = "Origin", "Cookie", "Accept", "X-Request-Id", "Access-Control-Request-Headers"
+    fields = dict.fromkeys(names, mark) | {"Sec-WebSocket-Protocol": mark}
+    for method in ("GET", "OPTIONS", "DELETE", mark):
+        for target in (f"/{mark}", f"/healthz?{mark}=%0d%0a{mark}:", f"/sync/pull?scope={mark}"):
+            for headers in (fields, {name: mark for name in fields if name != "Origin"}):
+                reply = visitor.request(method, target, headers=headers)
+                assert mark not in str(reply.headers).lower()
+
+
 # --- WebSocket ------------------------------------------------------------------------------
 # RFC 6455 §4 to §8: again the parser alone, then the handshake, then frames over a socket.
 
@@ -3763,6 +3882,66 @@ def test_fragments_of_nothing_take_no_memory(server: Live) -> None:
         assert tracemalloc.get_traced_memory()[0] < 400_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("offer", "answer"),
+    [
+        ("chat", None),
+        ("MIZUSYNC", None),
+        ("chat, mizusync", "mizusync"),
+        (",mizusync,", "mizusync"),
+    ],
+)
+def test_the_subprotocol_is_one_that_was_offered(
+    visitor: RawClient, offer: str, answer: str | None
+) -> None:
+    reply = visitor.upgrade(headers={"Sec-WebSocket-Protocol": offer})  # RFC 6455 §4.2.2
+    assert (reply.status, reply.headers.get("sec-websocket-protocol")) == (101, answer)
+
+
+@pytest.mark.parametrize("opcode", [3, 4, 5, 6, 7, 11, 12, 13, 14, 15])
+def test_every_reserved_opcode_is_a_protocol_error(opcode: int) -> None:
+    assert read_frames([masked(opcode, b"")]) == [1002]
+
+
+@table(
+    "case",
+    {
+        "it was said": (masked(BINARY, b""), 1003),
+        "a broken frame": (masked(3, b"") + masked(PING, b"x") + masked(TEXT, b"{}"), 1002),
+        "inside a message": (masked(TEXT, b"{", False) + masked(CLOSE, b"\x03\xe8"), 1000),
+    },
+)
+def test_after_a_close_there_is_no_hint_and_no_pong(server: Live, case: tuple[bytes, int]) -> None:
+    client = server.socket()
+    client.subscribe()
+    client.send(case[0])
+    frame = client.read_frame()
+    assert (frame.opcode, frame.payload[:2]) == (CLOSE, case[1].to_bytes(2, "big"))
+    server.client().push(note("a"))
+    client.send(masked(PING, b"x") + masked(CLOSE, b"\x03\xe8"))
+    assert client.ended()  # RFC 6455 §5.5.1, §7.1.7
+
+
+def close(session: mizusync.Session, topic: str, data: Any) -> None:
+    session.close(*data)
+
+
+def test_a_long_reason_is_cut_between_characters(tmp_path: Path) -> None:
+    with serve(tmp_path, on_message=close) as live:
+        client = live.socket()
+        client.say("close", [4000, "\u00e9" * 200])
+        assert client.read_frame() == Frame(CLOSE, b"\x0f\xa0" + b"\xc3\xa9" * 61)  # §5.5
+
+
+def test_a_code_that_may_not_be_sent_is_a_fault_of_the_application(tmp_path: Path) -> None:
+    with serve(tmp_path, on_message=close) as live:
+        client = live.socket()
+        for code in (0, 999, 1004, 1006, 1015, 2000, 5000, 70000):
+            client.say("close", [code, ""])
+            live.logged("Traceback")  # RFC 6455 §7.4
+            assert client.quiet()
 
 
 # --- Live -----------------------------------------------------------------------------------
@@ -4561,6 +4740,97 @@ def test_an_empty_token_lets_nobody_in(tmp_path: Path, shown: str) -> None:
         assert refused(live.client().request("GET", "/sync/pull", headers=headers), 401)
 
 
+@pytest.mark.parametrize("query", ["scope=s&scope=secret", "scope=secret&%73cope=s"])
+@pytest.mark.parametrize("target", ["/sync/pull", "/sync/snapshot", "/ws"])
+def test_no_second_scope_leads_around_on_auth(watched: Live, target: str, query: str) -> None:
+    assert refused(watched.client().upgrade(f"{target}?{query}", ANN), 400)
+
+
+def test_no_method_and_no_key_twice_leads_around_on_auth(watched: Live) -> None:
+    client = watched.client()
+    assert client.request("HEAD", "/sync/pull?scope=secret", headers=ANN).status == 403
+    twice = b', "scope": "s", "scope": "secret"}'
+    (result,) = client.request("POST", "/sync/push", BODY.replace(b"}", twice), ANN).json
+    assert result["code"] == "forbidden"
+    client = watched.socket("/ws?scope=s", ANN)
+    subscribe = b'{"topic": "subscribe", "data": {}, "data": {"changes": true'
+    client.send_frame(TEXT, subscribe + twice + b"}")
+    assert client.read_json()["data"]["code"] == "forbidden"
+
+
+def test_a_scope_that_was_subscribed_to_later_is_asked_about_again(tmp_path: Path) -> None:
+    closed = threading.Event()
+
+    def on_auth(request: mizusync.Request, scope: str) -> None:
+        if scope == "s" and closed.is_set():
+            raise mizusync.Forbidden("no more")
+
+    with serve(tmp_path, replace(SMALL, auth_interval=MOMENT / 2), on_auth=on_auth) as live:
+        client = live.socket()
+        client.subscribe(scope="s")
+        closed.set()
+        assert client.read_close() == 1008
+
+
+def test_a_pull_whose_permission_ended_while_it_waited_gives_nothing(
+    tmp_path: Path, doors: Doors
+) -> None:
+    with serve(tmp_path, on_auth=doors.gate) as live:
+        client = live.client()
+        client.send(get(b"/sync/pull?wait=60", b"X-Name: ann"))
+        until(lambda: doors.asked)
+        doors.shut = True
+        live.engine.submit([note("a")]).result(PATIENCE)
+        assert refused(client.response(), 401)
+
+
+def test_a_preflight_needs_no_token(tmp_path: Path) -> None:
+    with serve(tmp_path, token="s3cret", allow_origin=["https://app.example"]) as live:
+        asked = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+        reply = live.client().request("OPTIONS", "/sync/push", headers=asked)
+        assert (reply.status, "authorization" in str(reply.headers).lower()) == (204, True)
+
+
+def test_the_page_may_run_its_own_script_and_nothing_else(tmp_path: Path) -> None:
+    with serve(tmp_path, page=PROGRAM.with_name("demo.html")) as live:
+        reply = live.client().request("GET", "/")
+    policy = reply.headers["content-security-policy"].split("; ")
+    for tag in ("script", "style"):
+        inline = reply.body.split(f"<{tag}".encode())[1].split(b">", 1)[1].split(b"</")[0]
+        policy.remove(
+            f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(inline).digest()).decode()}'"
+        )
+    nothing = [f"{kind} 'none'" for kind in ("base-uri", "default-src", "form-action")]
+    more = ["connect-src 'self'", "frame-ancestors 'none'", "img-src data:"]
+    assert sorted(policy) == sorted(nothing + more)
+    assert reply.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_log_has_no_token_and_no_line_of_a_clients_making(tmp_path: Path) -> None:
+    everything, logger = Records(), logging.getLogger("mizusync")
+    everything.setLevel(logging.DEBUG)
+
+    def broken(request: mizusync.Request, scope: str) -> None:
+        if scope != "s":
+            raise KeyError("inside")
+
+    shown = {"Authorization": "Bearer s3cret"}
+    with ExitStack() as stack:
+        stack.callback(logger.setLevel, logger.level)
+        stack.callback(logger.removeHandler, everything)
+        logger.setLevel(logging.DEBUG)
+        logger.addHandler(everything)
+        with serve(tmp_path, token="s3cret", on_auth=broken, may_log="inside") as live:
+            for target in ("/%0AERROR", "/sync/pull?t=s3cret", "/?s3cret"):
+                assert live.client().request("PUT", target, b"s3cret", shown).status >= 400
+            assert refused(live.client().request("GET", "/sync/pull", headers=shown), 500)
+            client = live.socket("/ws?scope=s", shown)
+            client.send_frame(CLOSE, b"\x03\xe8bye\nERROR all is lost")
+            client.read_close()
+    assert not [text for text in everything.texts if "s3cret" in text or "\nERROR" in text]
+    assert [text for text in everything.texts if "all is lost" in text]
+
+
 # --- Server ---------------------------------------------------------------------------------
 # Routes of the application's own, limits of the whole, and an end that loses nothing.
 
@@ -4793,6 +5063,135 @@ def test_http_client_of_the_standard_library_is_served(server: Live) -> None:
         assert connection.getresponse().read() == b""
         connection.request("DELETE", "/healthz")
         assert connection.getresponse().status == 405
+
+
+def test_a_refused_client_that_stays_is_closed_after_the_linger(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, linger=MOMENT)) as live:
+        client = live.client()
+        client.send(b"nonsense\r\n\r\n")
+        assert refused(client.response(), 400)
+        until(lambda: live.server.stats()["connections"] == 0)
+
+
+def test_a_client_that_does_not_shake_hands_in_tls_is_closed_in_time(tmp_path: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+    def over_tls(server: Server) -> None:
+        setattr(server, "listen", functools.partial(server.listen, ssl=context))  # noqa: B010
+
+    with serve(tmp_path, replace(SMALL, head_timeout=MOMENT), prepare=over_tls) as live:
+        assert live.client().ended()
+
+
+def test_no_more_readers_read_at_once_than_the_limit(tmp_path: Path) -> None:
+    entered, most, release = list[str](), list[int](), threading.Event()
+
+    def slow(db: Any, scope: str) -> None:
+        entered.append(scope)
+        most.append(len(entered))
+        release.wait(PATIENCE)
+        entered.remove(scope)
+
+    with serve(tmp_path, replace(SMALL, readers=2), snapshot=slow) as live:
+        clients = [live.client() for _ in range(5)]
+        for number, client in enumerate(clients):
+            client.send(get(b"/sync/snapshot?scope=%d" % number))
+        until(lambda: len(entered) == 2)
+        assert live.client().request("GET", "/nowhere").status == 404  # all five have been heard
+        release.set()
+        assert [client.response().status for client in clients] == [200] * 5
+        assert max(most) == 2
+
+
+def test_memory_holds_no_more_of_the_log_than_the_limit(tmp_path: Path) -> None:
+    few = Settings(tail_size=10_000)
+    with closing(Engine(tmp_path / "log", apply=apply, schema=SCHEMA, settings=few)) as engine:
+        push(engine, *(note(str(number), "x" * 3000, scope=str(number)) for number in range(9)))
+        for number in range(9):
+            assert len(pull(engine, scope=str(number))["changes"]) == 1
+        assert engine.counts["pulls_from_memory"] <= 3
+
+
+def test_a_transaction_takes_nothing_more_once_its_time_is_over(tmp_path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(db: Any, mutation: Mutation) -> list[Any]:
+        entered.set()
+        release.wait(PATIENCE)
+        return [1]
+
+    at_once = Settings(commit_time=0.0)
+    with closing(Engine(tmp_path / "log", apply=slow, settings=at_once)) as engine:
+        futures = [engine.submit([note("first")])]
+        assert entered.wait(PATIENCE)
+        futures += [engine.submit([note(str(number))]) for number in range(3)]
+        release.set()
+        assert all(future.result(PATIENCE)[0].ok for future in futures)
+        assert engine.counts["commits"] == 4
+
+
+@LINUX
+def test_rude_clients_leave_no_descriptor_and_no_memory_behind(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, pull_wait_max=MOMENT, readers=1)) as live:
+
+        def rudeness(times: int) -> tuple[int, int]:
+            for number in range(times):
+                client = live.client()
+                client.send(RUDE[number % len(RUDE)])
+                client.reset() if number % 3 else client.close()
+            until(lambda: live.server.stats()["connections"] == 0)
+            until(lambda: live.tasks() <= tasks)
+            live.clients.pop_all()
+            live.call(gc.collect)
+            return len(os.listdir("/proc/self/fd")), tracemalloc.get_traced_memory()[0]
+
+        tasks = live.tasks()
+        tracemalloc.start()
+        try:
+            before, after = rudeness(80), rudeness(400)
+        finally:
+            tracemalloc.stop()
+        assert after[0] <= before[0]
+        assert after[1] - before[1] < 400 * 200  # bytes: a connection forgotten would be thousands
+
+
+@LINUX
+def test_a_program_without_descriptors_serves_who_is_there_and_lets_others_wait(
+    tmp_path: Path,
+) -> None:
+    with program("--db", str(tmp_path / "todos.db")) as running, ExitStack() as stack:
+
+        def come() -> RawClient:
+            return stack.enter_context(closing(RawClient(running.address)))
+
+        def spent() -> int:
+            return sum(map(int, (process / "stat").read_text().rpartition(") ")[2].split()[11:13]))
+
+        process, errors = Path(f"/proc/{running.process.pid}"), running.process.stderr
+        first, limit = come(), len(os.listdir(process / "fd")) + 20
+        first.push(todo("create", id="1", title="x"))
+        resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+        others, waiting = [come() for _ in range(20)], come()
+        waiting.send(HEALTHZ)
+        assert errors is not None
+        assert select.select([errors], [], [], PATIENCE)[0]
+        assert "new clients wait" in errors.readline()
+        for target in ("/sync/snapshot?scope=list", "/sync/pull?scope=new", "/healthz"):
+            assert first.request("GET", target).status == 200  # the log can still be opened
+        before = spent()
+        assert first.pull(scope="new", wait=1)["changes"] == []  # a second goes by
+        assert spent() - before < os.sysconf("SC_CLK_TCK") / 4  # nothing spins
+        for _ in range(50):  # there is room, and there is none, again and again
+            others.pop(0).close()
+            others.append(come())
+            first.pull(scope="new", wait=0.01)
+        assert first.push(todo("create", id="2", title="y"))[0]["ok"]
+        for client in (*others, first):
+            client.close()
+        assert waiting.response().status == 200
+        waiting.close()
+        status, _, complained = running.end(signal.SIGTERM)
+        assert (status, complained.count("\n") <= 1) == (0, True), complained
 
 
 # --- Todo -----------------------------------------------------------------------------------
