@@ -163,7 +163,7 @@ class Settings:
     heartbeat: float = 25.0  # silence of a topic before its newest hint is sent again
     hint_changes: int = 32  # at most so many changes inside a hint,
     hint_size: int = 16 * 1024  # and so many bytes of them
-    hint_gap: float = 0.05  # at most so long a pause between two fan-outs of a topic
+    hint_gap: float = 0.03  # at most so long a pause between two fan-outs of a topic
     auth_interval: float | None = None  # ask on_auth again for open sessions
     # The whole server.
     sessions: int = 10_000
@@ -1137,6 +1137,7 @@ class Engine:
         self.committing = False  # the writer is at work, and wants the interpreter now and then
         self._apply_function, self._snapshot_function = apply, snapshot
         self._closed = False
+        self._looks: dict[Loop, Position] = {}  # of this turn of each loop
         self._lock = threading.Lock()  # over the next four, and held for microseconds
         self._position = store.look()
         self._tails: OrderedDict[str, Tail] = OrderedDict()  # the least recently used first
@@ -1416,7 +1417,7 @@ class Engine:
 
     async def _page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:
         if scope in self._tails:
-            position = self.store.look()
+            position = self._look()
             with self._lock:
                 # Where the file stands elsewhere, it has commits that memory does not hold yet; and
                 # only the file knows how far an older epoch goes.
@@ -1428,6 +1429,17 @@ class Engine:
                     return tail.page(cursor, limit, position.epoch)
         self.counts["pulls_from_disk"] += 1
         return await self._read(lambda db: self._page_on_disk(db, scope, cursor, epoch, limit))
+
+    def _look(self) -> Position:
+        """Where the file stands: while that is where memory stands, asked once a turn of the loop.
+
+        What is answered in this turn was asked before it, so no answer is older than its question.
+        """
+        loop = asyncio.get_running_loop()
+        if self._looks.get(loop) != self._position:
+            self._looks[loop] = self.store.look()
+            loop.call_soon(self._looks.pop, loop, None)
+        return self._looks[loop]
 
     def _page_on_disk(self, db: Any, scope: str, cursor: int, epoch: str, limit: int) -> Page:
         position = self.store.position(db)
@@ -1484,7 +1496,7 @@ class Engine:
 
     async def head(self, scope: str = DEFAULT_SCOPE) -> int:
         """The scope's current cursor: of its newest change, 0 before the first."""
-        position = self.store.look()
+        position = self._look()
         with self._lock:
             if position == self._position and (tail := self._tails.get(scope)):
                 return tail.current
@@ -1587,6 +1599,10 @@ class Topic:
     pending: Hint | None = None  # what a timer is going to tell
     followers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
 
+    @property
+    def wants_items(self) -> bool:
+        return any(self.followers.values())
+
 
 class Hub:
     """Topics of one event loop. `encode` makes a transport's message of JSON, once for all."""
@@ -1620,14 +1636,19 @@ class Hub:
         """Tell of a newer cursor: now, or merged with others when the topic may speak again."""
         if (topic := self.topics.get(name)) is None:
             return
-        if older := topic.pending:
-            self.counts["hints_merged"] += 1
-            items = None
-            if older.items and hint.items and hint.after == older.cursor:
-                items = older.items + hint.items
-            hint = Hint(max(older.cursor, hint.cursor), hint.epoch, older.after, items)
-        if hint.items and len(hint.items) > self.settings.hint_changes:
+        older, items, most = topic.pending, hint.items, self.settings.hint_changes
+        if older and older.items and items and hint.after == older.cursor:
+            both = older.items + items
+            if len(items) <= most < len(both) and topic.wants_items:
+                self._fan_out(name, topic)  # now, while they fit: to pull them would cost more
+                older = None
+            else:
+                hint = hint._replace(after=older.after, items=both)
+        elif older:
+            hint = Hint(max(older.cursor, hint.cursor), hint.epoch)
+        if hint.items and len(hint.items) > most:
             hint = hint._replace(items=None)
+        self.counts["hints_merged"] += older is not None
         early = time.monotonic() < topic.ready
         if early and older is None:
             asyncio.get_running_loop().call_at(topic.ready, self._fan_out, name, topic)
@@ -1642,7 +1663,7 @@ class Hub:
         topic.cursor = max(hint.cursor, topic.cursor)
         self.topics.move_to_end(name)
         short = long = self._message(name, b'{"cursor":%d}' % topic.cursor)
-        if hint.items and hint.cursor == topic.cursor and any(topic.followers.values()):
+        if topic.wants_items and hint.items and hint.cursor == topic.cursor:
             words = hint.cursor, hint.epoch.encode(), hint.after, b",".join(hint.items)
             if len(words[-1]) <= self.settings.hint_size:
                 whole = b'{"cursor":%d,"epoch":"%b","after":%d,"changes":[%b]}' % words
@@ -1653,8 +1674,9 @@ class Hub:
             except Exception:  # another transport's: it hurts nobody else
                 log.exception("a follower of %s failed", name)
         self.counts["hints_sent"] += len(topic.followers)
-        now = time.monotonic()
-        topic.ready = now + min(4 * (now - topic.spoke), self.settings.hint_gap)
+        # Without its changes a hint costs more than its frame: each follower comes and pulls.
+        now, pause = time.monotonic(), 4 if topic.wants_items else 16
+        topic.ready = now + min(pause * (now - topic.spoke), self.settings.hint_gap)
 
     def tell(self, name: str, subscriber: Subscriber, cursor: int = 0) -> None:
         """Send one follower the newest cursor: `cursor`, or one that the topic had since."""
@@ -1915,7 +1937,7 @@ class Response:
         fields = "".join((self.content_type, *self.headers, *self.headers.values()))
         if not (fields.isascii() and fields.isprintable()):
             raise ValueError(f"a response header has to be printable ASCII: {fields!r}")
-        if twice := _SENT_BY_ITSELF & {name.lower() for name in self.headers}:
+        if twice := _SENT_BY_ITSELF.intersection(map(str.lower, self.headers)):
             raise ValueError(f"the server itself sends {', '.join(twice)}")
         if self.status not in _PHRASES:
             raise ValueError(f"{self.status} is no status code")
@@ -2509,7 +2531,8 @@ class Gate:
     async def identify(self, request: Request, scope: str) -> Any:
         """Who asks, for this scope: what on_auth returns. Raises Unauthorized, Forbidden."""
         self.check_token(request)
-        identity = self.on_auth(request, scope) if self.on_auth else None
+        if (identity := self.on_auth and self.on_auth(request, scope)) is None:
+            return None
         return await identity if inspect.isawaitable(identity) else identity
 
 

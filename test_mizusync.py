@@ -2225,18 +2225,18 @@ def test_the_last_subscribe_decides_on_changes() -> None:
     assert len(follower.heard) == 2
 
 
-def burst(hints: list[Hint], **limits: Any) -> list[Any]:
+def burst(hints: list[Hint], at_once: int = 1, items: bool = True, **limits: Any) -> list[Any]:
     """What a follower hears of hints that come at once, when the first was slow to tell."""
 
     async def all_at_once() -> list[Any]:
         hub, follower = make_hub(**limits), Follower(pause=0.005)
-        hub.subscribe("sync:a", follower, items=True)
+        hub.subscribe("sync:a", follower, items)
         for hint in hints:
             hub.hint("sync:a", hint)
-        assert len(follower.heard) == 1
+        assert len(follower.heard) == at_once
         await quiet(follower, hints[-1].cursor)
-        assert follower.times[1] - follower.times[0] >= 4 * follower.pause
-        assert len(follower.heard) == 2
+        assert follower.times[-1] - follower.times[0] >= 4 * follower.pause
+        assert len(follower.heard) == at_once + 1
         return follower.data
 
     return ask(all_at_once())
@@ -2249,10 +2249,17 @@ def test_hints_of_a_burst_merge_and_are_paced() -> None:
     }  # fmt: skip
 
 
-def test_a_merged_hint_with_many_changes_comes_without_them() -> None:
+def test_a_merged_hint_leaves_before_it_has_more_changes_than_it_may_carry() -> None:
     hints = [news(1, 1), *(news(cursor, 1) for cursor in range(2, 7))]
-    assert burst(hints, hint_changes=5)[1] == news_data(6, 1, [1] * 5)
-    assert burst(hints, hint_changes=4)[1] == {"cursor": 6}
+    assert burst(hints, hint_changes=5)[1:] == [news_data(6, 1, [1] * 5)]
+    early, last = burst(hints, at_once=2, hint_changes=4)[1:]
+    assert (early, last) == (news_data(5, 1, [1] * 4), news_data(6, 5, [1]))
+    assert burst(hints, items=False, hint_changes=4)[1:] == [{"cursor": 6}]
+
+
+def test_a_hint_with_many_changes_comes_without_them() -> None:
+    large = news(3, 1, 1, 1, 1, 1, after=2)
+    assert burst([news(1, 1), news(2, 1), large], hint_changes=4)[1:] == [{"cursor": 3}]
 
 
 def news_data(cursor: int, after: int, changes: list[Any]) -> dict[str, Any]:
