@@ -437,7 +437,9 @@ def parse_json(raw: bytes, depth: int = 64) -> Any:
         # Measured before anything recurses: json.loads has a limit of its own in each version.
         nesting = _STRING.sub(b"", raw).translate(_BRACKETS, _NOT_BRACKETS)
         for _ in range(depth):
-            nesting = nesting.replace(b"()", b"")  # the innermost level, everywhere at once
+            if len(inner := nesting.replace(b"()", b"")) == len(nesting):
+                break
+            nesting = inner  # without the innermost level, everywhere at once
         if nesting:
             raise InvalidRequest(f"the JSON is nested deeper than {depth} levels, or not balanced")
     try:
@@ -2276,6 +2278,8 @@ class Connection(asyncio.Protocol):
 
     async def send(self, data: bytes) -> None:
         """Write, and wait while the peer has much to read: who does not read is not read from."""
+        if self.transport.is_closing():
+            raise ConnectionLost("the peer is gone")
         self.transport.write(data)
         if self.full:
             self._press()
@@ -2662,7 +2666,8 @@ class Server:
                 if crowded:
                     raise Unavailable("the server has too many connections")
                 while await self._exchange(connection):
-                    pass
+                    if connection.buffer:  # requests that came together: others have their turn
+                        await asyncio.sleep(0)
             except SyncError as refusal:  # what came is no request, so nothing can follow it
                 connection.unread = True
                 answer = Response.refusal(refusal).encode("close", connection.is_head)

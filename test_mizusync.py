@@ -5045,6 +5045,36 @@ RUDE = [
 ]
 
 
+def test_requests_that_came_together_leave_others_their_turn(tmp_path: Path) -> None:
+    answered: list[int] = []  # how many, and how many when something else had its turn
+    elsewhere: list[int] = []
+
+    def answer(request: mizusync.Request) -> None:
+        answered.append(len(answered))
+        if len(answered) == 1:
+            asyncio.get_running_loop().call_soon(lambda: elsewhere.append(len(answered)))
+
+    with serve(tmp_path, prepare=lambda server: server.route("GET", "/it")(answer)) as live:
+        client = live.client()
+        client.send(get(b"/it") * 500)
+        for _ in range(500):
+            assert client.response().status == 200
+        assert elsewhere[0] < 5
+
+
+def test_a_client_that_goes_before_its_answers_floods_no_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serve(tmp_path) as live:
+        before = live.tasks()
+        for _ in range(20):
+            client = live.client()
+            client.send(get(b"/it") * 1000)
+            client.reset()
+        until(lambda: live.tasks() <= before)
+    assert not [one for one in caplog.messages if "socket.send" in one]
+
+
 def test_rude_clients_leave_nothing_behind(tmp_path: Path) -> None:
     # The end of what a client sends is not the end of its waiting: that has a time of its own.
     with serve(tmp_path, replace(SMALL, pull_wait_max=MOMENT)) as live:
