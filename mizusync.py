@@ -1707,10 +1707,11 @@ _SINGLE = {  # fields that a second line makes ambiguous, not longer
     "sec-websocket-version", "transfer-encoding",
 }  # fmt: skip
 _SENT_BY_ITSELF = {"connection", "content-length", "content-type", "date", "transfer-encoding"}
-_TOKEN, _VALUE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++", rb"[\t -~\x80-\xff]*+"  # (RFC 9110 §5.5, §5.6.2)
-_REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
-_FIELD = re.compile(rb"(%b):(%b)" % (_TOKEN, _VALUE))
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*%b%b)?" % (_TOKEN, _VALUE))
+_TOKEN, _VALUE = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++", r"[\t -~\x80-\xff]*+"  # (RFC 9110 §5.5, §5.6.2)
+_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+_FIELD = re.compile(rf"({_TOKEN}):({_VALUE})")
+_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{_TOKEN}{_VALUE})?")
+_LENGTH = re.compile("[0-9]{1,18}")
 _REG_NAME = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+"  # (RFC 3986 §3.2.2)
 _ADDRESS = r"\[(?=.*:.*:)[0-9A-Fa-f:.]+\]"
 _AUTHORITY = re.compile(f"(?:(?:{_REG_NAME}|{_ADDRESS})(?::[0-9]{{0,5}})?)?")
@@ -1802,12 +1803,12 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
         if len(buffer) >= settings.head_size:
             raise HTTPError(431, f"the head is longer than {settings.head_size} bytes")
         return None
-    line, *fields = bytes(buffer[:end]).split(b"\r\n")
+    line, *fields = buffer[:end].decode("latin-1").split("\r\n")
     del buffer[: end + 4]
     if not (words := _REQUEST_LINE.fullmatch(line)):
         raise InvalidRequest("the request line is not: method, target, HTTP version")
-    method, target = words[1].decode(), words[2].decode()
-    version = int(words[3]), min(int(words[4]), 1)
+    method, target, major, minor = words.groups()
+    version = int(major), min(int(minor), 1)
     if version[0] != 1:
         raise HTTPError(505, "this server speaks HTTP/1.1")
     if len(target) > settings.target_size:
@@ -1845,16 +1846,18 @@ def find_line(buffer: bytearray, mark: bytes, start: int, limit: int) -> int:
     return end
 
 
-def parse_fields(lines: Iterable[bytes]) -> dict[str, str]:
+def parse_fields(lines: Iterable[str]) -> dict[str, str]:
     """Field lines by name (RFC 9112 §5). A folded one begins with a space: its name is no token."""
     fields: dict[str, str] = {}
     for line in lines:
         if not (words := _FIELD.fullmatch(line)):
             raise InvalidRequest("a header line is not: name, colon, value without controls")
-        key, text = words[1].decode().lower(), words[2].strip(b" \t").decode("latin-1")
-        if key in fields and key in _SINGLE:
-            raise InvalidRequest(f"the header {key} is given twice")
-        fields[key] = f"{fields[key]}, {text}" if key in fields else text
+        key, text = words[1].lower(), words[2].strip(" \t")
+        if key in fields:
+            if key in _SINGLE:
+                raise InvalidRequest(f"the header {key} is given twice")
+            text = f"{fields[key]}, {text}"
+        fields[key] = text
     return fields
 
 
@@ -1862,7 +1865,7 @@ def body_length(headers: Mapping[str, str], version: tuple[int, int]) -> int | N
     """How a body is framed: its length, or None for chunked (RFC 9112 §6.3)."""
     coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
     if coding is None:
-        if not re.fullmatch("[0-9]{1,18}", length):
+        if not _LENGTH.fullmatch(length):
             raise InvalidRequest("the Content-Length is not a number")
         return int(length)
     if "content-length" in headers or version < (1, 1):
@@ -1898,7 +1901,7 @@ class ChunkedBody:
     def take(self, buffer: bytearray) -> bool:
         """Take what is whole off the front of `buffer`; True when the body is. Raises SyncError."""
         while (end := find_line(buffer, b"\r\n", 0, self.settings.target_size)) >= 0:
-            if not (digits := _CHUNK_SIZE.fullmatch(bytes(buffer[:end]))):
+            if not (digits := _CHUNK_SIZE.fullmatch(buffer[:end].decode("latin-1"))):
                 raise InvalidRequest("a chunk does not begin with its size")
             if len(self.body) + (size := int(digits[1], 16)) > self.settings.body_size:
                 raise TooLarge(f"the body is longer than {self.settings.body_size} bytes")
@@ -1907,7 +1910,7 @@ class ChunkedBody:
                 if end < 0:
                     break
                 # Checked, and left: nothing here uses trailers.
-                parse_fields(bytes(buffer[:end]).split(b"\r\n")[1:])
+                parse_fields(buffer[:end].decode("latin-1").split("\r\n")[1:])
                 del buffer[: end + 4]
                 return True
             stop = end + 2 + size
