@@ -82,6 +82,7 @@ import hashlib
 import hmac
 import http
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -1575,6 +1576,9 @@ def call_all(calls: Iterable[Call]) -> None:
 # of what that fan-out took. A burst of pushes costs a follower few frames, and the loop a share.
 
 
+HANDFUL = 500  # followers that are told before the loop goes round: some 5 ms
+
+
 class Hint(NamedTuple):
     """A topic's newest cursor and, while they are few, the encoded items after the one before."""
 
@@ -1598,7 +1602,8 @@ class Topic:
     spoke: float  # when it last did,
     ready: float = 0.0  # and when it may again
     cursor: int = -1  # the newest that was told; -1: it never has one
-    pending: Hint | None = None  # what a timer is going to tell
+    untold: int = 0  # followers whom the hint that goes round has not reached yet
+    pending: Hint | None = None  # what a timer is going to tell, or the end of that round
     followers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
 
     @property
@@ -1641,7 +1646,7 @@ class Hub:
         older, items, most = topic.pending, hint.items, self.settings.hint_changes
         if older and older.items and items and hint.after == older.cursor:
             both = older.items + items
-            if len(items) <= most < len(both) and topic.wants_items:
+            if len(items) <= most < len(both) and topic.wants_items and topic.untold <= 0:
                 self._fan_out(name, topic)  # now, while they fit: to pull them would cost more
                 older = None
             else:
@@ -1651,15 +1656,18 @@ class Hub:
         if hint.items and len(hint.items) > most:
             hint = hint._replace(items=None)
         self.counts["hints_merged"] += older is not None
-        early = time.monotonic() < topic.ready
-        if early and older is None:
-            asyncio.get_running_loop().call_at(topic.ready, self._fan_out, name, topic)
         topic.pending = hint
-        if not early and older is None:  # else a timer has it
+        if older is None:  # else a timer has it, or the end of a round
+            self._plan(name, topic)
+
+    def _plan(self, name: str, topic: Topic) -> None:
+        if time.monotonic() < topic.ready:
+            asyncio.get_running_loop().call_at(topic.ready, self._fan_out, name, topic)
+        else:
             self._fan_out(name, topic)
 
     def _fan_out(self, name: str, topic: Topic) -> None:
-        if (hint := topic.pending) is None:
+        if topic.untold > 0 or (hint := topic.pending) is None:
             return
         topic.pending, topic.spoke = None, time.monotonic()
         topic.cursor = max(hint.cursor, topic.cursor)
@@ -1670,15 +1678,28 @@ class Hub:
             if len(words[-1]) <= self.settings.hint_size:
                 whole = b'{"cursor":%d,"epoch":"%b","after":%d,"changes":[%b]}' % words
                 long = self._message(name, whole)
-        for subscriber, items in list(topic.followers.items()):
-            try:
-                subscriber.hint(name, topic.cursor, long if items else short)
-            except Exception:  # another transport's: it hurts nobody else
-                log.exception("a follower of %s failed", name)
-        self.counts["hints_sent"] += len(topic.followers)
-        # Without its changes a hint costs more than its frame: each follower comes and pulls.
-        now, pause = time.monotonic(), 4 if topic.wants_items else 16
-        topic.ready = now + min(pause * (now - topic.spoke), self.settings.hint_gap)
+        followers, topic.untold = iter(list(topic.followers.items())), len(topic.followers)
+        cursor = topic.cursor
+
+        def tell_some() -> None:
+            for subscriber, items in itertools.islice(followers, HANDFUL):
+                if subscriber in topic.followers:  # still
+                    try:
+                        subscriber.hint(name, cursor, long if items else short)
+                    except Exception:  # another transport's: it hurts nobody else
+                        log.exception("a follower of %s failed", name)
+            self.counts["hints_sent"] += min(HANDFUL, topic.untold)
+            topic.untold -= HANDFUL
+            if topic.untold > 0:
+                asyncio.get_running_loop().call_soon(tell_some)
+                return
+            # Without its changes a hint costs more than its frame: each follower comes and pulls.
+            now, pause = time.monotonic(), 4 if topic.wants_items else 16
+            topic.ready = now + min(pause * (now - topic.spoke), self.settings.hint_gap)
+            if topic.pending:
+                self._plan(name, topic)
+
+        tell_some()
 
     def tell(self, name: str, subscriber: Subscriber, cursor: int = 0) -> None:
         """Send one follower the newest cursor: `cursor`, or one that the topic had since."""

@@ -2274,6 +2274,30 @@ def test_a_hint_with_large_changes_comes_without_them() -> None:
         assert len(follower.data[0]) == keys
 
 
+def test_a_hint_to_many_lets_others_have_their_turn_and_keeps_its_order() -> None:
+    async def go() -> None:
+        hub, crowd = make_hub(), [Follower() for _ in range(3 * mizusync.HANDFUL + 1)]
+        for number, follower in enumerate(crowd):
+            hub.subscribe("sync:a", follower, items=number % 2 == 0)
+        hub.hint("sync:a", news(1, 1))
+        told = [len(follower.heard) for follower in crowd]
+        assert told == sorted(told, reverse=True)
+        assert sum(told) == mizusync.HANDFUL
+        hub.hint("sync:a", news(2, 2))  # waits for the end of the round
+        hub.hint("sync:a", news(3, 3))
+        gone = crowd.pop()
+        hub.unsubscribe("sync:a", gone)
+        late = Follower()
+        hub.subscribe("sync:a", late)
+        hub.tell("sync:a", late, 3)
+        await quiet(crowd[-1], 3)
+        assert all(follower.cursors == [1, 3] for follower in crowd)
+        assert crowd[0].data[1] == news_data(3, 1, [2, 3])
+        assert (gone.heard, late.cursors) == ([], [3, 3])
+
+    ask(go())
+
+
 def test_a_merged_hint_never_hides_a_gap() -> None:
     foreign = Hint(4, "e")  # another process's commit, whose changes are not known here
     assert burst([news(1, 1), news(2, 2), foreign, news(5, 5)])[1] == {"cursor": 5}
