@@ -115,7 +115,7 @@ __all__ = [
     "Request", "Response", "Session", "WebSocket", "Result", "Page", "Snapshot",
     # What a store or a transport of one's own is made of.
     "Store", "Position", "Row", "Mark", "SQLiteStore", "StoreError", "StoreRefused",
-    "Hub", "Hint", "News", "Subscriber",
+    "Hub", "Hint", "Subscriber",
     # The rest of what may be raised.
     "SyncError", "HTTPError", "InvalidRequest", "TooLarge", "CursorTooOld", "CursorUnknown",
     "ProtocolError",
@@ -974,20 +974,20 @@ class SQLiteStore:
 # file stands where the memory does: another process may write to the same file.
 
 
-class News(NamedTuple):
-    """What a commit did to one scope: it has these changes above `after`, up to `cursor`.
+class Hint(NamedTuple):
+    """A newest cursor and, while they are few, the encoded items after the one before.
 
-    `fragments` is None where another process made them: who wants them pulls.
+    `items` is None where another process made them: who wants them pulls.
     """
 
-    scope: str
     cursor: int
-    epoch: str
+    epoch: str = ""
     after: int = 0
-    fragments: Sequence[bytes] | None = None
+    items: tuple[bytes, ...] | None = None
 
 
-Listener = Callable[[Sequence[News]], None]
+News = Mapping[str, Hint]  # what a commit did: the scopes in it
+Listener = Callable[[News], None]
 Mutations = Iterable[Mutation | Mapping[str, Any]]
 Loop = asyncio.AbstractEventLoop
 Call = tuple[Loop | None, Callable[[Any], None], Any]  # where, what, with what
@@ -1084,13 +1084,11 @@ class Batch:
         whole = len(rows) == last - first + 1
         return Result.applied(last, [row.encode() for row in rows] if whole else None, again=True)
 
-    def news(self) -> list[News]:
+    def news(self) -> News:
         """What to tell, once it is in the log."""
-        return [
-            News(scope, tail.current, self.position.epoch, tail.after, tail.fragments)
-            for scope, tail in self.tails.items()
-            if tail.fragments
-        ]
+        epoch = self.position.epoch
+        told = {scope: tail for scope, tail in self.tails.items() if tail.fragments}
+        return {s: Hint(t.current, epoch, t.after, tuple(t.fragments)) for s, t in told.items()}
 
 
 class Job(NamedTuple):
@@ -1252,7 +1250,7 @@ class Engine:
     def _commit(self, jobs: list[Job], alone: bool = False) -> None:
         """Answer these jobs and, unless they are to be alone, all that waits: one transaction."""
         spoilt: Spoilt = {}
-        news: list[News] = []
+        news: News = {}
         while True:
             try:
                 batch, outcomes = self._transact(jobs, alone, spoilt)
@@ -1278,8 +1276,7 @@ class Engine:
             break
         # Answers and hints, in one hop to each loop.
         answers = zip(jobs, outcomes, strict=True)
-        scopes = (None, *(item.scope for item in news)) if news else ()
-        self._tell(news, scopes, ((job.loop, job.answer, outcome) for job, outcome in answers))
+        self._tell(news, ((job.loop, job.answer, outcome) for job, outcome in answers))
 
     def _transact(self, jobs: list[Job], alone: bool, spoilt: Spoilt) -> tuple[Batch, list[Any]]:
         """What became of each job, those that join too; when it returns, it is on disk."""
@@ -1356,24 +1353,14 @@ class Engine:
         position, touched = self.store.position(db), self.store.touched(db, self._position)
         went_back = position.head < self._position.head  # an older copy was restored into it
         self._remember(position, self._tails if went_back else touched, {})
-        news = [News(scope, cursor, position.epoch) for scope, cursor in touched.items()]
-        self._tell(news, (None, *touched) if news else ())
+        self._tell({scope: Hint(cursor, position.epoch) for scope, cursor in touched.items()})
 
-    def _tell(
-        self, news: Sequence[News], scopes: Iterable[str | None], answers: Iterable[Call] = ()
-    ) -> None:
-        """Answer, then call who listens to these scopes: one hop to each loop; None: here."""
+    def _tell(self, news: News, answers: Iterable[Call] = ()) -> None:
+        """Answer, then call who listens to these scopes."""
         with self._lock:
+            scopes = (None, *news) if news else ()
             hearers = [to for scope in scopes for to in self._listeners.get(scope, {}).values()]
-        of_loop: dict[Loop | None, list[Call]] = {}
-        for call in (*answers, *((*to, news) for to in hearers)):
-            of_loop.setdefault(call[0], []).append(call)
-        for loop, calls in of_loop.items():
-            if loop is None:
-                call_all(calls)
-            else:
-                with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there
-                    loop.call_soon_threadsafe(call_all, calls)
+        call_all((*answers, *((*to, news) for to in hearers)))
 
     # -- pull
 
@@ -1397,9 +1384,9 @@ class Engine:
         # The listener stands before the page is looked at: no commit can fall between the two.
         changed = asyncio.Event()
 
-        def hear(news: Sequence[News]) -> None:
+        def hear(news: News) -> None:
             # Of another process's commit the watcher tells late: it may be in the page already.
-            if not news or any(item.scope == scope and item.cursor > cursor for item in news):
+            if not news or news[scope].cursor > cursor:
                 changed.set()
 
         unlisten = self.listen(hear, scope)
@@ -1416,7 +1403,10 @@ class Engine:
 
     def wake(self) -> None:
         """End every pull that waits, now: each answers with what there is."""
-        self._tell((), (scope for scope in self._listeners if scope is not None))
+        with self._lock:
+            of_scopes = [to for scope, to in self._listeners.items() if scope is not None]
+            calls = [(*to, {}) for listeners in of_scopes for to in listeners.values()]
+        call_all(calls)
 
     async def _page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:
         if scope in self._tails:
@@ -1562,6 +1552,19 @@ class Engine:
 
 
 def call_all(calls: Iterable[Call]) -> None:
+    """Each call on its loop, with one hop to each; those of no loop here."""
+    of_loop: dict[Loop | None, list[Call]] = {}
+    for call in calls:
+        of_loop.setdefault(call[0], []).append(call)
+    for loop, its_calls in of_loop.items():
+        if loop is None:
+            call_here(its_calls)
+        else:
+            with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there
+                loop.call_soon_threadsafe(call_here, its_calls)
+
+
+def call_here(calls: Iterable[Call]) -> None:
     for _, function, argument in calls:
         try:
             function(argument)
@@ -1577,15 +1580,6 @@ def call_all(calls: Iterable[Call]) -> None:
 
 
 HANDFUL = 500  # followers that are told before the loop goes round: some 5 ms
-
-
-class Hint(NamedTuple):
-    """A topic's newest cursor and, while they are few, the encoded items after the one before."""
-
-    cursor: int
-    epoch: str = ""
-    after: int = 0
-    items: tuple[bytes, ...] | None = None
 
 
 class Subscriber(Protocol):
@@ -2925,11 +2919,10 @@ class Server:
         except Exception:
             log.exception("%s failed", getattr(function, "__name__", function))
 
-    def _notify(self, news: Sequence[News]) -> None:
+    def _notify(self, news: News) -> None:
         """The arrow: from a commit to the followers of each scope in it."""
-        for scope, cursor, epoch, after, fragments in news:
-            items = None if fragments is None else tuple(fragments)
-            self.hub.hint(f"sync:{scope}", Hint(cursor, epoch, after, items))
+        for scope, hint in news.items():
+            self.hub.hint(f"sync:{scope}", hint)
 
     # -- life
 
