@@ -1405,7 +1405,7 @@ class Engine:
         """End every pull that waits, now: each answers with what there is."""
         with self._lock:
             of_scopes = [to for scope, to in self._listeners.items() if scope is not None]
-            calls = [(*to, {}) for listeners in of_scopes for to in listeners.values()]
+            calls: list[Call] = [(*to, {}) for listeners in of_scopes for to in listeners.values()]
         call_all(calls)
 
     async def _page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:

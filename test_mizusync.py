@@ -4432,6 +4432,37 @@ def test_the_websockets_library_hears_hints_with_changes(server: Live) -> None:
     assert socket.close_code == 1000
 
 
+def test_the_httpx_library_is_served_on_one_connection(server: Live) -> None:
+    httpx = pytest.importorskip("httpx")
+    with httpx.Client(base_url="http://{}:{}".format(*server.address)) as client:
+        chunks = iter([json.dumps([note("a", "x" * 20_000)]).encode()])  # without a length
+        json_type = {"Content-Type": "application/json"}
+        (result,) = client.post("/sync/push", content=chunks, headers=json_type).json()
+        assert client.get("/sync/pull").json()["changes"] == result["changes"]
+        assert client.get("/sync/pull").headers["content-encoding"] == "gzip"
+        assert client.head("/sync/snapshot").status_code == 200
+        assert client.get("/nowhere").json()["code"] == "not_found"
+        assert server.server.stats()["connections"] == 1
+
+
+def test_the_aiohttp_library_pushes_follows_and_is_asked_for_its_body(server: Live) -> None:
+    aiohttp = pytest.importorskip("aiohttp")
+
+    async def go() -> None:
+        address = "http://{}:{}".format(*server.address)
+        async with (
+            aiohttp.ClientSession(address) as client,
+            client.ws_connect("/ws", compress=15) as socket,  # which is declined
+        ):
+            await socket.send_json({"topic": "subscribe", "data": {"changes": True}})
+            assert (await socket.receive_json())["data"] == {"cursor": 0}
+            async with client.post("/sync/push", json=[note("a")], expect100=True) as answer:
+                (result,) = await answer.json()
+            assert (await socket.receive_json())["data"]["changes"] == result["changes"]
+
+    ask(go())
+
+
 # --- Gate -----------------------------------------------------------------------------------
 # Who may: Host, Origin, token, on_auth. A browser's page of another origin gets nothing.
 
