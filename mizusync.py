@@ -310,8 +310,8 @@ class Mutation:
     identity: Any = None
 
     def __post_init__(self) -> None:
-        names = (self.id, MAX_NAME), (self.name, MAX_NAME), (self.scope, MAX_SCOPE)
-        if not all(is_name(name, longest) for name, longest in names):
+        names = is_name(self.id, MAX_NAME) and is_name(self.name, MAX_NAME)
+        if not (names and is_name(self.scope, MAX_SCOPE)):
             rule = f"an id and a name of 1 to {MAX_NAME} characters, a scope of 1 to {MAX_SCOPE}"
             raise InvalidMutation(f"a mutation has {rule}")
 
@@ -1437,7 +1437,8 @@ class Engine:
     def _page_on_disk(self, db: Any, scope: str, cursor: int, epoch: str, limit: int) -> Page:
         position = self.store.position(db)
         trimmed = self.store.trimmed(db, scope)
-        end = self.store.epoch_end(db, epoch) if epoch else position.head
+        newest = epoch in ("", position.epoch)
+        end = position.head if newest else self.store.epoch_end(db, epoch)
         if end is None or cursor > end:
             raise CursorUnknown(f"this history never gave out cursor {cursor}: take a snapshot")
         if cursor < trimmed:
