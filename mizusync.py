@@ -834,6 +834,8 @@ class SQLiteStore:
                 # (https://sqlite.org/pragma.html#pragma_data_version).
                 if (version := _one(self._looker, "PRAGMA data_version")) != self._seen[0]:
                     self._seen = version, self.position(self._looker)
+                    if self._head <= MAX_CURSOR:  # a copy from below another's commit is older too
+                        self._head = max(self._head, self._seen[1].head)
             except sqlite3.Error as error:
                 _refuse(error)
             return self._seen[1]
@@ -1138,6 +1140,7 @@ class Engine:
         self.committing = False  # the writer is at work, and wants the interpreter now and then
         self._apply_function, self._snapshot_function = apply, snapshot
         self._closed = False
+        self._overfull: dict[str, None] = {}  # scopes to trim, the one that waits longest first
         self._looks: dict[Loop, Position] = {}  # of this turn of each loop
         self._lock = threading.Lock()  # over the next four, and held for microseconds
         self._position = store.look()
@@ -1234,10 +1237,11 @@ class Engine:
         while not (self._closed and self._jobs.empty()):
             job = None
             with contextlib.suppress(queue.Empty):
-                job = self._jobs.get(timeout=self.settings.watch_interval)
+                pause = 0.0 if self._overfull else self.settings.watch_interval
+                job = self._jobs.get(timeout=pause)
             try:
-                if job is not None:
-                    self._commit([job])
+                if job or self._overfull:
+                    self._commit([job] if job else [])
                 elif self.store.look() != self._position:
                     # Another process has committed, while there was nothing to write.
                     self.store.read(self._catch_up)
@@ -1263,6 +1267,7 @@ class Engine:
                 return
             except BaseException as error:
                 self.store.rollback()
+                self._overfull.clear()  # they will be found again
                 refused = isinstance(error, StoreRefused)  # the disk's fault, not the code's
                 log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
                 outcomes = [error if refused else SyncError("the server failed")] * len(jobs)
@@ -1271,7 +1276,6 @@ class Engine:
                 self.counts.update(batch.counts)
                 self._remember(batch.position._replace(head=batch.head), (), batch.tails)
                 self._forget(batch.trims)
-                self._retain(batch)
                 news = batch.news()
             break
         # Answers and hints, in one hop to each loop.
@@ -1290,24 +1294,24 @@ class Engine:
             with contextlib.suppress(queue.Empty):
                 if time.monotonic() < deadline and (more := self._jobs.get_nowait()):
                     jobs.append(more)
+        self._retain(batch)
         self.store.append(batch.rows, list(batch.marks.values()))
         self.store.commit()
         return batch, outcomes
 
     def _retain(self, batch: Batch) -> None:
-        """Trim scopes that grew past `keep_changes`: a step in each commit, until that is done."""
-        if (keep := self.settings.keep_changes) is None or self._closed:
+        """Trim some of the scopes that grew past `keep_changes`: in each commit a little."""
+        if (keep := self.settings.keep_changes) is None:
             return
-
-        def step(scope: str, batch: Batch) -> int:
-            return self._trim(batch, scope, self.store.nth_newest(batch.db, scope, keep))
-
-        # To find the change where it ends takes `keep` steps: some ten times in as many changes.
-        # Chance needs no memory, and no pattern of pushes evades it.
-        chance = 10 / keep
-        grown = {s for s, t in batch.tails.items() if random.random() < chance * len(t.fragments)}
-        for scope in grown | batch.trims.keys():
-            self._jobs.put(Job(functools.partial(step, scope), Future()))
+        # Twice what comes in goes, and no more: no push waits for the trims of many scopes.
+        for scope in list(itertools.islice(self._overfull, 1 + len(batch.rows) // 100)):
+            if not self._trim(batch, scope, self.store.nth_newest(batch.db, scope, keep)):
+                del self._overfull[scope]
+        # To find the change where a trim ends takes `keep` steps: some ten times in as many
+        # changes. Chance needs no memory, and no pattern of pushes evades it.
+        for scope, tail in batch.tails.items():
+            if random.random() * keep < 10 * len(tail.fragments):
+                self._overfull[scope] = None
 
     def _trim(self, batch: Batch, scope: str, before: int) -> int:
         # So few at a time that no push waits long behind them.
@@ -1351,7 +1355,9 @@ class Engine:
     def _catch_up(self, db: Any) -> None:
         """Forget what memory has of scopes that another process wrote to, and tell of them."""
         position, touched = self.store.position(db), self.store.touched(db, self._position)
-        went_back = position.head < self._position.head  # an older copy was restored into it
+        # An older copy was restored into it, and may have grown again since.
+        end = self.store.epoch_end(db, self._position.epoch)
+        went_back = end is None or end < self._position.head
         self._remember(position, self._tails if went_back else touched, {})
         self._tell({scope: Hint(cursor, position.epoch) for scope, cursor in touched.items()})
 
@@ -1391,6 +1397,8 @@ class Engine:
 
         unlisten = self.listen(hear, scope)
         try:
+            if self._closed:  # after that nothing would wake it
+                raise Unavailable("the engine is closed")
             page = await self._page(scope, cursor, epoch, limit)
             if not page.fragments:
                 with contextlib.suppress(TimeoutError):
@@ -1994,7 +2002,7 @@ class Response:
     def compress(self) -> Response:
         """The same, compressed (RFC 9110 §8.4.1.3): if it is text, and not encoded already."""
         is_text = self.content_type.startswith(("application/json", "text/"))
-        if not is_text or "Content-Encoding" in self.headers:
+        if not is_text or self.status == 206 or "Content-Encoding" in self.headers:
             return self
         headers = {**self.headers, "Content-Encoding": "gzip"}
         return dataclasses.replace(self, body=gzip.compress(self.body, 1, mtime=0), headers=headers)
@@ -2181,6 +2189,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
+        transport.set_write_buffer_limits(READ_SIZE)  # TLS's own would be 512 KiB
 
     def data_received(self, data: bytes) -> None:
         self.heard = time.monotonic()
@@ -2234,6 +2243,8 @@ class Connection(asyncio.Protocol):
     def _time_out(self) -> None:
         # Also an idle peer's end is a `finish`: a bare close() would wait for ever to be rid of an
         # answer that the peer does not read, and a second one breaks a transport of TLS.
+        if self._arrival and self._arrival.done():
+            return  # bytes came in this very turn: the next sweep judges
         self.deadline = math.inf
         late = HTTPError(408, "the request did not arrive in time")
         self._fail(ConnectionError("no request came") if self.idle else late)
@@ -2266,6 +2277,7 @@ class Connection(asyncio.Protocol):
             self.idle = False
         self.give(self.settings.head_timeout, self._time_out)
         while True:
+            skip_empty_lines(self.buffer)
             self.is_head = self.buffer.startswith(b"HEAD ")
             if request := parse_request(self.buffer, self.settings):
                 break
@@ -2297,13 +2309,15 @@ class Connection(asyncio.Protocol):
 
     async def send(self, data: bytes) -> None:
         """Write, and wait while the peer has much to read: who does not read is not read from."""
-        if self.transport.is_closing():
-            raise ConnectionLost("the peer is gone")
-        self.transport.write(data)
-        if self.full:
-            self._press()
-            await self.drain()
-            self.deadline = math.inf
+        # In pieces: what TLS has handed to the socket's transport, it does not see any more.
+        for start in range(0, len(data), READ_SIZE) or (0,):
+            if self.transport.is_closing():
+                raise ConnectionLost("the peer is gone")
+            self.transport.write(data[start : start + READ_SIZE])
+            if self.full:
+                self._press()
+                await self.drain()
+                self.deadline = math.inf
 
     async def drain(self) -> None:
         if self.full:

@@ -1643,6 +1643,33 @@ def test_pulls_while_the_engine_closes_are_answered_or_unavailable(path: Path) -
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_closing_ends_a_follower_though_a_reader_is_still_at_work(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(db: sqlite3.Connection, scope: str) -> None:
+        entered.set()
+        release.wait(PATIENCE)
+
+    async def go() -> None:
+        engine = open_log(path, snapshot=slow)
+        await engine.push([note("1")])
+
+        async def follow() -> None:
+            async for _ in engine.follow():
+                pass
+
+        following, reading = asyncio.create_task(follow()), asyncio.create_task(engine.snapshot())
+        while not (entered.is_set() and engine.counts["pulls_from_memory"]):
+            await asyncio.sleep(0)
+        closing_it = asyncio.create_task(asyncio.to_thread(engine.close))
+        with pytest.raises(Unavailable):
+            await following
+        release.set()
+        await asyncio.gather(closing_it, reading)
+
+    ask(go())
+
+
 def test_closing_ends_a_waiting_pull(engine: Engine) -> None:
     async def both() -> None:
         waiting = asyncio.create_task(engine.pull(wait=PATIENCE * 3))
@@ -1879,6 +1906,18 @@ def test_the_file_of_a_log_that_keeps_few_changes_stops_growing(path: Path) -> N
     assert sizes[-1] < sizes[0] + 300 * 120
 
 
+def test_the_trims_of_many_scopes_are_spread_over_many_commits(path: Path) -> None:
+    scopes = [str(number) for number in range(60)]
+    with closing(open_log(path)) as engine:
+        push(engine, *(note(f"{scope} {n}", scope=scope) for scope in scopes for n in range(9)))
+    with closing(open_log(path, settings=Settings(keep_changes=2))) as engine:
+        push(engine, *(note("more", scope=scope) for scope in scopes))
+        sql = "SELECT max(count) FROM (SELECT count(*) count FROM mizusync_changes GROUP BY scope)"
+        with closing(sqlite3.connect(path)) as db:
+            until(lambda: db.execute(sql).fetchone() == (2,))  # though nothing is pushed any more
+        assert len(scopes) <= engine.counts["trims"] <= engine.counts["commits"]
+
+
 def test_keep_changes_wants_a_snapshot_function(path: Path) -> None:
     with pytest.raises(ValueError, match="snapshot"):
         open_log(path, snapshot=None, settings=Settings(keep_changes=5))
@@ -2010,6 +2049,43 @@ def test_an_older_copy_restored_into_the_open_file_is_noticed(engine: Engine, pa
     assert [result["cursor"] for result in results] == list(range(2, 11))
     with pytest.raises(mizusync.CursorUnknown):
         pull(engine, late["cursor"], epoch=late["epoch"])
+
+
+def restore(path: Path, backup: Path) -> None:
+    """Into the open file, page by page."""
+    with closing(sqlite3.connect(path)) as db, closing(sqlite3.connect(backup)) as copy:
+        copy.backup(db)
+
+
+def test_a_restored_copy_that_grew_past_the_memory_before_it_looked_is_noticed(path: Path) -> None:
+    backup = path.with_name("backup.db")
+    with closing(open_log(path, settings=Settings(watch_interval=PATIENCE * 6))) as engine:
+        push(engine, note("1", "old"))
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("VACUUM INTO ?", (str(backup),))
+        push(engine, note("2", "lost"), note("3", "lost"))
+        assert len(whole_log(engine)) == 3
+        restore(path, backup)
+        with closing(open_log(path)) as other:
+            push(other, *(note(key, scope="elsewhere") for key in "4567"))
+        push(engine, note("8", scope="a third"))  # so that it looks
+        assert fold(whole_log(engine)) == ["old"]
+
+
+def test_a_restored_copy_begins_an_epoch_whoever_commits_to_it_first(path: Path) -> None:
+    with closing(open_log(path)) as engine, closing(open_log(path)) as other:
+        push(engine, note("1"))
+        push(other, note("2"))
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("VACUUM INTO ?", (str(path.with_name("backup.db")),))
+        push(engine, note("3"), note("4"))
+        late = pull(engine)
+        assert pull(other)["cursor"] == 4  # it has seen them
+        restore(path, path.with_name("backup.db"))
+        push(other, *(note(f"new {number}") for number in range(4)))
+        for one in (engine, other):
+            with pytest.raises(mizusync.CursorUnknown):
+                pull(one, late["cursor"], epoch=late["epoch"])
 
 
 # Two engines on one file: what one commits, the other never misses.
@@ -2566,8 +2642,14 @@ BAD_HEADS = {
 }
 
 
-def test_a_head_request_that_is_refused_unread_gets_no_body(visitor: RawClient) -> None:
-    visitor.send(raw(b"HEAD /healthz#part HTTP/1.1", HOST))
+@pytest.mark.parametrize("before", [b"", b"\r\n"])
+def test_a_head_request_that_is_refused_unread_gets_no_body(
+    visitor: RawClient, before: bytes
+) -> None:
+    visitor.send(before[:1])
+    with closing(RawClient(visitor.address)) as other:
+        assert other.request("GET", "/healthz").status == 200  # by now the first byte has arrived
+    visitor.send(before[1:] + raw(b"HEAD /healthz#part HTTP/1.1", HOST))
     assert visitor.response(bodiless=True).status == 400
     assert visitor.ended()
 
@@ -5581,14 +5663,42 @@ def test_a_target_in_absolute_form_does_not_excuse_a_bad_host(
     assert refused(client.response(), 400)
 
 
-def test_the_program_speaks_tls(tmp_path: Path) -> None:
+def make_certificate(folder: Path) -> tuple[str, str]:
     if (openssl := shutil.which("openssl")) is None:
         pytest.skip("no openssl to make a certificate with")
-    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
     make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     command = [openssl, *make.split(" "), *named, "-keyout", key, "-out", certificate]
     subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+    return key, certificate
+
+
+def test_a_large_answer_reaches_who_reads_it_slowly_over_tls(tmp_path: Path) -> None:
+    key, certificate = make_certificate(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+
+    def over_tls(server: Server) -> None:
+        setattr(server, "listen", functools.partial(server.listen, ssl=context))  # noqa: B010
+        server.route("GET", "/it")(lambda request: b"x" * 4_000_000)
+
+    with serve(tmp_path, replace(SMALL, linger=MOMENT), prepare=over_tls) as live:
+        client = live.client(receive_buffer=4096)
+        trusting = ssl.create_default_context(cafile=certificate)
+        client.sock = trusting.wrap_socket(client.sock, server_hostname="127.0.0.1")
+        client.send(get(b"/it", b"Connection: close"))
+        started, whole = time.monotonic(), bytearray()
+        while piece := client.sock.recv(16384):
+            whole += piece
+            due = started + 3 * MOMENT * len(whole) / 4_000_000
+            while time.monotonic() < due:  # it reads on and on, but slowly
+                time.sleep(0.001)
+        assert len(whole.partition(b"\r\n\r\n")[2]) == 4_000_000
+
+
+def test_the_program_speaks_tls(tmp_path: Path) -> None:
+    key, certificate = make_certificate(tmp_path)
     arguments = ("--db", str(tmp_path / "todos.db"), "--certfile", certificate, "--keyfile", key)
     context = ssl.create_default_context(cafile=certificate)
     with program(*arguments) as running, closing(RawClient(running.address)) as client:
