@@ -410,9 +410,8 @@ def is_name(value: Any, longest: int) -> bool:
 
 # Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without needless spaces.
 encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-encode_name = functools.lru_cache(maxsize=1000)(
-    encode_json
-)  # for the few that come again and again
+# For the names of scopes and topics: the same few come again and again.
+encode_name = functools.lru_cache(maxsize=1000)(encode_json)
 
 # A whole string; one that never ends counts to the end. Possessive (++, *+): no text makes the
 # search go back, or a million hostile quotes would take it hours.
@@ -1640,7 +1639,7 @@ class Hub:
                 subscriber.message(message)
 
     def _message(self, name: str, data: bytes) -> bytes:
-        return self.encode(b'{"topic":%b,"data":%b}' % (encode_json(name).encode(), data))
+        return self.encode(b'{"topic":%b,"data":%b}' % (encode_name(name).encode(), data))
 
     def hint(self, name: str, hint: Hint) -> None:
         """Tell of a newer cursor: now, or merged with others when the topic may speak again."""

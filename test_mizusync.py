@@ -1071,6 +1071,17 @@ def gated(entered: threading.Event, release: threading.Event) -> Callable[..., A
     return apply_gated
 
 
+def stalled(entered: threading.Event, release: threading.Event) -> Callable[..., list[Any]]:
+    """An application in which every mutation stays until it is released."""
+
+    def apply_stalled(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        entered.set()
+        release.wait(PATIENCE)
+        return [mutation.id]
+
+    return apply_stalled
+
+
 def test_close_finishes_what_waits_and_then_nothing_is_taken(path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
     engine = open_log(path, apply=gated(entered, release))
@@ -2003,17 +2014,30 @@ def test_an_epoch_that_is_not_of_this_history_is_unknown(engine: Engine) -> None
             pull(engine, cursor, epoch="another")
 
 
+def back_up(path: Path) -> Path:
+    """A copy of the file as it is, whoever has it open."""
+    backup = path.with_name("backup.db")
+    backup.unlink(missing_ok=True)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("VACUUM INTO ?", (str(backup),))
+    return backup
+
+
+def restore(path: Path, backup: Path) -> None:
+    """Into the open file, page by page."""
+    with closing(sqlite3.connect(path)) as db, closing(sqlite3.connect(backup)) as copied:
+        copied.backup(db)
+
+
 @pytest.mark.parametrize("grown", [0, 3, 20], ids=["as it was", "less", "past the client"])
 @pytest.mark.parametrize("restart", [False, True], ids=["same opening", "later opening"])
 def test_a_restored_older_copy_knows_the_cursors_that_it_gave_out_and_no_later_ones(
     path: Path, grown: int, restart: bool
 ) -> None:
-    backup = path.with_name("backup.db")
     with closing(open_log(path)) as engine:
         push(engine, *(note(str(number)) for number in range(5)))
         early = pull(engine)
-        with closing(sqlite3.connect(path)) as db:
-            db.execute("VACUUM INTO ?", (str(backup),))
+        backup = back_up(path)
         if not restart:
             push(engine, *(note(f"lost {number}") for number in range(5)))
             late = pull(engine)
@@ -2033,14 +2057,10 @@ def test_a_restored_older_copy_knows_the_cursors_that_it_gave_out_and_no_later_o
 
 def test_an_older_copy_restored_into_the_open_file_is_noticed(engine: Engine, path: Path) -> None:
     push(engine, note("1"))
-    with (
-        closing(sqlite3.connect(path)) as db,
-        closing(sqlite3.connect(path.with_name("backup.db"))) as backup,
-    ):
-        db.backup(backup)
-        push(engine, *(note(f"lost {number}") for number in range(3)))
-        late = pull(engine)
-        backup.backup(db)
+    backup = back_up(path)
+    push(engine, *(note(f"lost {number}") for number in range(3)))
+    late = pull(engine)
+    restore(path, backup)
     assert len(whole_log(engine)) == 1
     with pytest.raises(mizusync.CursorUnknown):
         pull(engine, late["cursor"], epoch=late["epoch"])
@@ -2051,18 +2071,10 @@ def test_an_older_copy_restored_into_the_open_file_is_noticed(engine: Engine, pa
         pull(engine, late["cursor"], epoch=late["epoch"])
 
 
-def restore(path: Path, backup: Path) -> None:
-    """Into the open file, page by page."""
-    with closing(sqlite3.connect(path)) as db, closing(sqlite3.connect(backup)) as copy:
-        copy.backup(db)
-
-
 def test_a_restored_copy_that_grew_past_the_memory_before_it_looked_is_noticed(path: Path) -> None:
-    backup = path.with_name("backup.db")
     with closing(open_log(path, settings=Settings(watch_interval=PATIENCE * 6))) as engine:
         push(engine, note("1", "old"))
-        with closing(sqlite3.connect(path)) as db:
-            db.execute("VACUUM INTO ?", (str(backup),))
+        backup = back_up(path)
         push(engine, note("2", "lost"), note("3", "lost"))
         assert len(whole_log(engine)) == 3
         restore(path, backup)
@@ -2076,12 +2088,11 @@ def test_a_restored_copy_begins_an_epoch_whoever_commits_to_it_first(path: Path)
     with closing(open_log(path)) as engine, closing(open_log(path)) as other:
         push(engine, note("1"))
         push(other, note("2"))
-        with closing(sqlite3.connect(path)) as db:
-            db.execute("VACUUM INTO ?", (str(path.with_name("backup.db")),))
+        backup = back_up(path)
         push(engine, note("3"), note("4"))
         late = pull(engine)
         assert pull(other)["cursor"] == 4  # it has seen them
-        restore(path, path.with_name("backup.db"))
+        restore(path, backup)
         push(other, *(note(f"new {number}") for number in range(4)))
         for one in (engine, other):
             with pytest.raises(mizusync.CursorUnknown):
@@ -3528,12 +3539,7 @@ def test_an_unknown_path_is_not_found(visitor: RawClient) -> None:
 
 def test_what_the_writer_has_no_room_for_is_unavailable_and_not_applied(tmp_path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
-
-    def slow(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-        entered.set()
-        release.wait(PATIENCE)
-        return [mutation.id]
-
+    slow = stalled(entered, release)
     with serve(tmp_path, replace(SMALL, pending_pushes=1), apply=slow) as live:
         clients = [live.client() for _ in range(4)]
         try:
@@ -5104,12 +5110,7 @@ def test_an_end_closes_sessions_with_1001_and_answers_who_waits(tmp_path: Path) 
 
 def test_a_push_in_flight_is_answered_before_the_end(tmp_path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
-
-    def slow(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-        entered.set()
-        release.wait(PATIENCE)
-        return [mutation.id]
-
+    slow = stalled(entered, release)
     with serve(tmp_path, apply=slow) as live:
         client, session = live.client(), live.socket()
         client.send(raw(PUSH, HOST, JSON, LENGTH, body=BODY))
@@ -5285,12 +5286,7 @@ def test_memory_holds_no_more_of_the_log_than_the_limit(tmp_path: Path) -> None:
 
 def test_a_transaction_takes_nothing_more_once_its_time_is_over(tmp_path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
-
-    def slow(db: Any, mutation: Mutation) -> list[Any]:
-        entered.set()
-        release.wait(PATIENCE)
-        return [1]
-
+    slow = stalled(entered, release)
     at_once = Settings(commit_time=0.0)
     with closing(Engine(tmp_path / "log", apply=slow, settings=at_once)) as engine:
         futures = [engine.submit([note("first")])]
@@ -6483,10 +6479,7 @@ class Convergence(RuleBasedStateMachine):
 
     @rule()
     def back_up(self) -> None:
-        copied = self.path.with_name("backup.db")
-        copied.unlink(missing_ok=True)
-        with closing(sqlite3.connect(self.path)) as db:
-            db.execute("VACUUM INTO ?", (str(copied),))
+        back_up(self.path)
         self.backup = copy.deepcopy(self.model)
 
     @precondition(lambda self: self.backup)
