@@ -1908,7 +1908,7 @@ def test_the_file_of_a_log_that_keeps_few_changes_stops_growing(path: Path) -> N
 
     sizes: list[int] = []
     for opening in range(4):
-        few = Settings(keep_changes=20)
+        few = Settings(keep_changes=10)  # so few that each commit trims: no chance is in it
         with closing(open_log(path, apply=application, settings=few)) as engine:
             for number in range(100):
                 push(engine, note(f"{opening} {number}", "x" * 4000))
