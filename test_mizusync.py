@@ -5728,13 +5728,15 @@ UNITS = {"": 1, "s": 1, "KiB": 2**10, "MiB": 2**20}
 def readme(heading: str = "") -> str:
     """Its text, or what stands between one of its headings and the next."""
     text = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
-    return (
-        re.split(r"^#+ ", text.partition(f"# {heading}\n")[2], flags=re.M)[0] if heading else text
-    )
+    if not heading:
+        return text
+    found = re.search(rf"^#+ {re.escape(heading)}\n((?:```.*?^```$|(?!#+ ).)*)", text, re.M | re.S)
+    assert found, heading
+    return found[1]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", readme(), re.M | re.S)
+def blocks(language: str, heading: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", readme(heading), re.M | re.S)
 
 
 def steady(shown: str) -> str:
@@ -5805,7 +5807,7 @@ def test_the_application_of_the_readme_works(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Server, "run", lambda server, host, port: None)
-    application, _ = blocks("python")
+    (application, _) = blocks("python", "An application of your own")
     names: dict[str, Any] = {}
     exec(application, names)
     monkeypatch.undo()
@@ -5825,7 +5827,7 @@ def test_the_application_of_the_readme_works(
 
 def test_the_on_auth_of_the_readme_works(tmp_path: Path) -> None:
     names: dict[str, Any] = {"mizusync": mizusync, "user_of": {"Ann-7": "ann"}.get}
-    exec(blocks("python")[1], names)
+    exec(blocks("python", "An application of your own")[1], names)
     with serve(tmp_path, on_auth=names["on_auth"]) as live:
         for scope, token, status in (
             ("family", "Ann-7", 200),
@@ -5857,6 +5859,42 @@ def test_the_readme_has_every_flag_name_and_code() -> None:
         *CODES.items(),
         *((410, code) for code in ("cursor_too_old", "cursor_unknown")),
     }
+
+
+# --- Recipes ------------------------------------------------------------------------------
+# Each stands in the README, and runs here as it stands there.
+
+
+# -- With endpoints, a chat and presence of its own
+
+
+# -- In a running asyncio program
+
+
+# -- Beside Flask or Django
+
+
+# -- Under FastAPI
+
+
+# -- Users and tokens
+
+
+# -- A client in Python
+
+
+# -- Behind nginx
+
+
+# -- PostgreSQL instead of SQLite
+
+
+# --- SyncClient ---------------------------------------------------------------------------
+# Part one of the page's script, in Node.
+
+
+# --- Page ---------------------------------------------------------------------------------
+# The page in a real browser.
 
 
 # --- Two processes --------------------------------------------------------------------------
