@@ -5807,7 +5807,7 @@ def test_the_application_of_the_readme_works(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Server, "run", lambda server, host, port: None)
-    (application, _) = blocks("python", "An application of your own")
+    (application,) = blocks("python", "An application of your own")
     names: dict[str, Any] = {}
     exec(application, names)
     monkeypatch.undo()
@@ -5827,7 +5827,7 @@ def test_the_application_of_the_readme_works(
 
 def test_the_on_auth_of_the_readme_works(tmp_path: Path) -> None:
     names: dict[str, Any] = {"mizusync": mizusync, "user_of": {"Ann-7": "ann"}.get}
-    exec(blocks("python", "An application of your own")[1], names)
+    exec(*blocks("python", "Who may"), names)
     with serve(tmp_path, on_auth=names["on_auth"]) as live:
         for scope, token, status in (
             ("family", "Ann-7", 200),
