@@ -1428,7 +1428,7 @@ class Engine:
                     self.counts["pulls_from_memory"] += 1
                     return tail.page(cursor, limit, position.epoch)
         self.counts["pulls_from_disk"] += 1
-        return await self._read(lambda db: self._page_on_disk(db, scope, cursor, epoch, limit))
+        return await self.read(lambda db: self._page_on_disk(db, scope, cursor, epoch, limit))
 
     def _look(self) -> Position:
         """Where the file stands: while that is where memory stands, asked once a turn of the loop.
@@ -1466,8 +1466,11 @@ class Engine:
             return Page(tail.fragments, max(cursor, tail.current), position.epoch)
         return Page([row.encode() for row in rows], rows[-1].cursor, position.epoch, True)
 
-    async def _read(self, work: Callable[[Any], T]) -> T:
-        """`work(db)` on a reader's thread, in a transaction of its own: all of one moment."""
+    async def read(self, work: Callable[[Any], T]) -> T:
+        """`work(db)` on a reader's thread, in a transaction of its own: all of one moment.
+
+        Raises Unavailable, and what `work` raises.
+        """
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._readers, self.store.read, work)
@@ -1493,7 +1496,7 @@ class Engine:
             text = data.text if isinstance(data, Json) else encode_json(data)
             return Snapshot(text, cursor, epoch)
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def head(self, scope: str = DEFAULT_SCOPE) -> int:
         """The scope's current cursor: of its newest change, 0 before the first."""
@@ -1501,11 +1504,11 @@ class Engine:
         with self._lock:
             if position == self._position and (tail := self._tails.get(scope)):
                 return tail.current
-        return await self._read(lambda db: self.store.current(db, scope))
+        return await self.read(lambda db: self.store.current(db, scope))
 
     async def position(self) -> Position:
         """The highest cursor over all scopes, and the epoch. Raises Unavailable."""
-        return await self._read(self.store.position)
+        return await self.read(self.store.position)
 
     async def follow(self, scope: str = DEFAULT_SCOPE, cursor: int = 0) -> AsyncIterator[Change]:
         """Every change of the scope above `cursor`, then each new one as it comes, without end."""

@@ -1114,7 +1114,7 @@ def test_a_closed_engine_answers_everything_with_unavailable(engine: Engine) -> 
         engine.submit([note("2")])
     for question in (
         *(lambda: engine.push([]), engine.pull, lambda: engine.pull("other"), engine.snapshot),
-        *(engine.head, lambda: engine.head("other"), engine.position),
+        *(engine.head, lambda: engine.head("other"), engine.position, lambda: engine.read(id)),
         lambda: engine.trim(DEFAULT, 2),
     ):
         with pytest.raises(Unavailable):
@@ -1757,6 +1757,15 @@ def test_a_head_is_its_scopes_current_cursor(path: Path) -> None:
             push(engine, note(key, scope="b"))
             assert ask(engine.head("a")) == result["cursor"]
             assert ask(engine.head("never")) == 0
+
+
+def test_an_application_reads_its_own_tables_and_can_not_write_there(engine: Engine) -> None:
+    push(engine, note("1", "milk"))
+    assert ask(engine.read(lambda db: db.execute("SELECT data FROM notes").fetchall())) == [
+        ('"milk"',)
+    ]
+    with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+        ask(engine.read(lambda db: db.execute("DELETE FROM notes")))
 
 
 # Snapshot, trim, epochs: who may go on from where.
