@@ -1771,6 +1771,11 @@ class Request:
             query[name] = unquote(value)
         return query
 
+    @property
+    def json(self) -> Any:
+        """The body, which has to be strict JSON. Raises InvalidRequest."""
+        return parse_json(self.body)
+
     def number(self, name: str, default: float, pattern: str = "[0-9]{1,16}") -> float:
         """A parameter that is a number of ASCII digits. Raises InvalidRequest."""
         if (text := self.query.get(name)) is None:

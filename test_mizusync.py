@@ -5022,6 +5022,10 @@ def prepared(server: Server) -> None:
     async def value(request: mizusync.Request) -> Any:
         return {"x": [1, None]}
 
+    @server.route("POST", "/keys")
+    async def keys(request: mizusync.Request) -> Any:
+        return list(request.json)
+
     @server.route("GET", "/response")
     async def response(request: mizusync.Request) -> Any:
         return mizusync.Response(status=201, body=b"made", headers={"X-A": "1"}, content_type="a/b")
@@ -5045,6 +5049,13 @@ def test_routes_of_the_application_give_text_bytes_json_or_a_response(tmp_path: 
         assert (made.status, made.body, made.headers["x-a"]) == (201, b"made", "1")
         assert made.headers["content-type"] == "a/b"
         assert set(client.request("OPTIONS", "/upper").headers["allow"].split(", ")) >= {"POST"}
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"NaN", b"\xff", b"[" * 65 + b"]" * 65])
+def test_a_route_that_wants_json_refuses_what_is_none(tmp_path: Path, body: bytes) -> None:
+    with serve(tmp_path, prepare=prepared) as live:
+        assert refused(live.client().request("POST", "/keys", body), 400)
+        assert live.client().request("POST", "/keys", b'{"a": [1]}').json == ["a"]
 
 
 def test_a_header_that_would_be_two_is_a_fault_of_its_route(tmp_path: Path) -> None:
