@@ -101,7 +101,7 @@ import time
 import urllib.parse
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -2626,6 +2626,7 @@ class Server:
         self._connections: dict[Connection, WebSocket | None] = {}  # and what it became
         self._tasks: set[asyncio.Task[None]] = set()  # while there are any, it listens
         self._stopping = False
+        self._stop: Future[None] = Future()  # what run waits for
         # By path and method: a handler, and whether it is a WebSocket's.
         self._routes: dict[str, dict[str, tuple[Callable[[Any], Any], bool]]] = {}
         self.route("POST", "/sync/push")(self._push)
@@ -2951,22 +2952,21 @@ class Server:
     def run(
         self, host: str, port: int, announce: Callable[[str], None] = log.info, **options: Any
     ) -> None:
-        """Serve until SIGTERM or SIGINT; then stop gently, and close the engine. Blocks.
+        """Serve until SIGTERM, SIGINT or `stop`; then end gently, and close the engine. Blocks.
 
         `announce` is told where to open the page; the options are listen's, and what it raises.
         """
 
         async def serve() -> None:
-            loop, stop = asyncio.get_running_loop(), asyncio.Event()
-            signals = signal.SIGTERM, signal.SIGINT
+            loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
             # Neither a thread other than the first nor Windows can have signal handlers here.
             with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
                 for one in signals:
-                    loop.add_signal_handler(one, stop.set)
+                    loop.add_signal_handler(one, self.stop)
             async with self.listen(host, port, **options) as (name, number):
                 name = f"[{name}]" if ":" in name else name
                 announce(f"open {'https' if options.get('ssl') else 'http'}://{name}:{number}/")
-                await stop.wait()
+                await asyncio.wrap_future(self._stop)
                 for one in signals:
                     loop.remove_signal_handler(one)  # a second one ends at once
 
@@ -2974,6 +2974,11 @@ class Server:
             asyncio.run(serve())
         finally:
             self.engine.close()
+
+    def stop(self) -> None:
+        """End `run`, as a signal does. From any thread, also before it has begun."""
+        with contextlib.suppress(InvalidStateError):  # twice does no harm
+            self._stop.set_result(None)
 
     @contextlib.asynccontextmanager
     async def listen(

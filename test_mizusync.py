@@ -5002,6 +5002,32 @@ def test_the_page_is_served(tmp_path: Path) -> None:
         assert refused(live.client().request("POST", "/", b""), 405)
 
 
+def test_a_server_in_a_thread_ends_in_order_when_it_is_told_to_stop(engine: Engine) -> None:
+    server, told = Server(engine), list[str]()
+    run = functools.partial(server.run, "127.0.0.1", 0, told.append)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    until(lambda: told)
+    with closing(RawClient(("127.0.0.1", int(told[0].split(":")[-1][:-1])))) as session:
+        assert session.upgrade().status == 101
+        server.stop()
+        assert session.read_close() == 1001
+    thread.join(PATIENCE)
+    server.stop()
+    assert not thread.is_alive()
+    assert refuses(lambda: engine.submit([note("1")]))
+
+
+def test_a_server_that_is_told_to_stop_before_it_runs_does_so_at_once(engine: Engine) -> None:
+    server = Server(engine)
+    server.stop()
+    thread = threading.Thread(target=server.run, args=("127.0.0.1", 0), daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert refuses(lambda: engine.submit([note("1")]))
+
+
 def test_without_its_page_the_server_has_none(tmp_path: Path) -> None:
     with serve(tmp_path, page=tmp_path / "nowhere.html") as live:
         assert refused(live.client().request("GET", "/"), 404)
