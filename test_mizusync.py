@@ -14,6 +14,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import hmac
 import http.client
 import itertools
 import json
@@ -5914,16 +5915,211 @@ def test_the_readme_has_every_flag_name_and_code() -> None:
 # -- With endpoints, a chat and presence of its own
 
 
+@contextmanager
+def recipe(
+    heading: str, folder: Path, number: int = signal.SIGTERM, *edits: tuple[str, str], **env: str
+) -> Iterator[dict[str, tuple[str, int]]]:
+    """The addresses where a recipe's program listens, by the word before; a signal ends it well."""
+    (text,) = blocks("python", heading)
+    for old, new in (("8080", "0"), *edits):
+        text = text.replace(old, new)
+    (folder / "recipe.py").write_text(text, encoding="utf-8")
+    start = "import logging, runpy; logging.basicConfig(level='INFO');"
+    start += "runpy.run_path('recipe.py', run_name='__main__')"
+    with subprocess.Popen(
+        [sys.executable, "-X", "dev", "-c", start],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(PROGRAM.parent), **env},
+    ) as process:
+        watchdog = threading.Timer(2 * PATIENCE, process.kill)
+        watchdog.start()
+        assert process.stdout is not None
+        said, found = "", dict[str, tuple[str, int]]()
+        while len(found) < 1 + text.count("app.run("):
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+            for word, host, port in re.findall(r"(\w*) ?http://([0-9.]+):(\d+)", line):
+                found[word] = host, int(port)
+        try:
+            yield found
+            process.send_signal(number)
+            said += process.communicate(timeout=PATIENCE)[0]
+            assert process.returncode == 0, said
+            assert not re.search("Traceback|ERROR", said), said
+        finally:
+            process.kill()
+            watchdog.cancel()
+
+
+def test_the_board_has_notes_that_last_a_chat_and_who_is_there(tmp_path: Path) -> None:
+    heading = "With endpoints, a chat and presence of its own"
+    with recipe(heading, tmp_path) as found, ExitStack() as stack:
+        address = found["open"]
+        ann, again, ben, away = (stack.enter_context(closing(RawClient(address))) for _ in range(4))
+        for client, scope in ((ann, "hall"), (again, "hall"), (ben, "hall"), (away, "attic")):
+            assert client.upgrade(f"/ws?scope={scope}").status == 101
+        ben.say("say", {"text": "nobody knows me"})
+        assert ben.read_json()["topic"] == "error"
+        for client, name, present, hearers in (
+            (ann, "Ann", ["Ann"], [ann]),
+            (ben, "Ben", ["Ann", "Ben"], [ann, ben]),
+            (again, "Ann", ["Ann", "Ben"], [ann, ben, again]),
+            (away, "Cy", ["Cy"], [away]),
+        ):
+            client.say("hello", {"name": name})
+            for hearer in hearers:
+                where = "attic" if client is away else "hall"
+                assert hearer.read_json() == {"topic": f"here:{where}", "data": present}
+        ben.say("say", {"text": "tea?"})
+        for hearer in (ann, again, ben):
+            said = {"topic": "chat:hall", "data": {"name": "Ben", "text": "tea?"}}
+            assert hearer.read_json() == said
+        assert away.quiet()
+        again.close()
+        assert ben.read_json()["data"] == ["Ann", "Ben"]  # one of her two pages is still open
+        ann.reset()
+        assert ben.read_json()["data"] == ["Ben"]
+        with closing(RawClient(address)) as client:
+            put = {"scope": "hall", "name": "note.put", "args": {"id": "1", "text": "milk"}}
+            assert client.push({"id": "m", **put}, {"id": "n", "name": "?"})[0]["ok"]
+            room = client.request("GET", "/room").json
+            assert room == {"notes": {"1": "milk"}, "here": ["Ben"]}
+    with recipe(heading, tmp_path) as found, closing(RawClient(found["open"])) as client:
+        assert client.request("GET", "/room").json == {"notes": {"1": "milk"}, "here": []}
+
+
 # -- In a running asyncio program
 
 
+def test_the_program_does_the_jobs_of_its_clients_and_those_of_an_earlier_run(
+    tmp_path: Path,
+) -> None:
+    def results(client: RawClient) -> list[str]:
+        data = [change["data"] for change in client.pull(scope="jobs", cursor=0)["changes"]]
+        return [change["result"] for change in data if "result" in change]
+
+    heading, quoted = "In a running asyncio program", {"id": "1", "result": "?"}
+    run = functools.partial(recipe, heading, tmp_path, signal.SIGINT)
+    with run() as found, closing(RawClient(found[""])) as client:
+        added, forged, elsewhere = client.push(
+            {"id": "1", "scope": "jobs", "name": "job.add", "args": "tea"},
+            {"id": "2", "scope": "jobs", "name": "job.done", "args": quoted},
+            {"id": "3", "name": "job.add", "args": "tea"},
+        )
+        assert added["changes"][0]["data"] == {"id": "1", "text": "tea"}
+        assert forged["code"] == elsewhere["code"] == "invalid_mutation"
+        until(lambda: results(client) == ["TEA"])
+    with closing(sqlite3.connect(tmp_path / "jobs.db")) as db, db:
+        db.execute("UPDATE jobs SET result = NULL")  # as if that run had ended too early
+    with run() as found, closing(RawClient(found[""])) as client:
+        until(lambda: results(client) == ["TEA", "TEA"])
+
+
 # -- Beside Flask or Django
+
+
+def test_requests_of_flask_push_from_their_threads_and_live_clients_hear_of_it(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("flask", reason="no flask to stand beside")
+
+    def order(key: str, dish: str = "soup") -> tuple[int, Any]:
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        with closing(http.client.HTTPConnection(*found["on"], timeout=PATIENCE)) as client:
+            client.request("POST", "/orders", urlencode({"id": key, "dish": dish}), form)
+            response = client.getresponse()
+            return response.status, json.loads(response.read())
+
+    edit = ('app.run("127.0.0.1", 5000', 'app.run("127.0.0.1", 0')
+    with recipe("Beside Flask or Django", tmp_path, signal.SIGINT, edit) as found:
+        with closing(RawClient(found["open"])) as session, ThreadPoolExecutor(8) as pool:
+            page = {"Origin": "http://127.0.0.1:5000"}
+            assert session.upgrade("/ws?scope=main", page).status == 101
+            assert session.subscribe()["data"] == {"cursor": 0}
+            answers = list(pool.map(order, [str(number % 8) for number in range(24)]))
+            assert {status for status, _ in answers} == {200}
+            assert sum("duplicate" in result for _, result in answers) == 16
+            while session.read_json()["data"]["cursor"] < 8:
+                pass  # hints merge
+        for key, dish, status in (("8", "", 409), ("", "soup", 400)):
+            answer = order(key, dish)
+            assert (answer[0], answer[1]["code"]) == (status, "invalid_mutation")
+        with closing(http.client.HTTPConnection(*found["on"], timeout=PATIENCE)) as client:
+            client.request("GET", "/orders")
+            assert json.loads(client.getresponse().read()) == {str(n): "soup" for n in range(8)}
 
 
 # -- Under FastAPI
 
 
 # -- Users and tokens
+
+
+def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(tmp_path: Path) -> None:
+    def enter(path: str, user: str, password: str) -> Reply:
+        body = json.dumps({"user": user, "password": password}).encode()
+        return guest.request("POST", path, body)
+
+    def bearer(token: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {token}"}
+
+    def status(scope: str, token: str) -> int:
+        return guest.request("GET", f"/sync/pull?scope={scope}", headers=bearer(token)).status
+
+    def wish(key: str, scope: str, name: str, args: Any) -> dict[str, Any]:
+        return {"id": key, "scope": scope, "name": name, "args": args}
+
+    # The test has no 10 s to wait for.
+    edit, secret = ("auth_interval=10", "auth_interval=0.1"), "a secret"
+    with (
+        recipe("Users and tokens", tmp_path, signal.SIGTERM, edit, SECRET=secret) as found,
+        closing(RawClient(found["open"])) as guest,
+        closing(RawClient(found["open"])) as session,
+    ):
+        assert enter("/register", "ann", "pass-a").status == 200
+        ben = enter("/register", "ben", "pass-b").json["token"]
+        assert refused(enter("/register", "ann", "mine"), 409)
+        for user, password in (("ann", "pass-b"), ("ann", ""), ("cy", "pass-a")):
+            assert refused(enter("/login", user, password), 401)
+        for user in ("", "a.b", "Ann", "a/b", "a" * 33):
+            assert refused(enter("/register", user, "p"), 400)
+        ann = enter("/login", "ann", "pass-a").json["token"]
+        assert re.fullmatch(r"[A-Za-z0-9._~-]+", ann)
+        past = f"ann.{int(time.time()) - 1}"
+        late = f"{past}.{hmac.new(secret.encode(), past.encode(), 'sha256').hexdigest()}"
+        other = ann[:-1] + ("0" if ann[-1] != "0" else "1")
+        for token in ("", "x", "..", late, other, ann.replace("ann", "ben"), f"{ann}.", ann[:-1]):
+            assert status("ann/diary", token) == 401
+        # Of her own, and shared.
+        assert (status("ann/diary", ann), status("ann/diary", ben), status("a", ann)) == (
+            200,
+            403,
+            403,
+        )
+        shop = wish("1", "ann/shop", "invite", "ben")
+        assert guest.push(shop, headers=bearer(ben))[0]["code"] == "forbidden"
+        assert guest.push(shop, headers=bearer(ann))[0]["ok"]
+        added, inviting, forged = guest.push(
+            wish("2", "ann/shop", "add", "milk"),
+            wish("3", "ann/shop", "invite", "cy"),
+            wish("4", "ben/x", "register", ["cy", "", ""]),
+            headers=bearer(ben),
+        )
+        assert added["changes"][0]["data"] == {"item": "milk", "by": "ben"}
+        assert inviting["code"] == forged["code"] == "invalid_mutation"
+        # The same on a socket, until it ends.
+        protocols = {"Sec-WebSocket-Protocol": f"mizusync, bearer.{ben}"}
+        assert session.upgrade("/ws?scope=ann/shop", protocols).status == 101
+        assert session.subscribe()["data"]["cursor"] == added["cursor"]
+        assert session.subscribe(scope="ann/diary")["data"]["code"] == "forbidden"
+        with closing(sqlite3.connect(tmp_path / "lists.db")) as db, db:
+            db.execute("DELETE FROM members")
+        assert session.read_close() == 1008
+        assert status("ann/shop", ben) == 403
 
 
 # -- A client in Python
