@@ -6136,7 +6136,620 @@ def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(tmp_path: P
 
 
 # --- Page ---------------------------------------------------------------------------------
-# The page in a real browser.
+# The page in a real browser, where things are found as a screen reader finds them: by role and
+# name. One class, at whose end the browser goes: while there is Playwright, its loop runs in this
+# thread, and no other test could run one.
+
+# What the page does not have yet: these tests begin with it, and then this mark goes.
+reworked = pytest.mark.skipif(
+    'id="choose"' not in PROGRAM.with_name("demo.html").read_text(),
+    reason="the page does not keep its switch yet, has no form for the scope and shows no log",
+)
+TITLES = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "<iframe srcdoc='<script>parent.alert(1)</script>'></iframe>",
+    "&lt;b&gt; &amp;amp; ${alert(1)} {{alert(1)}}",
+    "\U0001f469\u200d\U0001f467 \U0001f1ef\U0001f1f5 \U0001f44d\U0001f3fd",
+    "\u05e9\u05dc\u05d5\u05dd, 3 \u05d7\u05dc\u05d1 \u0645\u0631\u062d\u0628\u0627",
+    "report\u202efdp.exe",
+]
+
+
+class Window:
+    """The page in one window."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.new = page.get_by_role("textbox", name="New todo")
+        self.field = page.get_by_role("textbox", name="Title", exact=True)
+        self.list = page.get_by_role("list", name="Todos")
+        self.titles = self.list.locator(".title")
+        self.offline = page.get_by_role("switch", name="Work offline")
+        self.status = page.get_by_role("status")
+        self.notice = page.get_by_role("alert")
+
+    def title(self, title: str) -> Any:
+        return self.list.get_by_role("button", name=title, exact=True)
+
+    def box(self, title: str) -> Any:
+        return self.list.get_by_role("checkbox", name=f"Done: {title}", exact=True)
+
+    def add(self, *titles: str) -> None:
+        for title in titles:
+            self.new.fill(title)
+            self.new.press("Enter")
+
+    def edit(self, title: str, text: str) -> None:
+        self.title(title).dblclick()
+        self.field.fill(text)
+        self.field.press("Enter")
+
+    def delete(self, title: str) -> None:
+        self.list.get_by_role("button", name=f"Delete {title}", exact=True).click()
+
+    def shows(self, *titles: str) -> None:
+        expect(self.titles).to_have_text(list(titles))
+
+    def says(self, status: str) -> None:
+        expect(self.status).to_have_text(status)
+
+    def focused(self, words: str) -> None:
+        """What has the focus, by the name that it has for a screen reader."""
+        expect(self.page.locator(":focus")).to_have_accessible_name(words)
+
+
+class Windows:
+    """Windows of one browser. Whatever any of them complains of is a fault."""
+
+    def __init__(self, browser: Any) -> None:
+        self.browser, self.contexts = browser, list[Any]()
+        self.servers = ExitStack()  # which stay until the windows have gone
+        self.faults, self.pushed = list[str](), list[str]()
+        self.may_say = "$^"  # what the test brings about
+
+    def open(self, at: Any, place: str = "", beside: Window | None = None, **how: Any) -> Window:
+        """A window on this server; `beside` another it shares that one's storage."""
+        context = beside.page.context if beside else self.context(**how)
+        page = context.new_page()
+        page.goto("http://{}:{}/{}".format(*at.address, place))
+        return Window(page)
+
+    def serve(
+        self,
+        *,
+        apply: Callable[[sqlite3.Connection, Mutation], list[Any]] = mizusync.apply_todo,
+        on_auth: Callable[[mizusync.Request, str], Any] = mizusync.require_scope,
+        **options: Any,
+    ) -> Live:
+        """The demo, in this process."""
+        folder = self.servers.enter_context(tempfile.TemporaryDirectory())
+        engine = Engine(
+            Path(folder, "todos.db"),
+            apply=apply,
+            snapshot=mizusync.snapshot_todos,
+            schema=mizusync.TODO_SCHEMA,
+            settings=SMALL,
+        )
+        return self.servers.enter_context(serving(engine, on_auth=on_auth, **options))
+
+    def context(self, **how: Any) -> Any:
+        context = self.browser.new_context(**how)
+        self.contexts.append(context)
+        context.set_default_timeout(1000 * PATIENCE)
+        context.on("console", self.hear)
+        context.on("weberror", lambda error: self.faults.append(str(error.error)))
+        context.on("dialog", self.dismiss)
+        context.on("request", self.see)
+        return context
+
+    def hear(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.faults.append(message.text)
+
+    def dismiss(self, dialog: Any) -> None:
+        self.faults.append(dialog.message)
+        dialog.dismiss()
+
+    def see(self, request: Any) -> None:
+        if request.method == "POST":
+            self.pushed += [mutation["id"] for mutation in request.post_data_json]
+
+    def close(self) -> None:
+        for context in self.contexts:
+            for page in context.pages:
+                page.evaluate("0")  # what it said before has come by then
+            context.close()
+        self.servers.close()
+        assert not [fault for fault in self.faults if not re.search(self.may_say, fault)]
+
+
+def expect(locator: Any) -> Any:
+    """Playwright's assertions, which wait."""
+    return pytest.importorskip("playwright.sync_api").expect(locator)
+
+
+@pytest.fixture(scope="class")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if (path := next(filter(None, map(shutil.which, names)), None)) is None:
+        pytest.skip(f"no browser to open the page in: none of {', '.join(names)}")
+    quiet = ("background-networking", "component-update", "sync", "quic", "gpu")
+    flags = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    playwright.expect.set_options(timeout=1000 * PATIENCE)
+    with playwright.sync_playwright() as running:
+        asyncio.get_running_loop().set_debug(False)  # it takes as long as all the rest
+        browser = running.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def windows(browser: Any) -> Iterator[Windows]:
+    windows = Windows(browser)
+    yield windows
+    windows.close()
+
+
+@pytest.fixture
+def demo(windows: Windows) -> Live:
+    return windows.serve()
+
+
+def of_demo(name: str, **args: Any) -> dict[str, Any]:
+    """A mutation of somebody else's."""
+    return todo(name, **args) | {"scope": "demo"}
+
+
+def titles_at(server: Live | Program, scope: str = "demo") -> list[str]:
+    """The titles that the server has."""
+    with closing(RawClient(server.address)) as client:
+        state = client.request("GET", f"/sync/snapshot?scope={scope}").json["data"]
+    return [todo["title"] for todo in state["todos"]]
+
+
+class TestPage:
+    def test_two_windows_show_the_same(self, windows: Windows, demo: Live) -> None:
+        one, other = windows.open(demo), windows.open(demo)
+        one.add("Buy milk", "Buy bread")
+        other.shows("Buy milk", "Buy bread")
+        other.box("Buy milk").check()
+        expect(one.box("Buy milk")).to_be_checked()
+        one.edit("Buy bread", "Buy rye")
+        other.shows("Buy milk", "Buy rye")
+        expect(other.page.get_by_text("1 left")).to_be_visible()
+        other.delete("Buy milk")
+        one.shows("Buy rye")
+        for window in (one, other):
+            window.says("in sync · live")
+        assert titles_at(demo) == ["Buy rye"]
+
+    @pytest.mark.parametrize("how", ["the switch", "the network"])
+    def test_what_two_windows_did_offline_comes_together(
+        self, windows: Windows, demo: Live, how: str
+    ) -> None:
+        def offline(window: Window, yes: bool) -> None:
+            if how == "the switch":
+                window.offline.set_checked(yes)
+            else:
+                window.page.context.set_offline(yes)
+
+        windows.may_say = "ERR_INTERNET_DISCONNECTED"
+        one, other = both = windows.open(demo), windows.open(demo)
+        one.add("a", "b")
+        other.shows("a", "b")
+        for window in both:
+            offline(window, True)
+            window.says("offline")
+        one.edit("a", "a of one")
+        one.add("c")
+        other.edit("a", "a of the other")
+        other.delete("b")
+        other.add("d")
+        one.says("offline · waiting (2)")
+        one.shows("a of one", "b", "c")
+        other.says("offline · waiting (3)")
+        other.shows("a of the other", "d")
+        for window in both:
+            offline(window, False)
+            window.says("in sync · live")
+        for window in both:
+            window.shows("a of the other", "c", "d")
+        assert titles_at(demo) == ["a of the other", "c", "d"]
+
+    @reworked
+    def test_the_switch_and_what_waits_survive_a_reload(self, windows: Windows, demo: Live) -> None:
+        window = windows.open(demo)
+        window.offline.check()
+        window.add("a", "b")
+        window.page.reload()
+        expect(window.offline).to_be_checked()
+        window.shows("a", "b")
+        window.says("offline · waiting (2)")
+        assert not windows.pushed
+        window.offline.uncheck()
+        window.says("in sync · live")
+        assert titles_at(demo) == ["a", "b"]
+
+    def test_a_window_closed_while_offline_pushes_when_it_is_opened_again(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        first = windows.open(demo)
+        first.offline.check()
+        first.add("a", "b")
+        first.delete("a")
+        again = windows.open(demo, beside=first)
+        again.says("in sync · live")
+        again.add("c")
+        until(lambda: titles_at(demo) == ["c"])  # the first window's are the first window's
+        again.shows("c")
+        first.page.close()
+        again.shows("c", "b")
+        again.says("in sync · live")
+        third = windows.open(demo, beside=first)
+        third.shows("c", "b")
+        third.says("in sync · live")
+        assert titles_at(demo) == ["c", "b"]
+        assert len(windows.pushed) == len(set(windows.pushed)) == 4
+
+    def test_two_windows_of_one_browser_push_nothing_twice(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        one = windows.open(demo)
+        other = windows.open(demo, beside=one)
+        for window in (one, other):
+            window.offline.check()
+        one.add("a", "b")
+        other.add("c", "d")
+        for window in (one, other):
+            window.offline.uncheck()
+            window.says("in sync · live")
+        assert sorted(titles_at(demo)) == ["a", "b", "c", "d"]
+        assert len(windows.pushed) == len(set(windows.pushed)) == 4
+
+    def test_kill_9_and_a_restart_lose_nothing_of_two_windows(
+        self, windows: Windows, tmp_path: Path
+    ) -> None:
+        windows.may_say = "ERR_CONNECTION_|ERR_EMPTY_RESPONSE"
+        arguments = ("--db", str(tmp_path / "todos.db"))
+        with program(*arguments) as running:
+            one, other = windows.open(running), windows.open(running)
+            one.add("before")
+            other.shows("before")
+            running.process.kill()
+            one.says("offline")
+            one.add("of one")
+            other.edit("before", "after")
+            other.delete("after")
+            other.add("of the other")
+            one.says("offline · waiting (1)")
+            other.says("offline · waiting (3)")
+        with program(*arguments, "--port", str(running.address[1])) as running:
+            for window in (one, other):
+                window.says("in sync · live")
+            until(lambda: len(titles_at(running)) == 2)
+            for window in (one, other):
+                window.shows(*titles_at(running))
+        assert set(windows.faults)  # the browser did complain that nobody was there
+
+    def test_where_the_database_was_replaced_what_is_new_and_what_waits_is_shown(
+        self, windows: Windows, tmp_path: Path
+    ) -> None:
+        windows.may_say = "ERR_CONNECTION_|ERR_EMPTY_RESPONSE|410"
+        with program("--db", str(tmp_path / "old.db")) as running:
+            window = windows.open(running)
+            window.add("old", "old too")
+            window.says("in sync · live")
+            running.process.kill()
+            window.says("offline")
+            window.add("mine")
+        arguments = ("--db", str(tmp_path / "new.db"), "--port", str(running.address[1]))
+        with program(*arguments) as running:
+            with closing(RawClient(running.address)) as client:
+                client.push(of_demo("create", id="1", title="new"))
+            window.page.evaluate("dispatchEvent(new Event('online'))")  # do not sit out the wait
+            window.says("in sync · live")
+            until(lambda: sorted(titles_at(running)) == ["mine", "new"])
+            window.shows(*titles_at(running))
+
+    def test_a_refused_mutation_is_undone_and_told(self, windows: Windows, demo: Live) -> None:
+        demo.client().push(of_demo("create", id="1", title="Buy milk"))
+        window = windows.open(demo)
+        window.shows("Buy milk")
+        window.offline.check()
+        window.edit("Buy milk", "Buy oat milk")
+        window.add("Buy bread")
+        demo.client().push(of_demo("delete", id="1"))
+        window.offline.uncheck()
+        expect(window.notice).to_have_text("Not accepted: Buy oat milk. this todo is not there")
+        window.shows("Buy bread")
+        window.says("in sync · live")
+        window.add("Buy tea")
+        expect(window.notice).to_be_empty()
+
+    def test_a_title_is_text_and_never_more(self, windows: Windows, demo: Live) -> None:
+        text = "all => all.map((one) => one.textContent)"
+        window = windows.open(demo, "#%3Cimg src=x onerror=alert(1)%3E")
+        window.add(*TITLES)
+        window.says("in sync · live")
+        assert window.titles.evaluate_all(text) == TITLES  # as it was asked for
+        window.page.reload()
+        window.shows(*TITLES)
+        assert window.titles.evaluate_all(text) == TITLES  # as it was answered
+        window.edit(TITLES[1], TITLES[0])
+        for title in TITLES[2:4]:
+            window.box(title).check()
+            window.delete(title)
+        window.shows(TITLES[0], TITLES[0], *TITLES[4:])
+        assert window.page.locator("main :is(script, img, iframe)").count() == 0
+
+    def test_the_keyboard_is_enough(self, windows: Windows, demo: Live) -> None:
+        window = windows.open(demo)
+        press, write = window.page.keyboard.press, window.page.keyboard.type
+
+        def tab_to(words: str, way: str = "Tab") -> None:
+            for _ in range(30):
+                press(way)
+                focused = window.page.locator(":focus")
+                if focused.count() and f'"{words}"' in focused.aria_snapshot():
+                    return
+            raise AssertionError(f"no way to {words}")
+
+        window.focused("New todo")
+        for title in ("a", "b", "c"):
+            write(title)
+            press("Enter")
+        window.shows("a", "b", "c")
+        tab_to("Done: a")
+        press("Space")
+        tab_to("a")
+        press("Enter")
+        window.focused("Title")
+        write("a new")  # the old text was selected
+        press("Enter")
+        window.focused("a new")
+        expect(window.box("a new")).to_be_checked()
+        press("Enter")
+        write("rubbish")
+        press("Escape")
+        window.focused("a new")
+        window.shows("a new", "b", "c")
+        tab_to("Delete b")
+        press("Enter")
+        window.focused("c")
+        tab_to("Delete c")
+        press("Enter")
+        window.focused("a new")
+        tab_to("Delete a new")
+        press("Enter")
+        window.focused("New todo")
+        tab_to("Work offline")
+        press("Space")
+        window.says("offline")
+        tab_to("New todo", "Shift+Tab")
+        write("offline")
+        tab_to("Add")
+        press("Enter")
+        window.says("offline · waiting (1)")
+        tab_to("Work offline")
+        press("Space")
+        window.says("in sync · live")
+        assert titles_at(demo) == ["offline"]
+
+    def test_a_mouse_edits_with_two_clicks_and_saves_where_it_leaves(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        window = windows.open(demo)
+        window.add("a", "  ", "b")
+        window.shows("a", "b")
+        window.title("a").click()
+        expect(window.field).to_have_count(0)
+        window.title("a").dblclick()
+        window.field.fill("  a new ")
+        window.box("b").check()  # by which it leaves the field
+        window.shows("a new", "b")
+        expect(window.box("b")).to_be_checked()
+        window.edit("b", "  ")  # no title at all: as it was
+        window.shows("a new", "b")
+        window.says("in sync · live")
+        assert titles_at(demo) == ["a new", "b"]
+        assert len(windows.pushed) == 4
+
+    def test_a_change_from_elsewhere_takes_neither_focus_nor_half_a_word(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        client = demo.client()
+        client.push(*(of_demo("create", id=name, title=name) for name in "abc"))
+        window = windows.open(demo)
+        window.title("b").dblclick()
+        window.field.fill("half a wor")
+        window.field.press("ArrowLeft")
+        client.push(of_demo("update", id="b", title="b of the other"))
+        client.push(of_demo("update", id="c", title="c new"))
+        client.push(of_demo("delete", id="a"), of_demo("create", id="d", title="d"))
+        expect(window.title("d")).to_be_visible()
+        window.focused("Title")
+        window.page.keyboard.type("x")
+        expect(window.field).to_have_value("half a woxr")
+        window.field.press("Escape")
+        window.shows("b of the other", "c new", "d")
+        window.title("b of the other").dblclick()
+        window.field.fill("too late")
+        client.push(of_demo("delete", id="b"))
+        window.focused("c new")
+        window.new.fill("half")
+        client.push(of_demo("create", id="e", title="e"))
+        window.shows("c new", "d", "e")
+        window.focused("New todo")
+        expect(window.new).to_have_value("half")
+        assert not windows.pushed
+
+    def test_of_a_thousand_todos_a_change_touches_one(self, windows: Windows, demo: Live) -> None:
+        client = demo.client()
+        for start in range(0, 1000, 100):
+            client.push(*(of_demo("create", id=str(start + n), title="x") for n in range(100)))
+        window = windows.open(demo)
+        expect(window.titles).to_have_count(1000)
+        window.page.evaluate("""() => {
+            const list = document.getElementById("list"), all = [...list.children];
+            const rowOf = (node) => all.findIndex((row) => row.contains(node));
+            Object.assign(self, { list, all, touched: new Set() });
+            new MutationObserver((records) => {
+              for (const { target } of records) touched.add(rowOf(target));
+            }).observe(list, { subtree: true, childList: true, attributes: true });
+        }""")
+        client.push(of_demo("update", id="500", title="changed"))
+        expect(window.title("changed")).to_be_visible()
+        assert window.page.evaluate("[...touched]") == [500]
+        window.page.evaluate("touched.clear()")
+        client.push(of_demo("delete", id="0"), of_demo("create", id="new", title="the last"))
+        expect(window.title("the last")).to_be_visible()
+        assert window.page.evaluate("[...touched]") == [-1]  # no row: their list alone
+        same = "[...list.children].slice(0, -1).every((row, index) => row === all[index + 1])"
+        assert window.page.evaluate(same)
+
+    def test_each_scope_is_a_list_of_its_own_and_the_address_names_it(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        one, other = windows.open(demo, "#caf%C3%A9 1/2"), windows.open(demo)
+        one.add("of the café")
+        one.says("in sync · live")
+        other.add("of the demo")
+        other.page.evaluate("location.hash = 'café 1/2'")
+        other.shows("of the café")
+        other.page.go_back()
+        other.shows("of the demo")
+        one.shows("of the café")
+        with one.page.expect_popup() as popup:
+            one.page.get_by_role("link", name="open a second window").click()
+        Window(popup.value).shows("of the café")
+        assert titles_at(demo) == ["of the demo"]
+
+    @reworked
+    def test_another_scope_can_be_chosen_and_nothing_is_lost_by_it(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        window = windows.open(demo)
+        scope = window.page.get_by_role("textbox", name="Scope")
+        expect(scope).to_have_value("demo")
+        window.offline.check()
+        window.add("waits")
+        scope.fill("other list")
+        scope.press("Enter")
+        window.shows()
+        expect(window.page).to_have_url(re.compile("#other%20list$"))
+        expect(scope).to_have_value("other list")
+        expect(window.offline).to_be_checked()
+        window.add("waits elsewhere")
+        window.page.go_back()
+        window.shows("waits")
+        window.says("offline · waiting (1)")
+        window.offline.uncheck()
+        window.says("in sync · live")
+        assert titles_at(demo) == ["waits"]
+        window.page.go_forward()
+        window.shows("waits elsewhere")
+        window.says("in sync · live")
+        assert titles_at(demo, "other+list") == ["waits elsewhere"]
+
+    @reworked
+    def test_the_way_of_a_change_is_shown_and_the_last_ones_are_listed(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        watch = """() => {
+            self.lit = new Set();
+            new MutationObserver((records) => records.forEach(({ target }) => {
+              if (target.classList.contains("lit")) self.lit.add(target.dataset.step);
+            })).observe(document.getElementById("way"), { subtree: true, attributes: true });
+        }"""
+
+        def has_seen(window: Window, steps: set[str]) -> bool:
+            return steps <= set(window.page.evaluate("[...lit]"))
+
+        one, other = windows.open(demo), windows.open(demo)
+        for window in (one, other):
+            window.says("in sync · live")
+            window.page.evaluate(watch)
+        one.add("a")
+        other.shows("a")
+        (change,) = demo.client().pull(scope="demo")["changes"]
+        for window, steps in ((one, {"push", "log"}), (other, {"hint"})):
+            until(functools.partial(has_seen, window, steps))
+            logged = window.page.locator("#log").get_by_role("listitem")
+            words = re.compile(rf"\b{change['cursor']}\b.*\d ms", re.DOTALL)
+            expect(logged.filter(has_text=words)).to_have_count(1)
+        assert not has_seen(other, {"push"})
+
+    def test_a_server_with_a_token_is_asked_for_with_it(self, windows: Windows) -> None:
+        windows.may_say = "401|Authentication|closed before the connection"
+        demo = windows.serve(token="s3cret")
+        window = windows.open(demo)
+        asked = window.page.get_by_label("This server wants a token")
+        for token in ("wrong", "s3cret"):
+            window.add(f"before {token}")
+            expect(window.notice).to_contain_text("(What you wrote is kept.)")
+            asked.fill(token)
+            asked.press("Enter")
+        window.says("in sync · live")
+        expect(asked).to_be_hidden()
+        expect(window.notice).to_be_empty()
+        window.page.reload()
+        window.shows("before wrong", "before s3cret")
+        window.says("in sync · live")
+        with window.page.expect_popup() as popup:
+            window.page.get_by_role("link", name="open a second window").click()
+        second = Window(popup.value)
+        second.shows("before wrong", "before s3cret")
+        second.says("in sync · live")
+
+    def test_the_status_says_what_waits_for_a_slow_server(self, windows: Windows) -> None:
+        go = threading.Event()
+
+        def slow(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+            assert go.wait(PATIENCE)
+            return mizusync.apply_todo(db, mutation)
+
+        window = windows.open(windows.serve(apply=slow))
+        window.says("in sync · live")
+        window.add("a", "b")
+        window.says("waiting (2) · live")
+        go.set()
+        window.says("in sync · live")
+
+    def test_without_a_socket_the_page_polls(self, windows: Windows) -> None:
+        def no_socket(request: mizusync.Request, scope: str) -> None:
+            if request.path == "/ws":
+                raise mizusync.Forbidden("no sockets here")
+
+        windows.may_say = "403"
+        demo = windows.serve(on_auth=no_socket)
+        window = windows.open(demo)
+        window.says("in sync · polling")
+        window.add("a")
+        window.says("in sync · polling")
+        demo.client().push(of_demo("create", id="1", title="b"))
+        window.page.evaluate("dispatchEvent(new Event('online'))")  # not in 30 s, but now
+        window.shows("a", "b")
+
+    def test_axe_finds_no_fault_in_light_or_in_dark(self, windows: Windows) -> None:
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe")
+        windows.may_say = "401|Authentication|closed before the connection"
+        window = windows.open(windows.serve(token="s3cret"))
+        window.add("a", "b", "c")
+        window.box("a").check()
+        window.title("b").dblclick()
+        expect(window.notice).to_contain_text("kept")
+        for scheme in ("light", "dark"):
+            window.page.emulate_media(color_scheme=scheme)
+            found = axe.Axe().run(window.page)
+            assert not found.response["violations"], found.generate_report()
+
+    def test_nothing_is_wider_than_a_small_phone(self, windows: Windows, demo: Live) -> None:
+        window = windows.open(demo, viewport={"width": 320, "height": 640})
+        window.add("W" * 1000, "with words " * 50, "short")
+        window.title("short").dblclick()
+        assert window.page.evaluate("document.documentElement.scrollWidth") == 320
 
 
 # --- Two processes --------------------------------------------------------------------------
