@@ -6586,6 +6586,19 @@ class TestPage:
         same = "[...list.children].slice(0, -1).every((row, index) => row === all[index + 1])"
         assert window.page.evaluate(same)
 
+    def test_what_has_the_focus_is_not_hidden_under_the_form(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        demo.client().push(*(of_demo("create", id=str(n), title=f"{n}") for n in range(40)))
+        window = windows.open(demo)
+        expect(window.titles).to_have_count(40)
+        hidden = window.titles.evaluate_all("""titles => titles.reverse().filter((title) => {
+            title.focus();
+            const form = document.getElementById("add").getBoundingClientRect();
+            return title.getBoundingClientRect().top < form.bottom;
+        }).length""")
+        assert hidden == 0
+
     def test_each_scope_is_a_list_of_its_own_and_the_address_names_it(
         self, windows: Windows, demo: Live
     ) -> None:
