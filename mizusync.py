@@ -122,6 +122,7 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger("mizusync")  # without a handler: the application decides
+store_log, engine_log, http_log, live_log = map(log.getChild, ("store", "engine", "http", "live"))
 
 T = TypeVar("T")
 
@@ -951,9 +952,17 @@ class SQLiteStore:
             if self._db and self._db.in_transaction:
                 _run(self._db, "ROLLBACK /* mizusync */")
         except sqlite3.Error:
-            log.exception("a rollback failed: the database will be opened anew")
+            store_log.exception("a rollback failed: the database will be opened anew")
             self._db.close()
             self._db = None
+
+    def stats(self) -> dict[str, int]:
+        """Optional in a Store: what an operator may want to know of it."""
+        sizes = {"database_bytes": 0, "wal_bytes": 0}
+        with contextlib.suppress(OSError):  # the file may be gone
+            sizes["database_bytes"] = os.path.getsize(self.path)
+            sizes["wal_bytes"] = os.path.getsize(f"{self.path}-wal")
+        return sizes
 
     def close(self) -> None:
         """Close every connection; the last one out writes the WAL back into the file."""
@@ -973,6 +982,10 @@ class SQLiteStore:
 #
 # What is in memory is a copy of the log's end, a *tail* a scope, and is believed only while the
 # file stands where the memory does: another process may write to the same file.
+
+COUNTED = ("pushes", "pushes_failed", "applied", "duplicate", "invalid_mutation", "not_found",
+           "conflict", "forbidden", "unavailable", "internal_error", "commits", "changes", "trims",
+           "pulls_from_memory", "pulls_from_disk", "snapshots")  # fmt: skip
 
 
 class Hint(NamedTuple):
@@ -1135,7 +1148,7 @@ class Engine:
         if isinstance(store, (str, os.PathLike)):
             store = SQLiteStore(store, schema, adopt, self.settings.busy_timeout)
         self.store: Store = store
-        self.counts: Counter[str] = Counter()
+        self.counts = Counter(dict.fromkeys(COUNTED, 0))
         self.committing = False  # the writer is at work, and wants the interpreter now and then
         self._apply_function, self._snapshot_function = apply, snapshot
         self._closed = False
@@ -1200,7 +1213,7 @@ class Engine:
         except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
             refusal: SyncError = error
         except BaseException:  # SystemExit too: it is the application's, not this thread's
-            log.exception("apply failed on %r %r of %r", mutation.name, mutation.id, mutation.scope)
+            engine_log.exception("apply failed on %r, %r of %r", mutation.name, *reversed(key))
             refusal = SyncError("the server failed on this mutation")
         else:
             return batch.add(mutation, made)
@@ -1245,9 +1258,9 @@ class Engine:
                     # Another process has committed, while there was nothing to write.
                     self.store.read(self._catch_up)
             except StoreRefused as refusal:
-                log.debug("can't look at the store: %s", refusal)
+                store_log.debug("can't look at the store: %s", refusal)
             except BaseException:
-                log.exception("the writer's thread goes on after this")
+                engine_log.exception("the writer's thread goes on after this")
             self.committing = not self._jobs.empty()
 
     def _commit(self, jobs: list[Job], alone: bool = False) -> None:
@@ -1268,11 +1281,13 @@ class Engine:
                 self.store.rollback()
                 self._overfull.clear()  # they will be found again
                 refused = isinstance(error, StoreRefused)  # the disk's fault, not the code's
-                log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
+                store_log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
+                self.counts["pushes_failed"] += len(jobs)
                 outcomes = [error if refused else SyncError("the server failed")] * len(jobs)
             else:
                 # Memory before the hint: who hears of a change finds it.
-                self.counts.update(batch.counts)
+                pushes = sum(isinstance(outcome, list) for outcome in outcomes)  # others are trims
+                self.counts.update({**batch.counts, "pushes": pushes, "changes": len(batch.rows)})
                 self._remember(batch.position._replace(head=batch.head), (), batch.tails)
                 self._forget(batch.trims)
                 news = batch.news()
@@ -1489,6 +1504,7 @@ class Engine:
         take = self._snapshot_function
         if take is None:
             raise NotFound("this application has no snapshots: pull from cursor 0")
+        self.counts["snapshots"] += 1
 
         def read(db: Any) -> Snapshot:
             cursor, epoch = self.store.current(db, scope), self.store.position(db).epoch
@@ -1509,6 +1525,11 @@ class Engine:
     async def position(self) -> Position:
         """The highest cursor over all scopes, and the epoch. Raises Unavailable."""
         return await self.read(self.store.position)
+
+    def stats(self) -> dict[str, int]:
+        """Where the log stands, what waits, and what was done since the start."""
+        now = {"cursor": self._position.head, "pushes_waiting": self._jobs.qsize()}
+        return {**now, **getattr(self.store, "stats", dict)(), **self.counts}
 
     async def follow(self, scope: str = DEFAULT_SCOPE, cursor: int = 0) -> AsyncIterator[Change]:
         """Every change of the scope above `cursor`, then each new one as it comes, without end."""
@@ -1580,7 +1601,7 @@ def call_here(calls: Iterable[Call]) -> None:
         try:
             function(argument)
         except Exception:
-            log.exception("a listener failed")
+            engine_log.exception("a listener failed")
 
 
 # --- Hub -----------------------------------------------------------------------------------------
@@ -1622,7 +1643,7 @@ class Hub:
     def __init__(self, settings: Settings, encode: Callable[[bytes], bytes]) -> None:
         self.settings, self.encode = settings, encode
         self.topics: OrderedDict[str, Topic] = OrderedDict()  # the longest silent first
-        self.counts: Counter[str] = Counter()
+        self.counts = Counter(hints_sent=0, hints_merged=0)
 
     def subscribe(self, name: str, subscriber: Subscriber, items: bool = False) -> None:
         self.topics.setdefault(name, Topic(time.monotonic())).followers[subscriber] = items
@@ -1692,7 +1713,7 @@ class Hub:
                     try:
                         subscriber.hint(name, cursor, long if items else short)
                     except Exception:  # another transport's: it hurts nobody else
-                        log.exception("a follower of %s failed", name)
+                        live_log.exception("a follower of %s failed", name)
             self.counts["hints_sent"] += min(HANDFUL, topic.untold)
             topic.untold -= HANDFUL
             if topic.untold > 0:
@@ -2187,7 +2208,7 @@ class Connection(asyncio.Protocol):
         self.idle = self.working = self.lingering = self.at_eof = False
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
         self.is_head = False  # so that a refusal of the request has no body either
-        self._end: Exception | None = None  # why nothing more will come
+        self.end: Exception | None = None  # why nothing more will come
         self._arrival: asyncio.Future[None] | None = None  # of what somebody waits for
         self._enough = READ_SIZE  # bytes in the buffer
         self.give(math.inf, self.abort)  # until the first phase; TLS has a time-out of its own
@@ -2234,7 +2255,7 @@ class Connection(asyncio.Protocol):
             self._arrival.set_result(None)
 
     def _fail(self, error: Exception) -> None:
-        self._end = self._end or error
+        self.end = self.end or error
         self._wake()
 
     # -- time
@@ -2260,8 +2281,8 @@ class Connection(asyncio.Protocol):
 
     async def receive(self) -> None:
         """Wait for more bytes. Raises OSError at their end, or what a deadline says."""
-        if self._end:
-            raise self._end
+        if self.end:
+            raise self.end
         if self._arrival:
             raise RuntimeError("two tasks wait for the same bytes")
         self._enough = len(self.buffer) + READ_SIZE
@@ -2368,7 +2389,7 @@ class WebSocket:
         self.connection, self.request, self.settings = connection, request, connection.settings
         self.accepted = self.closing = False
         self.over = False  # nothing more can be read
-        self.reason = ""  # why it was closed, for the log
+        self.name, self.reason = request.path, ""  # for the log: who it is, why it was closed
         self.error: Exception | None = None  # what went wrong, if anything did
         self._response = accept(request)
         self._assembler = Assembler(self.settings.message_size)
@@ -2622,6 +2643,7 @@ class Server:
         self.gate = Gate(token, None, frozenset(allow_origin), on_auth)
         self.hub = Hub(self.settings, functools.partial(encode_frame, TEXT))
         self.sessions: set[Session] = set()
+        self._answers: Counter[int] = Counter()  # by the hundreds of their status
         self._allow_host = frozenset(host.lower() for host in allow_host)
         self._connections: dict[Connection, WebSocket | None] = {}  # and what it became
         self._tasks: set[asyncio.Task[None]] = set()  # while there are any, it listens
@@ -2680,7 +2702,8 @@ class Server:
     def stats(self) -> dict[str, Any]:
         """What an operator asks: numbers of now, and since the start."""
         now = {"connections": len(self._connections), "sessions": len(self.sessions)}
-        return {"version": __version__, **now, **self.engine.counts, **self.hub.counts}
+        answers = {f"answers_{n}xx": self._answers[n] for n in (2, 3, 4, 5)}
+        return {"version": __version__, **now, **self.engine.stats(), **answers, **self.hub.counts}
 
     # -- the life of a connection, and of a request
 
@@ -2689,7 +2712,9 @@ class Server:
         crowded = len(self._connections) >= self.settings.connections
 
         def on_lost() -> None:
-            self._connections.pop(connection, None)
+            websocket = self._connections.pop(connection, None)
+            if websocket and websocket.accepted:
+                live_log.info("%s ended: %r", websocket.name, websocket.reason or connection.end)
             if connection.working and task:
                 task.cancel()  # nobody is left to answer
 
@@ -2710,14 +2735,16 @@ class Server:
                     if connection.buffer:  # requests that came together: others have their turn
                         await asyncio.sleep(0)
             except SyncError as refusal:  # what came is no request, so nothing can follow it
+                http_log.debug("no request: %r", refusal)
+                self._answers[refusal.status // 100] += 1
                 connection.unread = True
                 answer = Response.refusal(refusal).encode("close", connection.is_head)
                 connection.transport.write(answer)
             except OSError as error:
-                log.debug("no more requests: %s", error)
+                http_log.debug("no more requests: %r", error)
             await connection.finish()
         except OSError as error:
-            log.debug("a connection failed: %s", error)
+            http_log.debug("a connection failed: %r", error)
         finally:
             if not connection.lingering:
                 connection.abort()
@@ -2733,7 +2760,7 @@ class Server:
         except SyncError as refusal:  # the client sees it
             response = Response.refusal(refusal)
         except Exception:  # our bug, or the application's: the log sees it, the client a bare 500
-            log.exception("failed on %s %s", request.method, request.path)
+            http_log.exception("failed on %s %s", request.method, request.path)
             response = Response.refusal(SyncError("the server failed on this request"))
         return response is not None and await self._answer(connection, request, response)
 
@@ -2761,7 +2788,8 @@ class Server:
             connection.working = False
 
     async def _answer(self, connection: Connection, request: Request, response: Response) -> bool:
-        log.debug("%s %r -> %s", request.method, request.path, response.status)
+        http_log.debug("%s %r -> %s", request.method, request.path, response.status)
+        self._answers[response.status // 100] += 1
         if cors := self.gate.cors(request):
             response = dataclasses.replace(response, headers={**response.headers, **cors})
         if len(response.body) > self.settings.gzip_size and request.takes_gzip:
@@ -2785,7 +2813,7 @@ class Server:
         except Exception:
             if not websocket.accepted:
                 raise
-            log.exception("the WebSocket at %s failed", websocket.request.path)
+            live_log.exception("the WebSocket at %s failed", websocket.request.path)
             websocket.close(1011, "the server failed")
         await websocket.receive()  # the peer's half of the closing handshake
 
@@ -2863,6 +2891,7 @@ class Server:
             raise Unavailable("the server has too many sessions")
         websocket.accept()
         session = Session(websocket, self.hub, scope, identity)
+        websocket.name = f"session {session.id} of {scope!r}"
         self.sessions.add(session)
         work: asyncio.Task[None] | None = None
         try:
@@ -2879,7 +2908,6 @@ class Server:
             self.sessions.discard(session)
             for topic in list(session.topics):
                 session.leave(topic)
-            log.info("session %s of %r ended: %r", session.id, scope, websocket.reason)
             if self.on_close:
                 await self._call(self.on_close, session, websocket.error)
 
@@ -2940,7 +2968,7 @@ class Server:
             if inspect.isawaitable(result):
                 await result
         except Exception:
-            log.exception("%s failed", getattr(function, "__name__", function))
+            live_log.exception("%s failed", getattr(function, "__name__", function))
 
     def _notify(self, news: News) -> None:
         """The arrow: from a commit to the followers of each scope in it."""
@@ -3037,7 +3065,7 @@ class Server:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:
                 if (now := time.monotonic()) >= silent:
-                    log.error("new clients wait: %s", error)
+                    http_log.error("new clients wait: %s", error)
                     silent = now + 60  # it may come and go ten times a second
                 await asyncio.sleep(0.1)
             else:
@@ -3165,7 +3193,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the todo demo. The exit status: 0, 1 where it can't run, 2 for a bad command line."""
-    args, ssl, line = parse_args(argv), None, "%(asctime)s %(levelname)s %(message)s"
+    args, ssl, line = parse_args(argv), None, "%(asctime)s %(levelname)s %(name)s %(message)s"
     logging.basicConfig(format=line, level=args.log_level.upper())
     try:
         if args.certfile:

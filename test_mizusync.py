@@ -332,11 +332,25 @@ class Records(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         # asyncio's warnings are about slow machines, its errors about our faults.
-        self.addFilter(lambda record: record.name == "mizusync" or record.levelno >= logging.ERROR)
+        self.addFilter(lambda record: "mizusync" in record.name or record.levelno >= logging.ERROR)
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(logging.Formatter().format(record))
+        self.texts.append(logging.Formatter("%(levelname)s %(name)s: %(message)s").format(record))
+
+
+@contextmanager
+def recorded() -> Iterator[Records]:
+    """All that is logged meanwhile, down to the last request."""
+    everything, loggers = Records(), list(map(logging.getLogger, ("mizusync", "asyncio")))
+    everything.setLevel(logging.DEBUG)
+    with ExitStack() as stack:
+        for logger in loggers:
+            stack.callback(logger.setLevel, logger.level)
+            stack.callback(logger.removeHandler, everything)
+            logger.setLevel(logging.DEBUG)
+            logger.addHandler(everything)
+        yield everything
 
 
 class Live:
@@ -4725,21 +4739,11 @@ def test_healthz_tells_its_status_alone_where_there_is_a_token(guarded: Live) ->
 
 
 def test_the_token_is_never_logged(tmp_path: Path) -> None:
-    everything = Records()
-    everything.setLevel(logging.DEBUG)
-    logger = logging.getLogger("mizusync")
-    level = logger.level
-    logger.setLevel(logging.DEBUG)
-    logger.addHandler(everything)
-    try:
-        with serve(tmp_path, token="s3cret-token") as live:
-            client = live.client()
-            client.request("GET", "/sync/pull", headers={"Authorization": "Bearer s3cret-token"})
-            client.request("GET", "/sync/pull", headers={"Authorization": "Basic s3cret-token"})
-            client.upgrade(headers={"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"})
-    finally:
-        logger.removeHandler(everything)
-        logger.setLevel(level)
+    with recorded() as everything, serve(tmp_path, token="s3cret-token") as live:
+        client = live.client()
+        client.request("GET", "/sync/pull", headers={"Authorization": "Bearer s3cret-token"})
+        client.request("GET", "/sync/pull", headers={"Authorization": "Basic s3cret-token"})
+        client.upgrade(headers={"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"})
     assert not [text for text in everything.texts if "s3cret" in text]
 
 
@@ -4964,26 +4968,21 @@ def test_the_page_may_run_its_own_script_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_the_log_has_no_token_and_no_line_of_a_clients_making(tmp_path: Path) -> None:
-    everything, logger = Records(), logging.getLogger("mizusync")
-    everything.setLevel(logging.DEBUG)
-
     def broken(request: mizusync.Request, scope: str) -> None:
         if scope != "s":
             raise KeyError("inside")
 
     shown = {"Authorization": "Bearer s3cret"}
-    with ExitStack() as stack:
-        stack.callback(logger.setLevel, logger.level)
-        stack.callback(logger.removeHandler, everything)
-        logger.setLevel(logging.DEBUG)
-        logger.addHandler(everything)
-        with serve(tmp_path, token="s3cret", on_auth=broken, may_log="inside") as live:
-            for target in ("/%0AERROR", "/sync/pull?t=s3cret", "/?s3cret"):
-                assert live.client().request("PUT", target, b"s3cret", shown).status >= 400
-            assert refused(live.client().request("GET", "/sync/pull", headers=shown), 500)
-            client = live.socket("/ws?scope=s", shown)
-            client.send_frame(CLOSE, b"\x03\xe8bye\nERROR all is lost")
-            client.read_close()
+    with (
+        recorded() as everything,
+        serve(tmp_path, token="s3cret", on_auth=broken, may_log="inside") as live,
+    ):
+        for target in ("/%0AERROR", "/sync/pull?t=s3cret", "/?s3cret"):
+            assert live.client().request("PUT", target, b"s3cret", shown).status >= 400
+        assert refused(live.client().request("GET", "/sync/pull", headers=shown), 500)
+        client = live.socket("/ws?scope=s", shown)
+        client.send_frame(CLOSE, b"\x03\xe8bye\nERROR all is lost")
+        client.read_close()
     assert not [text for text in everything.texts if "s3cret" in text or "\nERROR" in text]
     assert [text for text in everything.texts if "all is lost" in text]
 
@@ -5113,6 +5112,131 @@ def test_stats_tell_of_sessions_that_come_and_go(server: Live) -> None:
     assert server.call(server.server.stats)["sessions"] == 1
     client.close()
     until(lambda: server.call(server.server.stats)["sessions"] == 0)
+
+
+def test_stats_have_every_name_from_the_start_and_the_readme_explains_each(server: Live) -> None:
+    stats = server.server.stats()
+    assert re.findall(r"^\| `(\w+)` \|", readme("What to watch"), re.M) == list(stats)
+    assert stats.pop("version") == mizusync.__version__
+    assert stats.pop("database_bytes") >= 4096
+    assert stats.pop("wal_bytes") > 0
+    assert not any(stats.values())
+
+
+def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(tmp_path: Path) -> None:
+    with serve(tmp_path, may_log="secret") as live:
+        client = live.client()
+        client.push(note("a"), note("a"), note("b"), {"id": "c", "name": "notes", "args": 7})
+        client.push(*({"id": code, "name": "refuse", "args": code} for code in REFUSALS))
+        client.push({"id": "d", "name": "apply fails"})
+        client.pull(), client.pull(), client.pull(scope="new")
+        for target, status in (("/sync/snapshot", 200), ("/nowhere", 404)):
+            assert client.request("GET", target).status == status
+        client.send(b"nonsense\r\n\r\n")
+        assert client.response().status == 400
+        client.close()
+        until(lambda: live.server.stats()["connections"] == 0)
+        stats = live.server.stats()
+    assert {name: value for name, value in stats.items() if value and "_bytes" not in name} == {
+        "version": mizusync.__version__, "cursor": 9, "pushes": 3, "applied": 3, "duplicate": 1,
+        **dict.fromkeys([*REFUSALS, "internal_error"], 1), "commits": 3, "changes": 9,
+        "pulls_from_memory": 2, "pulls_from_disk": 1, "snapshots": 1,
+        "answers_2xx": 7, "answers_4xx": 2,
+    }  # fmt: skip
+
+
+def test_stats_tell_of_pushes_that_wait_and_of_those_that_failed(tmp_path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+    with serve(tmp_path, apply=stalled(entered, release), may_log="pushes failed") as live:
+        engine = live.engine
+        first = engine.submit([note("a")])
+        assert entered.wait(PATIENCE)
+        second = engine.submit([note("b")])
+        assert live.server.stats()["pushes_waiting"] == 1
+        release.set()
+        assert first.result(PATIENCE)[0].ok
+        assert second.result(PATIENCE)[0].ok
+        for file in tmp_path.glob("log.db*"):
+            file.unlink()
+        with pytest.raises(Unavailable):
+            engine.submit([note("c")]).result(PATIENCE)
+        stats = live.server.stats()
+        assert [stats[name] for name in ("pushes_waiting", "pushes_failed", "pushes")] == [0, 1, 2]
+        assert (stats["database_bytes"], stats["wal_bytes"]) == (0, 0)
+
+
+def test_stats_count_hints_sent_and_merged(tmp_path: Path) -> None:
+    with serve(tmp_path) as live:
+        sessions = [live.socket(), live.socket()]
+        for session in sessions:
+            session.subscribe()
+
+        def burst() -> None:  # the first is told at once, the others when it may speak again
+            for cursor in range(1, 10):
+                live.server.hub.hint(f"sync:{DEFAULT}", Hint(cursor, "epoch"))
+
+        live.call(burst)
+        for session in sessions:
+            while session.read_json()["data"]["cursor"] < 9:
+                pass
+        hints = live.server.hub.counts
+        until(lambda: hints["hints_sent"] == len(sessions) * (9 - hints["hints_merged"]))
+        assert hints.items() <= live.server.stats().items()
+
+
+def hang_up(client: RawClient, live: Live) -> None:
+    client.send_frame(CLOSE, b"\x03\xe9bye")
+
+
+ENDS: dict[str, tuple[Callable[[RawClient, Live], Any], str]] = {
+    "it said goodbye": (hang_up, "the peer closed: 1001 bye"),
+    "it is gone": (lambda client, live: client.close(), "the peer closed the connection"),
+    "it broke": (lambda client, live: client.reset(), "reset by peer"),
+    "it broke a rule": (lambda client, live: client.send(b"\xff\xff"), "1002 "),
+    "it sent bytes": (lambda client, live: client.send_frame(BINARY, b"x"), "1003 messages are"),
+    "the application": (lambda client, live: client.say("enough"), "1008 not any more"),
+    "it is deaf": (lambda client, live: None, "no answer to a ping for 0.25 s"),
+    "the end": (lambda client, live: live.stop(), "1001 the server is stopping"),
+}
+
+
+@table("ending", ENDS)
+def test_the_log_says_in_one_line_why_a_session_ended(
+    tmp_path: Path, ending: tuple[Callable[[RawClient, Live], Any], str]
+) -> None:
+    def enough(session: mizusync.Session, topic: str, data: Any) -> None:
+        session.close(1008, "not any more")
+
+    end, why = ending
+    impatient = replace(
+        SMALL, ping_interval=MOMENT, ping_timeout=MOMENT, close_timeout=MOMENT, linger=MOMENT
+    )
+    with recorded() as everything, serve(tmp_path, impatient, on_message=enough) as live:
+        end(live.socket("/ws?scope=family"), live)
+        told: list[str] = until(lambda: [t for t in everything.texts if " ended: " in t])
+        assert re.match(r"INFO mizusync\.live: session \S+ of 'family' ended: ", told[0])
+        assert why in told[0]
+    assert len([text for text in everything.texts if " ended: " in text]) == 1
+
+
+def test_health_checks_and_port_scans_make_no_noise(tmp_path: Path) -> None:
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # TLS, on a port without it
+    with recorded() as everything, serve(tmp_path, replace(SMALL, head_timeout=MOMENT)) as live:
+        assert live.client().request("GET", "/healthz").status == 200
+        for garbage in (b"", b"\0", b"GET", hello, b"SSH-2.0-x\r\n", b"GET / HTTP/1.1\r\n\r\n"):
+            live.client().send(garbage)
+            live.client().reset()
+        until(lambda: sum("no request: " in text for text in everything.texts) >= 4)
+    assert [text for text in everything.texts if "GET '/healthz' -> 200" in text]
+    assert not [text for text in everything.texts if not text.startswith("DEBUG ")]
+
+
+def test_the_module_installs_no_handler_and_no_level() -> None:
+    for name in ("mizusync", *(f"mizusync.{part}" for part in ("store", "engine", "http", "live"))):
+        logger = logging.getLogger(name)
+        assert all(isinstance(handler, Records) for handler in logger.handlers)  # those are ours
+        assert (logger.level, logger.propagate) == (logging.NOTSET, True)
+        assert f"`{name}`" in readme("Logs")
 
 
 def test_more_sessions_than_the_limit_are_unavailable(tmp_path: Path) -> None:
