@@ -6252,6 +6252,209 @@ def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(tmp_path: P
 # -- Behind nginx
 
 
+class Front(NamedTuple):
+    """An nginx, as the README configures it; only the ports and the paths are others."""
+
+    port: int
+    trusting: ssl.SSLContext
+
+    def client(self) -> RawClient:
+        client = RawClient(("127.0.0.1", self.port))
+        client.sock = self.trusting.wrap_socket(client.sock, server_hostname="127.0.0.1")
+        return client
+
+
+def fitted(text: str, places: Mapping[str, str]) -> str:
+    for there, here in places.items():
+        assert text.count(there) == 1, there
+        text = text.replace(there, here)
+    return text
+
+
+@contextmanager
+def nginx(folder: Path, upstream: int) -> Iterator[Front]:
+    if (command := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")) is None:
+        pytest.skip("no nginx to go through")
+    key, certificate = make_certificate(folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (text,) = blocks("nginx", "Behind nginx")
+    places = {"443 ssl": f"127.0.0.1:{port} ssl", "127.0.0.1:8080": f"127.0.0.1:{upstream}",
+              "/etc/ssl/sync.example.pem": certificate, "/etc/ssl/sync.example.key": key,
+              "/var/log/nginx": str(folder)}  # fmt: skip
+    for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):  # only root may use its own
+        places["http {"] = f"{places.get('http {', 'http {')} {kind}_temp_path {folder}/{kind};"
+    (folder / "nginx.conf").write_text(fitted(text, places))
+    errors = folder / "error.log"
+    here = ["-p", str(folder), "-c", "nginx.conf", "-e", str(errors)]
+    process = subprocess.Popen(
+        [command, *here, "-g", f"daemon off; pid {folder}/nginx.pid;"], stderr=subprocess.DEVNULL
+    )
+    front = Front(port, ssl.create_default_context(cafile=certificate))
+
+    def listens() -> bool:
+        assert process.poll() is None, errors.read_text()
+        with suppress(ConnectionRefusedError), closing(front.client()):
+            return True
+        return False
+
+    try:
+        until(listens)
+        yield front
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+NAMED = {"Host": "sync.example"}
+
+
+@pytest.fixture(scope="module")
+def fronted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Front]]:
+    folder = tmp_path_factory.mktemp("nginx")
+    with (  # other tests' records reach it, too
+        serve(folder, allow_host=["sync.example"], may_log=".") as live,
+        nginx(folder, live.address[1]) as front,
+    ):
+        yield live, front
+
+
+def test_nginx_passes_on_pushes_pulls_that_wait_and_snapshots(fronted: tuple[Live, Front]) -> None:
+    live, front = fronted
+    with closing(front.client()) as client, closing(front.client()) as waiting:
+        named = {"Host": f"sync.example:{front.port}"}
+        origin = {"Origin": f"https://sync.example:{front.port}"}
+        (first,) = client.push(note("a", scope="s"), headers=named | origin)
+        before = live.engine.counts["pulls_from_memory"]
+        waiting.send(get(b"/sync/pull?scope=s&wait=60&cursor=%d" % first["cursor"]))
+        until(lambda: live.engine.counts["pulls_from_memory"] > before)  # it found nothing
+        (second,) = client.push(note("b", scope="s"))
+        assert waiting.response().json["changes"] == second["changes"]
+        assert client.request("GET", "/sync/snapshot?scope=s").json["data"] == [None, None]
+        evil = {"Host": "evil.example"}
+        assert refused(client.request("GET", "/sync/pull", headers=evil), 403)
+        assert client.request("GET", "/metrics").status == 404
+
+
+def test_nginx_keeps_its_connections_to_the_server(fronted: tuple[Live, Front]) -> None:
+    live, front = fronted
+    with closing(front.client()) as client:
+        assert client.request("GET", "/healthz").status == 200
+        first = set(live.server._connections)
+        for _ in range(10):
+            assert client.request("GET", "/healthz").status == 200
+        assert first & set(live.server._connections)
+
+
+def test_nginx_speaks_http_2_to_who_does(fronted: tuple[Live, Front], tmp_path: Path) -> None:
+    curl, name = shutil.which("curl"), f"sync.example:{fronted[1].port}"
+    if not curl or b"HTTP2" not in subprocess.run([curl, "-qV"], capture_output=True).stdout:
+        pytest.skip("no curl that speaks HTTP/2")
+    (tmp_path / "headers").write_text(f"Origin: https://{name}\nContent-Type: application/json\n")
+    options = f"-qsk --http2 --noproxy * --resolve {name}:127.0.0.1 -H @{tmp_path}/headers"
+    push = [*options.split(" "), "-w", "%{http_version}", "-d", "[{}]", f"https://{name}/sync/push"]
+    done = subprocess.run([curl, *push], capture_output=True, timeout=PATIENCE, check=True)
+    assert b'"invalid_mutation"' in done.stdout
+    assert done.stdout.endswith(b"]2")
+
+
+def test_nginx_passes_on_a_socket_and_its_end(fronted: tuple[Live, Front]) -> None:
+    library = pytest.importorskip("websockets.sync.client")
+    live, front = fronted
+    address = f"wss://127.0.0.1:{front.port}/ws?scope=hints"
+    with library.connect(address, ssl=front.trusting) as socket, closing(front.client()) as client:
+        socket.send('{"topic": "subscribe", "data": {}}')
+        assert json.loads(socket.recv(PATIENCE))["data"] == {"cursor": 0}
+        (result,) = client.push(note("a", scope="hints"))
+        told = {"topic": "sync:hints", "data": {"cursor": result["cursor"]}}
+        assert json.loads(socket.recv(PATIENCE)) == told
+        with closing(front.client()) as other:
+            assert other.upgrade("/ws?scope=hints").status == 101
+            until(lambda: live.server.stats()["sessions"] == 2)
+            other.reset()  # it is gone without a word
+        until(lambda: live.server.stats()["sessions"] == 1)
+    until(lambda: live.server.stats()["sessions"] == 0)
+
+
+def test_what_is_too_large_for_nginx_is_refused_as_the_server_would(
+    fronted: tuple[Live, Front],
+) -> None:
+    _, front = fronted
+    frame = len(json.dumps([note("large", "")]))
+    for size, status in ((2**20, 200), (2**20 + 1, 413)):
+        body = json.dumps([note("large", "x" * (size - frame))]).encode()
+        with closing(front.client()) as client:
+            reply = client.request("POST", "/sync/push", body)
+            assert reply.status == status
+    assert refused(reply, 413)
+
+
+def test_behind_nginx_a_server_may_go_and_come_back(tmp_path: Path) -> None:
+    arguments = ["--db", str(tmp_path / "todos.db"), "--port"]
+    with ExitStack() as stack:
+        running = stack.enter_context(program(*arguments, "0"))
+        port = str(running.address[1])
+        client = stack.enter_context(
+            closing(stack.enter_context(nginx(tmp_path, int(port))).client())
+        )
+        (result,) = client.push(todo("create", id="1", title="x"))
+        running.process.kill()
+        running.process.wait(PATIENCE)
+        assert refused(client.request("POST", "/sync/push", b"[]"), 503)
+        with program(*arguments, port):
+            assert client.pull(scope="list")["changes"] == result["changes"]
+            assert client.push(todo("create", id="2", title="y"))[0]["ok"]
+
+
+def test_the_numbers_of_the_recipe_fit_the_settings() -> None:
+    limits, found = Settings(), readme("Behind nginx")
+
+    def number(name: str) -> int:
+        return int(
+            re.findall(rf"^ *{name}[ =](\d+)[sm]?(?:;|$)", re.sub(" +#.*", "", found), re.M)[0]
+        )
+
+    assert number("proxy_read_timeout") > max(limits.pull_wait_max, limits.ping_interval)
+    assert number("keepalive_timeout") < limits.idle_timeout
+    assert number("client_max_body_size") << 20 == limits.body_size
+    assert number("worker_connections") >= 2 * limits.connections
+    assert number("worker_rlimit_nofile") >= 2 * number("worker_connections")
+    assert number("LimitNOFILE") > limits.connections + 100
+
+
+def test_the_service_and_the_container_start_what_there_is(tmp_path: Path) -> None:
+    (unit,), (container,) = (blocks(kind, "Behind nginx") for kind in ("ini", "dockerfile"))
+    (start,) = re.findall(r"^ExecStart=(.+)", unit, re.M)
+    (entry,) = re.findall(r"^ENTRYPOINT (.+)", container, re.M)
+    for _, script, *arguments in (shlex.split(start), json.loads(entry)):
+        assert (script, mizusync.parse_args(arguments).port) == ("/srv/mizusync.py", 8080)
+    if (analyze := shutil.which("systemd-analyze")) is None:
+        pytest.skip("no systemd-analyze to check the unit with")
+    service = tmp_path / "mizusync.service"
+    service.write_text(fitted(unit, {"/usr/bin/python3": sys.executable}))
+    done = subprocess.run([analyze, "verify", service], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_endpoint_for_prometheus_says_what_it_reads(tmp_path: Path) -> None:
+    (recipe,) = blocks("python", "Behind nginx")
+    names: dict[str, Any] = {"mizusync": mizusync}
+    with serve(tmp_path, prepare=lambda server: exec(recipe, names | {"server": server})) as live:
+        live.client().push(note("a"), note("b"), note("b"))
+        reply = live.client().request("GET", "/metrics")
+        assert reply.headers["content-type"] == "text/plain; version=0.0.4"
+        # https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
+        family = r"# TYPE (mizusync_(\w+?)(_total)?) (counter|gauge)\n\1 (\d+)\n"
+        assert re.sub(family, "", text := reply.body.decode()) == ""
+        found = {name: (kind, int(n)) for _, name, _, kind, n in re.findall(family, text)}
+        assert (found["applied"], found["cursor"]) == (("counter", 2), ("gauge", 2))
+        assert list(found) == list(live.server.stats())[1:]
+        counters = [name for _, name, total, kind, _ in re.findall(family, text) if total]
+        assert counters == [name for name in found if found[name][0] == "counter"]
+        since_the_start = readme("What to watch").partition("since the start")[2]
+        assert counters == re.findall(r"^\| `(\w+)` \|", since_the_start, re.M)
+
+
 # -- PostgreSQL instead of SQLite
 
 
