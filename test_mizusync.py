@@ -5998,7 +5998,7 @@ def test_the_application_of_the_readme_works(
 
 def test_the_on_auth_of_the_readme_works(tmp_path: Path) -> None:
     names: dict[str, Any] = {"mizusync": mizusync, "user_of": {"Ann-7": "ann"}.get}
-    exec(*blocks("python", "Who may"), names)
+    exec(blocks("python", "Who may")[0], names)
     with serve(tmp_path, on_auth=names["on_auth"]) as live:
         for scope, token, status in (
             ("family", "Ann-7", 200),
