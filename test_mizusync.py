@@ -6679,8 +6679,9 @@ function put({ todos }, todo) {
   if (!todos.some(({ id }) => id === todo.id)) return { todos: [...todos, todo] };
   return { todos: todos.map((old) => (old.id === todo.id ? todo : old)) };
 }
-function apply(state, { data: { op, id, todo } }) {
-  return op === "delete" ? rid(state, id) : put(state, todo);
+function apply(state, { cursor, data: { op, id, todo } }) {
+  if (cursor <= state.cursor) repeated.push(cursor);
+  return { ...(op === "delete" ? rid(state, id) : put(state, todo)), cursor };
 }
 function predict(state, { name, args }) {
   const known = state.todos.find(({ id }) => id === args.id);
@@ -6690,7 +6691,7 @@ function predict(state, { name, args }) {
 }
 
 let people = [];  // {client, line, made: ids of mutations}
-const refused = new Set();
+const refused = new Set(), repeated = [];  // ids; cursors that apply() met twice
 function open(person, items = new Map()) {
   person.line = makeLine(items);
   person.client = new SyncClient({
@@ -6707,7 +6708,7 @@ function leave({ client, line }) {
 const calls = {
   begin(address, isShared) {
     people.forEach(leave);
-    timers.clear(), refused.clear();
+    timers.clear(), refused.clear(), repeated.splice(0);
     place = address;
     people = [{ made: [] }, { made: [] }, { made: [] }];
     const shared = isShared ? new Map() : undefined;
@@ -6740,13 +6741,13 @@ const calls = {
       Object.assign(line, { faults: [], lag: 0, isBlocked: false });
       client.start();
     }
-    const end = now + 1000 * most, seen = ({ client }) => JSON.stringify(client.state);
+    const end = now + 1000 * most, seen = ({ client }) => JSON.stringify(client.state.todos);
     const differs = (one) => one.line.storage.queue.length || seen(one) !== seen(people[0]);
     do await calls.pass(1); while (now < end && people.some(differs));
     return {
       states: people.map(({ client }) => client.state.todos), made: people.map(({ made }) => made),
       waiting: people.map(({ client, line }) => client.pending.length + line.storage.queue.length),
-      refused: [...refused],
+      refused: [...refused], repeated,
     };
   },
   async script(text) {
@@ -6917,10 +6918,12 @@ PROMISES = {
     """,
     "nothing comes before the server's Retry-After": """
         fake.instead.push = () => refuse(503, "unavailable", { "Retry-After": "100" });
-        const client = await fake.start();
+        const client = await fake.live();
         client.mutate("add", "a");
-        await pass(99);
+        await pass(50);
         client.mutate("add", "b");
+        fake.socket.open();  // otherwise a reason to hurry
+        await pass(49);
         assert.equal(fake.all("push").length, 1);
         await pass(3);
         assert.equal(fake.all("push").length, 2);
@@ -7066,6 +7069,19 @@ PROMISES = {
         fake.instead = {};
         await pass(60);
         assert.deepEqual([client.state, client.status.waiting], [["a", "b", "c", "own"], 0]);
+    """,
+    "410 means that what was decided is asked again": """
+        fake.add("a");
+        const client = await fake.start();
+        fake.held.add("pull");
+        client.mutate("add", "own");
+        await quiet();
+        fake.log.length = 0;  // another history, without either
+        fake.instead.push = ({ body }) => json(body.map(({ args }) => fake.add(args)));
+        fake.held.clear();
+        fake.last("pull").answer(refuse(410, "cursor_unknown"));
+        await pass(60);
+        assert.deepEqual([fake.data, client.state, client.pending], [["own"], ["own"], []]);
     """,
     "410 again and again is no reason to hurry": """
         fake.instead.pull = () => refuse(410, "cursor_unknown");
@@ -7431,7 +7447,7 @@ class Persons(RuleBasedStateMachine):
             seen = self.node("converge", 200)
             data = json.loads(self.live.call(self.live.engine.snapshot).encode())["data"]
             assert seen["states"] == 3 * [data["todos"]]
-            assert seen["waiting"] == [0, 0, 0]
+            assert (seen["waiting"], seen["repeated"]) == ([0, 0, 0], [])
             applied, dropped = self.applied(), self.gone | set(seen["refused"])
             assert len(applied) == len(set(applied))
             for own in seen["made"]:
@@ -7442,7 +7458,7 @@ class Persons(RuleBasedStateMachine):
 @pytest.mark.xfail(strict=False, reason="once in a while a restored copy meets the fault above")
 def test_clients_on_bad_lines_see_the_same_in_the_end_and_lose_nothing(node: Node) -> None:
     Persons.node = node
-    run_state_machine_as_test(Persons, settings=settings(max_examples=30, stateful_step_count=30))
+    run_state_machine_as_test(Persons, settings=settings(max_examples=25, stateful_step_count=30))
 
 
 # --- Page ---------------------------------------------------------------------------------
