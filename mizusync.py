@@ -1665,6 +1665,11 @@ class Hub:
     def _message(self, name: str, data: bytes) -> bytes:
         return self.encode(b'{"topic":%b,"data":%b}' % (encode_name(name).encode(), data))
 
+    def notify(self, news: Mapping[str, Hint]) -> None:
+        """The arrow, `engine.listen(hub.notify)`: a hint to the followers of each scope."""
+        for scope, hint in news.items():
+            self.hint(f"sync:{scope}", hint)
+
     def hint(self, name: str, hint: Hint) -> None:
         """Tell of a newer cursor: now, or merged with others when the topic may speak again."""
         if (topic := self.topics.get(name)) is None:
@@ -2970,11 +2975,6 @@ class Server:
         except Exception:
             live_log.exception("%s failed", getattr(function, "__name__", function))
 
-    def _notify(self, news: News) -> None:
-        """The arrow: from a commit to the followers of each scope in it."""
-        for scope, hint in news.items():
-            self.hub.hint(f"sync:{scope}", hint)
-
     # -- life
 
     def run(
@@ -3025,7 +3025,7 @@ class Server:
         listener.setblocking(False)
         name, number = listener.getsockname()[:2]
         self.gate.hosts = self._allow_host if self._allow_host or is_loopback(name) else None
-        self._stopping, unlisten = False, self.engine.listen(self._notify)
+        self._stopping, unlisten = False, self.engine.listen(self.hub.notify)
         accepting, sweeping = self._spawn(self._accept(listener, ssl)), self._spawn(self._sweep())
         try:
             yield name, number
