@@ -6181,6 +6181,252 @@ def test_requests_of_flask_push_from_their_threads_and_live_clients_hear_of_it(
 # -- Under FastAPI
 
 
+FASTAPI_EXTRA = """
+import asyncio, dataclasses
+from app import app, hub
+from fastapi.responses import FileResponse
+
+hub.settings = dataclasses.replace(hub.settings, heartbeat=0.5)
+
+@app.get("/")
+def page():
+    return FileResponse("demo.html")
+
+@app.get("/load")
+async def load():
+    followers = {name: len(topic.followers) for name, topic in hub.topics.items()}
+    return followers, len(asyncio.all_tasks())
+"""
+ANN = {"Authorization": "Bearer ann-7"}
+
+
+TWO_CLIENTS = """
+const clients = ["ann", "ben"].map((name) => Object.assign(new SyncClient({
+  url: process.argv[2], scope: "demo", initial: { todos: [] }, predict: (state) => state,
+  apply: ({ todos }, { data }) => ({ todos: [...todos, data.todo] }),
+}), { name }));
+const titles = ({ state }) => state.todos.map(({ title }) => title).filter((t) => t[0] !== "x");
+const todo = clients.flatMap((one) => [0, 1].map((n) => [one, `${one.name} ${n}`]));
+
+function look() {
+  if (!clients.every((client) => client.status.live)) return;
+  for (const [client, title] of todo.splice(0)) {
+    client.mutate("todo.create", { id: SyncClient.newId(), title });
+  }
+  if (clients.every((client) => titles(client).length === 4 && !client.status.waiting)) {
+    process.stdout.write(JSON.stringify(clients.map(titles)), () => process.exit(0));
+  }
+}
+for (const client of clients) {
+  client.addEventListener("status", look);
+  client.addEventListener("change", look);
+  client.start({ ann: "ann-7", ben: "ben-8" }[client.name]);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def under_fastapi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """The recipe as uvicorn serves it, with the page and a look inside; where it listens."""
+    for library in ("fastapi", "uvicorn", "websockets", "httpx"):
+        pytest.importorskip(library)
+    folder = tmp_path_factory.mktemp("fastapi")
+    (folder / "app.py").write_text("".join(blocks("python", "Under FastAPI")), encoding="utf-8")
+    (folder / "more.py").write_text(FASTAPI_EXTRA, encoding="utf-8")
+    shutil.copy(PROGRAM.with_name("demo.html"), folder)
+    # A small buffer of the kernel's, which its connections have from it: so a slow reader shows.
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+    command = [sys.executable, "-m", "uvicorn", "more:app"]
+    with (
+        listener,
+        subprocess.Popen(
+            [*command, "--fd", str(listener.fileno())],
+            pass_fds=[listener.fileno()],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            cwd=folder,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(PROGRAM.parent)},
+        ) as process,
+    ):
+        said: list[str] = []
+        assert process.stderr is not None
+        listening = threading.Thread(target=said.extend, args=(process.stderr,))
+        listening.start()
+        try:
+            until(lambda: "running on" in "".join(said) or process.poll() is not None)
+            yield listener.getsockname()
+            process.terminate()
+            process.wait(PATIENCE)
+        finally:
+            process.kill()
+            listening.join(PATIENCE)
+    assert "Application shutdown complete" in "".join(said)
+    assert not re.search("Traceback|Warning|never retrieved", "".join(said)), "".join(said)
+
+
+@contextmanager
+def followed(address: tuple[str, int], user: str = "ann-7") -> Iterator[Any]:
+    """A WebSocket of the `websockets` library that is subscribed; and the first cursor it heard."""
+    from websockets.sync.client import connect
+    from websockets.typing import Subprotocol
+
+    offers = [Subprotocol("mizusync"), Subprotocol(f"bearer.{user}")]
+    with connect("ws://{}:{}/ws?scope=demo".format(*address), subprotocols=offers) as socket:
+        assert socket.subprotocol == "mizusync"
+        socket.send(json.dumps({"topic": "subscribe", "data": {"changes": True}}))
+        yield socket, json.loads(socket.recv(PATIENCE))
+
+
+def heard(socket: Any, cursor: int) -> Any:
+    """The hint that says so; a heartbeat may come before it."""
+    while (hint := json.loads(socket.recv(PATIENCE))["data"])["cursor"] < cursor:
+        pass
+    return hint
+
+
+def test_under_fastapi_requests_keep_to_the_protocol(under_fastapi: tuple[str, int]) -> None:
+    with closing(RawClient(under_fastapi)) as client:
+
+        def get(target: str) -> Reply:
+            return client.request("GET", target, headers=ANN)
+
+        assert refused(client.request("GET", "/sync/pull?scope=demo"), 401)
+        assert refused(client.request("POST", "/sync/push", b"[]"), 401)
+        assert refused(client.upgrade("/ws?scope=demo"), 401)
+    with closing(RawClient(under_fastapi)) as client:
+        assert refused(get("/sync/pull?scope=user:ben"), 403)
+        assert refused(client.upgrade("/ws?scope=user:ben", headers=ANN), 403)
+    with closing(RawClient(under_fastapi)) as client:
+        wish = {**todo("create", id="1", title="\u00e9"), "scope": "user:ann"}
+        assert refused(
+            client.request(
+                "POST", "/sync/push", json.dumps([wish, wish | {"scope": "x"}]).encode(), ANN
+            ),
+            403,
+        )
+        (first,), (again,) = (client.push(wish, headers=ANN) for _ in range(2))
+        assert (first["ok"], again) == (True, first | {"duplicate": True})
+        assert client.push({**wish, "id": "2"}, headers=ANN)[0]["code"] == "conflict"
+        reply = get("/sync/pull?scope=user:ann&cursor=0")
+        assert reply.json["changes"] == first["changes"]
+        assert reply.headers["cache-control"] == "no-store"
+        place = urlencode({"cursor": reply.json["cursor"], "epoch": reply.json["epoch"]})
+        assert get(f"/sync/pull?scope=user:ann&{place}").json["changes"] == []
+        assert refused(get("/sync/pull?scope=user:ann&cursor=9999"), 410, code="cursor_unknown")
+        assert refused(
+            get("/sync/pull?scope=user:ann&cursor=1&epoch=x"), 410, code="cursor_unknown"
+        )
+        state = get("/sync/snapshot?scope=user:ann").json
+        assert state["data"]["todos"] == [first["changes"][0]["data"]["todo"]]
+        assert state["cursor"] == first["cursor"]
+
+
+def test_under_fastapi_the_httpx_library_pushes_pulls_and_waits(
+    under_fastapi: tuple[str, int],
+) -> None:
+    import httpx
+
+    wish = {**todo("create", id="h", title="x"), "scope": "user:ben"}
+    token = {"Authorization": "Bearer ben-8"}
+    with (
+        httpx.Client(base_url="http://{}:{}".format(*under_fastapi), headers=token) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(client.get, "/sync/pull?scope=user:ben&wait=60", timeout=PATIENCE)
+        (result,) = client.post("/sync/push", json=[wish]).json()
+        assert waiting.result(PATIENCE).json()["changes"] == result["changes"]
+
+
+def test_under_fastapi_a_subscriber_hears_the_cursor_at_once_changes_and_a_heartbeat(
+    under_fastapi: tuple[str, int],
+) -> None:
+    with closing(RawClient(under_fastapi)) as client:
+        (before,) = client.push(create(scope="demo"), headers=ANN)
+        with followed(under_fastapi, "ben-8") as (socket, first):
+            assert first == {"topic": "sync:demo", "data": {"cursor": before["cursor"]}}
+            (result,) = client.push(create(scope="demo"), headers=ANN)
+            hint = heard(socket, result["cursor"])
+            assert hint["changes"] == result["changes"]
+            assert hint["after"] == before["cursor"]
+            page = client.request("GET", "/sync/pull?scope=demo", headers=ANN).json
+            assert hint["epoch"] == page["epoch"]
+            assert heard(socket, result["cursor"]) == {"cursor": result["cursor"]}
+
+
+def test_under_fastapi_a_slow_or_gone_socket_hurts_nobody_and_nothing_is_left_of_it(
+    under_fastapi: tuple[str, int],
+) -> None:
+    offer = {"Sec-WebSocket-Protocol": "mizusync, bearer.ann-7"}
+    with closing(RawClient(under_fastapi)) as client, ExitStack() as stack:
+
+        def load() -> Any:
+            return client.request("GET", "/load", headers=ANN).json
+
+        until(lambda: load()[0] == {})
+        _, tasks = load()
+        slow, gone = (stack.enter_context(closing(RawClient(under_fastapi, 4096))) for _ in "12")
+        for lazy in (slow, gone):
+            assert lazy.upgrade("/ws?scope=demo", offer).status == 101
+            lazy.say("subscribe", {"changes": True})
+        until(lambda: load()[0] == {"sync:demo": 2})
+        with followed(under_fastapi) as (socket, _):
+            wishes = [
+                create(scope="demo", args={"id": str(n), "title": "x" * 990}) for n in range(12)
+            ]
+            client.push(*wishes, headers=ANN)
+            for number in range(25):  # more than the buffers on the way hold
+                for wish in wishes:
+                    wish |= {"id": os.urandom(8).hex(), "name": "todo.update"}
+                *_, last = client.push(*wishes, headers=ANN)
+                heard(socket, last["cursor"])
+                if number == 10:
+                    gone.reset()
+            count, cursor = 0, 0
+            while cursor < last["cursor"]:
+                cursor, count = slow.read_json()["data"]["cursor"], count + 1
+            assert count < 25
+            assert load()[0] == {"sync:demo": 2}
+        slow.reset()
+        until(lambda: load() == [{}, tasks])
+
+
+def test_under_fastapi_a_socket_that_says_no_json_is_closed(
+    under_fastapi: tuple[str, int],
+) -> None:
+    offer = {"Sec-WebSocket-Protocol": "mizusync, bearer.ann-7"}
+    for opcode, message in ((TEXT, b"{"), (BINARY, b"{}")):
+        with closing(RawClient(under_fastapi)) as socket:
+            assert socket.upgrade("/ws?scope=demo", offer).status == 101
+            socket.send_frame(opcode, message)
+            assert socket.read_close() == 1003
+
+
+def test_under_fastapi_two_clients_of_the_pages_script_converge(
+    under_fastapi: tuple[str, int], tmp_path: Path
+) -> None:
+    if (node := shutil.which("node")) is None:
+        pytest.skip("no node to run the page's script with")
+    with closing(RawClient(under_fastapi)) as client:
+        page = client.request("GET", "/").body.decode()
+    (part,) = re.findall(r"^// === Part one.*(?=^// === Part two)", page, re.M | re.S)
+    (tmp_path / "two.mjs").write_text(part + TWO_CLIENTS, encoding="utf-8")
+    address = "http://{}:{}/".format(*under_fastapi)
+    done = subprocess.run(
+        [node, "--experimental-websocket", "--no-warnings", "two.mjs", address],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done
+    one, other = json.loads(done.stdout)
+    assert one == other
+    assert sorted(one) == ["ann 0", "ann 1", "ben 0", "ben 1"]
+
+
 # -- Users and tokens
 
 
