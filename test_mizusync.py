@@ -34,6 +34,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -6494,6 +6495,221 @@ def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(tmp_path: P
 
 
 # -- A client in Python
+
+
+PYTHON_CLIENTS = {  # what an application makes of them: each page, or decision, as a line
+    "follow": """
+        import json, sys
+        from client import follow
+        url, cursor, epoch = sys.argv[1:]
+        for page in follow(url, "list", int(cursor), epoch):
+            print(json.dumps(page), flush=True)
+    """,
+    "live": """
+        import asyncio, json, sys
+        from live import follow
+        url, cursor, epoch = sys.argv[1:]
+        async def main():
+            async for page in follow(url, "list", int(cursor), epoch):
+                print(json.dumps(page), flush=True)
+        asyncio.run(main())
+    """,
+    "push": """
+        import json, sys
+        from client import push
+        for decided in push(sys.argv[1], map(json.loads, sys.stdin)):
+            print(json.dumps(decided), flush=True)
+    """,
+}
+
+
+class Way:
+    """A way to a server that may move; it cuts the next answer that has these bytes in half."""
+
+    target: tuple[str, int]
+
+    def __init__(self) -> None:
+        self.cut = b""
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = "http://{}:{}".format(*self.listener.getsockname())
+        self.thread = threading.Thread(target=self.accept, daemon=True)
+        self.thread.start()
+
+    def accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                threading.Thread(target=self.carry, args=(client,), daemon=True).start()
+
+    def carry(self, client: socket.socket) -> None:
+        with suppress(OSError), client:
+            try:
+                server = socket.create_connection(self.target)
+            except OSError:  # as a proxy says it
+                client.recv(65536)
+                client.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+                return
+            with server:
+                back = threading.Thread(target=self.pour, args=(server, client), daemon=True)
+                back.start()
+                self.pour(client, server)
+                back.join(PATIENCE)
+
+    def pour(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if self.cut and self.cut in data:
+                    self.cut = b""
+                    target.sendall(data[: len(data) // 2])
+                    break
+                target.sendall(data)
+        for end in (source, target):  # also who waits for the other in the thread beside
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join(PATIENCE)
+
+
+class Reader:
+    """One of these programs, and the lines that it has said."""
+
+    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+        self.said: list[Any] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-X", "dev", "-c", textwrap.dedent(PYTHON_CLIENTS[name]), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env={
+                "PATH": os.environ["PATH"],
+                "WEBSOCKETS_BACKOFF_INITIAL_DELAY": "0.2",
+                "WEBSOCKETS_BACKOFF_MIN_DELAY": "0.2",
+            },
+        )
+        self.thread = threading.Thread(target=self.read)
+        self.thread.start()
+
+    def read(self) -> None:
+        assert self.process.stdout is not None
+        self.said.extend(map(json.loads, self.process.stdout))
+
+    def write(self, *values: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.writelines(json.dumps(value) + "\n" for value in values)
+        self.process.stdin.flush()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.thread.join(PATIENCE)
+
+    def close(self) -> None:
+        """It never ends, nor complains, by itself."""
+        self.stop()
+        _, complained = self.process.communicate(timeout=PATIENCE)
+        assert (self.process.returncode, complained) == (-signal.SIGKILL, "")
+
+
+def fold_pages(pages: Iterable[Any]) -> tuple[dict[str, Any], int]:
+    """The list after these pages, and their number of snapshots; nothing is in them twice."""
+    todos: dict[str, Any] = {}
+    cursor, snapshots = 0, 0
+    for page in list(pages):
+        if "data" in page:
+            todos, snapshots = {one["id"]: one for one in page["data"]["todos"]}, snapshots + 1
+            cursor = page["cursor"]
+            continue
+        for change in page["changes"]:
+            assert change["cursor"] > cursor, "twice, or back"
+            cursor = change["cursor"]
+            todos[change["data"]["todo"]["id"]] = change["data"]["todo"]
+        assert page["cursor"] == cursor
+    return todos, snapshots
+
+
+@pytest.mark.parametrize("name", ["follow", "live"])
+def test_a_client_in_python_misses_nothing_and_has_nothing_twice(tmp_path: Path, name: str) -> None:
+    if name == "live":
+        pytest.importorskip("websockets")
+    for file, text in zip(("client", "live"), blocks("python", "A client in Python"), strict=True):
+        (tmp_path / f"{file}.py").write_text(text, encoding="utf-8")
+    path, copy = tmp_path / "todos.db", tmp_path / "copy.db"
+    pages, servers = list[Any](), list[Program]()
+
+    def start() -> None:
+        servers.append(stack.enter_context(program("--db", str(path))))
+        way.target = servers[-1].address
+
+    def kill() -> None:
+        servers[-1].process.kill()
+        servers[-1].process.wait()
+
+    def agreed(snapshots: int) -> bool:
+        """Whether the follower has what the server has."""
+        with closing(RawClient(way.target)) as client:
+            state = client.request("GET", "/sync/snapshot?scope=list").json["data"]["todos"]
+        return fold_pages(pages + follower.said) == ({one["id"]: one for one in state}, snapshots)
+
+    with ExitStack() as stack:
+        way = stack.enter_context(closing(Way()))
+        start()
+        pusher = stack.enter_context(closing(Reader(tmp_path, "push", way.address)))
+        first = Reader(tmp_path, name, way.address, "0", "")
+        follower = stack.enter_context(closing(first))
+
+        # An answer to a push is lost, and one with changes.
+        way.cut = b'"ok":true'
+        pusher.write(*(create() for _ in range(3)))
+        until(lambda: len(pusher.said) == 3)
+        assert [result.get("duplicate") for _, result in pusher.said] == [True, None, None]
+        until(lambda: agreed(0))
+        way.cut = b'"hasMore"' if name == "follow" else b'"after"'
+        pusher.write(create())
+        until(lambda: agreed(0) and not way.cut)
+
+        # The server is killed in the middle; meanwhile the follower's program ends, and begins
+        # again from the place that it had kept.
+        pusher.write(*(create() for _ in range(40)))
+        until(lambda: len(pusher.said) > 10)
+        kill()
+        follower.stop()
+        pages += follower.said
+        place = str(pages[-1]["cursor"]), pages[-1]["epoch"]
+        second = Reader(tmp_path, name, way.address, *place)
+        follower = stack.enter_context(closing(second))
+        start()
+        until(lambda: len(pusher.said) == 44 and agreed(0))
+        ids = [mutation["id"] for mutation, result in pusher.said if result["ok"]]
+        assert len(set(ids)) == 44
+
+        # While it is away, the log goes on and is trimmed: it takes a snapshot. The file is copied.
+        kill()
+        application: dict[str, Any] = {"apply": mizusync.apply_todo, "schema": mizusync.TODO_SCHEMA}
+        with closing(Engine(path, **application, snapshot=mizusync.snapshot_todos)) as engine:
+            push(engine, create(), create())
+            ask(engine.trim("list", ask(engine.head("list")) + 1))
+        shutil.copy(path, copy)
+        start()
+        until(lambda: agreed(1))
+
+        # It sees more, and then an older database is in the place of this one.
+        pusher.write(create())
+        until(lambda: len(pusher.said) == 45 and agreed(1))
+        kill()
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink()
+        shutil.copy(copy, path)
+        if name == "follow":  # it has even grown past the follower's cursor
+            with closing(Engine(path, **application)) as engine:
+                push(engine, create(), create())
+        start()
+        until(lambda: agreed(2))
+        pusher.write(create())
+        until(lambda: len(pusher.said) == 46 and agreed(2))
 
 
 # -- Behind nginx
