@@ -115,7 +115,7 @@ __all__ = [
     "Request", "Response", "Session", "WebSocket", "Result", "Page", "Snapshot",
     # What a store or a transport of one's own is made of.
     "Store", "Position", "Row", "Mark", "SQLiteStore", "StoreError", "StoreRefused",
-    "Hub", "Hint", "Subscriber",
+    "TransactionLost", "Hub", "Hint", "Subscriber",
     # The rest of what may be raised.
     "SyncError", "HTTPError", "InvalidRequest", "TooLarge", "CursorTooOld", "CursorUnknown",
     "ProtocolError",
@@ -1558,6 +1558,14 @@ class Engine:
                     del self._listeners[scope]
 
         return unlisten
+
+    def catch_up(self) -> None:
+        """Look at once, not only each `watch_interval`, whether another process has committed.
+
+        For a store that is told of it. From any thread; it never blocks.
+        """
+        if self._jobs.empty():  # whoever waits there looks, too
+            self._jobs.put(None)
 
     async def trim(self, scope: str, before: int) -> int:
         """Remove the scope's changes with cursors below `before`, whole mutations; how many.

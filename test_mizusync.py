@@ -2247,6 +2247,16 @@ def test_a_wait_is_not_ended_by_another_engines_commit_that_was_pulled(path: Pat
         assert ask(wait()) >= MOMENT * 0.9
 
 
+def test_an_engine_that_is_told_to_catch_up_does_not_wait_for_its_next_look(path: Path) -> None:
+    blind = Settings(watch_interval=PATIENCE * 6)
+    with closing(open_log(path, settings=blind)) as one, closing(open_log(path)) as two:
+        heard = threading.Event()
+        one.listen(lambda news: heard.set(), "a")
+        push(two, note("1", scope="a"))
+        one.catch_up()
+        assert heard.wait(PATIENCE)
+
+
 def test_a_new_file_may_be_opened_by_several_at_once(tmp_path: Path) -> None:
     together = threading.Barrier(4)
 
