@@ -9150,12 +9150,15 @@ class Convergence(RuleBasedStateMachine):
     def restore(self) -> None:
         assert self.backup
         self.close()
-        shutil.copy(self.path.with_name("backup.db"), self.path)
+        self.put_back()
         self.engine = open_log(self.path, apply=ledger, settings=self.small)
         self.foreign, self.model = None, copy.deepcopy(self.backup)
         for client in self.everyone:
             client.lost = client.lost or client.cursor > self.model.head
             client.doubted = client.doubted or client.epoch not in self.model.epochs
+
+    def put_back(self) -> None:
+        shutil.copy(self.path.with_name("backup.db"), self.path)
 
     @invariant()
     def the_head_is_where_the_model_is(self) -> None:
