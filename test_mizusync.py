@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import hmac
 import http.client
+import inspect
 import itertools
 import json
 import logging
@@ -6929,6 +6930,407 @@ def test_the_endpoint_for_prometheus_says_what_it_reads(tmp_path: Path) -> None:
 
 
 # -- PostgreSQL instead of SQLite
+# What the tests above say of a file is said again of a database, by the same tests.
+
+
+class Postgres:
+    """A server of our own, on a socket in a folder, and a log for each path that is asked for."""
+
+    def __init__(self, folder: Path, names: Mapping[str, Any]) -> None:
+        self.server = f"host={folder} user=postgres dbname=postgres"
+        self.connect, self.store = names["psycopg"].connect, names["PostgresStore"]
+        self.schemas: dict[Path, str] = {}
+
+    def dsn(self, path: Path) -> str:
+        """Each log has a schema of its own: that is quicker to make than a database."""
+        if path not in self.schemas:
+            self.schemas[path] = f"log{len(self.schemas)}"
+            self.run(f"CREATE SCHEMA {self.schemas[path]}")
+        options = f"options='-c search_path={self.schemas[path]}'"
+        return f"{self.server} {options}"
+
+    def run(self, statement: str, path: Path | None = None) -> list[Any]:
+        with self.connect(self.dsn(path) if path else self.server) as db:
+            done = db.execute(statement)
+            return list(done.fetchall()) if done.description else []
+
+    def open_log(self, path: Path, **options: Any) -> Engine:
+        """What `open_log` is for a file."""
+        usual: dict[str, Any] = {"apply": apply, "snapshot": snapshot} | options
+        for name in ("apply", "snapshot"):
+            usual[name] = usual[name] and functools.partial(spoken, usual[name])
+        store = self.store(self.dsn(path), NOTES)
+        engine = Engine(store, **usual)
+        store.listen(engine.catch_up)
+        return engine
+
+    def back_up(self, path: Path) -> Path:
+        copies = (f"DROP TABLE IF EXISTS old_{t}; CREATE TABLE old_{t} AS TABLE {t};" for t in LOG)
+        self.run("".join(copies), path)
+        return path
+
+    def put_back(self, path: Path) -> None:
+        insert = "INSERT INTO {0} OVERRIDING SYSTEM VALUE TABLE old_{0};"
+        self.run("".join(f"TRUNCATE {t};" + insert.format(t) for t in LOG), path)
+
+
+NOTES = "CREATE TABLE IF NOT EXISTS notes (scope text, data text, rowid serial)"
+LOG = ("notes", *(f"mizusync_{name}" for name in ("changes", "mutations", "trims", "epochs")))
+
+
+class Spoken:
+    """The connection, for an application that speaks SQLite's dialect."""
+
+    def __init__(self, db: Any) -> None:
+        self.db = db
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        if "ON CONFLICT ROLLBACK" in statement:  # the worst that an application can do
+            statement = "COMMIT"
+        return self.db.execute(statement.replace("?", "%s"), parameters)
+
+
+def spoken(function: Callable[[Any, Any], Any], db: Any, argument: Any) -> Any:
+    return function(Spoken(db), argument)
+
+
+@contextmanager
+def postgres_server(folder: Path) -> Iterator[None]:
+    """A PostgreSQL of our own in this folder, which refuses to be root."""
+    found = (shutil.which("initdb"), *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")))
+    if not any(found):
+        pytest.skip("no PostgreSQL server to run the store on")
+    initdb = Path(str(list(filter(None, found))[-1]))
+    user: dict[str, Any] = {"cwd": folder}
+    if os.geteuid() == 0:
+        shutil.chown(folder, "postgres")
+        user |= {"user": "postgres", "group": "postgres", "extra_groups": []}
+    options = ["-D", "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N"]
+    subprocess.run([initdb, *options], check=True, capture_output=True, **user)
+    options = ["-D", "data", "-k", str(folder), "-h", "", "-F"]
+    with (folder / "log").open("w") as said:
+        command = [str(initdb.with_name("postgres")), *options]
+        server = subprocess.Popen(command, stdout=said, stderr=said, **user)
+    try:
+        until(
+            lambda: server.poll() is not None or "ready to accept" in (folder / "log").read_text()
+        )
+        assert server.poll() is None, (folder / "log").read_text()
+        yield
+    finally:
+        server.send_signal(signal.SIGINT)  # without waiting for who is connected
+        server.wait(PATIENCE)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    pytest.importorskip("psycopg")
+    names: dict[str, Any] = {}
+    exec(blocks("python", "PostgreSQL instead of SQLite")[0], names)
+    # Not pytest's own folder, into which its owner alone may look.
+    with tempfile.TemporaryDirectory() as name, postgres_server(folder := Path(name)):
+        yield Postgres(folder, names)
+
+
+@pytest.fixture
+def on_postgres(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Postgres:
+    """From here on `open_log` opens one in PostgreSQL."""
+    monkeypatch.setitem(globals(), "open_log", postgres.open_log)
+    monkeypatch.setitem(globals(), "back_up", postgres.back_up)
+    return postgres
+
+
+PROMISES: list[Callable[..., None]] = [
+    test_one_id_sent_eight_times_at_once_applies_once,
+    test_one_id_twice_in_one_push_applies_once,
+    test_one_id_in_two_scopes_names_two_mutations,
+    test_a_retry_gets_its_first_answer_after_others_pushed_and_after_a_restart,
+    test_a_retry_after_a_trim_gets_its_first_answer_without_changes,
+    test_without_changes_a_results_cursor_is_its_scopes_current_one,
+    test_application_and_log_are_one_transaction,
+    test_a_closed_engine_answers_everything_with_unavailable,
+    test_an_apply_that_ends_the_transaction_spoils_no_other_push,
+    test_what_a_listener_hears_of_a_pull_sees,
+    test_a_snapshot_is_of_the_moment_of_its_cursor_while_pushes_pour_in,
+    test_a_large_trim_leaves_whole_mutations,
+    test_a_trim_with_a_senseless_number_spoils_no_push,
+    test_a_trim_in_another_process_is_told_of_where_its_changes_were_never_seen,
+    test_a_trim_in_another_process_is_told_of_where_memory_holds_its_changes,
+    test_reopening_never_makes_a_cursor_unknown,
+    test_a_cursor_above_the_head_is_unknown,
+    test_an_epoch_that_is_not_of_this_history_is_unknown,
+    test_two_engines_on_one_file_are_one_log,
+    test_a_waiting_pull_is_woken_by_another_engines_commit,
+]
+
+
+@table("promise", {promise.__name__: promise for promise in PROMISES})
+def test_postgres_keeps_what_a_file_keeps(
+    promise: Callable[..., None], on_postgres: Postgres, path: Path
+) -> None:
+    match promise.__annotations__:
+        case {"engine": _}:
+            with closing(on_postgres.open_log(path)) as engine:
+                promise(engine)
+        case _:
+            promise(path)
+
+
+def test_clients_converge_whatever_happens_to_postgres(on_postgres: Postgres) -> None:
+    class ConvergenceOnPostgres(Convergence):
+        def put_back(self) -> None:
+            on_postgres.put_back(self.path)
+
+    few = settings(max_examples=4, stateful_step_count=15)
+    run_state_machine_as_test(ConvergenceOnPostgres, settings=few)
+
+
+def test_a_reader_beside_two_writers_on_postgres_never_skips_a_number(
+    on_postgres: Postgres, path: Path
+) -> None:
+    def pour(engine: Engine) -> None:
+        for number in range(30):
+            push(engine, note(f"{threading.get_ident()} {number}", number))
+
+    with ExitStack() as stack:
+        one, two, reader = (stack.enter_context(closing(open_log(path))) for _ in range(3))
+        pool = stack.enter_context(ThreadPoolExecutor(4))
+        pouring = [pool.submit(pour, engine) for engine in (one, two, one, two)]
+        seen: list[Any] = []
+
+        def all_seen() -> bool:
+            seen.extend(pull(reader, seen[-1]["cursor"] if seen else 0)["changes"])
+            return len(seen) == 120
+
+        until(all_seen)
+        assert [done.result() for done in pouring] == [None] * 4
+        assert list(map(cursor_of, seen)) == list(range(1, 121))
+        assert whole_log(one) == whole_log(two) == seen
+
+
+def test_postgres_itself_tells_of_another_process_s_commit(
+    on_postgres: Postgres, path: Path
+) -> None:
+    blind = Settings(watch_interval=PATIENCE * 6)  # else it would look by itself
+    with closing(open_log(path, settings=blind)) as one, closing(open_log(path)) as two:
+        heard = threading.Event()
+        one.listen(lambda news: heard.set(), "a")
+        push(two, note("1", scope="a"))
+        assert heard.wait(PATIENCE)
+        on_postgres.run(f"SELECT pg_terminate_backend(pid) {OTHERS}")
+        heard.clear()
+        in_time(lambda: push(two, note("2", scope="a")))
+        assert heard.wait(PATIENCE)  # it listens again
+
+
+OTHERS = "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+
+
+def in_time(function: Callable[[], T]) -> T:
+    """What it gives, once the database is there again."""
+
+    def given() -> list[T]:
+        with suppress(Unavailable):
+            return [function()]
+        return []
+
+    return until(given)[0]
+
+
+def test_pushes_to_postgres_go_on_after_its_connections_were_cut(
+    on_postgres: Postgres, path: Path
+) -> None:
+    cut = set[str]()
+
+    def apply_and_cut(db: Any, mutation: Mutation) -> list[Any]:
+        made = apply(db, mutation)
+        if mutation.args % 10 == 7 and mutation.id not in cut:
+            cut.add(mutation.id)
+            db.db.execute(f"SELECT pg_terminate_backend(pid) {OTHERS}")
+            db.db.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        return made
+
+    with closing(open_log(path, apply=apply_and_cut)) as engine:
+        notes = [note(str(number), number) for number in range(20)]
+        results = [in_time(functools.partial(push, engine, each))[0] for each in notes]
+        made = [change for result in results for change in result["changes"]]
+        assert not any("duplicate" in result for result in results)
+        assert in_time(lambda: whole_log(engine)) == made
+        assert in_time(lambda: ask(engine.snapshot())).data == list(range(20))
+    assert len(cut) == 2
+
+
+def test_the_seats_of_the_readme_are_sold_from_postgres(
+    postgres: Postgres, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Server, "run", lambda server, host, port: None)
+    store, application = blocks("python", "PostgreSQL instead of SQLite")
+    names: dict[str, Any] = {}
+    exec(store, names)
+    exec(application.replace("postgresql://localhost/seats", postgres.dsn(path)), names)
+    with serving(names["engine"]) as live:
+        wish = {"scope": "gala", "name": "seat.take", "args": {"seat": "A1", "holder": "Ann"}}
+        odd = {"scope": "gala", "name": "seat.take", "args": {"seat": "A\0", "holder": "Ann"}}
+        client = live.client()
+        taken, again, strange, once = client.push(
+            {"id": "1", **wish}, {"id": "2", **wish}, {"id": "3", **odd}, {"id": "1", **wish}
+        )
+        assert taken["changes"][0]["data"] == {"seat": "A1", "holder": "Ann"}
+        assert (again["code"], again["error"]) == ("conflict", "seat A1 is taken")
+        assert (strange["code"], once["duplicate"]) == ("invalid_mutation", True)
+        state = client.request("GET", "/sync/snapshot?scope=gala").json
+        assert (state["data"], state["cursor"]) == ({"A1": "Ann"}, taken["cursor"])
+        for target in ("/sync/snapshot?scope=%00", "/sync/pull?scope=gala&epoch=%00"):
+            assert refused(client.request("GET", target), 400)
+
+
+def test_a_name_with_a_nul_is_a_name_on_postgres_too(on_postgres: Postgres, path: Path) -> None:
+    def same(db: Any, mutation: Mutation) -> list[Any]:
+        return [Change(mutation.args, scope="\0")]
+
+    with closing(open_log(path, apply=same)) as engine:
+        (result,) = push(engine, note("\0", "\0", scope="\0"))
+        assert push(engine, note("\0", "\0", scope="\0")) == [result | DUPLICATE]
+        assert pull(engine, scope="\0")["changes"] == result["changes"]
+    with closing(open_log(path)) as engine:
+        assert fold(whole_log(engine, "\0")) == ["\0"]
+
+
+POSTGRES_MISUSES: dict[str, Callable[[Any], Any]] = {
+    "commit": lambda db: db.commit(),
+    "COMMIT": lambda db: db.execute("COMMIT"),
+    "rollback": lambda db: db.rollback(),
+    "ROLLBACK": lambda db: db.execute("ROLLBACK"),
+    "ROLLBACK, and goes on": lambda db: (db.execute("ROLLBACK"), db.execute("SELECT 1")),
+    "autocommit": lambda db: setattr(db, "autocommit", True),
+    "close": lambda db: db.close(),
+    "an error that it hides": lambda db: hidden(db, "nonsense"),
+    "a COMMIT that it hides": lambda db: hidden(db, "COMMIT"),
+}
+
+
+def hidden(db: Any, statement: str) -> None:
+    with suppress(Exception):
+        db.execute(statement)
+
+
+@table("misuse", POSTGRES_MISUSES)
+def test_a_misuse_of_postgres_spoils_that_mutation_alone(
+    on_postgres: Postgres, path: Path, misuse: Callable[[Any], Any]
+) -> None:
+    def apply_or_misuse(db: Any, mutation: Mutation) -> list[Any]:
+        made = apply(db, mutation)
+        if mutation.id == "bad":
+            misuse(db.db)
+        return made
+
+    with closing(open_log(path, apply=apply_or_misuse)) as engine:
+        results = push(engine, note("1", 1), note("bad", 2), note("3", 3))
+        assert [result.get("code") for result in results] == [None, "internal_error", None]
+        assert ask(engine.snapshot()).data == fold(whole_log(engine)) == [1, 3]
+
+
+PROGRAM_ON_POSTGRES = """
+from __future__ import annotations
+import asyncio, signal, sys
+sys.path.insert(0, {folder!r})
+from mizusync import *
+
+{recipe}
+{apply}
+
+def snapshot(db, scope):
+    sql = "SELECT id, title, completed FROM todos WHERE scope = %s ORDER BY position"
+    return {{"todos": [dict(zip(("id", "title", "completed"), row))
+                      for row in db.execute(sql, (scope,))]}}
+
+async def main():
+    store = PostgresStore(sys.argv[sys.argv.index("--db") + 1], {schema!r})
+    engine = Engine(store, apply=apply_todo, snapshot=snapshot)
+    store.listen(engine.catch_up)
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    async with Server(engine).listen("127.0.0.1", 0) as (host, port):
+        print(f"http://{{host}}:{{port}}/", flush=True)
+        await stopped.wait()
+    engine.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def two_on_postgres(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Two]:
+    """The todo application as it is, but for its dialect, in two processes on one PostgreSQL."""
+    words = {
+        "folder": str(PROGRAM.parent),
+        "recipe": blocks("python", "PostgreSQL instead of SQLite")[0],
+        "apply": re.sub(
+            r":(scope|id|title|completed)\b", r"%(\1)s", inspect.getsource(mizusync.apply_todo)
+        ),
+        "schema": mizusync.TODO_SCHEMA.replace("INTEGER PRIMARY", "serial PRIMARY").replace(
+            "completed INTEGER", "completed boolean"
+        ),
+    }
+    (tmp_path / "todos.py").write_text(PROGRAM_ON_POSTGRES.format_map(words).lstrip())
+    monkeypatch.setitem(globals(), "PROGRAM", tmp_path / "todos.py")
+    with two_programs(Path(postgres.dsn(tmp_path))) as two:
+        yield two
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        "test_followers_of_two_processes_see_one_log_while_both_are_pushed_to",
+        "test_a_hint_of_one_process_is_true_at_the_other",
+        "test_kill_9_of_one_process_loses_nothing_and_the_other_goes_on",
+        "test_the_same_pull_gets_the_same_page_from_both_processes",
+    ],
+)
+def test_two_processes_on_postgres(two_on_postgres: Two, promise: str) -> None:
+    words = {"two": two_on_postgres, "at": 1}
+    function = globals()[promise]
+    function(**{name: words[name] for name in function.__annotations__ if name in words})
+
+
+def test_the_todo_application_is_the_same_on_postgres(two_on_postgres: Two) -> None:
+    test_todos_are_made_changed_toggled_and_deleted(two_on_postgres.client(0))
+
+
+def test_a_postgres_that_lost_its_newest_commits_does_not_know_their_cursors(
+    on_postgres: Postgres, path: Path
+) -> None:
+    """As when a standby takes over: the process goes on, and only its connections were cut."""
+    with closing(open_log(path)) as engine, closing(open_log(path)) as other:
+        push(engine, *(note(str(number)) for number in range(5)))
+        early = pull(engine)
+        on_postgres.back_up(path)
+        push(engine, *(note(f"lost {number}") for number in range(5)))
+        late = pull(engine)
+        on_postgres.put_back(path)
+        on_postgres.run(f"SELECT pg_terminate_backend(pid) {OTHERS}")
+        for number in range(20):
+            in_time(functools.partial(push, other, note(f"new {number}")))
+        page = in_time(lambda: pull(engine, early["cursor"], epoch=early["epoch"]))
+        assert len(page["changes"]) == 20
+        with pytest.raises(mizusync.CursorUnknown):
+            pull(engine, late["cursor"], epoch=late["epoch"])
+
+
+def test_a_new_postgres_log_may_be_opened_by_several_at_once(
+    on_postgres: Postgres, path: Path
+) -> None:
+    together = threading.Barrier(4)
+
+    def open_and_close(path: Path) -> None:
+        together.wait(PATIENCE)
+        open_log(path).close()
+
+    on_postgres.dsn(path)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(open_and_close, [path] * 4)) == [None] * 4
 
 
 # --- SyncClient ---------------------------------------------------------------------------
