@@ -7040,7 +7040,7 @@ def on_postgres(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Postgres
     return postgres
 
 
-PROMISES: list[Callable[..., None]] = [
+STORE_PROMISES: list[Callable[..., None]] = [
     test_one_id_sent_eight_times_at_once_applies_once,
     test_one_id_twice_in_one_push_applies_once,
     test_one_id_in_two_scopes_names_two_mutations,
@@ -7064,7 +7064,7 @@ PROMISES: list[Callable[..., None]] = [
 ]
 
 
-@table("promise", {promise.__name__: promise for promise in PROMISES})
+@table("promise", {promise.__name__: promise for promise in STORE_PROMISES})
 def test_postgres_keeps_what_a_file_keeps(
     promise: Callable[..., None], on_postgres: Postgres, path: Path
 ) -> None:
