@@ -3046,13 +3046,15 @@ class Server:
             accepting.cancel()
             listener.close()
             self.engine.wake()
+            pause = 0.001  # seconds, and twice as many each time: most ends are quick
             while (self._tasks - {sweeping} or self._connections) and time.monotonic() < deadline:
                 for connection, websocket in list(self._connections.items()):
                     if websocket and websocket.accepted:
                         websocket.close(1001, "the server is stopping")
                     elif connection.idle:
                         connection.expire()
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 0.02)
             for connection in list(self._connections):
                 connection.abort()
             for _ in range(2):  # an on_close that the first cancel began may hang, too
