@@ -506,9 +506,13 @@ def open_log(path: Path, **options: Any) -> Engine:
     return Engine(path, **(usual | options))
 
 
-def ask(coroutine: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine gives, in a loop of its own."""
-    return asyncio.run(asyncio.wait_for(coroutine, PATIENCE))
+def ask(coroutine: Coroutine[Any, Any, T], debug: bool | None = None) -> T:
+    """What a coroutine gives, in a loop of its own.
+
+    asyncio's debug mode writes down where each call comes from: without it, what is asked a
+    thousand times takes a fourth of the time.
+    """
+    return asyncio.run(asyncio.wait_for(coroutine, PATIENCE), debug=debug)
 
 
 def push(engine: Engine, *mutations: Any) -> list[Any]:
@@ -518,7 +522,7 @@ def push(engine: Engine, *mutations: Any) -> list[Any]:
 
 def pull(engine: Engine, cursor: int = 0, scope: str = DEFAULT, **parameters: Any) -> Any:
     """A page, as a client reads it."""
-    return json.loads(ask(engine.pull(scope, cursor, **parameters)).encode())
+    return json.loads(ask(engine.pull(scope, cursor, **parameters), debug=False).encode())
 
 
 def pages(engine: Engine, cursor: int = 0, scope: str = DEFAULT, limit: int = 1000) -> list[Any]:
@@ -690,7 +694,7 @@ def test_what_is_no_mutation_is_an_invalid_mutation(value: Any) -> None:
         Mutation.parse(value)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.lists(json_values, min_size=1, max_size=3))
 def test_the_data_of_a_change_reaches_every_client_as_it_was_made(data: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -902,7 +906,7 @@ life = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(events=life)
 def test_cursors_strictly_increase_and_are_never_used_again(events: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -924,7 +928,7 @@ def test_cursors_strictly_increase_and_are_never_used_again(events: list[Any]) -
         engine.close()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     sends=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=1, max_size=12),
     wait=st.lists(st.booleans(), min_size=12, max_size=12),
@@ -1528,7 +1532,7 @@ def test_a_file_that_was_removed_or_replaced_is_unavailable(
 # Pull: exactly the log.
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     sizes=st.lists(st.lists(st.sampled_from("ab"), max_size=5), min_size=1, max_size=12),
     limit=st.integers(1, 7),
@@ -1594,7 +1598,7 @@ def test_a_pull_at_the_end_is_empty_and_keeps_its_cursor(engine: Engine) -> None
 def test_small_tails_and_many_scopes_lose_nothing(path: Path) -> None:
     small = Settings(tail_changes=2, tail_size=4000)
     with closing(open_log(path, settings=small)) as engine:
-        for number in range(60):
+        for number in range(30):
             push(engine, note(str(number), number, scope=f"s{number % 7}"))
             scope = f"s{number * 3 % 7}"
             expected = [n for n in range(number + 1) if f"s{n % 7}" == scope]
@@ -1631,7 +1635,7 @@ def test_a_pull_that_finds_changes_does_not_wait(engine: Engine) -> None:
 def test_no_push_falls_between_a_waiting_pull_and_its_wait(engine: Engine) -> None:
     async def race() -> None:
         cursor = 0
-        for number in range(100):  # the push runs beside the pull's own first look
+        for number in range(50):  # the push runs beside the pull's own first look
             waiting = asyncio.create_task(engine.pull(cursor=cursor, wait=PATIENCE * 3))
             await asyncio.gather(engine.push([note(str(number))]), waiting)
             page = waiting.result()
@@ -1656,7 +1660,7 @@ async def pull_until_closed(engine):
         await asyncio.sleep(0)
     await closing
 
-for number in range(100):
+for number in range(40):
     engine = mizusync.Engine(sys.argv[1], apply=lambda db, mutation: [1])
     engine.submit([{"id": str(number), "name": "n"}]).result()
     asyncio.run(pull_until_closed(engine))
@@ -1799,7 +1803,7 @@ def test_a_snapshot_is_of_the_moment_of_its_cursor_while_pushes_pour_in(path: Pa
             number += 1
 
     async def take(engine: Engine) -> list[Any]:
-        return [await engine.snapshot() for _ in range(40)]
+        return [await engine.snapshot() for _ in range(20)]
 
     with closing(open_log(path, apply=ledger)) as engine, ThreadPoolExecutor(4) as pool:
         pouring = [pool.submit(pour, engine, name) for name in "abc"]
@@ -2132,7 +2136,7 @@ def test_a_restored_copy_begins_an_epoch_whoever_commits_to_it_first(path: Path)
 def test_two_engines_on_one_file_are_one_log(path: Path) -> None:
     with closing(open_log(path)) as one, closing(open_log(path)) as two:
         cursors = []
-        for number in range(30):
+        for number in range(15):
             writer, reader = (one, two) if number % 3 else (two, one)
             cursors += [push(writer, note(str(number), number))[0]["cursor"]]
             assert fold(whole_log(reader)) == fold(whole_log(writer)) == list(range(number + 1))
@@ -2222,7 +2226,7 @@ def head_after_more(engine: Engine) -> int:
 
 
 def test_a_process_gets_its_turn_beside_a_busy_one(path: Path) -> None:
-    waited, count = 0, 60  # in changes of the other: what a slow disk costs, it costs both
+    waited, count = 0, 30  # in changes of the other: what a slow disk costs, it costs both
     with closing(open_log(path)) as engine, ThreadPoolExecutor(1) as pool:
         worker = start_worker(path, "busy", [0] * 4, 100_000)
         said = pool.submit(worker.communicate)
@@ -2266,7 +2270,7 @@ def test_a_new_file_may_be_opened_by_several_at_once(tmp_path: Path) -> None:
         open_log(tmp_path / f"{number // 4}.db").close()
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(open_and_close, range(80))) == [None] * 80
+        assert list(pool.map(open_and_close, range(40))) == [None] * 40
 
 
 # --- Hub ------------------------------------------------------------------------------------
@@ -2612,7 +2616,7 @@ def test_requests_read_the_same_however_the_bytes_arrive(
 
 
 @given(spoiled_heads(), st.lists(st.integers(0, 900), max_size=5))
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_a_spoiled_head_is_a_request_or_a_refusal_however_it_arrives(
     head: bytes, cuts: list[int]
 ) -> None:
@@ -3752,7 +3756,7 @@ def test_frames_read_the_same_however_the_bytes_arrive(sent: list[Frame], cuts: 
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=5),
     st.lists(st.integers(0, 900), max_size=5),
 )
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_spoiled_frames_are_frames_or_a_close_however_they_arrive(
     sent: list[Frame], spoilt: list[tuple[int, int]], cuts: list[int]
 ) -> None:
@@ -4030,9 +4034,9 @@ def test_fragments_of_nothing_take_no_memory(server: Live) -> None:
     assert client.quiet()
     tracemalloc.start()
     try:
-        client.send(masked(0, b"", False) * 100_000)
+        client.send(masked(0, b"", False) * 20_000)
         assert client.quiet()
-        assert tracemalloc.get_traced_memory()[0] < 400_000
+        assert tracemalloc.get_traced_memory()[0] < 80_000  # a list of them takes twice that
     finally:
         tracemalloc.stop()
 
@@ -4516,8 +4520,8 @@ def test_a_raw_websocket_echoes_text_and_binary(tmp_path: Path) -> None:
 
 
 def test_a_raw_websocket_takes_a_large_message_where_the_settings_allow_it(tmp_path: Path) -> None:
-    message = os.urandom(2**24)
-    large = replace(SMALL, message_size=2**24)
+    message = os.urandom(2**23)
+    large = replace(SMALL, message_size=2**23)
     with serve(tmp_path, large, prepare=lambda server: server.websocket("/echo")(echo)) as live:
         client = live.socket("/echo")
         writer = threading.Thread(target=client.send_frame, args=(BINARY, message))
@@ -5531,9 +5535,9 @@ def test_a_program_without_descriptors_serves_who_is_there_and_lets_others_wait(
         for target in ("/sync/snapshot?scope=list", "/sync/pull?scope=new", "/healthz"):
             assert first.request("GET", target).status == 200  # the log can still be opened
         before = spent()
-        assert first.pull(scope="new", wait=1)["changes"] == []  # a second goes by
-        assert spent() - before < os.sysconf("SC_CLK_TCK") / 4  # nothing spins
-        for _ in range(50):  # there is room, and there is none, again and again
+        assert first.pull(scope="new", wait=0.4)["changes"] == []
+        assert spent() - before < os.sysconf("SC_CLK_TCK") / 10  # nothing spins
+        for _ in range(20):  # there is room, and there is none, again and again
             others.pop(0).close()
             others.append(come())
             first.pull(scope="new", wait=0.01)
@@ -9217,7 +9221,7 @@ def push_to_a_server_under(command: list[str], path: Path) -> set[tuple[int, str
         def push_some(name: str) -> list[tuple[int, str]]:
             told: list[tuple[int, str]] = []
             with closing(RawClient(("127.0.0.1", port))) as client:
-                for size in (1, 36, 1, 36, 1, 36, 1, 36, 1, 1):
+                for size in (1, 40, 1, 40, 1, 40, 1, 1):
                     keys = [f"{name} {len(told) + number}" for number in range(size)]
                     results = client.push(*map(large_todo, keys))
                     told += zip((result["cursor"] for result in results), keys, strict=True)
@@ -9280,7 +9284,7 @@ OPENING = "import mizusync, os, sys; mizusync.Engine(sys.argv[1], apply=print); 
 def test_opening_a_large_log_reads_little_and_writes_nothing(tmp_path: Path) -> None:
     trace, reads = tmp_path / "trace", list[int]()
     command = [*strace(trace, "pread64,pwrite64,ftruncate"), sys.executable, "-c", OPENING]
-    for count in (1, 200_000):
+    for count in (1, 50_000):
         path = tmp_path / f"{count}.db"
         with closing(open_log(path)) as engine:
             push(engine, note("first"))
@@ -9564,9 +9568,11 @@ class Convergence(RuleBasedStateMachine):
     @invariant()
     def the_head_is_where_the_model_is(self) -> None:
         if hasattr(self, "engine"):
-            for scope in SCOPES:
-                assert ask(self.engine.head(scope)) == self.model.current(scope)
+            assert ask(self.heads(), debug=False) == [self.model.current(scope) for scope in SCOPES]
+
+    async def heads(self) -> list[int]:
+        return [await self.engine.head(scope) for scope in SCOPES]
 
 
 TestConvergence = Convergence.TestCase
-TestConvergence.settings = settings(max_examples=40, stateful_step_count=30)
+TestConvergence.settings = settings(max_examples=25, stateful_step_count=30)
