@@ -611,6 +611,7 @@ def test_any_bytes_are_a_json_value_or_an_invalid_request(data: bytes, depth: in
     [
         *(b"", b" ", b"[1,]", b"{'a': 1}", b"[1] 2", b"01", b"+1", b".5", b"1.", b"0x1", b"nul"),
         *(b"True", b"[}", b'{"a"}', b'{"a":1,}', b'"\x01"', b'"\t"', b'"', b'"\\', b"\xc2\xa01"),
+        *(b"1 /* one */", rb'"\x41"', b"  "),
         *(b"NaN", b"Infinity", b"-Infinity", b"[NaN]", b"1e400", b"-1e400", b'{"a": 1e999}'),
         *(b"9223372036854775808", b"-9223372036854775809", b"1" * 5000, "\u0661".encode()),
         *(rb'"\ud800"', rb'"\udc00"', rb'{"\ud800": 1}', rb'["\ud800\ud800"]', rb'"\udc00\ud800"'),
@@ -684,9 +685,6 @@ def test_lengths_count_code_points(character: str) -> None:
     "value",
     [
         *(None, 1, "text", [], {}, {"id": "1"}, {"name": "n"}),
-        *({"id": key, "name": "n"} for key in ("", 1, None, ["1"], True)),
-        *({"id": "1", "name": word} for word in ("", 1, None, True)),
-        *({"id": "1", "name": "n", "scope": word} for word in ("", 1, None, True, "\ud800")),
     ],
 )
 def test_what_is_no_mutation_is_an_invalid_mutation(value: Any) -> None:
@@ -741,12 +739,6 @@ def test_a_snapshot_function_that_writes_is_a_fault_and_not_a_refusal(path: Path
         with pytest.raises(sqlite3.DatabaseError):
             ask(engine.snapshot())
         assert ask(engine.head()) == 0
-
-
-def test_the_error_of_a_mutation_shows_nothing_of_the_inside(engine: Engine) -> None:
-    (result,) = push(engine, {"id": "1", "name": "unknown"})
-    assert (result["ok"], result["code"]) == (False, "internal_error")
-    assert "secret" not in result["error"]
 
 
 # --- Store ----------------------------------------------------------------------------------
@@ -888,12 +880,6 @@ def test_what_was_acknowledged_is_in_the_file_before_the_answer(engine: Engine, 
 
 # --- Engine ---------------------------------------------------------------------------------
 # Push: once, whole, or not at all.
-
-
-def test_each_change_has_a_higher_cursor_over_all_scopes(engine: Engine) -> None:
-    cursors = [push(engine, note(str(n), scope=f"s{n % 3}"))[0]["cursor"] for n in range(9)]
-    assert cursors == sorted(set(cursors))
-    assert min(cursors) > 0
 
 
 life = st.lists(
@@ -1056,11 +1042,6 @@ def test_a_mutation_that_failed_left_no_trace_and_may_be_sent_again(path: Path, 
         assert "duplicate" not in again
 
 
-def test_application_and_log_are_one_transaction(engine: Engine) -> None:
-    push(engine, *(note(str(number), number) for number in range(5)))
-    assert ask(engine.snapshot()).data == fold(whole_log(engine)) == [0, 1, 2, 3, 4]
-
-
 def test_the_mutations_of_one_push_share_one_transaction(engine: Engine) -> None:
     push(engine, *(note(str(number)) for number in range(50)))
     assert engine.counts["commits"] == 1
@@ -1187,7 +1168,7 @@ def test_a_push_with_something_that_is_no_mutation_applies_none(engine: Engine) 
     assert whole_log(engine) == []
 
 
-@pytest.mark.parametrize("word", ["", "\ud800", "x" * 257, 5, None, []])
+@pytest.mark.parametrize("word", ["", "\ud800", "x" * 257, 5, True, None, []])
 @pytest.mark.parametrize("field", ["id", "name", "scope"])
 def test_a_mutation_can_not_be_made_wrong(field: str, word: Any) -> None:
     good, bad = {"id": "1", "name": "note"}, {field: word}
@@ -1578,13 +1559,6 @@ def test_a_page_never_ends_inside_a_mutation(path: Path, restart: bool) -> None:
         assert (disk > 0) if restart else (memory and not disk)
 
 
-def test_a_page_has_100_changes_by_default_and_1000_at_most(engine: Engine) -> None:
-    push(engine, *(note(str(number)) for number in range(1100)))
-    assert len(pull(engine)["changes"]) == 100
-    assert len(pull(engine, limit=5000)["changes"]) == 1000
-    engine.close()
-
-
 def test_a_pull_at_the_end_is_empty_and_keeps_its_cursor(engine: Engine) -> None:
     (first,) = push(engine, note("1"))
     push(engine, note("2", scope="other"))
@@ -1619,17 +1593,6 @@ def test_a_waiting_pull_is_woken_by_a_push(engine: Engine) -> None:
         return [change.data for change in page.changes]
 
     assert ask(both()) == ["news"]
-
-
-def test_a_waiting_pull_ends_with_its_time(engine: Engine) -> None:
-    started = time.monotonic()
-    assert pull(engine, wait=MOMENT)["changes"] == []
-    assert time.monotonic() - started >= MOMENT
-
-
-def test_a_pull_that_finds_changes_does_not_wait(engine: Engine) -> None:
-    push(engine, note("1"))
-    assert len(pull(engine, wait=PATIENCE * 3)["changes"]) == 1
 
 
 def test_no_push_falls_between_a_waiting_pull_and_its_wait(engine: Engine) -> None:
@@ -3109,37 +3072,18 @@ def mutation_with(args: bytes) -> bytes:
     return b'[{"id": "a", "name": "note", "args": %b}]' % args
 
 
-BAD_JSON = {
+BAD_JSON = {  # and all that parse_json refuses
     "nothing": b"",
-    "white space": b"  ",
     "an open bracket": b"[",
     "two values": BODY + BODY,
-    "a trailing comma": mutation_with(b"[1,]"),
-    "single quotes": mutation_with(b"'x'"),
-    "a comment": mutation_with(b"1 /* one */"),
-    "a leading zero": mutation_with(b"01"),
-    "a plus": mutation_with(b"+1"),
     "NaN": mutation_with(b"NaN"),
-    "Infinity": mutation_with(b"Infinity"),
-    "-Infinity": mutation_with(b"[-Infinity]"),
-    "a number that becomes infinite": mutation_with(b"1e400"),
-    "a lone surrogate": mutation_with(b'"\\ud800"'),
-    "a lone surrogate in a key": mutation_with(b'{"\\udfff": 1}'),
-    "surrogates the wrong way round": mutation_with(b'"\\udc00\\ud800"'),
-    "a surrogate in UTF-8": mutation_with(b'"\xed\xa0\x80"'),
+    "half a surrogate pair": mutation_with(b'"\\ud800"'),
     "bad UTF-8": mutation_with(b'"\xff"'),
-    "overlong UTF-8": mutation_with(b'"\xc0\xaf"'),
-    "a control character": mutation_with(b'"\x01"'),
-    "an unknown escape": mutation_with(b'"\\x41"'),
-    "a BOM": b"\xef\xbb\xbf" + BODY,
     "UTF-16": BODY.decode().encode("utf-16-le"),
-    "UTF-16 with a BOM": BODY.decode().encode("utf-16"),
-    "UTF-32": BODY.decode().encode("utf-32-be"),
     "65 levels": mutation_with(b"[" * 63 + b"]" * 63),
-    "65 levels of objects": mutation_with(b'{"a":' * 63 + b"1" + b"}" * 63),
     "100,000 levels": mutation_with(b"[" * 100_000 + b"]" * 100_000),
     "levels without an end": b"[" * 1_000_000,
-    "5,000 digits": mutation_with(b"9" * 5000),
+    "a number past 64 bits": mutation_with(b"18446744073709551616"),
     "no array": BODY[1:-1],
     "an object": b"{}",
     "a string": b'"[]"',
@@ -3155,32 +3099,17 @@ def test_a_push_that_is_no_json_array_of_mutations_is_refused(
     assert refused(visitor.request("POST", "/sync/push", body), 400)
 
 
-GOOD_JSON = {
-    "64 levels": b"[" * 62 + b"]" * 62,
-    "brackets in a string": b'"' + b"[{" * 100 + b'"',
-    "an escaped quote before brackets": b'"\\"' + b"[" * 100 + b'\\\\"',
-    "surrogates that are a pair": b'"\\ud83d\\ude00 \xf0\x9f\x98\x80"',
-    "the largest cursor": b"9007199254740991",
-    "a fraction": b"-0.5e-3",
-    "a NUL": b'"\\u0000"',
-    "separators of lines": b'"\\u2028\\u2029"',
-    "a key twice": b'{"a": 1, "a": 2}',
-}
-
-
-@table("args", GOOD_JSON)
-def test_json_comes_back_as_it_was(client: RawClient, args: bytes) -> None:
-    (result,) = client.request("POST", "/sync/push", mutation_with(args)).json
-    assert result["changes"][0]["data"] == json.loads(args)
-    assert client.pull()["changes"] == result["changes"]
-
-
-def test_an_integer_past_64_bits_is_the_clients_mistake_or_comes_back(client: RawClient) -> None:
-    reply = client.request("POST", "/sync/push", mutation_with(b"18446744073709551616"))
-    if reply.status == 200 and reply.json[0]["ok"]:
-        assert reply.json[0]["changes"][0]["data"] == 2**64
-    else:
-        assert (reply.json if reply.status == 400 else reply.json[0])["code"].startswith("invalid")
+def test_json_comes_back_as_it_was(client: RawClient) -> None:
+    written = [
+        *(b"[" * 62 + b"]" * 62, b'"' + b"[{" * 100 + b'"', b'"\\"' + b"[" * 100 + b'\\\\"'),
+        *(b'"\\ud83d\\ude00 \xf0\x9f\x98\x80"', b'"\\u0000"', b'"\\u2028\\u2029"'),
+        *(b"9007199254740991", b"-0.5e-3", b'{"a": 1, "a": 2}'),
+    ]
+    mutations = [b'{"id": "%d", "name": "note", "args": %b}' % one for one in enumerate(written)]
+    results = client.request("POST", "/sync/push", b"[%b]" % b",".join(mutations)).json
+    changes = [change for result in results for change in result["changes"]]
+    assert [change["data"] for change in changes] == [json.loads(args) for args in written]
+    assert client.pull()["changes"] == changes
 
 
 def test_of_duplicate_keys_the_last_one_counts(client: RawClient) -> None:
@@ -3212,55 +3141,18 @@ def test_a_change_has_its_four_fields(client: RawClient) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", change["time"])
 
 
-def test_a_mutation_sent_twice_applies_once(client: RawClient) -> None:
-    (first,) = client.push(note("a", 1))
-    (again,) = client.push(
-        {"id": "a", "name": "refuse", "args": "conflict"}
-    )  # whatever comes with it
-    assert again == first | {"duplicate": True}
-    assert len(client.pull()["changes"]) == 1
-
-
-def test_copies_of_a_mutation_in_one_push_apply_once(client: RawClient) -> None:
-    first, second, third = client.push(note("a", 1), note("a", 1), note("a", 2))
-    assert second == third == first | {"duplicate": True}
-    assert client.request("GET", "/sync/snapshot").json["data"] == [1]
-
-
-def test_copies_of_a_mutation_at_the_same_moment_apply_once(server: Live) -> None:
-    clients = [server.client() for _ in range(8)]
-    for client in clients:
-        client.send(raw(PUSH, HOST, JSON, LENGTH, body=BODY))
-    results = [client.response().json[0] for client in clients]
-    assert len({result["cursor"] for result in results}) == 1
-    assert sum("duplicate" not in result for result in results) == 1
-
-
-def test_an_id_is_of_its_scope(client: RawClient) -> None:
-    results = client.push(note("a", scope="one"), note("a", scope="two"), note("a"))
-    assert all(result["ok"] and "duplicate" not in result for result in results)
-
-
 def test_the_scope_is_default_when_none_is_named(client: RawClient) -> None:
     assert client.push(note("a"))[0]["changes"][0]["scope"] == "_default"
     assert client.push(note("a", scope="_default"))[0]["duplicate"]
     assert client.pull()["changes"] == client.pull(scope="_default")["changes"] != []
 
 
-def test_a_failed_mutation_may_be_sent_again_under_its_id(client: RawClient) -> None:
-    assert not client.push({"id": "a", "name": "refuse", "args": "not_found"})[0]["ok"]
-    (result,) = client.push(note("a"))
-    assert (result["ok"], "duplicate" in result) == (True, False)
-
-
-@pytest.mark.parametrize("code", list(REFUSALS))
-def test_a_refusal_of_apply_is_told_and_fails_alone(client: RawClient, code: str) -> None:
-    before, failed, after = client.push(
-        note("a"), {"id": "b", "name": "refuse", "args": code}, note("c")
-    )
-    assert failed == {"ok": False, "code": code, "error": "a reason for people"}
-    assert before["ok"]
-    assert after["ok"]
+def test_refusals_of_apply_are_told_and_fail_alone(client: RawClient) -> None:
+    refusing = [{"id": code, "name": "refuse", "args": code} for code in REFUSALS]
+    before, *failed, after = client.push(note("a"), *refusing, note("c"))
+    reason = "a reason for people"
+    assert failed == [{"ok": False, "code": code, "error": reason} for code in REFUSALS]
+    assert (before["ok"], after["ok"]) == (True, True)
 
 
 def test_a_fault_of_apply_is_an_internal_error_that_tells_nothing(
@@ -3272,31 +3164,12 @@ def test_a_fault_of_apply_is_an_internal_error_that_tells_nothing(
     server.logged("a secret of the inside")
 
 
-BAD_MUTATIONS = {
-    "null": None,
-    "a number": 1,
-    "a list": [note("a")],
-    "nothing in it": {},
-    "no id": {"name": "note"},
-    "an empty id": note(""),
-    "an id of 129": note("x" * 129),
-    "an id of no string": {"id": 1, "name": "note"},
-    "an id of null": {"id": None, "name": "note"},
-    "no name": {"id": "a"},
-    "an empty name": {"id": "a", "name": ""},
-    "a name of 129": {"id": "a", "name": "x" * 129},
-    "a name of no string": {"id": "a", "name": ["note"]},
-    "an empty scope": note("a", scope=""),
-    "a scope of 257": note("a", scope="x" * 257),
-    "a scope of no string": note("a", scope=7),
-}
-
-
-@table("bad", BAD_MUTATIONS)
-def test_a_malformed_mutation_among_good_ones_fails_alone(client: RawClient, bad: Any) -> None:
-    before, failed, after = client.push(note("one"), bad, note("two"))
-    assert (failed["ok"], failed["code"]) == (False, "invalid_mutation")
-    assert list(failed) == ["ok", "code", "error"]
+def test_malformed_mutations_among_good_ones_fail_alone(client: RawClient) -> None:
+    bad = [None, 1, [note("a")], {}, {"name": "note"}, note(""), note("x" * 129), {"id": "a"}]
+    bad += [{"id": None, "name": "note"}, {"id": "a", "name": ["note"]}, note("a", scope="")]
+    before, *failed, after = client.push(note("one"), *bad, note("two"))
+    assert [result["code"] for result in failed] == ["invalid_mutation"] * len(bad)
+    assert {tuple(result) for result in failed} == {("ok", "code", "error")}
     assert (before["ok"], after["ok"]) == (True, True)
 
 
@@ -3310,23 +3183,6 @@ def test_a_push_of_a_hundred_is_taken_and_of_more_is_too_large(client: RawClient
     assert refused(client.request("POST", "/sync/push", json.dumps(many).encode()), 413)
     assert client.pull()["changes"] == []
     assert all(result["ok"] for result in client.push(*many[:100]))
-
-
-def test_a_mutation_may_change_other_scopes(client: RawClient) -> None:
-    (result,) = client.push({"id": "a", "name": "share", "args": ["one", "two"]})
-    assert [change["scope"] for change in result["changes"]] == ["one", "two"]
-    assert result["cursor"] == result["changes"][-1]["cursor"]
-    assert client.pull()["changes"] == []
-    assert client.pull(scope="two")["changes"] == result["changes"][1:]
-
-
-def test_a_result_without_changes_has_its_scopes_current_cursor(client: RawClient) -> None:
-    (first,) = client.push(note("a", scope="s"))
-    client.push(note("b", scope="other"))
-    (nothing,) = client.push({"id": "c", "name": "share", "args": [], "scope": "s"})
-    assert nothing == {"ok": True, "cursor": first["cursor"], "changes": []}
-    (nothing,) = client.push({"id": "c", "name": "share", "args": [], "scope": "new"})
-    assert nothing["cursor"] == 0
 
 
 def test_pull_gives_the_changes_of_one_scope_above_the_cursor(client: RawClient) -> None:
@@ -3354,14 +3210,6 @@ def test_a_page_has_100_changes_unasked_and_1000_at_most(client: RawClient) -> N
     assert len(client.pull()["changes"]) == 100
     assert len(client.pull(limit=1001)["changes"]) == 1000
     assert client.pull(limit=5000)["hasMore"]
-
-
-def test_an_empty_page_gives_a_cursor_that_misses_nothing(client: RawClient) -> None:
-    client.push(note("a", scope="other"))
-    page = client.pull()
-    assert (page["changes"], page["hasMore"]) == ([], False)
-    client.push(note("b"))
-    assert len(client.pull(cursor=page["cursor"], epoch=page["epoch"])["changes"]) == 1
 
 
 def test_a_pull_that_waits_is_answered_by_a_push(server: Live, client: RawClient) -> None:
@@ -3456,11 +3304,6 @@ def test_a_good_parameter_is_taken(visitor: RawClient, query: str) -> None:
     assert visitor.request("GET", f"/sync/pull?{query}").status == 200
 
 
-def test_a_cursor_of_another_scope_is_known(client: RawClient) -> None:
-    (result,) = client.push(note("a", scope="other"))
-    assert client.pull(cursor=result["cursor"])["changes"] == []
-
-
 def test_an_epoch_that_is_not_known_makes_the_cursor_unknown(client: RawClient) -> None:
     (result,) = client.push(note("a"))
     reply = client.request("GET", f"/sync/pull?cursor={result['cursor']}&epoch=another")
@@ -3483,15 +3326,6 @@ def test_a_cursor_before_a_trim_is_too_old_also_0(server: Live, client: RawClien
     assert client.pull(scope="other")["changes"] == []
 
 
-def test_a_duplicate_whose_changes_were_trimmed_comes_without_them(
-    server: Live, client: RawClient
-) -> None:
-    first, second = client.push(note("a"), note("b"))
-    server.call(server.engine.trim, "_default", second["cursor"])
-    assert client.push(note("a")) == [{"ok": True, "cursor": first["cursor"], "duplicate": True}]
-    assert client.push(note("b")) == [second | {"duplicate": True}]
-
-
 def test_a_snapshot_is_the_state_at_a_cursor(client: RawClient) -> None:
     client.push(note("a", 1, scope="s"), note("b", 2, scope="other"), note("c", 3, scope="s"))
     taken = client.request("GET", "/sync/snapshot?scope=s").json
@@ -3500,14 +3334,6 @@ def test_a_snapshot_is_the_state_at_a_cursor(client: RawClient) -> None:
     client.push(note("d", 4, scope="s"))
     page = client.pull(scope="s", cursor=taken["cursor"], epoch=taken["epoch"])
     assert [change["data"] for change in page["changes"]] == [4]
-
-
-def test_a_pull_from_a_snapshot_is_not_too_old(server: Live, client: RawClient) -> None:
-    cursors = [client.push(note(f"n{number}"))[0]["cursor"] for number in range(3)]
-    server.call(server.engine.trim, "_default", cursors[-1] + 1)
-    taken = client.request("GET", "/sync/snapshot").json
-    assert taken["data"] == [None] * 3
-    assert client.pull(cursor=taken["cursor"], epoch=taken["epoch"])["changes"] == []
 
 
 def test_without_a_snapshot_function_a_snapshot_is_not_found(tmp_path: Path) -> None:
