@@ -2527,13 +2527,24 @@ def test_who_leaves_while_a_hint_goes_round_hurts_nobody() -> None:
 # First the parser alone, then what goes over a socket. Whatever two parsers could read
 # differently is refused, the connection closed, and nothing behind it read as a request.
 
-HOST = b"Host: localhost"
-HEALTHZ = raw(b"GET /healthz HTTP/1.1", HOST)
+HOST, EVIL = b"Host: localhost", b"Host: evil.example"
+VERSION = b"Sec-WebSocket-Version: 13"
 PUSH = b"POST /sync/push HTTP/1.1"
 JSON = b"Content-Type: application/json"
 BODY = b'[{"id": "a", "name": "note"}]'
 LENGTH = b"Content-Length: %d" % len(BODY)
+CHUNKED = b"Transfer-Encoding: chunked"
 
+
+def get(target: bytes, *lines: bytes, host: bytes = HOST, body: bytes = b"") -> bytes:
+    return raw(b"GET %b HTTP/1.1" % target, host, *lines, body=body)
+
+
+def post(*lines: bytes, line: bytes = PUSH, host: bytes = HOST, body: bytes = BODY) -> bytes:
+    return raw(line, host, JSON, *lines, body=body)
+
+
+HEALTHZ = get(b"/healthz")
 tokens = st.text("ABCXYZabcxyz019!#$%&'*+-.^_`|~", min_size=1, max_size=12)
 printable = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
 paths = st.text("abcXYZ09-._~!$&'()*+,;=:@/", max_size=30)
@@ -2635,9 +2646,9 @@ BAD_HEADS = {
     "a method of no token": raw(b"G(T /healthz HTTP/1.1", HOST),
     "no method": raw(b" /healthz HTTP/1.1", HOST),
     "a relative target": raw(b"GET healthz HTTP/1.1", HOST),
-    "a fragment": raw(b"GET /healthz#top HTTP/1.1", HOST),
+    "a fragment": get(b"/healthz#top"),
     "a control character in the target": raw(b"GET /heal\x01thz HTTP/1.1", HOST),
-    "a bare CR in the target": raw(b"GET /heal\rthz HTTP/1.1", HOST),
+    "a bare CR in the target": get(b"/heal\rthz"),
     "a raw byte in the target": raw(b"GET /h\xe9althz HTTP/1.1", HOST),
     "a TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
     "no host": raw(b"GET /healthz HTTP/1.1"),
@@ -2645,24 +2656,24 @@ BAD_HEADS = {
     "no address in brackets": raw(b"GET /healthz HTTP/1.1", b"Host: [:]"),
     "a port without a host": raw(b"GET /healthz HTTP/1.1", b"Host: :80"),
     "a whole address without a host": raw(b"GET http://:80/healthz HTTP/1.1", HOST),
-    "two hosts": raw(b"GET /healthz HTTP/1.1", HOST, HOST),
+    "two hosts": get(b"/healthz", HOST),
     "a host of two": raw(b"GET /healthz HTTP/1.1", b"Host: localhost, localhost"),
     "a host with a space": raw(b"GET /healthz HTTP/1.1", b"Host: local host"),
     "a host with a path": raw(b"GET /healthz HTTP/1.1", b"Host: localhost/"),
     "a host with a user": raw(b"GET /healthz HTTP/1.1", b"Host: me@localhost"),
     "a port of letters": raw(b"GET /healthz HTTP/1.1", b"Host: localhost:http"),
-    "a space before the colon": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A : 1"),
+    "a space before the colon": get(b"/healthz", b"X-A : 1"),
     "a space before the name": raw(b"GET /healthz HTTP/1.1", b" X-A: 1", HOST),
-    "a folded line": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: 1", b" 2"),
-    "a line folded by a tab": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: 1", b"\t2"),
-    "no colon": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A"),
-    "no name": raw(b"GET /healthz HTTP/1.1", HOST, b": 1"),
-    "a name of no token": raw(b"GET /healthz HTTP/1.1", HOST, b"X(A: 1"),
-    "a name of another script": raw(b"GET /healthz HTTP/1.1", HOST, b"X-\xc3\xa9: 1"),
-    "a NUL in a value": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: 1\x002"),
-    "a bare CR in a value": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: 1\r2"),
-    "a vertical tab in a value": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: 1\x0b"),
-    "a DEL in a value": raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: \x7f"),
+    "a folded line": get(b"/healthz", b"X-A: 1", b" 2"),
+    "a line folded by a tab": get(b"/healthz", b"X-A: 1", b"\t2"),
+    "no colon": get(b"/healthz", b"X-A"),
+    "no name": get(b"/healthz", b": 1"),
+    "a name of no token": get(b"/healthz", b"X(A: 1"),
+    "a name of another script": get(b"/healthz", b"X-\xc3\xa9: 1"),
+    "a NUL in a value": get(b"/healthz", b"X-A: 1\x002"),
+    "a bare CR in a value": get(b"/healthz", b"X-A: 1\r2"),
+    "a vertical tab in a value": get(b"/healthz", b"X-A: 1\x0b"),
+    "a DEL in a value": get(b"/healthz", b"X-A: \x7f"),
     "a bare LF": b"GET /healthz HTTP/1.1\r\nHost: localhost\nX-A: 1\r\n\r\n",
     "bare LFs alone": b"GET /healthz HTTP/1.1\nHost: localhost\n\n",
     "a bare LF at the end": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\n",
@@ -2691,8 +2702,8 @@ def test_a_malformed_head_is_refused_and_nothing_behind_it_is_read(
 
 
 BAD_FRAMING = {
-    "both": [LENGTH, b"Transfer-Encoding: chunked"],
-    "both, the other way round": [b"Transfer-Encoding: chunked", LENGTH],
+    "both": [LENGTH, CHUNKED],
+    "both, the other way round": [CHUNKED, LENGTH],
     "two lengths": [LENGTH, b"Content-Length: 3"],
     "two lengths that agree": [LENGTH, LENGTH],
     "a list of lengths": [LENGTH + b", 3"],
@@ -2711,10 +2722,10 @@ BAD_FRAMING = {
     "a no-break space": [LENGTH + b"\xa0"],
     "a space before the colon of a length": [b"Content-Length : %d" % len(BODY)],
     "chunked twice": [b"Transfer-Encoding: chunked, chunked"],
-    "chunked in two fields": [b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"],
+    "chunked in two fields": [CHUNKED, CHUNKED],
     "chunked, but not last": [b"Transfer-Encoding: chunked, gzip"],
     "identity": [b"Transfer-Encoding: identity"],
-    "chunked and identity": [b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"],
+    "chunked and identity": [CHUNKED, b"Transfer-Encoding: identity"],
     "no coding": [b"Transfer-Encoding:"],
     "a coding like chunked": [b"Transfer-Encoding: xchunked"],
     "chunked with a parameter": [b"Transfer-Encoding: chunked;a=b"],
@@ -2732,27 +2743,19 @@ def test_a_body_that_two_parsers_could_read_differently_is_refused(
 ) -> None:
     coded = any(b"ransfer" in field for field in fields)
     body = chunked(BODY) if coded and fields[0] != LENGTH else BODY
-    visitor.send(raw(PUSH, HOST, JSON, *fields, body=body + HEALTHZ))
+    visitor.send(post(*fields, body=body + HEALTHZ))
     assert refused(visitor.response(), *([400, 501] if coded else [400]))
     assert visitor.ended()
 
 
 def test_an_http_1_0_request_with_a_transfer_coding_is_refused(visitor: RawClient) -> None:
-    visitor.send(
-        raw(
-            b"POST /sync/push HTTP/1.0",
-            HOST,
-            JSON,
-            b"Transfer-Encoding: chunked",
-            body=chunked(BODY),
-        )
-    )
+    visitor.send(post(CHUNKED, line=b"POST /sync/push HTTP/1.0", body=chunked(BODY)))
     assert refused(visitor.response(), 400)
     assert visitor.ended()
 
 
 def test_a_transfer_coding_that_the_server_lacks_is_not_implemented(visitor: RawClient) -> None:
-    visitor.send(raw(PUSH, HOST, JSON, b"Transfer-Encoding: gzip, chunked", body=chunked(BODY)))
+    visitor.send(post(b"Transfer-Encoding: gzip, chunked", body=chunked(BODY)))
     assert refused(visitor.response(), 501)
     assert visitor.ended()
 
@@ -2784,15 +2787,15 @@ def test_a_target_without_an_end_is_too_long(visitor: RawClient) -> None:
 
 
 def test_a_head_past_its_bytes_is_too_large(visitor: RawClient) -> None:
-    visitor.send(raw(b"GET /healthz HTTP/1.1", HOST, b"X-A: " + b"x" * 64 * 1024))
+    visitor.send(get(b"/healthz", b"X-A: " + b"x" * 64 * 1024))
     assert refused(visitor.response(), 431)
     assert visitor.ended()
 
 
 def test_a_head_past_its_fields_is_too_large(visitor: RawClient) -> None:
-    visitor.send(raw(b"GET /healthz HTTP/1.1", HOST, *[b"X-A: 1"] * 99))
+    visitor.send(get(b"/healthz", *[b"X-A: 1"] * 99))
     assert visitor.response().status == 200
-    visitor.send(raw(b"GET /healthz HTTP/1.1", HOST, *[b"X-A: 1"] * 100))
+    visitor.send(get(b"/healthz", *[b"X-A: 1"] * 100))
     assert refused(visitor.response(), 431)
 
 
@@ -2811,7 +2814,7 @@ def test_a_head_that_comes_too_slowly_is_timed_out(tmp_path: Path) -> None:
 def test_a_body_that_comes_too_slowly_is_timed_out_and_never_applied(tmp_path: Path) -> None:
     with serve(tmp_path, replace(SMALL, body_timeout=MOMENT)) as live:
         client = live.client()
-        client.send(raw(PUSH, HOST, JSON, LENGTH, body=BODY[:-1]))
+        client.send(post(LENGTH, body=BODY[:-1]))
         assert refused(client.response(), 408)
         assert client.ended()
         assert live.client().pull()["changes"] == []
@@ -2830,7 +2833,7 @@ def test_an_empty_line_after_a_body_begins_no_request(tmp_path: Path) -> None:
     settings = replace(SMALL, idle_timeout=MOMENT * 2, head_timeout=MOMENT / 2)
     with serve(tmp_path, settings) as live:
         client = live.client()
-        client.send(raw(PUSH, HOST, JSON, LENGTH, body=BODY + b"\r\n"))
+        client.send(post(LENGTH, body=BODY + b"\r\n"))
         assert client.response().status == 200
         client.send(b"\r\n")
         assert client.ended()  # at the end of its idle time, without a 408
@@ -2849,9 +2852,9 @@ def test_a_request_that_says_close_is_the_last(client: RawClient) -> None:
 
 
 def test_pipelined_requests_are_answered_in_order(client: RawClient) -> None:
-    push = raw(PUSH, HOST, JSON, LENGTH, body=BODY)
+    push = post(LENGTH)
     wait = raw(b"GET /sync/pull?scope=other&wait=%f HTTP/1.1" % MOMENT, HOST)
-    lost = raw(b"GET /nowhere HTTP/1.1", HOST)
+    lost = get(b"/nowhere")
     client.send(wait + push + lost + HEALTHZ)
     assert client.response().json["changes"] == []
     assert client.response().json[0]["ok"]
@@ -2860,10 +2863,8 @@ def test_pipelined_requests_are_answered_in_order(client: RawClient) -> None:
 
 
 def test_the_body_of_a_get_is_not_the_next_request(client: RawClient) -> None:
-    smuggled = raw(b"GET /nowhere HTTP/1.1", HOST)
-    client.send(
-        raw(b"GET /healthz HTTP/1.1", HOST, b"Content-Length: %d" % len(smuggled), body=smuggled)
-    )
+    smuggled = get(b"/nowhere")
+    client.send(get(b"/healthz", b"Content-Length: %d" % len(smuggled), body=smuggled))
     client.send(raw(b"DELETE /healthz HTTP/1.1", HOST))
     assert client.response().status == 200
     assert refused(client.response(), 405)
@@ -2871,15 +2872,13 @@ def test_the_body_of_a_get_is_not_the_next_request(client: RawClient) -> None:
 
 def test_a_body_in_chunks_is_read(client: RawClient) -> None:
     coding = b"TRANSFER-encoding:\tChunked "
-    client.send(
-        raw(PUSH, HOST, JSON, coding, body=chunked(BODY[:5], BODY[5:6], BODY[6:])) + HEALTHZ
-    )
+    client.send(post(coding, body=chunked(BODY[:5], BODY[5:6], BODY[6:])) + HEALTHZ)
     assert client.response().json[0]["ok"]
     assert client.response().json["status"] == "ok"
 
 
 def test_a_body_in_chunks_is_read_byte_by_byte(client: RawClient) -> None:
-    for byte in raw(PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=chunked(BODY)):
+    for byte in post(CHUNKED, body=chunked(BODY)):
         client.send(bytes([byte]))
     assert client.response().json[0]["ok"]
 
@@ -2888,14 +2887,14 @@ def test_chunk_extensions_and_trailers_are_skipped(client: RawClient) -> None:
     body = chunked(BODY, trailer=b"X-Sum: 1\r\nX-More:\r\n").replace(
         b"\r\n", b';a=b; c="d e" ;f\r\n', 1
     )
-    client.send(raw(PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=body) + HEALTHZ)
+    client.send(post(CHUNKED, body=body) + HEALTHZ)
     assert client.response().json[0]["ok"]
     assert client.response().json["status"] == "ok"
 
 
 def test_a_trailer_is_no_header(visitor: RawClient) -> None:
     body = chunked(BODY, trailer=b"Content-Type: application/json\r\n")
-    visitor.send(raw(PUSH, HOST, b"Transfer-Encoding: chunked", body=body))
+    visitor.send(raw(PUSH, HOST, CHUNKED, body=body))
     assert refused(visitor.response(), 415)
 
 
@@ -2935,7 +2934,7 @@ BAD_CHUNKS = {
 def test_a_broken_chunk_is_refused_and_nothing_behind_it_is_read(
     visitor: RawClient, body: bytes
 ) -> None:
-    visitor.send(raw(PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=body + HEALTHZ))
+    visitor.send(post(CHUNKED, body=body + HEALTHZ))
     assert refused(visitor.response(), 400, 413, 431)
     assert visitor.ended()
 
@@ -2943,13 +2942,9 @@ def test_a_broken_chunk_is_refused_and_nothing_behind_it_is_read(
 @table(
     "sent",
     {
-        "less than the length": raw(PUSH, HOST, JSON, b"Content-Length: 99", body=BODY),
-        "no last chunk": raw(
-            PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=chunked(BODY)[:-5]
-        ),
-        "no end of the trailers": raw(
-            PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=chunked(BODY)[:-2]
-        ),
+        "less than the length": post(b"Content-Length: 99"),
+        "no last chunk": post(CHUNKED, body=chunked(BODY)[:-5]),
+        "no end of the trailers": post(CHUNKED, body=chunked(BODY)[:-2]),
     },
 )
 def test_a_body_that_did_not_arrive_whole_is_never_applied(visitor: RawClient, sent: bytes) -> None:
@@ -2961,28 +2956,27 @@ def test_a_body_that_did_not_arrive_whole_is_never_applied(visitor: RawClient, s
 
 
 def test_the_end_of_what_a_client_sends_is_not_the_end_of_its_answer(client: RawClient) -> None:
-    client.send(raw(PUSH, HOST, JSON, LENGTH, body=BODY))
+    client.send(post(LENGTH))
     client.half_close()
     assert client.response().json[0]["ok"]
     assert client.ended()
 
 
 def test_a_body_is_asked_for_where_the_client_expects_it(client: RawClient) -> None:
-    client.send(raw(PUSH, HOST, JSON, LENGTH, b"Expect: 100-Continue"))
+    client.send(post(LENGTH, b"Expect: 100-Continue", body=b""))
     assert client.response() == Reply(100, {}, b"")
     client.send(BODY)
     assert client.response().json[0]["ok"]
 
 
 def test_a_body_that_would_be_refused_is_not_asked_for(visitor: RawClient) -> None:
-    visitor.send(raw(PUSH, HOST, JSON, b"Content-Length: 1048577", b"Expect: 100-continue"))
+    visitor.send(post(b"Content-Length: 1048577", b"Expect: 100-continue", body=b""))
     assert refused(visitor.response(), 413)
     assert visitor.ended()
 
 
 def test_http_1_0_is_answered_and_closed_and_never_told_to_continue(client: RawClient) -> None:
-    line = b"POST /sync/push HTTP/1.0"
-    client.send(raw(line, HOST, JSON, LENGTH, b"Expect: 100-continue", body=BODY))
+    client.send(post(LENGTH, b"Expect: 100-continue", line=b"POST /sync/push HTTP/1.0"))
     assert client.response().json[0]["ok"]
     assert client.ended()
 
@@ -3049,7 +3043,7 @@ def test_every_answer_has_a_date_a_length_and_no_store(client: RawClient) -> Non
 
 def test_a_body_past_the_limit_is_too_large_and_the_answer_is_heard(client: RawClient) -> None:
     length = b"Content-Length: %d" % (3 * 2**20)
-    client.send(raw(PUSH, HOST, JSON, length, body=b" " * (3 * 2**20)))  # all of it, before reading
+    client.send(post(length, body=b" " * (3 * 2**20)))  # all of it, before reading
     assert refused(client.response(), 413)
     assert client.ended()
 
@@ -3062,7 +3056,7 @@ def test_a_body_of_the_limit_is_taken(client: RawClient) -> None:
 
 def test_chunks_past_the_limit_are_too_large(client: RawClient) -> None:
     body = chunked(*[b" " * 2**16] * 17)
-    client.send(raw(PUSH, HOST, JSON, b"Transfer-Encoding: chunked", body=body))
+    client.send(post(CHUNKED, body=body))
     assert refused(client.response(), 413)
     assert client.ended()
 
@@ -3225,7 +3219,7 @@ def test_a_page_has_100_changes_unasked_and_1000_at_most(client: RawClient) -> N
 
 
 def test_a_pull_that_waits_is_answered_by_a_push(server: Live, client: RawClient) -> None:
-    client.send(raw(b"GET /sync/pull?wait=60&scope=s HTTP/1.1", HOST))
+    client.send(get(b"/sync/pull?wait=60&scope=s"))
     server.client().push(note("a", scope="other"))
     (result,) = server.client().push(note("b", scope="s"))
     assert client.response().json["changes"] == result["changes"]
@@ -3251,7 +3245,7 @@ def test_a_wait_past_the_limit_is_taken_as_the_limit(tmp_path: Path) -> None:
 def test_a_client_that_gives_up_waiting_is_forgotten(server: Live) -> None:
     before = server.tasks()
     client = server.client()
-    client.send(raw(b"GET /sync/pull?wait=60 HTTP/1.1", HOST))
+    client.send(get(b"/sync/pull?wait=60"))
     until(lambda: server.tasks() > before)
     client.reset()
     until(lambda: server.tasks() <= before)
@@ -3425,7 +3419,7 @@ def test_what_the_writer_has_no_room_for_is_unavailable_and_not_applied(tmp_path
         try:
             for number, client in enumerate(clients):
                 body = json.dumps([note(f"n{number}")]).encode()
-                client.send(raw(PUSH, HOST, JSON, b"Content-Length: %d" % len(body), body=body))
+                client.send(post(b"Content-Length: %d" % len(body), body=body))
                 assert entered.wait(PATIENCE)
             assert refused(clients[-1].response(), 503)
         finally:
@@ -3443,20 +3437,6 @@ def test_a_database_that_was_taken_away_is_unavailable(tmp_path: Path) -> None:
         until(lambda: client.request("POST", "/sync/push", BODY).status == 503)
         assert refused(client.request("POST", "/sync/push", BODY), 503)
         assert refused(client.request("GET", "/healthz"), 503)
-
-
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
-
-
-EVIL, VERSION = b"Host: evil.example", b"Sec-WebSocket-Version: 13"
-
-
-def get(target: bytes, *lines: bytes, host: bytes = HOST) -> bytes:
-    return raw(b"GET %b HTTP/1.1" % target, host, *lines)
-
-
-def post(*lines: bytes, line: bytes = PUSH, host: bytes = HOST, body: bytes = BODY) -> bytes:
-    return raw(line, host, JSON, *lines, body=body)
 
 
 @table(
@@ -3520,7 +3500,7 @@ def test_the_refusal_of_a_head_has_no_content(visitor: RawClient) -> None:
 
 
 def test_a_body_in_chunks_is_asked_for_where_the_client_expects_it(client: RawClient) -> None:
-    client.send(post(b"Transfer-Encoding: chunked", b"Expect: 100-continue", body=b""))
+    client.send(post(CHUNKED, b"Expect: 100-continue", body=b""))
     assert client.response().status == 100
     client.send(chunked(BODY))
     assert client.response().json[0]["ok"]
@@ -3563,6 +3543,8 @@ def test_nothing_of_a_request_comes_back_in_a_header(visitor: RawClient) -> None
 
 # --- WebSocket ------------------------------------------------------------------------------
 # RFC 6455 §4 to §8: again the parser alone, then the handshake, then frames over a socket.
+
+UPGRADE = [b"Connection: Upgrade", b"Upgrade: websocket", VERSION]
 
 frames = st.builds(
     Frame,
@@ -3718,25 +3700,13 @@ def test_a_bad_key_is_refused(visitor: RawClient, key: str) -> None:
 def test_a_handshake_that_breaks_the_rules_is_refused(
     visitor: RawClient, lines: list[bytes]
 ) -> None:
-    visitor.send(
-        raw(
-            *lines,
-            HOST,
-            b"Connection: Upgrade",
-            b"Upgrade: websocket",
-            b"Sec-WebSocket-Version: 13",
-        )
-    )
+    visitor.send(raw(*lines, HOST, *UPGRADE))
     assert refused(visitor.response(), 400, 405, 426)
 
 
 def test_bytes_that_came_with_the_handshake_belong_to_the_websocket(client: RawClient) -> None:
-    head = raw(
-        *(b"GET /ws HTTP/1.1", HOST, KEY, b"Sec-WebSocket-Version: 13"),
-        *(b"Connection: Upgrade", b"Upgrade: websocket"),
-        body=masked(TEXT, b'{"topic": "subscribe", "data": {}}') + masked(PING, b"!"),
-    )
-    client.send(head)
+    subscribe = masked(TEXT, b'{"topic": "subscribe", "data": {}}')
+    client.send(get(b"/ws", KEY, *UPGRADE) + subscribe + masked(PING, b"!"))
     assert client.response().status == 101
     assert client.read_json() == {"topic": "sync:_default", "data": {"cursor": 0}}
     assert client.read_frame() == Frame(PONG, b"!")
@@ -4032,17 +4002,9 @@ def test_hints_with_changes_and_pulls_where_they_lack_give_the_whole_log(server:
             hint = server.client().pull(cursor=cursor, epoch=epoch, limit=1000)
         found += [change for change in hint["changes"] if change["cursor"] > cursor]
         cursor, epoch = max(cursor, hint["cursor"]), hint.get("epoch", epoch)
-    log = [change for page in pages_of(server.client()) for change in page]
+    log = whole_log(server.engine)
     assert found == log
     assert len(log) == sum(range(60))
-
-
-def pages_of(client: RawClient) -> Iterator[list[Any]]:
-    cursor, more = 0, True
-    while more:
-        page = client.pull(cursor=cursor, limit=1000)
-        yield page["changes"]
-        cursor, more = page["cursor"], page["hasMore"]
 
 
 @table("args", {"too many": {"name": "notes", "args": 33}, "too large": {"args": "x" * 2**14}})
@@ -4082,7 +4044,7 @@ def test_a_commit_of_another_process_is_hinted_and_ends_a_wait(
 ) -> None:
     live, waiting = server.socket(), server.client()
     live.subscribe()
-    waiting.send(raw(b"GET /sync/pull?wait=60 HTTP/1.1", HOST))
+    waiting.send(get(b"/sync/pull?wait=60"))
     with closing(Engine(tmp_path / "log.db", apply=apply, schema=SCHEMA)) as other:
         (result,) = other.submit([Mutation("a", "note", 7)]).result(PATIENCE)
     assert live.read_json()["data"]["cursor"] == result.cursor
@@ -5112,7 +5074,7 @@ def test_an_end_closes_sessions_with_1001_and_answers_who_waits(tmp_path: Path) 
     with serve(tmp_path) as live:
         session, waiting, idle = live.socket(), live.client(), live.client()
         assert idle.request("GET", "/healthz").status == 200
-        waiting.send(HEALTHZ + raw(b"GET /sync/pull?wait=60 HTTP/1.1", HOST))
+        waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
         assert waiting.response().json["status"] == "ok"  # so the other has arrived as well
         live.stop()
         assert session.read_close() == 1001
@@ -5128,7 +5090,7 @@ def test_a_push_in_flight_is_answered_before_the_end(tmp_path: Path) -> None:
     slow = stalled(entered, release)
     with serve(tmp_path, apply=slow) as live:
         client, session = live.client(), live.socket()
-        client.send(raw(PUSH, HOST, JSON, LENGTH, body=BODY))
+        client.send(post(LENGTH))
         assert entered.wait(PATIENCE)
         live.stop()
         assert session.read_close() == 1001
@@ -5174,21 +5136,18 @@ def test_a_client_that_does_not_read_its_answers_is_dropped(tmp_path: Path) -> N
         push(live.engine, note("a", "x" * 2**19))
         before = live.tasks()
         greedy = live.client(receive_buffer=4096)
-        greedy.send(raw(b"GET /sync/pull HTTP/1.1", HOST) * 100)
+        greedy.send(get(b"/sync/pull") * 100)
         until(lambda: live.tasks() > before)
         until(lambda: live.tasks() <= before)
 
 
-RUDE_UPGRADE = raw(
-    *(b"GET /ws HTTP/1.1", HOST, KEY, b"Sec-WebSocket-Version: 13"),
-    *(b"Connection: Upgrade", b"Upgrade: websocket"),
-)
+RUDE_UPGRADE = get(b"/ws", KEY, *UPGRADE)
 RUDE = [
     b"",
     b"GET /hea",
     HEALTHZ * 20,
-    raw(PUSH, HOST, JSON, LENGTH, body=BODY[:5]),
-    raw(b"GET /sync/pull?wait=60 HTTP/1.1", HOST),
+    post(LENGTH, body=BODY[:5]),
+    get(b"/sync/pull?wait=60"),
     RUDE_UPGRADE + masked(TEXT, b'{"topic": "subscribe", "data": {}}'),
     RUDE_UPGRADE + masked(TEXT, b"x" * 300)[:100],
     RUDE_UPGRADE + masked(CLOSE, b""),
@@ -5324,6 +5283,9 @@ def test_rude_clients_leave_nothing_behind(tmp_path: Path) -> None:
             tracemalloc.stop()
         assert after[0] <= before[0]
         assert after[1] - before[1] < 120 * 600  # bytes: a connection forgotten would be thousands
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
 
 
 @LINUX
@@ -5539,7 +5501,7 @@ def test_a_signal_ends_the_program_in_order(tmp_path: Path, number: int) -> None
         closing(RawClient(running.address)) as waiting,
     ):
         assert session.upgrade("/ws?scope=list").status == 101
-        waiting.send(HEALTHZ + raw(b"GET /sync/pull?wait=60 HTTP/1.1", HOST))
+        waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
         assert waiting.response().status == 200
         session.subscribe()
         running.process.send_signal(number)
@@ -5710,7 +5672,7 @@ def test_the_program_speaks_tls(tmp_path: Path) -> None:
         assert client.push(todo("create", id="1", title="x"), headers=origin)[0]["ok"]
         with closing(RawClient(running.address)) as other:  # a refusal is heard, to the last byte
             other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
-            other.send(raw(PUSH, HOST, JSON, b"Transfer-Encoding: chunked"))
+            other.send(post(CHUNKED, body=b""))
             for _ in range(300):
                 other.send(b"ea60\r\n%b\r\n" % (b"x" * 60_000))
             assert refused(other.response(), 413)
