@@ -1610,7 +1610,7 @@ def test_a_waiting_pull_is_woken_by_a_push(engine: Engine) -> None:
 def test_no_push_falls_between_a_waiting_pull_and_its_wait(engine: Engine) -> None:
     async def race() -> None:
         cursor = 0
-        for number in range(50):  # the push runs beside the pull's own first look
+        for number in range(100):  # the push runs beside the pull's own first look
             waiting = asyncio.create_task(engine.pull(cursor=cursor, wait=PATIENCE * 3))
             await asyncio.gather(engine.push([note(str(number))]), waiting)
             page = waiting.result()
@@ -9362,4 +9362,4 @@ class Convergence(RuleBasedStateMachine):
 
 
 TestConvergence = Convergence.TestCase
-TestConvergence.settings = settings(max_examples=25, stateful_step_count=30)
+TestConvergence.settings = settings(max_examples=40, stateful_step_count=30)
