@@ -22,12 +22,10 @@ import json
 import os
 import random
 import re
-import shutil
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -37,6 +35,9 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+import trial
+from trial import Fault, check
 
 HOST, WORKERS, CHURN = "127.0.0.1", 4, 10_000
 PATIENCE, PROMPT = 20.0, 2.0  # seconds: until an end counts as never; what a healthy client waits
@@ -50,15 +51,6 @@ CODES = {
 }  # fmt: skip
 # Not among them: 408, 500, 503. Nothing here is that slow, and nothing may fail.
 T = TypeVar("T")
-
-
-class Fault(AssertionError):
-    """A promise that was broken."""
-
-
-def check(kept: object, *sentence: object) -> None:
-    if not kept:
-        raise Fault(" ".join(map(str, sentence))[:1500])
 
 
 class Want(NamedTuple):
@@ -849,28 +841,16 @@ class Fuzz:
 
 
 def main() -> int:
-    beside = Path(__file__).resolve().parent.parent / "mizusync.py"
-    parser = argparse.ArgumentParser(description="Send mizusync what no client should, and look.")
-    add = parser.add_argument
-    add("--seconds", type=float, default=600.0, help="how long, about (%(default)s)")
-    add("--seed", type=int, default=1, help="what is sent (%(default)s)")
-    add("--server", default=str(beside), help="the mizusync.py to try (%(default)s)")
-    add("--case", type=int, help="send this case alone")
+    parser = trial.options("Send mizusync what no client should, and look.")
+    parser.add_argument("--case", type=int, help="send this case alone")
     args = parser.parse_args()
-    folder, faults = Path(tempfile.mkdtemp(prefix="mizusync-fuzz-")), 1
-    try:
+
+    def work(folder: Path) -> None:
         fuzz = Fuzz(args, folder)
         fuzz.run()
-        faults = len(fuzz.faults)
-    except Exception as error:
-        fault = error if isinstance(error, Fault) else traceback.format_exc()
-        print(f"FAULT: {fault}", file=sys.stderr)
-    if faults:
-        print(f"everything is in {folder}", file=sys.stderr)
-        return 1
-    shutil.rmtree(folder)
-    print("all was well")
-    return 0
+        check(not fuzz.faults, "of those above there are", len(fuzz.faults))
+
+    return trial.run("fuzz", work)
 
 
 if __name__ == "__main__":

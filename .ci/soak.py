@@ -25,13 +25,11 @@ import importlib.util
 import json
 import os
 import random
-import shutil
 import socket
 import sqlite3
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -44,6 +42,9 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlencode
 
+import trial
+from trial import Fault, check
+
 HOST = "127.0.0.1"
 SCOPES = ("home", "work", "garden & größer")
 WRITERS = 16
@@ -54,15 +55,6 @@ BACKUP = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('VACUUM INTO
 
 Json = dict[str, Any]
 Key = tuple[str, str]  # a mutation's scope and id
-
-
-class Fault(AssertionError):
-    """A promise that was broken."""
-
-
-def check(kept: object, *sentence: object) -> None:
-    if not kept:
-        raise Fault(" ".join(map(str, sentence))[:1000])
 
 
 def check_same(told: Iterable[Any], found: Iterable[Any], sentence: str) -> None:
@@ -729,12 +721,8 @@ def free_port(source: random.Random) -> int:
 
 
 def main() -> int:
-    beside = Path(__file__).resolve().parent.parent / "mizusync.py"
-    parser = argparse.ArgumentParser(description="Kill mizusync at random moments, and look.")
+    parser = trial.options("Kill mizusync at random moments, and look.")
     add = parser.add_argument
-    add("--seconds", type=float, default=600.0, help="how long, about (%(default)s)")
-    add("--seed", type=int, default=1, help="what is done (%(default)s)")
-    add("--server", default=str(beside), help="the mizusync.py to try (%(default)s)")
     add("--keep-changes", type=int, default=200, help="of the second half (%(default)s); 0: off")
     add("--no-million", action="store_true", help="skip the log of 1,000,000 changes")
     add("--cron", metavar="DB", help=argparse.SUPPRESS)  # for ourselves: be the cron job
@@ -744,18 +732,13 @@ def main() -> int:
     if args.cron:
         cron(load(args.server), args.cron, args.keep_changes)
         return 0
-    folder = Path(tempfile.mkdtemp(prefix="mizusync-soak-"))
-    try:
+
+    def work(folder: Path) -> None:
         if not args.no_million:
             check_million(args.server, folder / "million.db")
         Soak(args, folder).run()
-    except BaseException as error:
-        fault = error if isinstance(error, Fault) else traceback.format_exc()
-        print(f"FAULT: {fault}\neverything is in {folder}", file=sys.stderr)
-        return 1
-    shutil.rmtree(folder)
-    print("all was well")
-    return 0
+
+    return trial.run("soak", work)
 
 
 if __name__ == "__main__":
