@@ -8204,6 +8204,7 @@ class Windows:
         return self.servers.enter_context(serving(engine, on_auth=on_auth, **options))
 
     def context(self, **how: Any) -> Any:
+        how = {"reduced_motion": "reduce", **how}  # to draw what moves takes most of the time
         context = self.browser.new_context(**how)
         self.contexts.append(context)
         context.set_default_timeout(1000 * PATIENCE)
@@ -8464,6 +8465,7 @@ class TestPage:
                 press(key)
             window.focused(then or at)
 
+        window.focused("New todo")
         do("a", "Enter", "b", "Enter", "c", "Enter", then="New todo")
         window.shows("a", "b", "c")
         do("Space", at="Done: a")
@@ -8536,7 +8538,7 @@ class TestPage:
         client = demo.client()
         for start in range(0, 1000, 100):
             client.push(*(of_demo("create", id=str(start + n), title="x") for n in range(100)))
-        window = windows.open(demo, reduced_motion="reduce")  # nothing changes by itself
+        window = windows.open(demo)
         expect(window.titles).to_have_count(1000)
         window.page.evaluate("""() => {
             const list = document.getElementById("list"), all = [...list.children];
