@@ -750,6 +750,9 @@ class SQLiteStore:
             raise StoreError("the log needs a file, and SQLite 3.31 or newer")
         try:
             if os.path.exists(f"{self.path}-wal"):
+                if not os.path.exists(self.path):
+                    advice = "put that back; or, to begin anew, remove its -wal and -shm as well"
+                    raise StoreError(f"{self.path}-wal is there without {self.path}: {advice}")
                 # A crash left it, of another program perhaps: only who may write would move it
                 # into the file, and that it shall do itself.
                 with contextlib.closing(self._connect("ro")) as db:
@@ -2034,9 +2037,13 @@ class Response:
         """An HTML page whose own script and style may run, and nothing else (CSP Level 3)."""
         policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
         policy += " form-action 'none'; frame-ancestors 'none'"
-        for tag, inline in re.findall(rb"(?s)<(script|style)[^>]*>(.*?)</\1>", html):
-            digest = base64.b64encode(hashlib.sha256(inline).digest()).decode()
-            policy += f"; {tag.decode()}-src 'sha256-{digest}'"
+        # What a browser sees: no element in a comment, and of line ends LF alone.
+        element = rb"(?si)<!--.*?-->|<(script|style)\b[^>]*>(.*?)</\1"
+        found = re.findall(element, html.replace(b"\r\n", b"\n"))
+        for tag in b"script", b"style":
+            texts = [text for name, text in found if name.lower() == tag]
+            digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
+            policy += "".join((f"; {tag.decode()}-src", *(f" 'sha256-{one}'" for one in digests)))
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         return cls(200, html, headers, "text/html; charset=utf-8")
 
@@ -2625,8 +2632,6 @@ def is_loopback(host: str) -> bool:
 # Routes, sessions, life; and the one arrow between the two halves: the engine tells of a commit,
 # the hub tells the topic of each scope in it.
 
-PAGE = os.path.join(os.path.dirname(__file__), "demo.html")
-
 
 class Server:
     """HTTP and WebSocket over an engine.
@@ -2635,7 +2640,8 @@ class Server:
     `on_auth(request, scope)` returns the identity of the one who asks; to refuse it raises
     Unauthorized or Forbidden, for whatever it returns, None too, is a yes. `on_message(session,
     topic, data)` gets the messages that are not the protocol's; `on_close(session, error)` hears
-    of each session's end. Each may be a function or a coroutine. `page` is what `GET /` shows.
+    of each session's end. Each may be a function or a coroutine. `page` is an HTML file, which
+    `GET /` shows; raises OSError where it can't be read.
     """
 
     def __init__(
@@ -2649,7 +2655,7 @@ class Server:
         on_auth: Callable[[Request, str], Any] | None = None,
         on_message: Callable[[Session, str, Any], Any] | None = None,
         on_close: Callable[[Session, Exception | None], Any] | None = None,
-        page: StrPath = PAGE,
+        page: StrPath | None = None,
     ) -> None:
         self.engine, self.settings = engine, settings or engine.settings
         self.on_message, self.on_close = on_message, on_close
@@ -2671,8 +2677,9 @@ class Server:
         self.websocket("/ws")(self._live)
         # OPTIONS * asks about the server as a whole (RFC 9110 §9.3.7).
         self._routes["*"] = self._routes["/healthz"] | self._routes["/sync/push"]
-        with contextlib.suppress(OSError), open(page, "rb") as file:
-            response = Response.page(file.read())
+        if page is not None:
+            with open(page, "rb") as file:
+                response = Response.page(file.read())
             self.route("GET", "/")(lambda request: response)
 
     # -- endpoints and topics of the application's own
@@ -3170,6 +3177,8 @@ def require_scope(request: Request, scope: str) -> None:
 
 # --- Command line --------------------------------------------------------------------------------
 
+PAGE = os.path.join(os.path.dirname(__file__), "demo.html")  # need not be there
+
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     about = "A durable sync server with instant updates: the todo demo."
@@ -3212,8 +3221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         todo: dict[str, Any] = {"apply": apply_todo, "snapshot": snapshot_todos}
         settings = Settings(keep_changes=args.keep_changes)
         engine = Engine(args.db, **todo, schema=TODO_SCHEMA, settings=settings)
+        page = PAGE if os.path.exists(PAGE) else None
         gate: dict[str, Any] = {"token": args.token, "allow_host": args.allow_host}
-        server = Server(engine, allow_origin=args.allow_origin, on_auth=require_scope, **gate)
+        gate |= {"allow_origin": args.allow_origin, "on_auth": require_scope}
+        server = Server(engine, page=page, **gate)
         where = {"end": f" (data in {args.db})\n", "flush": True}
         announce = functools.partial(print, f"mizusync {__version__}:", **where)
         server.run(args.host, args.port, announce, ssl=ssl, reuse_port=args.reuse_port)

@@ -4833,9 +4833,13 @@ def test_a_server_that_is_told_to_stop_before_it_runs_does_so_at_once(engine: En
     assert refuses(lambda: engine.submit([note("1")]))
 
 
-def test_without_its_page_the_server_has_none(tmp_path: Path) -> None:
-    with serve(tmp_path, page=tmp_path / "nowhere.html") as live:
+def test_a_server_without_a_page_has_none_and_one_that_is_named_has_to_be_there(
+    engine: Engine, tmp_path: Path
+) -> None:
+    with serve(tmp_path) as live:
         assert refused(live.client().request("GET", "/"), 404)
+    with pytest.raises(OSError, match="nowhere"):
+        Server(engine, page=tmp_path / "nowhere.html")
 
 
 def prepared(server: Server) -> None:
@@ -7888,7 +7892,7 @@ PROMISES = {
     """,
     "with locks a tab's queue is its own until it closes": """
         const held = new Map();
-        const ask = (tab) => async (name, work) => {
+        const ask = (tab) => async (name, options, work) => {
           while (held.has(name)) await held.get(name).closed;
           let resolve;
           const closed = new Promise((given) => { resolve = given; });
@@ -7910,6 +7914,30 @@ PROMISES = {
         for (const lock of [...held.values()]) if (lock.tab === "one") lock.end();
         await quiet();
         assert.deepEqual([two.state, two.status.waiting], [[1], 1]);
+        Object.defineProperty(globalThis, "navigator", { value: undefined, configurable: true });
+        two.start();
+        await pass(1);
+        assert.deepEqual([fake.data, storage.queue], [[1], []]);
+    """,
+    "a client that is closed leaves what waits to the next": """
+        const held = new Map();
+        const request = async (name, { signal }, work) => {
+          while (held.has(name)) await held.get(name);
+          const over = work();
+          held.set(name, over.finally(() => held.delete(name)));
+        };
+        Object.defineProperty(globalThis, "navigator",
+          { value: { locks: { request } }, configurable: true });
+        const storage = makeStorage(), one = fake.make({ storage });
+        one.mutate("add", 1);
+        await quiet();
+        const two = fake.make({ storage }), other = fake.make({ storage, user: "ben" });
+        await quiet();
+        assert.deepEqual([two.state, other.state], [[], []]);
+        one.close();
+        one.start();
+        await quiet();
+        assert.deepEqual([two.state, other.state, one.status.running], [[1], [], false]);
         Object.defineProperty(globalThis, "navigator", { value: undefined, configurable: true });
         two.start();
         await pass(1);
@@ -8201,6 +8229,7 @@ class Windows:
             schema=mizusync.TODO_SCHEMA,
             settings=SMALL,
         )
+        options.setdefault("page", PROGRAM.with_name("demo.html"))
         return self.servers.enter_context(serving(engine, on_auth=on_auth, **options))
 
     def context(self, **how: Any) -> Any:
@@ -8557,6 +8586,21 @@ class TestPage:
         assert window.page.evaluate("[...touched]") == [-1]  # no row: their list alone
         same = "[...list.children].slice(0, -1).every((row, index) => row === all[index + 1])"
         assert window.page.evaluate(same)
+
+    def test_every_script_and_style_of_a_page_runs_however_it_is_written(
+        self, windows: Windows, tmp_path: Path
+    ) -> None:
+        page = tmp_path / "page.html"
+        page.write_bytes(
+            b"<!doctype html>\r\n<link rel=icon href=data:,>\r\n<!-- a <script> here -->\r\n"
+            b"<STYLE>\r\nbody { color: red }\r\n</STYLE><style>body { margin: 7px }</style>\r\n"
+            b"<script type=module>\r\nself.one = '<!-- -->';\r\n</script>\r\n"
+            b"<SCRIPT>\r\nself.two = 2;\r\n</SCRIPT>\r\n"
+        )
+        window = windows.open(windows.serve(page=page))
+        assert window.page.evaluate("[self.one, self.two]") == ["<!-- -->", 2]
+        style = "(({ color, margin }) => [color, margin])(getComputedStyle(document.body))"
+        assert window.page.evaluate(style) == ["rgb(255, 0, 0)", "7px"]
 
     def test_what_has_the_focus_is_not_hidden_under_the_form(
         self, windows: Windows, demo: Live
