@@ -142,6 +142,7 @@ class Settings:
     pull_limit: int = 100  # changes a page, when the client names no number
     pull_limit_max: int = 1000
     pull_wait_max: float = 60.0
+    page_size: int = 4 * 1024 * 1024  # bytes of a page, about; what is left is the next one's
     # HTTP/1.1.
     target_size: int = 8 * 1024
     head_size: int = 64 * 1024
@@ -196,8 +197,8 @@ class SyncError(Exception):
     headers: Mapping[str, str] = {}  # field lines that the status makes mandatory (RFC 9110 §15)
 
     def __init_subclass__(cls, status: int | None = None, code: str = "") -> None:
-        if status is not None:  # else both are those of the class above
-            cls.status, cls.code = status, code
+        # What is not named is that of the class above.
+        cls.status, cls.code = status or cls.status, code or cls.code
 
 
 class InvalidRequest(SyncError, status=400, code="invalid_request"):
@@ -550,6 +551,9 @@ class Store(Protocol):
 FORMAT = 1  # of the tables below; a file with a higher one is refused
 APPLICATION_ID = 0x6D697A75  # "mizu" (https://sqlite.org/pragma.html#pragma_application_id)
 
+# The columns stand in the order of Row and Mark (SELECT *, VALUES), and no statement holds a
+# semicolon. Whoever raises FORMAT writes into _prepare what makes an older file a newer one.
+#
 # `first` in changes: cursor of the first change of the same mutation. mutations: the dedupe marks.
 # trims: the low-water marks, the highest cursor that was removed. epochs: the head when each began.
 # With their rows from the start, the head (in sqlite_sequence) and an epoch are always there.
@@ -568,6 +572,8 @@ LOG_SCHEMA = f"""
         epoch TEXT NOT NULL UNIQUE, start INTEGER NOT NULL);
     INSERT INTO mizusync_epochs VALUES (1, hex(randomblob(9)), 0);
 """
+
+WAL_SIZE = 64 * 1024 * 1024  # bytes; SQLite itself keeps it near 4 MiB, unless reads overlap
 
 StrPath = str | os.PathLike[str]
 
@@ -742,9 +748,10 @@ class SQLiteStore:
         self._looking = threading.Lock()
         self._seen: tuple[int, Position] = 0, Position(0, "", 0)  # the last look's version
         self._idle: list[GuardedConnection] = []  # readers that nobody uses now
-        # The head at our last commit. Where it is lower now, an older copy was restored: that
-        # begins an epoch. So does our first commit, since before it this is above any head; but in
-        # a file that we made, which has its first epoch from its making.
+        self._turnstile, self._wal_limit = threading.Lock(), WAL_SIZE  # held: no read begins
+        # The head at our last commit. Where the file's is lower now, an older copy was restored:
+        # that begins an epoch. So does the first commit of each opening, since until then this is
+        # above any head; but in a file that we made, which has its first epoch from its making.
         self._head = self._next_head = MAX_CURSOR + 1
         if os.fspath(path) in ("", ":memory:") or sqlite3.sqlite_version_info < (3, 31):
             raise StoreError("the log needs a file, and SQLite 3.31 or newer")
@@ -846,6 +853,8 @@ class SQLiteStore:
     @_refusals()
     def read(self, work: Callable[[Any], T]) -> T:
         self._check_file()
+        with self._turnstile:
+            pass
         try:
             db = self._idle.pop()
         except IndexError:
@@ -949,6 +958,24 @@ class SQLiteStore:
     def commit(self) -> None:
         _run(self._db, "COMMIT /* mizusync */")
         self._head = self._next_head
+        with contextlib.suppress(OSError, sqlite3.Error):  # it is committed, whatever comes now
+            if os.path.getsize(f"{self.path}-wal") > self._wal_limit:
+                self._empty_wal()
+
+    def _empty_wal(self) -> None:
+        """Let no read begin until those under way have ended: the WAL begins anew only then.
+
+        Reads that overlap without a gap would let it grow for ever
+        (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
+        """
+        deadline = time.monotonic() + 1
+        with self._turnstile:
+            while time.monotonic() < deadline:
+                if not _one(self._db, "PRAGMA wal_checkpoint(TRUNCATE)"):  # busy: 0 or 1
+                    self._wal_limit = WAL_SIZE
+                    return
+                time.sleep(0.001)
+        self._wal_limit += WAL_SIZE  # one takes long: others shall not wait at each commit
 
     def rollback(self) -> None:
         try:
@@ -1049,11 +1076,14 @@ class Tail:
         self.size -= sum(map(len, self.fragments[:drop])) + 200 * drop
         del self.cursors[:drop], self.firsts[:drop], self.fragments[:drop]
 
-    def page(self, cursor: int, limit: int, epoch: str) -> Page:
+    def page(self, cursor: int, limit: int, size: int, epoch: str) -> Page:
         start, length = bisect.bisect_right(self.cursors, cursor), len(self.cursors)
         if start == length:
             return Page((), cursor, epoch)
         stop = min(start + limit, length)
+        if self.size > size:  # then it is worth to look at each
+            sizes = itertools.accumulate(map(len, self.fragments[start:stop]))
+            stop = start + max(1, sum(1 for so_far in sizes if so_far <= size))
         while stop < length and self.firsts[stop] == self.firsts[stop - 1]:
             stop += 1  # a page never ends inside a mutation
         return Page(self.fragments[start:stop], self.cursors[stop - 1], epoch, stop < length)
@@ -1155,6 +1185,7 @@ class Engine:
         self.committing = False  # the writer is at work, and wants the interpreter now and then
         self._apply_function, self._snapshot_function = apply, snapshot
         self._closed = False
+        self.rewinds = 0  # how often an older copy of the log was restored into it
         self._overfull: dict[str, None] = {}  # scopes to trim, the one that waits longest first
         self._looks: dict[Loop, Position] = {}  # of this turn of each loop
         self._lock = threading.Lock()  # over the next four, and held for microseconds
@@ -1180,6 +1211,7 @@ class Engine:
     def submit(self, mutations: Mutations) -> Future[list[Result]]:
         """The same for a thread that has no loop: `engine.submit(mutations).result()`."""
         future: Future[list[Result]] = Future()
+        future.set_running_or_notify_cancel()  # it is pushed, whatever becomes of who asks
         self._enqueue(Job(self._pushing(mutations), future))
         return future
 
@@ -1214,7 +1246,7 @@ class Engine:
         except StoreRefused:
             raise
         except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
-            refusal: SyncError = error
+            refusal: SyncError = error  # each of these is a count in COUNTED, too
         except BaseException:  # SystemExit too: it is the application's, not this thread's
             engine_log.exception("apply failed on %r, %r of %r", mutation.name, *reversed(key))
             refusal = SyncError("the server failed on this mutation")
@@ -1277,12 +1309,15 @@ class Engine:
                 self.store.rollback()
                 if len(jobs) == 1:
                     continue  # and now without that mutation
-                for job in jobs:  # which shall spoil no other push
-                    self._commit([job], alone=True)
+                self._commit_each(jobs)
                 return
             except BaseException as error:
                 self.store.rollback()
                 self._overfull.clear()  # they will be found again
+                if len(jobs) > 1 and not isinstance(error, StoreRefused):
+                    # A constraint that is checked at COMMIT, say: one job's fault is not another's.
+                    self._commit_each(jobs)
+                    return
                 refused = isinstance(error, StoreRefused)  # the disk's fault, not the code's
                 store_log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
                 self.counts["pushes_failed"] += len(jobs)
@@ -1298,6 +1333,10 @@ class Engine:
         # Answers and hints, in one hop to each loop.
         answers = zip(jobs, outcomes, strict=True)
         self._tell(news, ((job.loop, job.answer, outcome) for job, outcome in answers))
+
+    def _commit_each(self, jobs: list[Job]) -> None:
+        for job in jobs:  # it shall spoil no other push
+            self._commit([job], alone=True)
 
     def _transact(self, jobs: list[Job], alone: bool, spoilt: Spoilt) -> tuple[Batch, list[Any]]:
         """What became of each job, those that join too; when it returns, it is on disk."""
@@ -1375,6 +1414,7 @@ class Engine:
         # An older copy was restored into it, and may have grown again since.
         end = self.store.epoch_end(db, self._position.epoch)
         went_back = end is None or end < self._position.head
+        self.rewinds += went_back
         self._remember(position, self._tails if went_back else touched, {})
         self._tell({scope: Hint(cursor, position.epoch) for scope, cursor in touched.items()})
 
@@ -1427,7 +1467,7 @@ class Engine:
             unlisten()
 
     def wake(self) -> None:
-        """End every pull that waits, now: each answers with what there is."""
+        """End every pull that waits, now: a listener of one scope is called with no news at all."""
         with self._lock:
             of_scopes = [to for scope, to in self._listeners.items() if scope is not None]
             calls: list[Call] = [(*to, {}) for listeners in of_scopes for to in listeners.values()]
@@ -1444,14 +1484,15 @@ class Engine:
                 if known and tail and tail.after <= cursor <= position.head:
                     self._tails.move_to_end(scope)
                     self.counts["pulls_from_memory"] += 1
-                    return tail.page(cursor, limit, position.epoch)
+                    return tail.page(cursor, limit, self.settings.page_size, position.epoch)
         self.counts["pulls_from_disk"] += 1
         return await self.read(lambda db: self._page_on_disk(db, scope, cursor, epoch, limit))
 
     def _look(self) -> Position:
         """Where the file stands: while that is where memory stands, asked once a turn of the loop.
 
-        What is answered in this turn was asked before it, so no answer is older than its question.
+        What is answered in this turn was asked before it, so no answer is older than its question:
+        asyncio reads sockets once a turn, and what came after this look is handled after the pop.
         """
         loop = asyncio.get_running_loop()
         if self._looks.get(loop) != self._position:
@@ -1469,10 +1510,14 @@ class Engine:
         if cursor < trimmed:
             raise CursorTooOld(f"changes {cursor} to {trimmed} were trimmed: take a snapshot")
         rows: list[Row] = []
+        room = self.settings.page_size
         for row in self.store.changes(db, scope, cursor):
-            if len(rows) >= limit and row.first != rows[-1].first:
+            if (len(rows) >= limit or (rows and room < len(row.data))) and row.first != rows[
+                -1
+            ].first:
                 break  # it begins a mutation that the page has no room for
             rows.append(row)
+            room -= len(row.data)
         else:
             # The page reached the log's end: the next pull here will find it in memory.
             tail = Tail(cursor if rows else self.store.current(db, scope))
@@ -1489,10 +1534,17 @@ class Engine:
 
         Raises Unavailable, and what `work` raises.
         """
-        loop = asyncio.get_running_loop()
+
+        def read() -> T:
+            try:
+                return self.store.read(work)
+            except (StopIteration, SystemExit, KeyboardInterrupt) as error:
+                # The application's: a future can't hold the first, and no loop survives the others.
+                raise RuntimeError("a read failed") from error
+
         try:
-            return await loop.run_in_executor(self._readers, self.store.read, work)
-        except RuntimeError:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        except RuntimeError:  # the executor's, too
             if self._closed:
                 raise Unavailable("the engine is closed") from None
             raise
@@ -1639,7 +1691,7 @@ class Topic:
     spoke: float  # when it last did,
     ready: float = 0.0  # and when it may again
     cursor: int = -1  # the newest that was told; -1: it never has one
-    untold: int = 0  # followers whom the hint that goes round has not reached yet
+    untold: int = 0  # above 0 a hint goes round, and its end looks at `pending`
     pending: Hint | None = None  # what a timer is going to tell, or the end of that round
     followers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
 
@@ -1671,7 +1723,10 @@ class Hub:
         if topic := self.topics.get(name):
             message = self._message(name, data)
             for subscriber in list(topic.followers):
-                subscriber.message(message)
+                try:
+                    subscriber.message(message)
+                except Exception:  # another transport's: it hurts nobody else
+                    live_log.exception("a follower of %s failed", name)
 
     def _message(self, name: str, data: bytes) -> bytes:
         return self.encode(b'{"topic":%b,"data":%b}' % (encode_name(name).encode(), data))
@@ -1752,7 +1807,7 @@ class Hub:
     def beat(self, now: float) -> None:
         """Send again what topics said last that have been silent for long: a lost hint heals."""
         for _ in range(len(self.topics)):
-            name, topic = next(iter(self.topics.items()))
+            name, topic = next(iter(self.topics.items()), ("", Topic(now)))  # they may leave
             if topic.spoke + self.settings.heartbeat > now:
                 break
             topic.spoke = now
@@ -1870,6 +1925,8 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     if end < 0:
         if len(buffer) >= settings.head_size:
             raise HTTPError(431, f"the head is longer than {settings.head_size} bytes")
+        if buffer.count(b"\n") > settings.head_fields + 1:
+            raise HTTPError(431, f"the head has more than {settings.head_fields} fields")
         return None
     line, *fields = buffer[:end].decode("latin-1").split("\r\n")
     del buffer[: end + 4]
@@ -2329,9 +2386,24 @@ class Connection(asyncio.Protocol):
             self.is_head = self.buffer.startswith(b"HEAD ")
             if request := parse_request(self.buffer, self.settings):
                 break
-            await self.receive()
+            await self._receive_line()
+        if self.transport.is_closing():  # a pipeline whose answers nobody will read
+            raise ConnectionLost("the peer is gone")
         self.deadline, self.unread = math.inf, request.length != 0
         return request
+
+    async def _receive_line(self) -> None:
+        """Wait for what may complete a head, or show that it is none: a line's end, or its limit.
+
+        To parse it anew at each byte would make a slow sender cost more than a fast one.
+        """
+        first = b"\n" not in self.buffer
+        most = self.settings.target_size + 64 if first else self.settings.head_size
+        while True:
+            start = len(self.buffer)
+            await self.receive()
+            if self.buffer.find(b"\n", start) >= 0 or len(self.buffer) >= most:
+                return
 
     async def read_body(self, request: Request) -> bytes:
         """The whole body, or SyncError: one that did not arrive whole is never looked at."""
@@ -2427,8 +2499,9 @@ class WebSocket:
         frame = (TEXT, message.encode()) if isinstance(message, str) else (BINARY, message)
         self.write(encode_frame(*frame))
         await self.connection.drain()
-        if self.connection.transport.is_closing():
-            raise ConnectionLost("the peer is gone")
+        await asyncio.sleep(0)  # who sends without end would keep the loop to itself
+        if self.closing or self.connection.transport.is_closing():
+            raise ConnectionLost("the peer is gone, or going")
 
     def write(self, frame: bytes) -> None:
         # asyncio warns of writes to a socket that is gone, and a peer can make us owe it many.
@@ -2468,9 +2541,13 @@ class WebSocket:
                 elif frame.opcode == PING:
                     self.write(encode_frame(PONG, frame.payload))
                     await self.connection.drain()  # who does not read is not read from
+                    await asyncio.sleep(0)
                 elif frame.opcode == PONG or self.closing:
                     pass  # a pong shows life by itself; after our close nothing else counts
                 elif (message := self._assembler.add(frame)) is not None:
+                    await asyncio.sleep(
+                        0
+                    )  # of many that came together each lets others have a turn
                     return message
         except (ProtocolError, OSError) as error:
             self.error = self.error or error
@@ -2713,8 +2790,9 @@ class Server:
         self.hub.publish(topic, encode_json(data).encode())
 
     def subscribe(self, session: Session, topic: str) -> None:
-        """Let a session follow a topic. Raises TooLarge past `session_topics`."""
-        session.follow(topic)
+        """Let a session follow a topic, while it lives. Raises TooLarge past `session_topics`."""
+        if session in self.sessions:
+            session.follow(topic)
 
     def unsubscribe(self, session: Session, topic: str) -> None:
         session.leave(topic)
@@ -2844,7 +2922,9 @@ class Server:
         media_type = request.headers.get("content-type", "").partition(";")[0]
         if media_type.strip(" \t").lower() != "application/json":
             raise HTTPError(415, "a push is application/json")
-        values = parse_json(request.body, self.settings.json_depth)
+        parse = functools.partial(parse_json, request.body, self.settings.json_depth)
+        # A large one takes 0.2 s at worst, which the loop has not.
+        values = parse() if len(request.body) < READ_SIZE else await asyncio.to_thread(parse)
         most = self.settings.push_mutations
         if not isinstance(values, list) or not values:
             raise InvalidRequest(f"a push is a JSON array of 1 to {most} mutations")
@@ -2916,11 +2996,10 @@ class Server:
         work: asyncio.Task[None] | None = None
         try:
             async for message in websocket:
-                if work:
-                    await work  # one at a time, in order; meanwhile pings are answered
+                # One at a time, in order. One more is read ahead, so that pings are answered.
+                await self._finish(work, websocket)
                 work = await self._handle(session, message)
-            if work:
-                await work
+            await self._finish(work, websocket)
         except Exception as error:
             websocket.error = error
             raise
@@ -2930,6 +3009,11 @@ class Server:
                 session.leave(topic)
             if self.on_close:
                 await self._call(self.on_close, session, websocket.error)
+
+    async def _finish(self, work: asyncio.Task[None] | None, websocket: WebSocket) -> None:
+        """Wait for what the application does with a message; not for ever, if the peer has gone."""
+        while work and not (work.done() or websocket.connection.transport.is_closing()):
+            await asyncio.wait([work], timeout=self.settings.close_timeout)
 
     async def _handle(self, session: Session, raw: str | bytes) -> asyncio.Task[None] | None:
         """One message of a client. A task where the application goes on working on it."""
@@ -2974,8 +3058,9 @@ class Server:
         """Whether a session may still do what it does."""
         topics = [topic for topic in session.topics if topic.startswith("sync:")]
         try:
-            for scope in {session.scope, *(topic.removeprefix("sync:") for topic in topics)}:
-                await self.gate.identify(session.websocket.request, scope)
+            async with asyncio.timeout(self.settings.auth_interval):  # or it is never asked again
+                for scope in {session.scope, *(topic.removeprefix("sync:") for topic in topics)}:
+                    await self.gate.identify(session.websocket.request, scope)
         except (Unauthorized, Forbidden) as refusal:
             session.close(1008, str(refusal))
         finally:
@@ -3010,8 +3095,9 @@ class Server:
                 name = f"[{name}]" if ":" in name else name
                 announce(f"open {'https' if options.get('ssl') else 'http'}://{name}:{number}/")
                 await asyncio.wrap_future(self._stop)
-                for one in signals:
-                    loop.remove_signal_handler(one)  # a second one ends at once
+                with contextlib.suppress(NotImplementedError):
+                    for one in signals:
+                        loop.remove_signal_handler(one)  # a second one ends at once
 
         try:
             asyncio.run(serve())
@@ -3097,15 +3183,32 @@ class Server:
 
     async def _sweep(self) -> None:
         """Every deadline of every connection, in one task."""
+        rewinds = self.engine.rewinds
         while True:
             await asyncio.sleep(0.1)
-            now, interval = time.monotonic(), self.settings.auth_interval or math.inf
-            for connection in [one for one in self._connections if one.deadline <= now]:
-                connection.expire()
-            for session in [one for one in self.sessions if one.asked + interval <= now]:
-                session.asked = math.inf  # one question at a time
-                self._spawn(self._call(self._ask_again, session))
-            self.hub.beat(now)
+            try:
+                self._expire(time.monotonic())
+                if rewinds != self.engine.rewinds:
+                    rewinds = self.engine.rewinds
+                    self._begin_anew()
+            except Exception:  # nobody would start this task again
+                live_log.exception("a sweep failed")
+
+    def _expire(self, now: float) -> None:
+        interval = self.settings.auth_interval or math.inf
+        for connection in [one for one in self._connections if one.deadline <= now]:
+            connection.expire()
+        for session in [one for one in self.sessions if one.asked + interval <= now]:
+            session.asked = math.inf  # one question at a time
+            self._spawn(self._call(self._ask_again, session))
+        self.hub.beat(now)
+
+    def _begin_anew(self) -> None:
+        """Cursors went down, and no hint may: each client comes back, pulls, and finds out."""
+        for topic in self.hub.topics.values():
+            topic.cursor, topic.pending = -1, None
+        for session in self.sessions:
+            session.close(1001, "an older copy of the log was restored: come back")
 
 
 # --- Todo ----------------------------------------------------------------------------------------

@@ -3486,7 +3486,9 @@ def test_a_method_in_another_case_is_another_method(visitor: RawClient) -> None:
     assert refused(visitor.request("get", "/healthz"), 405, 501)  # RFC 9110 §9.1
 
 
-@pytest.mark.parametrize("last", [get(b"/healthz", b"Connection: , close"), raw(b"GET / HTTP/1.0")])
+@pytest.mark.parametrize(
+    "last", [get(b"/healthz", b"Connection: , close"), raw(b"GET /healthz HTTP/1.0")]
+)
 def test_a_push_behind_the_last_request_is_never_applied(visitor: RawClient, last: bytes) -> None:
     visitor.send(last + post(LENGTH))  # RFC 9112 §9.6; the fixture pulls
     assert visitor.response().status == 200
