@@ -5815,6 +5815,14 @@ def test_the_on_auth_of_the_readme_works(tmp_path: Path) -> None:
             assert reply.status == status
 
 
+def test_each_link_inside_the_readme_leads_to_a_heading() -> None:
+    text = re.sub(r"^```.*?^```$", "", readme(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= anchors
+    assert len(headings) == len(anchors)
+
+
 def test_the_readme_has_every_setting_with_its_default() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\S+) ?(s|KiB|MiB|) \|", readme("Settings"), re.M)
     shown = {
@@ -7455,6 +7463,14 @@ class Node:
         return answer.get("value")
 
 
+def part_one() -> str:
+    """The client, as it stands in the page's script."""
+    page = PROGRAM.with_name("demo.html").read_text(encoding="utf-8")
+    found = re.search(r"^// === Part one.*?(?=^// === Part two)", page, re.M | re.S)
+    assert found
+    return found[0]
+
+
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     if (path := shutil.which("node")) is None:
@@ -7465,12 +7481,9 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         pytest.skip(
             "this node is too old to run the client with: 20.10 is the first with WebSocket"
         )
-    page = PROGRAM.with_name("demo.html").read_text(encoding="utf-8")
-    found = re.search(r"^// === Part one.*?(?=^// === Part two)", page, re.M | re.S)
-    assert found
     ours = "setTimeout, clearTimeout, setInterval, clearInterval, AbortSignal, Date"
     folder = tmp_path_factory.mktemp("node")
-    (folder / "client.mjs").write_text(f"const {{ {ours} }} = globalThis.simulated;\n{found[0]}")
+    (folder / "client.mjs").write_text(f"const {{ {ours} }} = globalThis.simulated;\n{part_one()}")
     (folder / "harness.mjs").write_text(HARNESS)
     with subprocess.Popen(
         [*command, str(folder / "harness.mjs")],
@@ -8603,6 +8616,38 @@ class TestPage:
         assert window.page.evaluate("[self.one, self.two]") == ["<!-- -->", 2]
         style = "(({ color, margin }) => [color, margin])(getComputedStyle(document.body))"
         assert window.page.evaluate(style) == ["rgb(255, 0, 0)", "7px"]
+
+    def test_the_page_of_the_readme_is_live_and_tells_a_refusal(
+        self, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(Server, "run", lambda server, host, port: None)
+        names: dict[str, Any] = {}
+        exec(blocks("python", "An application of your own")[0], names)
+        monkeypatch.undo()
+        (page,), client = blocks("html", "Its page"), part_one()
+        place = "// part one of the script in demo.html goes here\n"
+        assert place in page
+        (tmp_path / "seats.html").write_text(page.replace(place, client), encoding="utf-8")
+        live = windows.servers.enter_context(serving(names["engine"], page=tmp_path / "seats.html"))
+        windows.may_say = "404"  # it has no icon
+        one, other = windows.open(live).page, windows.open(live).page
+        said: list[str] = []
+
+        def hear(dialog: Any) -> None:
+            said.append(dialog.message)
+            dialog.dismiss()
+
+        other.on("dialog", hear)
+        one.locator("input").fill("A1")
+        one.locator("input").press("Enter")
+        for window in (one, other):
+            expect(window.get_by_role("listitem")).to_have_text(re.compile("A1: guest"))
+            expect(window.locator("p")).to_have_text("live, 0 waiting")
+        other.locator("input").fill("A1")
+        other.locator("input").press("Enter")
+        until(lambda: said or other.wait_for_timeout(20))
+        assert said == ["seat A1 is taken"]
 
     def test_what_has_the_focus_is_not_hidden_under_the_form(
         self, windows: Windows, demo: Live
