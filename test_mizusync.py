@@ -5815,6 +5815,22 @@ def test_the_on_auth_of_the_readme_works(tmp_path: Path) -> None:
             assert reply.status == status
 
 
+def test_the_contents_of_the_file_are_its_sections_and_no_section_uses_a_lower_one() -> None:
+    source = Path(mizusync.__file__).read_text(encoding="utf-8")
+    _, *sections = re.split(r"^# --- (.*?) -+$", source, flags=re.M)
+    listed = re.findall(r"^    (\S.*?)  +", (mizusync.__doc__ or "").partition("Contents")[2], re.M)
+    assert listed[: len(sections) // 2] == sections[::2]
+    # Tests and the README may be read in any order; the file goes from top to bottom.
+    above: set[str] = set()
+    defined = re.compile(r"^(?:class|def|async def) (\w+)", re.M)
+    everything = set(defined.findall(source))
+    for body in sections[1::2]:
+        above |= set(defined.findall(body))
+        code = "\n".join(line.partition("#")[0] for line in body.split("\n"))
+        used = set(re.findall(r"(?<![.\w\"'`])(\w+)\(", re.sub(r'""".*?"""', "", code, flags=re.S)))
+        assert used & everything <= above
+
+
 def test_each_link_inside_the_readme_leads_to_a_heading() -> None:
     text = re.sub(r"^```.*?^```$", "", readme(), flags=re.M | re.S)
     headings = re.findall(r"^#+ (.*)", text, re.M)
