@@ -56,9 +56,9 @@ Contents, each section using only what stands above it:
     Todo            the demo, as an application would write it
     Command line    python mizusync.py
 
-Where to add: a limit in Settings; a refusal in Errors, and in Engine._apply if `apply` may raise it;
-a number in COUNTED; a column in LOG_SCHEMA, with FORMAT and Row; an endpoint in Server's constructor;
-what is one client's in Session, undone where Server._live ends.
+Where to add: a limit in Settings; a refusal in Errors, and in Engine._apply if `apply` may raise
+it; a number in COUNTED; a column in LOG_SCHEMA, with FORMAT and Row; an endpoint where Server is
+made; what is one client's in Session, undone where Server._live ends.
 
 To run the demo: `python mizusync.py`. To build on it: copy this file and write an `apply` function:
 
