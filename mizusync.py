@@ -920,8 +920,13 @@ class SQLiteStore:
     def begin(self) -> tuple[Any, Position]:
         self._check_file()
         if self._db is None:
-            self._db = self._connect("rw")
-            self._prepare(self._db, adopt=False)
+            db = self._connect("rw")
+            try:
+                self._prepare(db, adopt=False)
+            except BaseException:
+                db.close()
+                raise
+            self._db = db
         self._insist(self._db, "BEGIN /* mizusync */ IMMEDIATE")
         position = self.position(self._db)
         if position.head < self._head:
@@ -2059,7 +2064,10 @@ class ChunkedBody:
 
 @dataclasses.dataclass
 class Response:
-    """A response (RFC 9110 §3.4). Date, Content-Length and Connection are added as it is sent."""
+    """A response (RFC 9110 §3.4). Date, Content-Length and Connection are added as it is sent.
+
+    So is `Cache-Control: no-store`, where it has no Cache-Control of its own.
+    """
 
     status: int = 200
     body: bytes = b""
@@ -2108,22 +2116,27 @@ class Response:
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         return cls(200, html, headers, "text/html; charset=utf-8")
 
+    def _has(self, name: str) -> bool:
+        return name in map(str.lower, self.headers)
+
     def compress(self) -> Response:
         """The same, compressed (RFC 9110 §8.4.1.3): if it is text, and not encoded already."""
         is_text = self.content_type.startswith(("application/json", "text/"))
-        if not is_text or self.status == 206 or "Content-Encoding" in self.headers:
+        if not is_text or self.status == 206 or self._has("content-encoding"):
             return self
         headers = {**self.headers, "Content-Encoding": "gzip"}
         return dataclasses.replace(self, body=gzip.compress(self.body, 1, mtime=0), headers=headers)
 
     def encode(self, connection: str = "", head_only: bool = False) -> bytes:
         """As bytes. `connection` is the Connection field, where there is something to say."""
-        head = f"HTTP/1.1 {self.status} {_PHRASES[self.status]}\r\nCache-Control: no-store\r\n"
+        head = f"HTTP/1.1 {self.status} {_PHRASES[self.status]}\r\n"
         head += f"Date: {_http_date(int(time.time()))}\r\n"
+        if not self._has("cache-control"):
+            head += "Cache-Control: no-store\r\n"
         bodiless = self.status < 200 or self.status in (204, 304)  # (RFC 9112 §6.3, 9110 §8.6)
         if not bodiless:
             head += f"Content-Type: {self.content_type}\r\nContent-Length: {len(self.body)}\r\n"
-        if "Upgrade" in self.headers:  # a field of this connection alone (RFC 9110 §7.8)
+        if self._has("upgrade"):  # a field of this connection alone (RFC 9110 §7.8)
             connection = f"Upgrade, {connection}" if connection else "Upgrade"
         if connection:
             head += f"Connection: {connection}\r\n"
@@ -2205,7 +2218,7 @@ class Assembler:
         self.max_size = self.room = max_size  # bytes that the message under way may still have
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._opcode = CONTINUATION  # of the message under way, if there is one
-        self._parts: list[Any] = []  # of str or of bytes
+        self._data = bytearray()  # its frames so far: one by one they would take 40 times as much
 
     def add(self, frame: Frame) -> str | bytes | None:
         """The message, when this frame was its last. Raises ProtocolError."""
@@ -2218,12 +2231,14 @@ class Assembler:
             part = self._decode(frame.payload, frame.fin) if text else frame.payload
         except UnicodeDecodeError:
             raise ProtocolError(1007, "the text is not UTF-8") from None
-        if part:  # without end, fragments of nothing would fill the memory
-            self._parts.append(part)
-        if not frame.fin:
-            return None
-        message: str | bytes = ("" if text else b"").join(self._parts)
-        self._opcode, self._parts, self.room = CONTINUATION, [], self.max_size
+        if frame.fin and frame.opcode != CONTINUATION:  # most messages have one frame
+            message: str | bytes = part
+        else:
+            self._data += frame.payload
+            if not frame.fin:
+                return None
+            message = self._data.decode() if text else bytes(self._data)
+        self._opcode, self._data, self.room = CONTINUATION, bytearray(), self.max_size
         return message
 
 
