@@ -787,8 +787,8 @@ class SQLiteStore:
         _run(db, "BEGIN")  # of one moment: another process may be making the log just now
         with db:  # commits, or rolls back
             found = self._has_log(db, adopt)
+        self._insist(db, "PRAGMA journal_mode = WAL")
         if not found:
-            self._insist(db, "PRAGMA journal_mode = WAL")
             self._insist(db, "BEGIN IMMEDIATE")
             with db:
                 if not self._has_log(db, adopt):  # unless another process just made it
@@ -798,7 +798,6 @@ class SQLiteStore:
                     for statement in LOG_SCHEMA.split(";")[:-1]:
                         _run(db, statement)
                     self._head = 0
-        self._insist(db, "PRAGMA journal_mode = WAL")
         db.executescript(self.schema)
         _run(db, "PRAGMA busy_timeout = 0")  # begin() waits by itself
 
