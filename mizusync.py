@@ -266,10 +266,9 @@ class HTTPError(SyncError):
         501: "not_implemented", 505: "version_not_supported",
     }  # fmt: skip
 
-    def __init__(self, status: int, sentence: str, **headers: str) -> None:
+    def __init__(self, status: int, sentence: str, headers: Mapping[str, str] = {}) -> None:
         super().__init__(sentence)
-        self.status, self.code = status, self.CODES[status]
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.status, self.code, self.headers = status, self.CODES[status], headers
 
 
 class StoreError(Exception):
@@ -2263,8 +2262,8 @@ def accept(request: Request) -> Response:
     upgrade, connection = request.tokens("upgrade"), request.tokens("connection")
     version = request.headers.get("sec-websocket-version")
     if "websocket" not in upgrade or "upgrade" not in connection or version != "13":
-        spoken = {"Upgrade": "websocket", "Sec_WebSocket_Version": "13"}
-        raise HTTPError(426, "this endpoint speaks WebSocket, version 13", **spoken)
+        spoken = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        raise HTTPError(426, "this endpoint speaks WebSocket, version 13", spoken)
     key = request.headers.get("sec-websocket-key", "")
     if not re.fullmatch("[A-Za-z0-9+/]{21}[AQgw]==", key):
         raise InvalidRequest("the Sec-WebSocket-Key is not 16 bytes in Base64")
@@ -2892,10 +2891,10 @@ class Server:
             return None
         request.body = await connection.read_body(request)
         if handler is None or request.method == "OPTIONS":
-            allow = ", ".join(sorted({*routes, "OPTIONS"}))
+            allow = {"Allow": ", ".join(sorted({*routes, "OPTIONS"}))}
             if request.method == "OPTIONS":
-                return Response(204, headers={"Allow": allow})
-            raise HTTPError(405, f"{request.path} takes {allow}", Allow=allow)
+                return Response(204, headers=allow)
+            raise HTTPError(405, f"{request.path} takes {allow['Allow']}", allow)
         connection.working = True
         try:
             answer = handler(request)
