@@ -3308,11 +3308,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--port", type=int, default=8080, help="port; 0 takes a free one (%(default)s)")
     add("--db", default="mizusync.db", help="the database file (%(default)s)")
     add("--keep-changes", type=int, help="trim the log to about so many changes a scope")
-    add(
-        "--token",
-        default=os.environ.get("MIZUSYNC_TOKEN") or None,
-        help="what clients have to show",
-    )
+    add("--token", default=os.environ.get("MIZUSYNC_TOKEN") or None, help="what clients must show")
     add("--allow-origin", action="append", default=[], help="a web origin that may use the server")
     add("--allow-host", action="append", default=[], help="a name that the server goes by")
     add("--certfile", help="a certificate chain, for TLS; with --keyfile")
