@@ -1101,7 +1101,7 @@ class Batch:
 
     def __init__(self, store: Store, db: Any, position: Position, spoilt: Spoilt) -> None:
         self.store, self.db, self.position, self.spoilt = store, db, position, spoilt
-        self.start = self.head = position.head
+        self.start = position.head
         self.time = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
@@ -1122,7 +1122,6 @@ class Batch:
             first, last = rows[0].cursor, rows[-1].cursor
         fragments = [self.tail(row.scope).add(row) for row in rows]
         self.rows += rows
-        self.head += len(rows)
         key = (mutation.scope, mutation.id)
         self.marks[key] = Mark(*key, first, last)
         return Result.applied(last, fragments)
@@ -1269,7 +1268,7 @@ class Engine:
         made = self._apply_function(db, mutation)
         if isinstance(made, (str, bytes, Mapping, Change)):
             raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
-        first = batch.head + 1
+        first = batch.start + len(batch.rows) + 1
         rows: list[Row] = []
         for change in () if made is None else made:
             data, scope = change, mutation.scope
@@ -1333,7 +1332,8 @@ class Engine:
                 # Memory before the hint: who hears of a change finds it.
                 pushes = sum(isinstance(outcome, list) for outcome in outcomes)  # others are trims
                 self.counts.update({**batch.counts, "pushes": pushes, "changes": len(batch.rows)})
-                self._remember(batch.position._replace(head=batch.head), (), batch.tails)
+                position = batch.position._replace(head=batch.start + len(batch.rows))
+                self._remember(position, (), batch.tails)
                 self._forget(batch.trims)
                 news = batch.news()
             break
