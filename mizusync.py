@@ -672,8 +672,8 @@ class GuardedConnection(sqlite3.Connection):
         denied = action in self._denied or (ours and action != sqlite3.SQLITE_READ)
         return sqlite3.SQLITE_DENY if denied and self.lent else sqlite3.SQLITE_OK
 
-    def cursor(self, factory: Any = GuardedCursor) -> Any:
-        self._opened.append(super().cursor(factory))
+    def cursor(self, factory: Any = None) -> Any:  # whatever is asked for: another has no guard
+        self._opened.append(super().cursor(GuardedCursor))
         return self._opened[-1]
 
     # Connection.execute does not go through an overridden cursor(), so each has to.
