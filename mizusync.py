@@ -49,7 +49,7 @@ Contents, each section using only what stands above it:
     Hub             topics, and who follows them
     HTTP/1.1        bytes to requests, responses to bytes
     WebSocket       frames and messages
-    Connection      a socket: bytes, deadlines, a close that is heard
+    Connection      a socket: bytes, deadlines, a close that is heard; a WebSocket over it
     Session         one live client
     Gate            who may
     Server          routes, sessions, life; the arrow from engine to hub
@@ -132,8 +132,8 @@ T = TypeVar("T")
 
 
 # --- Settings ------------------------------------------------------------------------------------
-# Every limit and every time-out is a line here, with its unit. Sizes are in bytes, times in
-# seconds. Whatever a peer can make grow has its limit in this table.
+# Every limit that an operator may want to move, and every time-out, is a line here. Sizes are in
+# bytes, times in seconds. Whatever a peer can make grow has a limit, here or where it stands.
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +198,7 @@ class SyncError(Exception):
 
     status: int = 500
     code: str = "internal_error"
-    headers: Mapping[str, str] = {}  # field lines that the status makes mandatory (RFC 9110 §15)
+    headers: Mapping[str, str] = {}  # field lines that belong to the status (RFC 9110 §15)
 
     def __init_subclass__(cls, status: int | None = None, code: str = "") -> None:
         # What is not named is that of the class above.
@@ -285,8 +285,8 @@ class ProtocolError(Exception):
 
 # --- Values --------------------------------------------------------------------------------------
 # The protocol's words. What comes from outside is checked here, once; after that the types are
-# true and nobody asks again. A change is encoded once, when it is made: the log, the answers, the
-# pages and the hints are joined from these encoded bytes, the *fragments*.
+# true and nobody asks again. A change is encoded once on its way in: the log, the answers, the
+# pages from memory and the hints are joined from these encoded bytes, the *fragments*.
 
 DEFAULT_SCOPE = "_default"
 MAX_CURSOR = 2**53 - 1  # the last integer that every JSON reader holds exactly (RFC 8259 §6)
@@ -533,7 +533,7 @@ class Store(Protocol):
 
     # On any thread, with a db that is in a transaction.
     def position(self, db: Any) -> Position: ...
-    def current(self, db: Any, scope: str) -> int: ...  # its newest cursor; a trim lowers it not
+    def current(self, db: Any, scope: str) -> int: ...  # its newest cursor, also after a trim
     def nth_newest(self, db: Any, scope: str, n: int) -> int: ...  # its cursor; 0: there is none
     def trimmed(self, db: Any, scope: str) -> int: ...  # the highest cursor that a trim removed
     def epoch_end(self, db: Any, epoch: str) -> int | None: ...  # its highest; None: not known
@@ -580,8 +580,8 @@ WAL_SIZE = 64 * 1024 * 1024  # bytes; SQLite itself keeps it near 4 MiB, unless 
 
 StrPath = str | os.PathLike[str]
 
-# SQLite's result codes (https://sqlite.org/rescode.html) when the disk is in the way, or another
-# process: the statement itself was right, and may work later.
+# SQLite's result codes (https://sqlite.org/rescode.html) when the disk is in the way, the file, or
+# another process: the statement itself was right, and may work later, there or on a mended file.
 _DISK = sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CORRUPT
 _REFUSED = (*_DISK, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL,
             sqlite3.SQLITE_CANTOPEN)  # fmt: skip
@@ -654,7 +654,9 @@ class GuardedConnection(sqlite3.Connection):
     that was opened is closed afterwards, since a half-read SELECT makes a later COMMIT fail.
 
     An authorizer is asked only when a statement is prepared, so what the engine itself runs is
-    spelled as no application spells it: an application's COMMIT must not find ours in the cache.
+    spelled as no application spells it: an application's COMMIT must not find ours in the cache
+    (`cached_statements` in the sqlite3 module's documentation). executescript begins with a COMMIT
+    of Python's own, so `apply` can't use it.
     """
 
     def __init__(self, path: str, mode: str, timeout: float) -> None:
@@ -715,6 +717,11 @@ class GuardedConnection(sqlite3.Connection):
         return result
 
     def _take_back(self, failure: BaseException | None) -> None:
+        """The connection is ours again, what failed is undone.
+
+        Raises StoreRefused where the disk was in the way, TransactionLost where the application
+        ended the transaction.
+        """
         self.lent, self.row_factory, self.text_factory = False, None, str
         while self._opened:
             self._opened.pop().close()
@@ -752,10 +759,10 @@ class SQLiteStore:
         self._seen: tuple[int, Position] = 0, Position(0, "", 0)  # the last look's version
         self._idle: list[GuardedConnection] = []  # readers that nobody uses now
         self._turnstile, self._wal_limit = threading.Lock(), WAL_SIZE  # held: no read begins
-        # The head at our last commit. Where the file's is lower now, an older copy was restored:
-        # that begins an epoch. So does the first commit of each opening, since until then this is
-        # above any head; but in a file that we made, which has its first epoch from its making.
-        self._head = self._next_head = MAX_CURSOR + 1
+        # The highest head that we know of. A transaction that finds a lower one stands on a copy
+        # that was restored: it begins an epoch. Until our first commit this is above any head, so
+        # that one begins an epoch as well; but 0 in a file that we just made, which has its first.
+        self._known_head = self._next_head = MAX_CURSOR + 1
         if os.fspath(path) in ("", ":memory:") or sqlite3.sqlite_version_info < (3, 31):
             raise StoreError("the log needs a file, and SQLite 3.31 or newer")
         try:
@@ -796,7 +803,7 @@ class SQLiteStore:
                         _run(db, f"PRAGMA application_id = {APPLICATION_ID}")
                     for statement in LOG_SCHEMA.split(";")[:-1]:
                         _run(db, statement)
-                    self._head = 0
+                    self._known_head = 0
         db.executescript(self.schema)
         _run(db, "PRAGMA busy_timeout = 0")  # begin() waits by itself
 
@@ -846,8 +853,8 @@ class SQLiteStore:
                 # (https://sqlite.org/pragma.html#pragma_data_version).
                 if (version := _one(self._looker, "PRAGMA data_version")) != self._seen[0]:
                     self._seen = version, self.position(self._looker)
-                    if self._head <= MAX_CURSOR:  # a copy from below another's commit is older too
-                        self._head = max(self._head, self._seen[1].head)
+                    if self._known_head <= MAX_CURSOR:  # others' commits count, too
+                        self._known_head = max(self._known_head, self._seen[1].head)
             except sqlite3.Error as error:
                 _refuse(error)
             return self._seen[1]
@@ -887,6 +894,7 @@ class SQLiteStore:
         return _one(db, "SELECT cursor FROM mizusync_trims WHERE scope = ?", scope) or 0
 
     def epoch_end(self, db: Any, epoch: str) -> int | None:
+        # Within one file starts never fall, so the least of those behind it is the next one's.
         next_start = "SELECT min(start) FROM mizusync_epochs WHERE number > this.number"
         sql = f"SELECT coalesce(({next_start}), ?) FROM mizusync_epochs AS this WHERE epoch = ?"
         end: int | None = _one(db, sql, self.position(db).head, epoch)
@@ -927,7 +935,7 @@ class SQLiteStore:
             self._db = db
         self._insist(self._db, "BEGIN /* mizusync */ IMMEDIATE")
         position = self.position(self._db)
-        if position.head < self._head:
+        if position.head < self._known_head:
             sql = "INSERT INTO mizusync_epochs (epoch, start) VALUES (hex(randomblob(9)), ?)"
             _run(self._db, sql, position.head)
             position = self.position(self._db)
@@ -964,7 +972,7 @@ class SQLiteStore:
     @_refusals()
     def commit(self) -> None:
         _run(self._db, "COMMIT /* mizusync */")
-        self._head = self._next_head
+        self._known_head = self._next_head
         with contextlib.suppress(OSError, sqlite3.Error):  # it is committed, whatever comes now
             if os.path.getsize(f"{self.path}-wal") > self._wal_limit:
                 self._empty_wal()
@@ -1042,7 +1050,8 @@ Listener = Callable[[News], None]
 Mutations = Iterable[Mutation | Mapping[str, Any]]
 Loop = asyncio.AbstractEventLoop
 Call = tuple[Loop | None, Callable[[Any], None], Any]  # where, what, with what
-Spoilt = dict[tuple[str, str], Exception]  # mutations that end any transaction, and how
+# Mutations, by scope and id, that ended a transaction: they are refused when it is done again.
+Spoilt = dict[tuple[str, str], Exception]
 
 
 @dataclasses.dataclass(slots=True)
@@ -1105,14 +1114,14 @@ class Batch:
         self.time = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
-        self.tails: dict[str, Tail] = {}  # of each touched scope: where it stood, and these rows
+        self.grown: dict[str, Tail] = {}  # of each touched scope: where it stood, and these rows
         self.trims: dict[str, int] = {}  # of scopes: the highest cursor that a trim removed
         self.counts: Counter[str] = Counter(commits=1)
 
     def tail(self, scope: str) -> Tail:
-        if scope not in self.tails:
-            self.tails[scope] = Tail(self.store.current(self.db, scope))
-        return self.tails[scope]
+        if scope not in self.grown:
+            self.grown[scope] = Tail(self.store.current(self.db, scope))
+        return self.grown[scope]
 
     def add(self, mutation: Mutation, rows: Sequence[Row]) -> Result:
         """Take what a mutation made, and mark it as applied."""
@@ -1140,7 +1149,7 @@ class Batch:
     def news(self) -> News:
         """What to tell, once it is in the log."""
         epoch = self.position.epoch
-        told = {scope: tail for scope, tail in self.tails.items() if tail.fragments}
+        told = {scope: tail for scope, tail in self.grown.items() if tail.fragments}
         return {s: Hint(t.current, epoch, t.after, tuple(t.fragments)) for s, t in told.items()}
 
 
@@ -1165,8 +1174,10 @@ class Engine:
 
     `apply(db, mutation)` runs on the writer's thread, inside the transaction, and returns the
     changes that it made: JSON values, or `Change`s. It refuses by raising InvalidMutation,
-    NotFound, Conflict, Forbidden, or Unavailable. `snapshot(db, scope)` runs on a reader's thread
-    and returns the whole state of the scope: a JSON value, or `Json(text)`.
+    NotFound, Conflict, Forbidden, or Unavailable. It may run again for one mutation, where another
+    has spoilt the transaction: what it does outside `db` may happen twice. `snapshot(db, scope)`
+    runs on a reader's thread and returns the whole state of the scope: a JSON value, or
+    `Json(text)`.
 
     Its coroutines run on any loop; everything else may be called from any thread.
     """
@@ -1193,7 +1204,7 @@ class Engine:
         self._closed = False
         self.rewinds = 0  # how often an older copy of the log was restored into it
         self._overfull: dict[str, None] = {}  # scopes to trim, the one that waits longest first
-        self._looks: dict[Loop, Position] = {}  # of this turn of each loop
+        self._looked_this_turn: dict[Loop, Position] = {}  # of this turn of each loop
         self._lock = threading.Lock()  # over the next four, and held for microseconds
         self._position = store.look()
         self._tails: OrderedDict[str, Tail] = OrderedDict()  # the least recently used first
@@ -1244,7 +1255,7 @@ class Engine:
         key = (mutation.scope, mutation.id)
         if mark := batch.marks.get(key) or self.store.find(batch.db, *key):
             return batch.repeat(mark)
-        try:
+        try:  # the store's savepoint and guard, in them the application's function
             made = self.store.attempt(lambda db: self._rows_of(mutation, db, batch))
         except TransactionLost as error:
             batch.spoilt[key] = error
@@ -1333,7 +1344,7 @@ class Engine:
                 pushes = sum(isinstance(outcome, list) for outcome in outcomes)  # others are trims
                 self.counts.update({**batch.counts, "pushes": pushes, "changes": len(batch.rows)})
                 position = batch.position._replace(head=batch.start + len(batch.rows))
-                self._remember(position, (), batch.tails)
+                self._remember(position, (), batch.grown)
                 self._forget(batch.trims)
                 news = batch.news()
             break
@@ -1370,9 +1381,9 @@ class Engine:
         for scope in list(itertools.islice(self._overfull, 1 + len(batch.rows) // 100)):
             if not self._trim(batch, scope, self.store.nth_newest(batch.db, scope, keep)):
                 del self._overfull[scope]
-        # To find the change where a trim ends takes `keep` steps: some ten times in as many
-        # changes. Chance needs no memory, and no pattern of pushes evades it.
-        for scope, tail in batch.tails.items():
+        # To find the change where a trim ends takes `keep` steps, so it is done some ten times in
+        # as many changes, by chance: that needs no memory, and no pattern of pushes evades it.
+        for scope, tail in batch.grown.items():
             if random.random() * keep < 10 * len(tail.fragments):
                 self._overfull[scope] = None
 
@@ -1456,7 +1467,7 @@ class Engine:
 
         def hear(news: News) -> None:
             # Of another process's commit the watcher tells late: it may be in the page already.
-            if not news or news[scope].cursor > cursor:
+            if not news or news[scope].cursor > cursor:  # without any it is wake() that calls
                 changed.set()
 
         unlisten = self.listen(hear, scope)
@@ -1502,10 +1513,10 @@ class Engine:
         asyncio reads sockets once a turn, and what came after this look is handled after the pop.
         """
         loop = asyncio.get_running_loop()
-        if self._looks.get(loop) != self._position:
-            self._looks[loop] = self.store.look()
-            loop.call_soon(self._looks.pop, loop, None)
-        return self._looks[loop]
+        if self._looked_this_turn.get(loop) != self._position:
+            self._looked_this_turn[loop] = self.store.look()
+            loop.call_soon(self._looked_this_turn.pop, loop, None)
+        return self._looked_this_turn[loop]
 
     def _page_on_disk(self, db: Any, scope: str, cursor: int, epoch: str, limit: int) -> Page:
         position = self.store.position(db)
@@ -1682,6 +1693,7 @@ def call_here(calls: Iterable[Call]) -> None:
 
 
 HANDFUL = 500  # followers that are told before the loop goes round: some 5 ms
+SYNC = "sync:"  # what the engine's topics begin with; clients know it
 
 
 class Subscriber(Protocol):
@@ -1741,12 +1753,13 @@ class Hub:
     def notify(self, news: Mapping[str, Hint]) -> None:
         """The arrow, `engine.listen(hub.notify)`: a hint to the followers of each scope."""
         for scope, hint in news.items():
-            self.hint(f"sync:{scope}", hint)
+            self.hint(f"{SYNC}{scope}", hint)
 
     def hint(self, name: str, hint: Hint) -> None:
         """Tell of a newer cursor: now, or merged with others when the topic may speak again."""
         if (topic := self.topics.get(name)) is None:
             return
+        # Two that follow on are one with the items of both; of others only the newer cursor stays.
         older, items, most = topic.pending, hint.items, self.settings.hint_changes
         if older and older.items and items and hint.after == older.cursor:
             both = older.items + items
@@ -1797,7 +1810,8 @@ class Hub:
             if topic.untold > 0:
                 asyncio.get_running_loop().call_soon(tell_some)
                 return
-            # Without its changes a hint costs more than its frame: each follower comes and pulls.
+            # So hints take a fifth of the loop at most; or a 17th, where each follower comes and
+            # pulls then, which costs more than its frame.
             now, pause = time.monotonic(), 4 if topic.wants_items else 16
             topic.ready = now + min(pause * (now - topic.spoke), self.settings.hint_gap)
             if topic.pending:
@@ -1872,7 +1886,7 @@ class Request:
 
     @property
     def json(self) -> Any:
-        """The body, which has to be strict JSON. Raises InvalidRequest."""
+        """The body, which has to be strict JSON, of at most 64 levels. Raises InvalidRequest."""
         return parse_json(self.body)
 
     def number(self, name: str, default: float, pattern: str = "[0-9]{1,16}") -> float:
@@ -2257,7 +2271,7 @@ def parse_close(payload: bytes) -> tuple[int, str]:
         raise ProtocolError(1007, "the close reason is not UTF-8") from None
 
 
-def accept(request: Request) -> Response:
+def handshake(request: Request) -> Response:
     """The answer to a handshake (§4.2); extensions it declines by naming none. Raises SyncError."""
     upgrade, connection = request.tokens("upgrade"), request.tokens("connection")
     version = request.headers.get("sec-websocket-version")
@@ -2280,7 +2294,8 @@ def accept(request: Request) -> Response:
 # --- Connection ----------------------------------------------------------------------------------
 # A socket: bytes in, bytes out. One place reads, and hands what it has to the parsers above. Each
 # phase has one deadline, a number that the server's sweep looks at: a timer for each read would
-# cost more than the read, and would let a peer live for ever on a byte a minute.
+# cost more than the read, and would let a peer live for ever on a byte a minute. (On a WebSocket a
+# peer that sends anything is alive, see WebSocket._ping, and a message's size is its limit.)
 
 READ_SIZE = 64 * 1024  # bytes; also what may wait for the peer to read before we wait for it
 
@@ -2363,8 +2378,8 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
     def _time_out(self) -> None:
-        # Also an idle peer's end is a `finish`: a bare close() would wait for ever to be rid of an
-        # answer that the peer does not read, and a second one breaks a transport of TLS.
+        # This only wakes who reads; Server._serve then calls `finish`. A bare close() would wait
+        # for ever for a peer that does not read its answer, and a second one breaks TLS.
         if self._arrival and self._arrival.done():
             return  # bytes came in this very turn: the next sweep judges
         self.deadline = math.inf
@@ -2473,7 +2488,7 @@ class Connection(asyncio.Protocol):
         (RFC 9112 §9.6).
         """
         self.transport.set_write_buffer_limits(1, 0)  # TLS takes 0 for "always full"
-        await self.send(b"")
+        await self.send(b"")  # nothing: it waits until all before it is the kernel's
         self.lingering, self.idle = True, False
         self.give(self.settings.linger, self.abort)
         by_half = self.transport.can_write_eof()  # TLS can't
@@ -2500,7 +2515,7 @@ class WebSocket:
         self.over = False  # nothing more can be read
         self.name, self.reason = request.path, ""  # for the log: who it is, why it was closed
         self.error: Exception | None = None  # what went wrong, if anything did
-        self._response = accept(request)
+        self._response = handshake(request)
         self._assembler = Assembler(self.settings.message_size)
 
     def accept(self) -> None:
@@ -2802,7 +2817,7 @@ class Server:
 
     def publish(self, topic: str, data: Any) -> None:
         """Send a message to all sessions that follow a topic of the application's. On the loop."""
-        if topic.startswith("sync:"):
+        if topic.startswith(SYNC):
             raise ValueError(f"{topic!r}: topics that begin with sync: are the engine's")
         self.hub.publish(topic, encode_json(data).encode())
 
@@ -3043,7 +3058,7 @@ class Server:
                 raise InvalidRequest('a message is {"topic": "...", "data": ...}')
             if topic in ("subscribe", "unsubscribe"):
                 await self._subscribe(session, topic, message.get("data", {}))
-            elif self.on_message and not topic.startswith("sync:"):
+            elif self.on_message and not topic.startswith(SYNC):
                 return self._spawn(self._call(self.on_message, session, topic, message.get("data")))
             else:
                 error = {"code": "unknown_topic", "error": f"nothing listens to {topic[:100]!r}"}
@@ -3056,12 +3071,12 @@ class Server:
     async def _subscribe(self, session: Session, verb: str, wish: Any) -> None:
         scope = check_scope(wish.get("scope", session.scope) if isinstance(wish, dict) else None)
         if verb == "unsubscribe":
-            session.leave(f"sync:{scope}")
+            session.leave(f"{SYNC}{scope}")
         else:
             await self._identify(session.websocket, scope)
             # First follow, then read: no change can fall between the two.
-            session.follow(f"sync:{scope}", wish.get("changes") is True)
-            self.hub.tell(f"sync:{scope}", session, await self.engine.head(scope))
+            session.follow(f"{SYNC}{scope}", wish.get("changes") is True)
+            self.hub.tell(f"{SYNC}{scope}", session, await self.engine.head(scope))
 
     async def _identify(self, websocket: WebSocket, scope: str) -> Any:
         """Who asks; if the peer goes meanwhile, nobody is left to be told."""
@@ -3072,11 +3087,11 @@ class Server:
             websocket.connection.working = False
 
     async def _ask_again(self, session: Session) -> None:
-        """Whether a session may still do what it does."""
-        topics = [topic for topic in session.topics if topic.startswith("sync:")]
+        """Whether a session may still do what it does. What on_auth can't tell leaves it open."""
+        topics = [topic for topic in session.topics if topic.startswith(SYNC)]
         try:
             async with asyncio.timeout(self.settings.auth_interval):  # or it is never asked again
-                for scope in {session.scope, *(topic.removeprefix("sync:") for topic in topics)}:
+                for scope in {session.scope, *(topic.removeprefix(SYNC) for topic in topics)}:
                     await self.gate.identify(session.websocket.request, scope)
         except (Unauthorized, Forbidden) as refusal:
             session.close(1008, str(refusal))
@@ -3179,7 +3194,9 @@ class Server:
         loop, silent = asyncio.get_running_loop(), 0.0  # until when
         while True:
             try:
-                with contextlib.ExitStack() as spare:  # what the store's readers may have to open
+                # What the store's readers may have to open, tried and given back: no client is
+                # taken at whose cost they would fail.
+                with contextlib.ExitStack() as spare:
                     for _ in range(2 * self.engine.settings.readers + 2):
                         spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
                 sock, _ = await loop.sock_accept(listener)
