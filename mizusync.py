@@ -107,7 +107,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
 __version__ = "1.0.0"
 
@@ -129,6 +129,7 @@ log = logging.getLogger("mizusync")  # without a handler: the application decide
 store_log, engine_log, http_log, live_log = map(log.getChild, ("store", "engine", "http", "live"))
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 # --- Settings ------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ class Settings:
 # --- Errors --------------------------------------------------------------------------------------
 # A SyncError is a refusal that the client may see: an HTTP status, a code of the protocol, a
 # sentence. Any other exception is our mistake or the application's: the log sees it whole, the
-# client a bare internal_error. One place in Server turns both into answers.
+# client a bare internal_error. Server turns both into answers, Engine into results of mutations.
 
 
 class SyncError(Exception):
@@ -236,7 +237,10 @@ class CursorTooOld(SyncError, status=410, code="cursor_too_old"):
 
 
 class CursorUnknown(SyncError, status=410, code="cursor_unknown"):
-    """This history never gave out this cursor: take a snapshot and go on from there."""
+    """This history never gave out this cursor: take a snapshot and go on from there.
+
+    Without its epoch a cursor is found out only while it is above the head.
+    """
 
 
 class TooLarge(SyncError, status=413, code="too_large"):
@@ -250,7 +254,7 @@ class Unavailable(SyncError, status=503, code="unavailable"):
 
 
 class StoreRefused(Unavailable):
-    """The disk or the database refuses. The open transaction is lost as a whole."""
+    """The disk or the database refuses. An open transaction is lost as a whole."""
 
 
 class TransactionLost(StoreRefused):
@@ -482,7 +486,8 @@ _DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_const
 # An epoch names a stretch of the history: (name, head when it began). The first commit of each
 # opening begins one, so two copies of a file that went different ways differ by their epochs.
 # (epoch, cursor) belongs to this history if the epoch is there and the cursor is not above the
-# place where the next epoch begins. No clock is asked, and opening a file writes nothing.
+# place where the next epoch begins. No clock is asked, and opening a file writes nothing into it
+# but the application's schema.
 
 
 class Position(NamedTuple):
@@ -604,12 +609,15 @@ def _refuse(error: sqlite3.Error) -> NoReturn:
     raise error
 
 
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        _refuse(error)
+def _refusing(step: Callable[P, T]) -> Callable[P, T]:
+    @functools.wraps(step)
+    def refusing(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return step(*args, **kwargs)
+        except sqlite3.Error as error:
+            _refuse(error)
+
+    return refusing
 
 
 def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> sqlite3.Cursor:
@@ -651,7 +659,8 @@ class GuardedConnection(sqlite3.Connection):
 
     While it is lent, an authorizer refuses what would end the engine's transaction, leave the
     file, or change the log's tables (or sqlite_sequence, which holds the head); and every cursor
-    that was opened is closed afterwards, since a half-read SELECT makes a later COMMIT fail.
+    that was opened is closed afterwards: a half-read INSERT ... RETURNING makes a later COMMIT
+    fail, and a half-read SELECT keeps an old state of the file in use.
 
     An authorizer is asked only when a statement is prepared, so what the engine itself runs is
     spelled as no application spells it: an application's COMMIT must not find ours in the cache
@@ -770,8 +779,8 @@ class SQLiteStore:
                 if not os.path.exists(self.path):
                     advice = "put that back; or, to begin anew, remove its -wal and -shm as well"
                     raise StoreError(f"{self.path}-wal is there without {self.path}: {advice}")
-                # A crash left it, of another program perhaps: only who may write would move it
-                # into the file, and that it shall do itself.
+                # A crash left it, of another program perhaps, and to open it for writing would move
+                # it into the file. So this looks first, and leaves a foreign file as it is.
                 with contextlib.closing(self._connect("ro")) as db:
                     self._has_log(db, adopt)
             self._db = self._connect("rwc")
@@ -859,7 +868,7 @@ class SQLiteStore:
                 _refuse(error)
             return self._seen[1]
 
-    @_refusals()
+    @_refusing
     def read(self, work: Callable[[Any], T]) -> T:
         self._check_file()
         with self._turnstile:
@@ -876,6 +885,7 @@ class SQLiteStore:
         self._idle.append(db)
         return result
 
+    @_refusing
     def position(self, db: Any) -> Position:
         # The sequence, not max(cursor), which a trim could lower.
         head = "SELECT seq FROM sqlite_sequence WHERE name = 'mizusync_changes'"
@@ -883,16 +893,20 @@ class SQLiteStore:
         trims = "SELECT coalesce(max(number), 0) FROM mizusync_trims"
         return Position(*_run(db, f"SELECT ({head}), ({epoch}), ({trims})").fetchone())
 
+    @_refusing
     def current(self, db: Any, scope: str) -> int:
         return self.nth_newest(db, scope, 1) or self.trimmed(db, scope)
 
+    @_refusing
     def nth_newest(self, db: Any, scope: str, n: int) -> int:
         sql = "SELECT cursor FROM mizusync_changes WHERE scope = ? ORDER BY cursor DESC"
         return _one(db, f"{sql} LIMIT 1 OFFSET ?", scope, n - 1) or 0
 
+    @_refusing
     def trimmed(self, db: Any, scope: str) -> int:
         return _one(db, "SELECT cursor FROM mizusync_trims WHERE scope = ?", scope) or 0
 
+    @_refusing
     def epoch_end(self, db: Any, epoch: str) -> int | None:
         # Within one file starts never fall, so the least of those behind it is the next one's.
         next_start = "SELECT min(start) FROM mizusync_epochs WHERE number > this.number"
@@ -905,16 +919,19 @@ class SQLiteStore:
         with contextlib.closing(_run(db, sql, scope, after)) as rows:
             yield from map(Row._make, rows)
 
+    @_refusing
     def between(self, db: Any, first: int, last: int) -> list[Row]:
         sql = "SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor"
         return list(map(Row._make, _run(db, sql, first, last)))
 
+    @_refusing
     def touched(self, db: Any, since: Position) -> dict[str, int]:
         changes = "SELECT scope, cursor FROM mizusync_changes WHERE cursor > ?"
         trims = "SELECT scope, cursor FROM mizusync_trims WHERE number > ?"
         sql = f"SELECT scope, max(cursor) FROM ({changes} UNION ALL {trims}) GROUP BY scope"
         return dict(_run(db, sql, since.head, since.trims).fetchall())
 
+    @_refusing
     def find(self, db: Any, scope: str, id: str) -> Mark | None:
         sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
         row = _run(db, sql, scope, id).fetchone()
@@ -922,7 +939,7 @@ class SQLiteStore:
 
     # -- writing
 
-    @_refusals()
+    @_refusing
     def begin(self) -> tuple[Any, Position]:
         self._check_file()
         if self._db is None:
@@ -946,14 +963,14 @@ class SQLiteStore:
         made: T = self._db.lend(work)
         return made
 
-    @_refusals()
+    @_refusing
     def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
         many = functools.partial(sqlite3.Connection.executemany, self._db)
         many("INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)", rows)
         many("INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", marks)
         self._next_head = rows[-1].cursor if rows else self._next_head
 
-    @_refusals()
+    @_refusing
     def trim(self, scope: str, before: int, limit: int) -> int:
         db, changes = self._db, "FROM mizusync_changes WHERE scope = ? AND cursor"
         # Neither `before` nor the limit may cut a mutation in two: the end moves to where one
@@ -969,7 +986,7 @@ class SQLiteStore:
         _run(db, "REPLACE INTO mizusync_trims (scope, cursor) VALUES (?, ?)", scope, newest)
         return _run(db, f"DELETE {changes} <= ?", scope, newest).rowcount
 
-    @_refusals()
+    @_refusing
     def commit(self) -> None:
         _run(self._db, "COMMIT /* mizusync */")
         self._known_head = self._next_head
@@ -1199,13 +1216,13 @@ class Engine:
             store = SQLiteStore(store, schema, adopt, self.settings.busy_timeout)
         self.store: Store = store
         self.counts = Counter(dict.fromkeys(COUNTED, 0))
-        self.committing = False  # the writer is at work, and wants the interpreter now and then
+        self.committing = False  # the writer is at work, and wants the interpreter's lock at times
         self._apply_function, self._snapshot_function = apply, snapshot
         self._closed = False
         self.rewinds = 0  # how often an older copy of the log was restored into it
         self._overfull: dict[str, None] = {}  # scopes to trim, the one that waits longest first
         self._looked_this_turn: dict[Loop, Position] = {}  # of this turn of each loop
-        self._lock = threading.Lock()  # over the next four, and held for microseconds
+        self._lock = threading.Lock()  # over the next four and _closed, for microseconds
         self._position = store.look()
         self._tails: OrderedDict[str, Tail] = OrderedDict()  # the least recently used first
         self._tails_size = 0
@@ -1360,7 +1377,10 @@ class Engine:
         """What became of each job, those that join too; when it returns, it is on disk."""
         db, position = self.store.begin()
         if position != self._position:
+            epoch = self._position.epoch
             self._catch_up(db)
+            with self._lock:  # the epoch that begin() may have begun is not committed yet
+                self._position = self._position._replace(epoch=epoch)
         batch, outcomes = Batch(self.store, db, position, spoilt), []
         deadline = 0.0 if alone else time.monotonic() + self.settings.commit_time
         for job in jobs:  # it grows as we go
@@ -1509,8 +1529,8 @@ class Engine:
     def _look(self) -> Position:
         """Where the file stands: while that is where memory stands, asked once a turn of the loop.
 
-        What is answered in this turn was asked before it, so no answer is older than its question:
-        asyncio reads sockets once a turn, and what came after this look is handled after the pop.
+        One look serves all pulls of the turn: asyncio reads the sockets once a turn, so these were
+        asked before it, and what comes after it is handled after the pop.
         """
         loop = asyncio.get_running_loop()
         if self._looked_this_turn.get(loop) != self._position:
@@ -1709,7 +1729,7 @@ class Topic:
 
     spoke: float  # when it last did,
     ready: float = 0.0  # and when it may again
-    cursor: int = -1  # the newest that was told; -1: it never has one
+    cursor: int = -1  # the newest that was told; -1: none yet
     untold: int = 0  # above 0 a hint goes round, and its end looks at `pending`
     pending: Hint | None = None  # what a timer is going to tell, or the end of that round
     followers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
@@ -1810,8 +1830,8 @@ class Hub:
             if topic.untold > 0:
                 asyncio.get_running_loop().call_soon(tell_some)
                 return
-            # So hints take a fifth of the loop at most; or a 17th, where each follower comes and
-            # pulls then, which costs more than its frame.
+            # So hints take a fifth of the loop; or a 17th, where each follower comes and pulls
+            # then, which costs more than its frame. More only where hint_gap ends the pause before.
             now, pause = time.monotonic(), 4 if topic.wants_items else 16
             topic.ready = now + min(pause * (now - topic.spoke), self.settings.hint_gap)
             if topic.pending:
@@ -3016,7 +3036,7 @@ class Server:
     # -- live
 
     async def _live(self, websocket: WebSocket) -> None:
-        """/ws: a session, from its first message to on_close."""
+        """/ws: a session, from its handshake to on_close."""
         scope = check_scope(websocket.request.query.get("scope", DEFAULT_SCOPE))
         identity = await self._identify(websocket, scope)
         if len(self.sessions) >= self.settings.sessions:
