@@ -1472,6 +1472,32 @@ def test_a_full_disk_is_unavailable_and_nothing_of_it_stays(
         assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 3
 
 
+def test_a_refused_first_transaction_is_not_taken_for_a_restored_copy(path: Path) -> None:
+    def lost(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.id == "lost":
+            raise mizusync.StoreRefused("the disk, say")
+        return apply(db, mutation)
+
+    with closing(open_log(path)) as before:
+        push(before, note("1"))
+    with closing(open_log(path, apply=lost)) as engine:
+        looked, look = threading.Semaphore(0), engine.store.look
+
+        def count_and_look() -> mizusync.Position:
+            looked.release()
+            return look()
+
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                push(engine, note("lost"))
+        engine.store.look = count_and_look  # type: ignore[method-assign]
+        for _ in range(3):  # the idle writer has looked at it
+            assert looked.acquire(timeout=PATIENCE)
+        assert engine.rewinds == 0
+        assert push(engine, note("2"))[0]["ok"]
+        assert engine.rewinds == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
 def test_a_disk_that_refuses_a_write_is_unavailable_and_later_works_again(
     engine: Engine, path: Path
