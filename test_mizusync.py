@@ -818,6 +818,23 @@ def test_a_path_that_can_hold_no_log_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_write_ahead_log_without_its_file_is_refused_and_left(tmp_path: Path) -> None:
+    lost = orphan(tmp_path)
+    before = content(lost.parent)
+    with pytest.raises(StoreError, match="-wal is there without"):
+        open_log(lost)
+    assert content(lost.parent) == before
+
+
+def orphan(folder: Path) -> Path:
+    """Where a database is not, but its write-ahead log is."""
+    (folder / "lost").mkdir()
+    with closing(open_log(folder / "log.db")) as engine:
+        push(engine, note("1"))
+        shutil.copy(folder / "log.db-wal", folder / "lost")
+    return folder / "lost" / "log.db"
+
+
 def test_an_empty_file_and_a_strange_name_are_taken(tmp_path: Path) -> None:
     strange = tmp_path / "50% ?mode=ro#\u00e9.db"
     strange.touch()
@@ -876,6 +893,60 @@ def test_what_was_acknowledged_is_in_the_file_before_the_answer(engine: Engine, 
             push(engine, note(str(number)))
             count = db.execute("SELECT count(*) FROM mizusync_changes").fetchone()
             assert count == db.execute("SELECT count(*) FROM notes").fetchone() == (number + 1,)
+
+
+def test_reads_that_overlap_do_not_let_the_write_ahead_log_grow(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mizusync, "WAL_SIZE", 2**16)
+    reads = [0, 0]  # begun, and as many when it is enough
+
+    def overlapping(db: sqlite3.Connection, scope: str) -> None:
+        db.execute("SELECT * FROM notes LIMIT 1").fetchone()
+        reads[0] = mine = reads[0] + 1
+        deadline = time.monotonic() + 0.02
+        while reads[0] == mine and time.monotonic() < deadline:  # until the next has begun
+            time.sleep(0.0005)
+
+    async def read_on(engine: Engine) -> None:
+        while not reads[1]:
+            await engine.snapshot()
+
+    with closing(open_log(path, snapshot=overlapping)) as engine, ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(ask, read_on(engine)) for _ in range(2)]
+        until(lambda: reads[0] > 2)
+        sizes = []
+        for number in range(25):
+            push(engine, note(str(number), "x" * 20_000))
+            sizes.append(engine.stats()["wal_bytes"])
+        reads[1] = 1
+        assert [reader.result(PATIENCE) for reader in readers] == [None, None]
+        assert max(sizes) < 2**18 < engine.stats()["database_bytes"]
+
+
+def test_a_read_that_takes_long_delays_few_pushes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mizusync, "WAL_SIZE", 2**18)
+    entered, release, times = threading.Event(), threading.Event(), list[float]()
+
+    def slow(db: sqlite3.Connection, scope: str) -> None:
+        db.execute("SELECT * FROM notes").fetchall()
+        entered.set()
+        release.wait(PATIENCE)
+
+    with closing(open_log(path, snapshot=slow)) as engine, ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(ask, engine.snapshot())
+        assert entered.wait(PATIENCE)
+        for number in range(200):
+            if engine.stats()["wal_bytes"] > 2**18 * 1.5:
+                break
+            started = time.monotonic()
+            push(engine, note(str(number)))
+            times.append(time.monotonic() - started)
+        release.set()
+        reading.result(PATIENCE)
+        assert sum(took > 0.5 for took in times) == 1
 
 
 # --- Engine ---------------------------------------------------------------------------------
@@ -1396,6 +1467,55 @@ def test_an_apply_that_ends_the_transaction_spoils_no_other_push(path: Path) -> 
         assert len(ask(engine.snapshot()).data) == 11
 
 
+def test_a_constraint_that_is_checked_at_the_commit_fails_its_own_push_alone(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+    gate = gated(entered, release)
+    orders = "orders (n INTEGER PRIMARY KEY, of REFERENCES orders DEFERRABLE INITIALLY DEFERRED)"
+    schema = f"{SCHEMA} PRAGMA foreign_keys = ON; CREATE TABLE IF NOT EXISTS {orders}"
+
+    def ordering(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.id == "bad":
+            db.execute("INSERT INTO orders VALUES (1, 999)")
+        return gate(db, mutation)
+
+    with closing(open_log(path, apply=ordering, schema=schema, settings=SLOW)) as engine:
+        futures = [engine.submit([note("gate", "gate")])]
+        assert entered.wait(PATIENCE)
+        futures += [engine.submit([note(key, key)]) for key in ("1", "bad", "2")]
+        release.set()
+        failed = [future.exception(PATIENCE) for future in futures]
+        assert [error and type(error) for error in failed] == [None, None, mizusync.SyncError, None]
+        assert fold(whole_log(engine)) == ask(engine.snapshot()).data == ["gate", "1", "2"]
+
+
+def test_a_push_that_was_submitted_is_not_cancelled(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+    with closing(open_log(path, apply=gated(entered, release))) as engine:
+        futures = [engine.submit([note("gate")]), engine.submit([note("1")])]
+        assert entered.wait(PATIENCE)
+        assert [future.cancel() for future in futures] == [False, False]
+        release.set()
+        assert all(future.result(PATIENCE)[0].ok for future in futures)
+
+
+def test_a_refusal_of_the_application_has_a_code_of_its_own_and_its_parents_status(
+    path: Path,
+) -> None:
+    class OutOfStock(mizusync.Conflict, code="out_of_stock"):
+        pass
+
+    class Closed(OutOfStock):
+        pass
+
+    def closed(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        raise Closed("come back")
+
+    with closing(open_log(path, apply=closed)) as engine:
+        (result,) = push(engine, note("1"))
+    assert (result["code"], Closed.status) == ("out_of_stock", mizusync.Conflict.status)
+    assert mizusync.Conflict.code == "conflict"
+
+
 def test_too_many_changes_are_an_invalid_mutation(path: Path) -> None:
     with closing(open_log(path, settings=Settings(mutation_changes=3))) as engine:
         results = push(engine, *({"id": str(n), "name": "notes", "args": n} for n in (3, 4)))
@@ -1595,6 +1715,39 @@ def test_a_page_never_ends_inside_a_mutation(path: Path, restart: bool) -> None:
         assert [len(page["changes"]) for page in pages(engine, limit=1)] == [1, 7, 1]
         memory, disk = engine.counts["pulls_from_memory"], engine.counts["pulls_from_disk"]
         assert (disk > 0) if restart else (memory and not disk)
+
+
+@settings(max_examples=15)
+@given(
+    made=st.lists(st.lists(st.integers(0, 400), max_size=3), min_size=1, max_size=12),
+    room=st.integers(1, 1500),
+)
+def test_a_page_has_about_as_many_bytes_as_it_may_and_at_least_one_mutation(
+    made: list[list[int]], room: int
+) -> None:
+    def apply_sizes(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        return [mutation.id + "x" * size for size in mutation.args]
+
+    with tempfile.TemporaryDirectory() as folder:
+        opened = functools.partial(
+            open_log, Path(folder) / "log.db", apply=apply_sizes, settings=Settings(page_size=room)
+        )
+        with closing(opened()) as engine:
+            results = push(engine, *(note(f"{n} ", sizes) for n, sizes in enumerate(made)))
+            from_memory = pages(engine)
+            assert engine.counts["pulls_from_disk"] == 0
+        with closing(opened()) as engine:
+            from_disk = pages(engine)
+            assert engine.counts["pulls_from_disk"] > 0
+        for found in (from_memory, from_disk):
+            assert fold(c for page in found for c in page["changes"]) == [
+                change["data"] for result in results for change in result["changes"]
+            ]
+            for page in found:
+                data = fold(page["changes"])
+                assert data or len(found) == 1
+                last = data and data[-1].split()[0]  # a mutation that may not be cut
+                assert sum(len(one) for one in data if one.split()[0] != last) <= room
 
 
 def test_a_pull_at_the_end_is_empty_and_keeps_its_cursor(engine: Engine) -> None:
@@ -2549,6 +2702,45 @@ def test_who_leaves_while_a_hint_goes_round_hurts_nobody() -> None:
     assert len(hub.topics["sync:a"].followers) == 1
 
 
+class Leaver(Follower):
+    """Who leaves every topic of this hub when it hears this cursor."""
+
+    def __init__(self, hub: Hub, last: int) -> None:
+        super().__init__(pause=0.005)
+        self.hub, self.last = hub, last
+
+    def hint(self, topic: str, cursor: int, message: bytes) -> None:
+        super().hint(topic, cursor, message)
+        if cursor == self.last:
+            for name in list(self.hub.topics):
+                self.hub.unsubscribe(name, self)
+
+
+def test_who_leaves_everything_when_it_is_told_ends_no_heartbeat() -> None:
+    hub = make_hub(heartbeat=1.0, hint_gap=0.0)
+    leaver = Leaver(hub, last=0)
+    for topic in ("sync:a", "sync:b"):
+        hub.subscribe(topic, leaver)
+        hub.hint(topic, Hint(1))
+    leaver.last = 1
+    hub.beat(time.monotonic() + 5)
+    assert (leaver.cursors, len(hub.topics)) == ([1, 1, 1], 0)
+
+
+def test_a_follower_that_fails_hurts_no_other() -> None:
+    hub, last = make_hub(), Follower()
+
+    class Broken(Follower):
+        def message(self, message: bytes) -> None:
+            raise ConnectionError("gone")
+
+    hub.subscribe("sync:a", Broken())
+    hub.subscribe("sync:a", last)
+    hub.publish("sync:a", b'{"cursor": 1}')
+    hub.hint("sync:a", Hint(2))
+    assert last.cursors == [1, 2]
+
+
 # --- HTTP/1.1 -------------------------------------------------------------------------------
 # First the parser alone, then what goes over a socket. Whatever two parsers could read
 # differently is refused, the connection closed, and nothing behind it read as a request.
@@ -2823,6 +3015,29 @@ def test_a_head_past_its_fields_is_too_large(visitor: RawClient) -> None:
     assert visitor.response().status == 200
     visitor.send(get(b"/healthz", *[b"X-A: 1"] * 100))
     assert refused(visitor.response(), 431)
+
+
+def test_a_head_past_its_fields_is_refused_before_its_end(visitor: RawClient) -> None:
+    visitor.send(get(b"/healthz", *[b"X-A: 1"] * 100)[:-2])
+    assert refused(visitor.response(), 431)
+
+
+def test_a_head_that_comes_byte_by_byte_is_not_parsed_anew_for_each(
+    server: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse, parsed = mizusync.parse_request, list[int]()
+
+    def counting(buffer: bytearray, settings: Settings) -> Any:
+        parsed.append(len(buffer))
+        return parse(buffer, settings)
+
+    monkeypatch.setattr(mizusync, "parse_request", counting)
+    client, head = server.client(), get(b"/healthz", b"X-A: " + b"a" * 150)
+    for at in range(len(head)):
+        client.send(head[at : at + 1])
+        server.call(lambda: None)  # so that it comes alone
+    assert client.response().status == 200
+    assert len(parsed) <= 2 + head.count(b"\n")
 
 
 def test_a_head_that_comes_too_slowly_is_timed_out(tmp_path: Path) -> None:
@@ -3378,16 +3593,19 @@ def test_a_snapshot_of_a_malformed_scope_is_refused(visitor: RawClient, query: s
     assert refused(visitor.request("GET", f"/sync/snapshot?{query}"), 400)
 
 
+@pytest.mark.parametrize("fault", [RuntimeError, StopIteration, SystemExit, KeyboardInterrupt])
 def test_a_fault_of_the_snapshot_function_is_an_internal_error_that_tells_nothing(
-    tmp_path: Path,
+    tmp_path: Path, fault: type[BaseException]
 ) -> None:
     def broken(db: sqlite3.Connection, scope: str) -> Any:
-        raise RuntimeError("a secret of the inside")
+        raise fault("a secret of the inside")
 
     with serve(tmp_path, snapshot=broken) as live:
-        reply = live.client().request("GET", "/sync/snapshot")
+        client = live.client()
+        reply = client.request("GET", "/sync/snapshot")
         assert refused(reply, 500)
         assert b"secret" not in reply.body
+        assert client.request("GET", "/healthz").status == 200
         live.logged("a secret of the inside")
 
 
@@ -4148,6 +4366,61 @@ def test_a_reader_too_slow_for_what_may_not_be_merged_is_closed(tmp_path: Path) 
         until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 1)
 
 
+def test_a_session_that_has_ended_can_not_be_subscribed(tmp_path: Path) -> None:
+    with joined(tmp_path) as (live, join):
+        client = live.socket()
+        session = join(client)
+        client.close()
+        until(lambda: not live.server.sessions)
+        live.call(live.server.subscribe, session, "news")
+        assert (session.topics, live.server.hub.topics) == ({}, {})
+
+
+def test_an_older_copy_restored_under_a_session_sends_it_away_to_come_back(tmp_path: Path) -> None:
+    with serve(tmp_path) as live:
+        client, deaf = live.client(), live.socket()
+        client.push(note("a"))
+        backup = back_up(tmp_path / "log.db")
+        client.push(note("b"), note("c"))
+        late = client.pull()
+        assert deaf.subscribe()["data"] == {"cursor": 3}
+        restore(tmp_path / "log.db", backup)
+        assert deaf.read_frame().payload[:2] == b"\x03\xe9"  # 1001, which it does not answer
+        session = live.socket()
+        assert session.subscribe()["data"] == {"cursor": 1}
+        query = f"cursor={late['cursor']}&epoch={late['epoch']}"
+        for key in ("d", "e", "f"):  # past the old cursor
+            reply = client.request("GET", f"/sync/pull?{query}")
+            assert refused(reply, 410, code="cursor_unknown")
+            (result,) = client.push(note(key))
+            assert session.read_json()["data"] == {"cursor": result["cursor"]}
+
+
+def test_a_follower_of_another_transport_that_fails_or_leaves_ends_no_heartbeat(
+    tmp_path: Path,
+) -> None:
+    class Broken(Follower):
+        def hint(self, topic: str, cursor: int, message: bytes) -> None:
+            self.heard.append(topic)
+            if len(self.heard) > 2:
+                for name in ("sync:a", "sync:b"):
+                    live.server.hub.unsubscribe(name, self)
+                raise ConnectionError("gone")
+
+    def follow() -> None:
+        broken = Broken()
+        for name in ("sync:a", "sync:b"):
+            live.server.hub.subscribe(name, broken)
+            live.server.hub.tell(name, broken, 1)
+
+    with serve(tmp_path, replace(SMALL, heartbeat=MOMENT)) as live:
+        live.call(follow)
+        until(lambda: not live.server.hub.topics)
+        live.logged("gone")
+        client = live.socket()
+        assert client.subscribe() == client.read_json() == client.read_json()
+
+
 def test_topics_of_scopes_are_not_the_applications_to_publish(server: Live) -> None:
     with pytest.raises(ValueError, match="sync:"):
         server.call(server.server.publish, "sync:_default", {"cursor": 7})
@@ -4261,6 +4534,39 @@ def test_a_fault_of_on_message_is_logged_and_hurts_nobody(tmp_path: Path, waits:
         live.logged("a secret of the inside")
 
 
+def test_an_on_message_that_never_returns_keeps_no_session_whose_peer_has_gone(
+    tmp_path: Path,
+) -> None:
+    entered, release = list[asyncio.Event](), asyncio.Event()
+
+    async def hang(session: mizusync.Session, topic: str, data: Any) -> None:
+        entered.append(release)
+        await release.wait()
+
+    quick = replace(SMALL, ping_interval=MOMENT, ping_timeout=MOMENT, close_timeout=MOMENT)
+    with serve(tmp_path, quick, on_message=hang) as live:
+        for leave in (RawClient.close, RawClient.reset):
+            client, before = live.socket(), len(entered)
+            client.subscribe()
+            client.say("hello")
+            until(lambda: len(entered) > before)  # noqa: B023
+            leave(client)
+        until(lambda: not live.server.sessions)
+        assert not live.server.hub.topics
+        live.call(release.set)
+
+
+def test_an_on_message_that_was_cancelled_ends_no_session(tmp_path: Path) -> None:
+    async def cancelled(session: mizusync.Session, topic: str, data: Any) -> None:
+        raise asyncio.CancelledError
+
+    with serve(tmp_path, on_message=cancelled) as live:
+        client = live.socket()
+        client.say("hello")
+        client.say("hello")
+        assert client.subscribe()["topic"] == "sync:_default"
+
+
 @table(
     "leave",
     {
@@ -4367,6 +4673,38 @@ def test_a_raw_websocket_ends_with_its_function(tmp_path: Path) -> None:
         client = live.socket("/once")
         assert client.read_frame() == Frame(TEXT, b"bye")
         assert client.read_close() == 1000
+
+
+def test_a_raw_websocket_that_sends_without_end_leaves_others_their_turn_and_ends(
+    tmp_path: Path,
+) -> None:
+    ended, late = list[type[BaseException]](), []
+
+    async def stream(websocket: Any) -> None:
+        try:
+            while True:
+                late.extend(["after the close"] * websocket.closing)
+                await websocket.send("x" * 1000)
+        except BaseException as error:
+            ended.append(type(error))
+            raise
+
+    def drain(client: RawClient) -> None:
+        with suppress(OSError):
+            while client.sock.recv(2**16):
+                pass
+
+    def prepare(server: Server) -> None:
+        server.websocket("/stream")(stream)
+
+    with serve(tmp_path, replace(SMALL, close_timeout=MOMENT), prepare=prepare) as live:
+        reader = threading.Thread(target=drain, args=[live.socket("/stream")])
+        reader.start()
+        for _ in range(3):
+            assert live.client().request("GET", "/healthz").status == 200
+        live.stop()
+        reader.join(PATIENCE)
+    assert (ended, late) == ([mizusync.ConnectionLost], [])
 
 
 def test_a_fault_of_a_raw_websocket_is_logged_and_closes_with_1011(tmp_path: Path) -> None:
@@ -4707,6 +5045,21 @@ def test_a_session_whose_permission_ended_is_closed_with_1008(tmp_path: Path, do
         assert client.subscribe()["topic"] == "sync:_default"
         doors.shut = True
         assert client.read_close() == 1008
+
+
+def test_an_on_auth_that_hangs_when_it_is_asked_again_is_asked_once_more(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    async def on_auth(request: mizusync.Request, scope: str) -> None:
+        asked.append(scope)
+        if len(asked) == 2:
+            await asyncio.Event().wait()
+        if len(asked) > 2:
+            raise mizusync.Forbidden("no more")
+
+    with serve(tmp_path, replace(SMALL, auth_interval=MOMENT / 2), on_auth=on_auth) as live:
+        assert live.socket().read_close() == 1008
+        live.logged("TimeoutError")
 
 
 @pytest.mark.parametrize("target", ["/ws", "/sync/pull", "subscribe"])
@@ -5216,6 +5569,19 @@ def test_a_client_that_goes_before_its_answers_floods_no_log(
     assert not [one for one in caplog.messages if "socket.send" in one]
 
 
+def test_refused_upgrades_of_a_client_that_goes_leave_no_connection(tmp_path: Path) -> None:
+    with serve(tmp_path, token="s3cret") as live:
+        for _ in range(5):
+            client = live.client(receive_buffer=4096)
+            client.sock.settimeout(MOMENT)
+            with suppress(TimeoutError):
+                client.send(RUDE_UPGRADE * 2000)
+            client.reset()
+        with closing(live.client()) as last:  # when it is heard, all of them were accepted
+            assert last.request("GET", "/healthz").status == 200
+        until(lambda: live.server.stats()["connections"] == 0)
+
+
 def test_http_client_of_the_standard_library_is_served(server: Live) -> None:
     with closing(http.client.HTTPConnection(*server.address, timeout=PATIENCE)) as connection:
         headers = {"Content-Type": "application/json"}
@@ -5628,6 +5994,14 @@ def test_a_file_that_is_not_ours_is_one_sentence_and_unchanged(
     assert (status, sentence.count("\n")) == (1, 1)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before
+
+
+def test_a_write_ahead_log_without_its_file_is_one_sentence(
+    tmp_path: Path, refusal: Callable[..., Refusal]
+) -> None:
+    status, sentence = refusal("--db", str(orphan(tmp_path)))
+    assert (status, sentence.count("\n")) == (1, 1)
+    assert "-wal is there without" in sentence
 
 
 def test_a_folder_that_is_not_there_or_not_writable_is_one_sentence(
