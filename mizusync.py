@@ -1804,7 +1804,7 @@ class Hub:
             self._fan_out(name, topic)
 
     def _fan_out(self, name: str, topic: Topic) -> None:
-        if topic.untold > 0 or (hint := topic.pending) is None:
+        if topic.untold > 0 or (hint := topic.pending) is None or not topic.followers:
             return
         topic.pending, topic.spoke = None, time.monotonic()
         topic.cursor = max(hint.cursor, topic.cursor)

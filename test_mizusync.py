@@ -2727,6 +2727,21 @@ def test_who_leaves_everything_when_it_is_told_ends_no_heartbeat() -> None:
     assert (leaver.cursors, len(hub.topics)) == ([1, 1, 1], 0)
 
 
+def test_who_leaves_when_it_is_told_at_once_what_has_no_room_is_told_no_more() -> None:
+    async def leave() -> None:
+        failed: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, what: failed.append(what))
+        hub = make_hub(hint_changes=2, hint_gap=0.02)
+        leaver = Leaver(hub, last=2)
+        hub.subscribe("sync:a", leaver, items=True)
+        for hint in (news(1, "x"), news(2, "y"), news(4, "z", "w")):
+            hub.hint("sync:a", hint)
+        await asyncio.sleep(0.05)
+        assert (leaver.cursors, failed, len(hub.topics)) == ([1, 2], [], 0)
+
+    ask(leave())
+
+
 def test_a_follower_that_fails_hurts_no_other() -> None:
     hub, last = make_hub(), Follower()
 
