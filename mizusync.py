@@ -3212,6 +3212,11 @@ class Server:
     async def _accept(self, listener: socket.socket, ssl: tls.SSLContext | None) -> None:
         """Our own accept loop: asyncio's logs without end when descriptors run out."""
         loop, silent = asyncio.get_running_loop(), 0.0  # until when
+
+        def drop(accepting: asyncio.Future[tuple[socket.socket, Any]]) -> None:
+            if not accepting.cancelled() and not accepting.exception():
+                accepting.result()[0].close()  # a client that came in this very turn
+
         while True:
             try:
                 # What the store's readers may have to open, tried and given back: no client is
@@ -3219,7 +3224,13 @@ class Server:
                 with contextlib.ExitStack() as spare:
                     for _ in range(2 * self.engine.settings.readers + 2):
                         spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
-                sock, _ = await loop.sock_accept(listener)
+                accepting = asyncio.ensure_future(loop.sock_accept(listener))
+                try:
+                    sock, _ = await asyncio.shield(accepting)
+                except asyncio.CancelledError:  # the stop
+                    accepting.cancel()
+                    accepting.add_done_callback(drop)
+                    raise
             except OSError as error:
                 if (now := time.monotonic()) >= silent:
                     http_log.error("new clients wait: %s", error)

@@ -6292,7 +6292,9 @@ def recipe(
     for old, new in (("8080", "0"), *edits):
         text = text.replace(old, new)
     (folder / "recipe.py").write_text(text, encoding="utf-8")
-    start = "import logging, runpy; logging.basicConfig(level='INFO');"
+    start = "import logging, runpy, signal; logging.basicConfig(level='INFO');"
+    # Who runs the tests in the background may have it ignored.
+    start += "signal.signal(signal.SIGINT, signal.default_int_handler);"
     start += "runpy.run_path('recipe.py', run_name='__main__')"
     with subprocess.Popen(
         [sys.executable, "-X", "dev", "-c", start],
