@@ -1001,13 +1001,13 @@ class SQLiteStore:
         (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
         """
         deadline = time.monotonic() + 1
+        self._wal_limit += WAL_SIZE  # if one takes long: others shall not wait at each commit
         with self._turnstile:
             while time.monotonic() < deadline:
                 if not _one(self._db, "PRAGMA wal_checkpoint(TRUNCATE)"):  # busy: 0 or 1
                     self._wal_limit = WAL_SIZE
                     return
                 time.sleep(0.001)
-        self._wal_limit += WAL_SIZE  # one takes long: others shall not wait at each commit
 
     def rollback(self) -> None:
         try:
@@ -1869,6 +1869,7 @@ _SENT_BY_ITSELF = {"connection", "content-length", "content-type", "date", "tran
 _TOKEN, _VALUE = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++", r"[\t -~\x80-\xff]*+"  # (RFC 9110 §5.5, §5.6.2)
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _FIELD = re.compile(rf"({_TOKEN}):({_VALUE})")
+_HEAD_END = re.compile(rb"\n\r\n|(?<!\r)\n")  # or what shows that it is none
 _CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{_TOKEN}{_VALUE})?")
 _LENGTH = re.compile("[0-9]{1,18}")
 _REG_NAME = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+"  # (RFC 3986 §3.2.2)
@@ -1966,8 +1967,6 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     if end < 0:
         if len(buffer) >= settings.head_size:
             raise HTTPError(431, f"the head is longer than {settings.head_size} bytes")
-        if buffer.count(b"\n") > settings.head_fields + 1:
-            raise HTTPError(431, f"the head has more than {settings.head_fields} fields")
         return None
     line, *fields = buffer[:end].decode("latin-1").split("\r\n")
     del buffer[: end + 4]
@@ -2139,8 +2138,9 @@ class Response:
         policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
         policy += " form-action 'none'; frame-ancestors 'none'"
         # What a browser sees: no element in a comment, and of line ends LF alone.
-        element = rb"(?si)<!--.*?-->|<(script|style)\b[^>]*>(.*?)</\1"
-        found = re.findall(element, html.replace(b"\r\n", b"\n"))
+        comment, attributes = rb"<!--(?:-?>|.*?--!?>)", rb"\b(?:\"[^\"]*\"|'[^']*'|[^>\"'])*+"
+        element = rb"(?si)%b|<(script|style)%b>(.*?)</\1" % (comment, attributes)
+        found = re.findall(element, re.sub(rb"\r\n?", b"\n", html))
         for tag in b"script", b"style":
             texts = [text for name, text in found if name.lower() == tag]
             digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
@@ -2438,23 +2438,23 @@ class Connection(asyncio.Protocol):
             self.is_head = self.buffer.startswith(b"HEAD ")
             if request := parse_request(self.buffer, self.settings):
                 break
-            await self._receive_line()
+            await self._receive_head()
         if self.transport.is_closing():  # a pipeline whose answers nobody will read
             raise ConnectionLost("the peer is gone")
         self.deadline, self.unread = math.inf, request.length != 0
         return request
 
-    async def _receive_line(self) -> None:
-        """Wait for what may complete a head, or show that it is none: a line's end, or its limit.
+    async def _receive_head(self) -> None:
+        """Wait for what ends a head: an empty line, a bare LF, its limit.
 
         To parse it anew at each byte would make a slow sender cost more than a fast one.
         """
-        first = b"\n" not in self.buffer
-        most = self.settings.target_size + 64 if first else self.settings.head_size
         while True:
-            start = len(self.buffer)
+            start = max(0, len(self.buffer) - 2)
+            has_line = b"\n" in self.buffer
             await self.receive()
-            if self.buffer.find(b"\n", start) >= 0 or len(self.buffer) >= most:
+            most = self.settings.head_size if has_line else self.settings.target_size + 64
+            if _HEAD_END.search(self.buffer, start) or len(self.buffer) >= most:
                 return
 
     async def read_body(self, request: Request) -> bytes:
@@ -2581,6 +2581,8 @@ class WebSocket:
         """The next message; None when there will be none."""
         self.accept()
         try:
+            if self.connection.buffer:  # of many that came together each lets others have a turn,
+                await asyncio.sleep(0)  # before one is taken: who gives up waiting here loses none
             while not self.over:
                 room = self._assembler.room
                 while (frame := parse_frame(self.connection.buffer, room)) is None:
@@ -2597,9 +2599,6 @@ class WebSocket:
                 elif frame.opcode == PONG or self.closing:
                     pass  # a pong shows life by itself; after our close nothing else counts
                 elif (message := self._assembler.add(frame)) is not None:
-                    await asyncio.sleep(
-                        0
-                    )  # of many that came together each lets others have a turn
                     return message
         except (ProtocolError, OSError) as error:
             self.error = self.error or error
@@ -3049,7 +3048,8 @@ class Server:
         try:
             async for message in websocket:
                 # One at a time, in order. One more is read ahead, so that pings are answered.
-                await self._finish(work, websocket)
+                if not await self._finish(work, websocket):
+                    break
                 work = await self._handle(session, message)
             await self._finish(work, websocket)
         except Exception as error:
@@ -3062,10 +3062,13 @@ class Server:
             if self.on_close:
                 await self._call(self.on_close, session, websocket.error)
 
-    async def _finish(self, work: asyncio.Task[None] | None, websocket: WebSocket) -> None:
-        """Wait for what the application does with a message; not for ever, if the peer has gone."""
-        while work and not (work.done() or websocket.connection.transport.is_closing()):
+    async def _finish(self, work: asyncio.Task[None] | None, websocket: WebSocket) -> bool:
+        """Whether the application is done with a message; if the peer has gone, it may never be."""
+        while work and not work.done():
             await asyncio.wait([work], timeout=self.settings.close_timeout)
+            if websocket.connection.transport.is_closing():
+                break
+        return work is None or work.done()
 
     async def _handle(self, session: Session, raw: str | bytes) -> asyncio.Task[None] | None:
         """One message of a client. A task where the application goes on working on it."""
@@ -3274,6 +3277,7 @@ class Server:
             topic.cursor, topic.pending = -1, None
         for session in self.sessions:
             session.close(1001, "an older copy of the log was restored: come back")
+        self.engine.wake()  # who polls is told at once
 
 
 # --- Todo ----------------------------------------------------------------------------------------

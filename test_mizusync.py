@@ -3034,11 +3034,6 @@ def test_a_head_past_its_fields_is_too_large(visitor: RawClient) -> None:
     assert refused(visitor.response(), 431)
 
 
-def test_a_head_past_its_fields_is_refused_before_its_end(visitor: RawClient) -> None:
-    visitor.send(get(b"/healthz", *[b"X-A: 1"] * 100)[:-2])
-    assert refused(visitor.response(), 431)
-
-
 def test_a_head_that_comes_byte_by_byte_is_not_parsed_anew_for_each(
     server: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -4571,6 +4566,42 @@ def test_an_on_message_that_never_returns_keeps_no_session_whose_peer_has_gone(
         until(lambda: not live.server.sessions)
         assert not live.server.hub.topics
         live.call(release.set)
+
+
+def test_messages_are_handled_one_at_a_time_also_when_their_sender_is_gone(tmp_path: Path) -> None:
+    handled, at_once, closed = list[int](), list[int](), threading.Event()
+
+    async def slowly(session: mizusync.Session, topic: str, data: Any) -> None:
+        at_once.append(len(at_once) - len(handled))
+        await asyncio.sleep(0.01)
+        handled.append(data)
+
+    with serve(tmp_path, on_message=slowly, on_close=lambda *_: closed.set()) as live:
+        client = live.socket()
+        client.send(b"".join(masked(TEXT, b'{"topic":"t","data":%d}' % n) for n in range(12)))
+        until(lambda: handled)
+        client.reset()
+        assert closed.wait(PATIENCE)
+        assert handled == list(range(len(handled)))
+        assert set(at_once) == {0}
+
+
+def test_who_gives_up_waiting_for_a_message_loses_none(tmp_path: Path) -> None:
+    got = list[Any]()
+
+    async def impatient(websocket: Any) -> None:
+        while not websocket.over:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0):
+                    got.append(await websocket.receive())
+            got.append(await websocket.receive())
+
+    with serve(tmp_path, prepare=lambda server: server.websocket("/raw")(impatient)) as live:
+        client = live.socket("/raw")
+        client.send(b"".join(masked(TEXT, b"%d" % n) for n in range(50)))
+        client.send_frame(CLOSE, b"\x03\xe8")
+        client.read_close()
+    assert [message for message in got if message is not None] == list(map(str, range(50)))
 
 
 def test_an_on_message_that_was_cancelled_ends_no_session(tmp_path: Path) -> None:
