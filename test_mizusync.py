@@ -375,7 +375,8 @@ class Live:
         self.left = {repr(task) for task in asyncio.all_tasks() - {asyncio.current_task()}}
 
     def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.stopping.set)
+        with suppress(RuntimeError):  # its loop is closed: a test has stopped it before
+            self.loop.call_soon_threadsafe(self.stopping.set)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What the function or coroutine function gives, called in the server's loop."""
