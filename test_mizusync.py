@@ -5715,6 +5715,9 @@ def test_rude_clients_leave_nothing_behind(tmp_path: Path) -> None:
                 client = live.client()
                 client.send(RUDE[number % len(RUDE)])
                 client.reset() if number % 3 else client.close()
+            # Accepted after all of them, and read from disk after all that they asked for.
+            with closing(live.client()) as last:
+                last.pull(scope=f"of {times}")
             until(lambda: live.server.stats()["connections"] == 0)
             until(lambda: live.tasks() <= tasks)
             assert live.server.stats()["sessions"] == 0
