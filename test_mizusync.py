@@ -900,6 +900,7 @@ def test_reads_that_overlap_do_not_let_the_write_ahead_log_grow(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mizusync, "WAL_SIZE", 2**16)
+    monkeypatch.setattr(mizusync, "WAL_LOOK", 0)  # at each commit
     reads = [0, 0]  # begun, and as many when it is enough
 
     def overlapping(db: sqlite3.Connection, scope: str) -> None:
@@ -929,6 +930,7 @@ def test_a_read_that_takes_long_delays_few_pushes(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mizusync, "WAL_SIZE", 2**18)
+    monkeypatch.setattr(mizusync, "WAL_LOOK", 0)  # at each commit
     entered, release, times = threading.Event(), threading.Event(), list[float]()
 
     def slow(db: sqlite3.Connection, scope: str) -> None:
