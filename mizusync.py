@@ -107,7 +107,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, ClassVar, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 __version__ = "1.0.0"
 
@@ -129,7 +129,6 @@ log = logging.getLogger("mizusync")  # without a handler: the application decide
 store_log, engine_log, http_log, live_log = map(log.getChild, ("store", "engine", "http", "live"))
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 
 # --- Settings ------------------------------------------------------------------------------------
@@ -605,33 +604,30 @@ def primary_code(error: BaseException | None) -> int:
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
-def _refuse(error: sqlite3.Error) -> NoReturn:
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
     """SQLite's own refusals as StoreRefused; whatever else is wrong, as it is."""
-    if primary_code(error) in _REFUSED:
-        raise StoreRefused("the database refuses, for now") from error
-    raise error
+    try:
+        yield
+    except sqlite3.Error as error:
+        if primary_code(error) in _REFUSED:
+            raise StoreRefused("the database refuses, for now") from error
+        raise
 
 
-def _refusing(step: Callable[P, T]) -> Callable[P, T]:
-    @functools.wraps(step)
-    def refusing(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return step(*args, **kwargs)
-        except sqlite3.Error as error:
-            _refuse(error)
-
-    return refusing
-
-
-def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> sqlite3.Cursor:
-    """A statement of the engine's own, past the guard."""
-    return sqlite3.Connection.execute(db, sql, parameters)
+def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
+    """All rows of a statement of the engine's own, past the guard. Raises StoreRefused."""
+    try:
+        return sqlite3.Connection.execute(db, sql, parameters).fetchall()
+    except sqlite3.Error:
+        with refusals():  # around the statement it would cost as much as that does
+            raise
 
 
 def _one(db: sqlite3.Connection, sql: str, *parameters: Any) -> Any:
-    """The only column of the only row; None where there is no row."""
-    row = _run(db, sql, *parameters).fetchone()
-    return row and row[0]
+    """The first column of the first row; None where there is no row."""
+    rows = _run(db, sql, *parameters)
+    return rows[0][0] if rows else None
 
 
 class GuardedCursor(sqlite3.Cursor):
@@ -742,7 +738,7 @@ class GuardedConnection(sqlite3.Connection):
             if failure:
                 _run(self, "ROLLBACK /* mizusync */ TO mizusync_lent")
             _run(self, "RELEASE /* mizusync */ mizusync_lent")
-        except sqlite3.Error:
+        except (sqlite3.Error, StoreRefused):
             # No savepoint: SQLITE_FULL and its like may roll the whole transaction back, also where
             # the application caught the error and went on. Or it did so itself: RAISE(ROLLBACK).
             if not refused:
@@ -790,11 +786,12 @@ class SQLiteStore:
             self._db = self._connect("rwc")
             self._prepare(self._db, adopt)
             self._looker, self._file = self._connect("ro"), os.stat(self.path)
-        except (sqlite3.Error, OSError, StoreError) as error:
+        except (sqlite3.Error, StoreRefused, OSError, StoreError) as error:
             self.close()
             if isinstance(error, StoreError):
                 raise
-            why = f"({error}): is it a SQLite database, in a folder that can be written to?"
+            why = f"({error.__cause__ or error}): is it a SQLite database, in a folder that"
+            why += " can be written to?"
             raise StoreError(f"the database {self.path} can't be used {why}") from error
 
     # -- opening
@@ -831,8 +828,9 @@ class SQLiteStore:
             try:
                 _run(db, sql)
                 return
-            except sqlite3.OperationalError as error:
-                if primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+            except StoreRefused as refusal:
+                is_busy = primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
+                if not is_busy or time.monotonic() > deadline:
                     raise
             time.sleep(0.0002)
 
@@ -861,18 +859,15 @@ class SQLiteStore:
         with self._looking:
             if self._looker is None:
                 raise StoreRefused("the database is closed")
-            try:
-                # Half the price of the position, and any commit moves it, whoever makes it
-                # (https://sqlite.org/pragma.html#pragma_data_version).
-                if (version := _one(self._looker, "PRAGMA data_version")) != self._seen[0]:
-                    self._seen = version, self.position(self._looker)
-                    if self._known_head <= MAX_CURSOR:  # others' commits count, too
-                        self._known_head = max(self._known_head, self._seen[1].head)
-            except sqlite3.Error as error:
-                _refuse(error)
+            # Half the price of the position, and any commit moves it, whoever makes it
+            # (https://sqlite.org/pragma.html#pragma_data_version).
+            if (version := _one(self._looker, "PRAGMA data_version")) != self._seen[0]:
+                self._seen = version, self.position(self._looker)
+                if self._known_head <= MAX_CURSOR:  # others' commits count, too
+                    self._known_head = max(self._known_head, self._seen[1].head)
             return self._seen[1]
 
-    @_refusing
+    @refusals()
     def read(self, work: Callable[[Any], T]) -> T:
         self._check_file()
         with self._turnstile:
@@ -889,28 +884,23 @@ class SQLiteStore:
         self._idle.append(db)
         return result
 
-    @_refusing
     def position(self, db: Any) -> Position:
         # The sequence, not max(cursor), which a trim could lower.
         head = "SELECT seq FROM sqlite_sequence WHERE name = 'mizusync_changes'"
         epoch = "SELECT epoch FROM mizusync_epochs ORDER BY number DESC LIMIT 1"
         trims = "SELECT coalesce(max(number), 0) FROM mizusync_trims"
-        return Position(*_run(db, f"SELECT ({head}), ({epoch}), ({trims})").fetchone())
+        return Position(*_run(db, f"SELECT ({head}), ({epoch}), ({trims})")[0])
 
-    @_refusing
     def current(self, db: Any, scope: str) -> int:
         return self.nth_newest(db, scope, 1) or self.trimmed(db, scope)
 
-    @_refusing
     def nth_newest(self, db: Any, scope: str, n: int) -> int:
         sql = "SELECT cursor FROM mizusync_changes WHERE scope = ? ORDER BY cursor DESC"
         return _one(db, f"{sql} LIMIT 1 OFFSET ?", scope, n - 1) or 0
 
-    @_refusing
     def trimmed(self, db: Any, scope: str) -> int:
         return _one(db, "SELECT cursor FROM mizusync_trims WHERE scope = ?", scope) or 0
 
-    @_refusing
     def epoch_end(self, db: Any, epoch: str) -> int | None:
         # Within one file starts never fall, so the least of those behind it is the next one's.
         next_start = "SELECT min(start) FROM mizusync_epochs WHERE number > this.number"
@@ -920,30 +910,27 @@ class SQLiteStore:
 
     def changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
         sql = "SELECT * FROM mizusync_changes WHERE scope = ? AND cursor > ? ORDER BY cursor"
-        with contextlib.closing(_run(db, sql, scope, after)) as rows:
+        with contextlib.closing(sqlite3.Connection.execute(db, sql, (scope, after))) as rows:
             yield from map(Row._make, rows)
 
-    @_refusing
     def between(self, db: Any, first: int, last: int) -> list[Row]:
         sql = "SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor"
         return list(map(Row._make, _run(db, sql, first, last)))
 
-    @_refusing
     def touched(self, db: Any, since: Position) -> dict[str, int]:
         changes = "SELECT scope, cursor FROM mizusync_changes WHERE cursor > ?"
         trims = "SELECT scope, cursor FROM mizusync_trims WHERE number > ?"
         sql = f"SELECT scope, max(cursor) FROM ({changes} UNION ALL {trims}) GROUP BY scope"
-        return dict(_run(db, sql, since.head, since.trims).fetchall())
+        return dict(_run(db, sql, since.head, since.trims))
 
-    @_refusing
     def find(self, db: Any, scope: str, id: str) -> Mark | None:
         sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
-        row = _run(db, sql, scope, id).fetchone()
-        return row and Mark(*row)
+        rows = _run(db, sql, scope, id)
+        return Mark(*rows[0]) if rows else None
 
     # -- writing
 
-    @_refusing
+    @refusals()
     def begin(self) -> tuple[Any, Position]:
         self._check_file()
         if self._db is None:
@@ -967,14 +954,13 @@ class SQLiteStore:
         made: T = self._db.lend(work)
         return made
 
-    @_refusing
+    @refusals()
     def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
         many = functools.partial(sqlite3.Connection.executemany, self._db)
         many("INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)", rows)
         many("INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", marks)
         self._next_head = rows[-1].cursor if rows else self._next_head
 
-    @_refusing
     def trim(self, scope: str, before: int, limit: int) -> int:
         db, changes = self._db, "FROM mizusync_changes WHERE scope = ? AND cursor"
         # Neither `before` nor the limit may cut a mutation in two: the end moves to where one
@@ -988,16 +974,16 @@ class SQLiteStore:
         if (newest := _one(db, f"SELECT max(cursor) {changes} < ?", scope, end)) is None:
             return 0
         _run(db, "REPLACE INTO mizusync_trims (scope, cursor) VALUES (?, ?)", scope, newest)
-        return _run(db, f"DELETE {changes} <= ?", scope, newest).rowcount
+        _run(db, f"DELETE {changes} <= ?", scope, newest)
+        return int(_one(db, "SELECT changes()"))
 
-    @_refusing
     def commit(self) -> None:
         _run(self._db, "COMMIT /* mizusync */")
         self._known_head = self._next_head
         if (now := time.monotonic()) < self._wal_look:
             return
         self._wal_look = now + WAL_LOOK
-        with contextlib.suppress(OSError, sqlite3.Error):  # it is committed, whatever comes now
+        with contextlib.suppress(OSError, sqlite3.Error, StoreRefused):  # it is committed already
             if os.path.getsize(f"{self.path}-wal") > self._wal_limit:
                 self._empty_wal()
 
@@ -1020,7 +1006,7 @@ class SQLiteStore:
         try:
             if self._db and self._db.in_transaction:
                 _run(self._db, "ROLLBACK /* mizusync */")
-        except sqlite3.Error:
+        except (sqlite3.Error, StoreRefused):
             store_log.exception("a rollback failed: the database will be opened anew")
             self._db.close()
             self._db = None
@@ -1036,7 +1022,7 @@ class SQLiteStore:
     def close(self) -> None:
         """Close every connection; the last one out writes the WAL back into the file."""
         if self._db:
-            with contextlib.suppress(sqlite3.Error):  # a reader elsewhere may hold it back
+            with contextlib.suppress(sqlite3.Error, StoreRefused):  # a reader may hold it back
                 _run(self._db, "PRAGMA wal_checkpoint(TRUNCATE)")
         with self._looking:
             for db in filter(None, (*self._idle, self._looker, self._db)):
@@ -1108,13 +1094,10 @@ class Tail:
         self.fragments += newer.fragments
         self.size += newer.size
         if len(self.cursors) > 2 * keep:
-            self.forget(self.cursors[-keep - 1])
-
-    def forget(self, cursor: int) -> None:
-        """Forget the changes up to this one."""
-        self.after, drop = max(self.after, cursor), bisect.bisect_right(self.cursors, cursor)
-        self.size -= sum(map(len, self.fragments[:drop])) + 200 * drop
-        del self.cursors[:drop], self.firsts[:drop], self.fragments[:drop]
+            drop = len(self.cursors) - keep
+            self.after = self.cursors[drop - 1]
+            self.size -= sum(map(len, self.fragments[:drop])) + 200 * drop
+            del self.cursors[:drop], self.firsts[:drop], self.fragments[:drop]
 
     def page(self, cursor: int, limit: int, size: int, epoch: str) -> Page:
         start, length = bisect.bisect_right(self.cursors, cursor), len(self.cursors)
@@ -1139,7 +1122,7 @@ class Batch:
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
         self.grown: dict[str, Tail] = {}  # of each touched scope: where it stood, and these rows
-        self.trims: dict[str, int] = {}  # of scopes: the highest cursor that a trim removed
+        self.trimmed: set[str] = set()  # scopes
         self.counts: Counter[str] = Counter(commits=1)
 
     def tail(self, scope: str) -> Tail:
@@ -1346,20 +1329,18 @@ class Engine:
         while True:
             try:
                 batch, outcomes = self._transact(jobs, alone, spoilt)
-            except TransactionLost:
-                self.store.rollback()
-                if len(jobs) == 1:
-                    continue  # and now without that mutation
-                self._commit_each(jobs)
-                return
             except BaseException as error:
                 self.store.rollback()
                 self._overfull.clear()  # they will be found again
-                if len(jobs) > 1 and not isinstance(error, StoreRefused):
-                    # A constraint that is checked at COMMIT, say: one job's fault is not another's.
-                    self._commit_each(jobs)
+                lost = isinstance(error, TransactionLost)
+                refused = isinstance(error, StoreRefused) and not lost  # the disk's fault
+                if len(jobs) > 1 and not refused:
+                    # Or a constraint that is checked at COMMIT, say: it shall spoil no other push.
+                    for job in jobs:
+                        self._commit([job], alone=True)
                     return
-                refused = isinstance(error, StoreRefused)  # the disk's fault, not the code's
+                if lost:
+                    continue  # and now without that mutation
                 store_log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
                 self.counts["pushes_failed"] += len(jobs)
                 outcomes = [error if refused else SyncError("the server failed")] * len(jobs)
@@ -1368,17 +1349,12 @@ class Engine:
                 pushes = sum(isinstance(outcome, list) for outcome in outcomes)  # others are trims
                 self.counts.update({**batch.counts, "pushes": pushes, "changes": len(batch.rows)})
                 position = batch.position._replace(head=batch.start + len(batch.rows))
-                self._remember(position, (), batch.grown)
-                self._forget(batch.trims)
+                self._remember(position, batch.trimmed, batch.grown)
                 news = batch.news()
             break
         # Answers and hints, in one hop to each loop.
         answers = zip(jobs, outcomes, strict=True)
         self._tell(news, ((job.loop, job.answer, outcome) for job, outcome in answers))
-
-    def _commit_each(self, jobs: list[Job]) -> None:
-        for job in jobs:  # it shall spoil no other push
-            self._commit([job], alone=True)
 
     def _transact(self, jobs: list[Job], alone: bool, spoilt: Spoilt) -> tuple[Batch, list[Any]]:
         """What became of each job, those that join too; when it returns, it is on disk."""
@@ -1418,25 +1394,21 @@ class Engine:
         # So few at a time that no push waits long behind them.
         if removed := self.store.trim(scope, min(before, MAX_CURSOR + 1), 200):
             batch.counts["trims"] += 1
-            batch.trims[scope] = self.store.trimmed(batch.db, scope)
+            batch.trimmed.add(scope)
             batch.position = self.store.position(batch.db)
         return removed
 
     def _remember(self, position: Position, gone: Iterable[str], tails: dict[str, Tail]) -> None:
-        """Follow the file to a new position: forget what is gone, take in what is new."""
+        """Follow the file to a new position: forget what is gone, take in what is new.
+
+        Of a trimmed scope all is forgotten, not only what went: a pull fetches the rest again.
+        """
         with self._lock:
             for scope in list(gone):
                 self._drop_tail(scope)
             for scope, tail in tails.items():
                 self._keep_tail(scope, tail)
             self._position = position
-
-    def _forget(self, trims: Mapping[str, int]) -> None:
-        with self._lock:
-            for scope, cursor in trims.items():
-                if older := self._drop_tail(scope):
-                    older.forget(cursor)
-                    self._keep_tail(scope, older)
 
     def _keep_tail(self, scope: str, newer: Tail) -> None:
         """Extend a tail and put it last, at the cost of the least recently used. Under the lock."""
