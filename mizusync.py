@@ -118,7 +118,7 @@ __all__ = [
     # What its endpoints and live clients get.
     "Request", "Response", "Session", "WebSocket", "Result", "Page", "Snapshot",
     # What a store or a transport of one's own is made of.
-    "Store", "Position", "Row", "Mark", "SQLiteStore", "StoreError", "StoreRefused",
+    "Store", "Position", "Row", "Mark", "SQLStore", "SQLiteStore", "StoreError", "StoreRefused",
     "TransactionLost", "Hub", "Hint", "Subscriber",
     # The rest of what may be raised.
     "SyncError", "HTTPError", "InvalidRequest", "TooLarge", "CursorTooOld", "CursorUnknown",
@@ -550,7 +550,7 @@ class Store(Protocol):
     def begin(self) -> tuple[Any, Position]: ...  # waits for other processes, but not for ever
     def attempt(self, work: Callable[[Any], T]) -> T: ...  # if work(db) raises, it left no trace
     def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None: ...  # numbered by engine
-    def trim(self, scope: str, before: int, limit: int) -> int: ...  # the oldest; how many went
+    def trim(self, db: Any, scope: str, before: int, limit: int) -> int: ...  # how many went
     def commit(self) -> None: ...  # on disk when this returns
     def rollback(self) -> None: ...  # never raises: what it can't undo, it abandons
 
@@ -573,8 +573,8 @@ LOG_SCHEMA = f"""
     CREATE INDEX mizusync_changes_of_scope ON mizusync_changes (scope, cursor);
     CREATE TABLE mizusync_mutations (scope TEXT NOT NULL, id TEXT NOT NULL,
         first INTEGER, last INTEGER NOT NULL, PRIMARY KEY (scope, id)) WITHOUT ROWID;
-    CREATE TABLE mizusync_trims (number INTEGER PRIMARY KEY AUTOINCREMENT,
-        scope TEXT NOT NULL UNIQUE, cursor INTEGER NOT NULL);
+    CREATE TABLE mizusync_trims (number INTEGER PRIMARY KEY, scope TEXT NOT NULL UNIQUE,
+        cursor INTEGER NOT NULL);
     CREATE TABLE mizusync_epochs (number INTEGER PRIMARY KEY,
         epoch TEXT NOT NULL UNIQUE, start INTEGER NOT NULL);
     INSERT INTO mizusync_epochs VALUES (1, hex(randomblob(9)), 0);
@@ -622,12 +622,6 @@ def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
     except sqlite3.Error:
         with refusals():  # around the statement it would cost as much as that does
             raise
-
-
-def _one(db: sqlite3.Connection, sql: str, *parameters: Any) -> Any:
-    """The first column of the first row; None where there is no row."""
-    rows = _run(db, sql, *parameters)
-    return rows[0][0] if rows else None
 
 
 class GuardedCursor(sqlite3.Cursor):
@@ -747,7 +741,72 @@ class GuardedConnection(sqlite3.Connection):
             raise StoreRefused("the database gave up the transaction") from failure
 
 
-class SQLiteStore:
+class SQLStore(Store):
+    """What a Store reads alike in every SQL database: tables with the columns of LOG_SCHEMA."""
+
+    def run(self, db: Any, sql: str, *parameters: Any) -> list[Any]:
+        """All rows of a statement, with question marks for its parameters."""
+        raise NotImplementedError
+
+    def one(self, db: Any, sql: str, *parameters: Any) -> Any:
+        """The first column of the first row; None where there is no row."""
+        rows = self.run(db, sql, *parameters)
+        return rows[0][0] if rows else None
+
+    def current(self, db: Any, scope: str) -> int:
+        return self.nth_newest(db, scope, 1) or self.trimmed(db, scope)
+
+    def nth_newest(self, db: Any, scope: str, n: int) -> int:
+        sql = "SELECT cursor FROM mizusync_changes WHERE scope = ? ORDER BY cursor DESC"
+        return self.one(db, f"{sql} LIMIT 1 OFFSET ?", scope, n - 1) or 0
+
+    def trimmed(self, db: Any, scope: str) -> int:
+        return self.one(db, "SELECT cursor FROM mizusync_trims WHERE scope = ?", scope) or 0
+
+    def epoch_end(self, db: Any, epoch: str) -> int | None:
+        # Within one file starts never fall, so the least of those behind it is the next one's.
+        next_start = "SELECT min(start) FROM mizusync_epochs WHERE number > this.number"
+        sql = f"SELECT coalesce(({next_start}), ?) FROM mizusync_epochs AS this WHERE epoch = ?"
+        end: int | None = self.one(db, sql, self.position(db).head, epoch)
+        return end
+
+    def between(self, db: Any, first: int, last: int) -> list[Row]:
+        sql = "SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor"
+        return list(map(Row._make, self.run(db, sql, first, last)))
+
+    def touched(self, db: Any, since: Position) -> dict[str, int]:
+        changes = "SELECT scope, cursor FROM mizusync_changes WHERE cursor > ?"
+        trims = "SELECT scope, cursor FROM mizusync_trims WHERE number > ?"
+        sql = f"SELECT scope, max(cursor) FROM ({changes} UNION ALL {trims}) AS news GROUP BY scope"
+        return dict(self.run(db, sql, since.head, since.trims))
+
+    def find(self, db: Any, scope: str, id: str) -> Mark | None:
+        sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
+        rows = self.run(db, sql, scope, id)
+        return Mark(*rows[0]) if rows else None
+
+    def trim(self, db: Any, scope: str, before: int, limit: int) -> int:
+        changes = "FROM mizusync_changes WHERE scope = ? AND cursor"
+        # Neither `before` nor the limit may cut a mutation in two: the end moves to where one
+        # begins.
+        stays = self.one(db, f"SELECT first {changes} >= ? ORDER BY cursor LIMIT 1", scope, before)
+        end = min(before, stays or before)
+        last = f"SELECT first {changes} < ? ORDER BY cursor LIMIT 1 OFFSET ?"
+        if (first := self.one(db, last, scope, end, limit - 1)) is not None:
+            following = f"SELECT cursor {changes} > ? AND first > ? ORDER BY cursor LIMIT 1"
+            end = min(end, self.one(db, following, scope, first, first) or end)
+        sql = f"SELECT max(cursor), count(*) {changes} < ?"
+        newest, count = self.run(db, sql, scope, end)[0]
+        if count:
+            number = "(SELECT coalesce(max(number), 0) + 1 FROM mizusync_trims)"
+            sql = f"INSERT INTO mizusync_trims (number, scope, cursor) VALUES ({number}, ?, ?)"
+            moved = "SET number = excluded.number, cursor = excluded.cursor"
+            self.run(db, f"{sql} ON CONFLICT (scope) DO UPDATE {moved}", scope, newest)
+            self.run(db, f"DELETE {changes} <= ?", scope, newest)
+        return int(count)
+
+
+class SQLiteStore(SQLStore):
     """The log in a SQLite file, together with the application's own tables.
 
     `schema` is the application's (CREATE TABLE IF NOT EXISTS ...), run at each opening. `adopt`
@@ -808,7 +867,7 @@ class SQLiteStore:
             self._insist(db, "BEGIN IMMEDIATE")
             with db:
                 if not self._has_log(db, adopt):  # unless another process just made it
-                    if not _one(db, "SELECT count(*) FROM sqlite_master"):
+                    if not self.one(db, "SELECT count(*) FROM sqlite_master"):
                         # An adopted file keeps its application's.
                         _run(db, f"PRAGMA application_id = {APPLICATION_ID}")
                     for statement in LOG_SCHEMA.split(";")[:-1]:
@@ -836,12 +895,12 @@ class SQLiteStore:
 
     def _has_log(self, db: GuardedConnection, adopt: bool) -> bool:
         """Whether the log is there. Raises StoreError for another program's, a newer format."""
-        if _one(db, "SELECT 1 FROM sqlite_master WHERE name = 'mizusync_format'"):
-            if (found := _one(db, "SELECT format FROM mizusync_format")) <= FORMAT:
+        if self.one(db, "SELECT 1 FROM sqlite_master WHERE name = 'mizusync_format'"):
+            if (found := self.one(db, "SELECT format FROM mizusync_format")) <= FORMAT:
                 return True
             raise StoreError(f"the database {self.path} has format {found}: use a newer mizusync")
-        marked = _one(db, "PRAGMA application_id") not in (0, APPLICATION_ID)
-        if (marked or _one(db, "SELECT count(*) FROM sqlite_master")) and not adopt:
+        marked = self.one(db, "PRAGMA application_id") not in (0, APPLICATION_ID)
+        if (marked or self.one(db, "SELECT count(*) FROM sqlite_master")) and not adopt:
             advice = "name another file, or open it with adopt=True to add the log to it"
             raise StoreError(f"the database {self.path} belongs to another program: {advice}")
         return False
@@ -855,13 +914,16 @@ class SQLiteStore:
 
     # -- reading
 
+    def run(self, db: Any, sql: str, *parameters: Any) -> list[Any]:
+        return _run(db, sql, *parameters)
+
     def look(self) -> Position:
         with self._looking:
             if self._looker is None:
                 raise StoreRefused("the database is closed")
             # Half the price of the position, and any commit moves it, whoever makes it
             # (https://sqlite.org/pragma.html#pragma_data_version).
-            if (version := _one(self._looker, "PRAGMA data_version")) != self._seen[0]:
+            if (version := self.one(self._looker, "PRAGMA data_version")) != self._seen[0]:
                 self._seen = version, self.position(self._looker)
                 if self._known_head <= MAX_CURSOR:  # others' commits count, too
                     self._known_head = max(self._known_head, self._seen[1].head)
@@ -891,42 +953,10 @@ class SQLiteStore:
         trims = "SELECT coalesce(max(number), 0) FROM mizusync_trims"
         return Position(*_run(db, f"SELECT ({head}), ({epoch}), ({trims})")[0])
 
-    def current(self, db: Any, scope: str) -> int:
-        return self.nth_newest(db, scope, 1) or self.trimmed(db, scope)
-
-    def nth_newest(self, db: Any, scope: str, n: int) -> int:
-        sql = "SELECT cursor FROM mizusync_changes WHERE scope = ? ORDER BY cursor DESC"
-        return _one(db, f"{sql} LIMIT 1 OFFSET ?", scope, n - 1) or 0
-
-    def trimmed(self, db: Any, scope: str) -> int:
-        return _one(db, "SELECT cursor FROM mizusync_trims WHERE scope = ?", scope) or 0
-
-    def epoch_end(self, db: Any, epoch: str) -> int | None:
-        # Within one file starts never fall, so the least of those behind it is the next one's.
-        next_start = "SELECT min(start) FROM mizusync_epochs WHERE number > this.number"
-        sql = f"SELECT coalesce(({next_start}), ?) FROM mizusync_epochs AS this WHERE epoch = ?"
-        end: int | None = _one(db, sql, self.position(db).head, epoch)
-        return end
-
     def changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
         sql = "SELECT * FROM mizusync_changes WHERE scope = ? AND cursor > ? ORDER BY cursor"
         with contextlib.closing(sqlite3.Connection.execute(db, sql, (scope, after))) as rows:
             yield from map(Row._make, rows)
-
-    def between(self, db: Any, first: int, last: int) -> list[Row]:
-        sql = "SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor"
-        return list(map(Row._make, _run(db, sql, first, last)))
-
-    def touched(self, db: Any, since: Position) -> dict[str, int]:
-        changes = "SELECT scope, cursor FROM mizusync_changes WHERE cursor > ?"
-        trims = "SELECT scope, cursor FROM mizusync_trims WHERE number > ?"
-        sql = f"SELECT scope, max(cursor) FROM ({changes} UNION ALL {trims}) GROUP BY scope"
-        return dict(_run(db, sql, since.head, since.trims))
-
-    def find(self, db: Any, scope: str, id: str) -> Mark | None:
-        sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
-        rows = _run(db, sql, scope, id)
-        return Mark(*rows[0]) if rows else None
 
     # -- writing
 
@@ -961,22 +991,6 @@ class SQLiteStore:
         many("INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", marks)
         self._next_head = rows[-1].cursor if rows else self._next_head
 
-    def trim(self, scope: str, before: int, limit: int) -> int:
-        db, changes = self._db, "FROM mizusync_changes WHERE scope = ? AND cursor"
-        # Neither `before` nor the limit may cut a mutation in two: the end moves to where one
-        # begins.
-        stays = _one(db, f"SELECT first {changes} >= ? ORDER BY cursor LIMIT 1", scope, before)
-        end = min(before, stays or before)
-        last = f"SELECT first {changes} < ? ORDER BY cursor LIMIT 1 OFFSET ?"
-        if (first := _one(db, last, scope, end, limit - 1)) is not None:
-            following = f"SELECT cursor {changes} > ? AND first > ? ORDER BY cursor LIMIT 1"
-            end = min(end, _one(db, following, scope, first, first) or end)
-        if (newest := _one(db, f"SELECT max(cursor) {changes} < ?", scope, end)) is None:
-            return 0
-        _run(db, "REPLACE INTO mizusync_trims (scope, cursor) VALUES (?, ?)", scope, newest)
-        _run(db, f"DELETE {changes} <= ?", scope, newest)
-        return int(_one(db, "SELECT changes()"))
-
     def commit(self) -> None:
         _run(self._db, "COMMIT /* mizusync */")
         self._known_head = self._next_head
@@ -997,7 +1011,7 @@ class SQLiteStore:
         self._wal_limit += WAL_SIZE  # if one takes long: others shall not wait at each commit
         with self._turnstile:
             while time.monotonic() < deadline:
-                if not _one(self._db, "PRAGMA wal_checkpoint(TRUNCATE)"):  # busy: 0 or 1
+                if not self.one(self._db, "PRAGMA wal_checkpoint(TRUNCATE)"):  # busy: 0 or 1
                     self._wal_limit = WAL_SIZE
                     return
                 time.sleep(0.001)
@@ -1392,7 +1406,7 @@ class Engine:
 
     def _trim(self, batch: Batch, scope: str, before: int) -> int:
         # So few at a time that no push waits long behind them.
-        if removed := self.store.trim(scope, min(before, MAX_CURSOR + 1), 200):
+        if removed := self.store.trim(batch.db, scope, min(before, MAX_CURSOR + 1), 200):
             batch.counts["trims"] += 1
             batch.trimmed.add(scope)
             batch.position = self.store.position(batch.db)
