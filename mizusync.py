@@ -3189,8 +3189,9 @@ class Server:
             # Finish what was begun: answer pushes, end long polls, close sockets with 1001.
             self._stopping, deadline = True, time.monotonic() + self.settings.shutdown_timeout
             with contextlib.suppress(NotImplementedError):  # Windows has no readers
-                # An accept that is due already would run after the close.
+                # An accept that is due already would run after the close,
                 asyncio.get_running_loop().remove_reader(listener)
+            await asyncio.sleep(0)  # and who was accepted in this very turn would be forgotten.
             accepting.cancel()
             listener.close()
             self.engine.wake()
@@ -3215,25 +3216,14 @@ class Server:
     async def _accept(self, listener: socket.socket, ssl: tls.SSLContext | None) -> None:
         """Our own accept loop: asyncio's logs without end when descriptors run out."""
         loop, silent = asyncio.get_running_loop(), 0.0  # until when
-
-        def drop(accepting: asyncio.Future[tuple[socket.socket, Any]]) -> None:
-            if not accepting.cancelled() and not accepting.exception():
-                accepting.result()[0].close()  # a client that came in this very turn
-
-        while True:
+        while not self._stopping:
             try:
                 # What the store's readers may have to open, tried and given back: no client is
                 # taken at whose cost they would fail.
                 with contextlib.ExitStack() as spare:
                     for _ in range(2 * self.engine.settings.readers + 2):
                         spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
-                accepting = asyncio.ensure_future(loop.sock_accept(listener))
-                try:
-                    sock, _ = await asyncio.shield(accepting)
-                except asyncio.CancelledError:  # the stop
-                    accepting.cancel()
-                    accepting.add_done_callback(drop)
-                    raise
+                sock, _ = await loop.sock_accept(listener)
             except OSError as error:
                 if (now := time.monotonic()) >= silent:
                     http_log.error("new clients wait: %s", error)
