@@ -3244,13 +3244,11 @@ class Server:
         rewinds = self.engine.rewinds
         while True:
             await asyncio.sleep(0.1)
-            try:
-                self._expire(time.monotonic())
-                if rewinds != self.engine.rewinds:
-                    rewinds = self.engine.rewinds
-                    self._begin_anew()
-            except Exception:  # nobody would start this task again
-                live_log.exception("a sweep failed")
+            # Whatever these raise is logged: nobody would start this task again.
+            await self._call(self._expire, time.monotonic())
+            if rewinds != self.engine.rewinds:
+                rewinds = self.engine.rewinds
+                await self._call(self._begin_anew)
 
     def _expire(self, now: float) -> None:
         interval = self.settings.auth_interval or math.inf
