@@ -2334,7 +2334,7 @@ class Connection(asyncio.Protocol):
         self.heard = 0.0  # when bytes came last
         self.full: asyncio.Event | None = None  # while more waits for the peer to read than should
         self.on_writable: Callable[[], None] = lambda: None  # the peer has read what waited
-        self.idle = self.working = self.lingering = self.at_eof = False
+        self.idle = self.lingering = self.at_eof = False
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
         self.is_head = False  # so that a refusal of the request has no body either
         self.end: Exception | None = None  # why nothing more will come
@@ -2864,8 +2864,9 @@ class Server:
             websocket = self._connections.pop(connection, None)
             if websocket and websocket.accepted:
                 live_log.info("%s ended: %r", websocket.name, websocket.reason or connection.end)
-            if connection.working and task:
-                task.cancel()  # nobody is left to answer
+            elif task:  # by HTTP there is nobody left to answer, whatever it is at
+                http_log.debug("a connection ended: %r", connection.end)
+                task.cancel()
 
         connection = Connection(self.settings, on_lost)
         self._connections[connection] = None
@@ -2889,11 +2890,11 @@ class Server:
                 connection.unread = True
                 answer = Response.refusal(refusal).encode("close", connection.is_head)
                 connection.transport.write(answer)
-            except OSError as error:
-                http_log.debug("no more requests: %r", error)
+            except OSError:
+                pass  # no more requests; on_lost will say why
             await connection.finish()
         except OSError as error:
-            http_log.debug("a connection failed: %r", error)
+            connection.end = connection.end or error
         finally:
             if not connection.lingering:
                 connection.abort()
@@ -2929,12 +2930,8 @@ class Server:
             if request.method == "OPTIONS":
                 return Response(204, headers=allow)
             raise HTTPError(405, f"{request.path} takes {allow['Allow']}", allow)
-        connection.working = True
-        try:
-            answer = handler(request)
-            return Response.of(await answer if inspect.isawaitable(answer) else answer)
-        finally:
-            connection.working = False
+        answer = handler(request)
+        return Response.of(await answer if inspect.isawaitable(answer) else answer)
 
     async def _answer(self, connection: Connection, request: Request, response: Response) -> bool:
         http_log.debug("%s %r -> %s", request.method, request.path, response.status)
@@ -3003,14 +3000,13 @@ class Server:
         results = [next(applied) if isinstance(wish, Mutation) else wish for wish in wishes]
         return Response(body=b"[%b]" % b",".join(result.encoded for result in results))
 
-    async def _scope(self, request: Request) -> str:
-        """The scope that a request names, and may have."""
+    async def _admit(self, request: Request) -> tuple[str, Any]:
+        """The scope that a request names and may have, and who asks."""
         scope = check_scope(request.query.get("scope", DEFAULT_SCOPE))
-        await self.gate.identify(request, scope)
-        return scope
+        return scope, await self.gate.identify(request, scope)
 
     async def _pull(self, request: Request) -> Response:
-        scope = await self._scope(request)
+        scope, _ = await self._admit(request)
         cursor, limit = int(request.number("cursor", 0)), int(request.number("limit", 0))
         wait = request.number("wait", 0.0, r"[0-9]{1,9}(\.[0-9]{1,20})?")
         if cursor > MAX_CURSOR or (limit < 1 and "limit" in request.query):
@@ -3022,7 +3018,7 @@ class Server:
         return Response(body=page.encode())
 
     async def _snapshot(self, request: Request) -> Response:
-        scope = await self._scope(request)
+        scope, _ = await self._admit(request)
         return Response(body=(await self.engine.snapshot(scope)).encode())
 
     async def _healthz(self, request: Request) -> Any:
@@ -3036,8 +3032,7 @@ class Server:
 
     async def _live(self, websocket: WebSocket) -> None:
         """/ws: a session, from its handshake to on_close."""
-        scope = check_scope(websocket.request.query.get("scope", DEFAULT_SCOPE))
-        identity = await self._identify(websocket, scope)
+        scope, identity = await self._admit(websocket.request)
         if len(self.sessions) >= self.settings.sessions:
             raise Unavailable("the server has too many sessions")
         websocket.accept()
@@ -3063,7 +3058,7 @@ class Server:
                 await self._call(self.on_close, session, websocket.error)
 
     async def _finish(self, work: asyncio.Task[None] | None, websocket: WebSocket) -> bool:
-        """Whether the application is done with a message; if the peer has gone, it may never be."""
+        """Whether the application is done with it; if the peer has gone, it may never be."""
         while work and not work.done():
             await asyncio.wait([work], timeout=self.settings.close_timeout)
             if websocket.connection.transport.is_closing():
@@ -3096,18 +3091,13 @@ class Server:
         if verb == "unsubscribe":
             session.leave(f"{SYNC}{scope}")
         else:
-            await self._identify(session.websocket, scope)
+            asking = self._spawn(self.gate.identify(session.websocket.request, scope))
+            if not await self._finish(asking, session.websocket):
+                asking.cancel()  # nobody is left to be told
+            await asking
             # First follow, then read: no change can fall between the two.
             session.follow(f"{SYNC}{scope}", wish.get("changes") is True)
             self.hub.tell(f"{SYNC}{scope}", session, await self.engine.head(scope))
-
-    async def _identify(self, websocket: WebSocket, scope: str) -> Any:
-        """Who asks; if the peer goes meanwhile, nobody is left to be told."""
-        websocket.connection.working = True
-        try:
-            return await self.gate.identify(websocket.request, scope)
-        finally:
-            websocket.connection.working = False
 
     async def _ask_again(self, session: Session) -> None:
         """Whether a session may still do what it does. What on_auth can't tell leaves it open."""
