@@ -2978,9 +2978,10 @@ class Server:
             raise InvalidRequest(f"a push is a JSON array of 1 to {most} mutations")
         if len(values) > most:
             raise TooLarge(f"a push has at most {most} mutations")
-        wishes: list[Mutation | Result] = []  # for the engine, or refused already
+        mutations: list[Mutation] = []
+        refused: dict[int, Result] = {}  # by their place in the push
         identities: dict[str, Any] = {}  # of each scope, or its refusal: permission is asked once
-        for value in values:
+        for place, value in enumerate(values):
             try:
                 mutation = Mutation.parse(value)
                 if (scope := mutation.scope) not in identities:
@@ -2989,15 +2990,14 @@ class Server:
                     raise identity
                 if identity is not None:
                     mutation = dataclasses.replace(mutation, identity=identity)
-                wishes.append(mutation)
+                mutations.append(mutation)
             except InvalidMutation as refusal:
-                wishes.append(Result.refused(refusal))
+                refused[place] = Result.refused(refusal)
             except Forbidden as refusal:
                 identities[scope] = refusal
-                wishes.append(Result.refused(refusal))
-        mutations = [wish for wish in wishes if isinstance(wish, Mutation)]
+                refused[place] = Result.refused(refusal)
         applied = iter(await self.engine.push(mutations) if mutations else ())
-        results = [next(applied) if isinstance(wish, Mutation) else wish for wish in wishes]
+        results = [refused.get(place) or next(applied) for place in range(len(values))]
         return Response(body=b"[%b]" % b",".join(result.encoded for result in results))
 
     async def _admit(self, request: Request) -> tuple[str, Any]:
