@@ -3101,10 +3101,10 @@ class Server:
 
     async def _ask_again(self, session: Session) -> None:
         """Whether a session may still do what it does. What on_auth can't tell leaves it open."""
-        topics = [topic for topic in session.topics if topic.startswith(SYNC)]
+        scopes = {topic.removeprefix(SYNC) for topic in session.topics if topic.startswith(SYNC)}
         try:
             async with asyncio.timeout(self.settings.auth_interval):  # or it is never asked again
-                for scope in {session.scope, *(topic.removeprefix(SYNC) for topic in topics)}:
+                for scope in {session.scope, *scopes}:
                     await self.gate.identify(session.websocket.request, scope)
         except (Unauthorized, Forbidden) as refusal:
             session.close(1008, str(refusal))
@@ -3185,15 +3185,13 @@ class Server:
             accepting.cancel()
             listener.close()
             self.engine.wake()
-            pause = 0.001  # seconds, and twice as many each time: most ends are quick
             while (self._tasks - {sweeping} or self._connections) and time.monotonic() < deadline:
                 for connection, websocket in list(self._connections.items()):
                     if websocket and websocket.accepted:
                         websocket.close(1001, "the server is stopping")
                     elif connection.idle:
                         connection.expire()
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 0.02)
+                await asyncio.sleep(0.005)  # most ends are quick
             for connection in list(self._connections):
                 connection.abort()
             for _ in range(2):  # an on_close that the first cancel began may hang, too
