@@ -2857,6 +2857,7 @@ class Server:
     # -- the life of a connection, and of a request
 
     async def _serve(self, sock: socket.socket, ssl: tls.SSLContext | None) -> None:
+        """A connection's whole life."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         crowded = len(self._connections) >= self.settings.connections
 
@@ -2878,20 +2879,7 @@ class Server:
             begin, end = self.settings.head_timeout, self.settings.linger
             limits = {"ssl_handshake_timeout": begin, "ssl_shutdown_timeout": end} if ssl else {}
             await loop.connect_accepted_socket(lambda: connection, sock, ssl=ssl, **limits)
-            try:
-                if crowded:
-                    raise Unavailable("the server has too many connections")
-                while await self._exchange(connection):
-                    if connection.buffer:  # requests that came together: others have their turn
-                        await asyncio.sleep(0)
-            except SyncError as refusal:  # what came is no request, so nothing can follow it
-                http_log.debug("no request: %r", refusal)
-                self._answers[refusal.status // 100] += 1
-                connection.unread = True
-                answer = Response.refusal(refusal).encode("close", connection.is_head)
-                connection.transport.write(answer)
-            except OSError:
-                pass  # no more requests; on_lost will say why
+            await self._take_requests(connection, crowded)
             await connection.finish()
         except OSError as error:
             connection.end = connection.end or error
@@ -2901,6 +2889,23 @@ class Server:
             if not connection.transport:
                 sock.close()
                 on_lost()
+
+    async def _take_requests(self, connection: Connection, crowded: bool) -> None:
+        """One request after another, until none can follow."""
+        try:
+            if crowded:
+                raise Unavailable("the server has too many connections")
+            while await self._exchange(connection):
+                if connection.buffer:  # requests that came together: others have their turn
+                    await asyncio.sleep(0)
+        except SyncError as refusal:  # what came is no request, so nothing can follow it
+            http_log.debug("no request: %r", refusal)
+            self._answers[refusal.status // 100] += 1
+            connection.unread = True
+            answer = Response.refusal(refusal).encode("close", connection.is_head)
+            connection.transport.write(answer)
+        except OSError:
+            pass  # none came; on_lost will say why
 
     async def _exchange(self, connection: Connection) -> bool:
         """One request and its answer. Whether another may follow; raises what next_request does."""
