@@ -2866,7 +2866,7 @@ class Server:
             if websocket and websocket.accepted:
                 live_log.info("%s ended: %r", websocket.name, websocket.reason or connection.end)
             elif task:  # by HTTP there is nobody left to answer, whatever it is at
-                http_log.debug("a connection ended: %r", connection.end)
+                http_log.debug("no more requests: %r", connection.end)
                 task.cancel()
 
         connection = Connection(self.settings, on_lost)
