@@ -2327,7 +2327,7 @@ class Connection(asyncio.Protocol):
         self.heard = 0.0  # when bytes came last
         self.full: asyncio.Event | None = None  # while more waits for the peer to read than should
         self.on_writable: Callable[[], None] = lambda: None  # the peer has read what waited
-        self.idle = self.working = self.lingering = self.at_eof = False
+        self.idle = self.lingering = self.at_eof = False
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
         self.is_head = False  # so that a refusal of the request has no body either
         self.end: Exception | None = None  # why nothing more will come
@@ -2850,6 +2850,7 @@ class Server:
     # -- the life of a connection, and of a request
 
     async def _serve(self, sock: socket.socket, ssl: tls.SSLContext | None) -> None:
+        """A connection's whole life."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         crowded = len(self._connections) >= self.settings.connections
 
@@ -2857,8 +2858,9 @@ class Server:
             websocket = self._connections.pop(connection, None)
             if websocket and websocket.accepted:
                 live_log.info("%s ended: %r", websocket.name, websocket.reason or connection.end)
-            if connection.working and task:
-                task.cancel()  # nobody is left to answer
+            elif task:  # by HTTP there is nobody left to answer, whatever it is at
+                http_log.debug("no more requests: %r", connection.end)
+                task.cancel()
 
         connection = Connection(self.settings, on_lost)
         self._connections[connection] = None
@@ -2870,29 +2872,33 @@ class Server:
             begin, end = self.settings.head_timeout, self.settings.linger
             limits = {"ssl_handshake_timeout": begin, "ssl_shutdown_timeout": end} if ssl else {}
             await loop.connect_accepted_socket(lambda: connection, sock, ssl=ssl, **limits)
-            try:
-                if crowded:
-                    raise Unavailable("the server has too many connections")
-                while await self._exchange(connection):
-                    if connection.buffer:  # requests that came together: others have their turn
-                        await asyncio.sleep(0)
-            except SyncError as refusal:  # what came is no request, so nothing can follow it
-                http_log.debug("no request: %r", refusal)
-                self._answers[refusal.status // 100] += 1
-                connection.unread = True
-                answer = Response.refusal(refusal).encode("close", connection.is_head)
-                connection.transport.write(answer)
-            except OSError as error:
-                http_log.debug("no more requests: %r", error)
+            await self._take_requests(connection, crowded)
             await connection.finish()
         except OSError as error:
-            http_log.debug("a connection failed: %r", error)
+            connection.end = connection.end or error
         finally:
             if not connection.lingering:
                 connection.abort()
             if not connection.transport:
                 sock.close()
                 on_lost()
+
+    async def _take_requests(self, connection: Connection, crowded: bool) -> None:
+        """One request after another, until none can follow."""
+        try:
+            if crowded:
+                raise Unavailable("the server has too many connections")
+            while await self._exchange(connection):
+                if connection.buffer:  # requests that came together: others have their turn
+                    await asyncio.sleep(0)
+        except SyncError as refusal:  # what came is no request, so nothing can follow it
+            http_log.debug("no request: %r", refusal)
+            self._answers[refusal.status // 100] += 1
+            connection.unread = True
+            answer = Response.refusal(refusal).encode("close", connection.is_head)
+            connection.transport.write(answer)
+        except OSError:
+            pass  # none came; on_lost will say why
 
     async def _exchange(self, connection: Connection) -> bool:
         """One request and its answer. Whether another may follow; raises what next_request does."""
@@ -2922,12 +2928,8 @@ class Server:
             if request.method == "OPTIONS":
                 return Response(204, headers=allow)
             raise HTTPError(405, f"{request.path} takes {allow['Allow']}", allow)
-        connection.working = True
-        try:
-            answer = handler(request)
-            return Response.of(await answer if inspect.isawaitable(answer) else answer)
-        finally:
-            connection.working = False
+        answer = handler(request)
+        return Response.of(await answer if inspect.isawaitable(answer) else answer)
 
     async def _answer(self, connection: Connection, request: Request, response: Response) -> bool:
         http_log.debug("%s %r -> %s", request.method, request.path, response.status)
@@ -2974,9 +2976,10 @@ class Server:
             raise InvalidRequest(f"a push is a JSON array of 1 to {most} mutations")
         if len(values) > most:
             raise TooLarge(f"a push has at most {most} mutations")
-        wishes: list[Mutation | Result] = []  # for the engine, or refused already
+        mutations: list[Mutation] = []
+        refused: dict[int, Result] = {}  # by their place in the push
         identities: dict[str, Any] = {}  # of each scope, or its refusal: permission is asked once
-        for value in values:
+        for place, value in enumerate(values):
             try:
                 mutation = Mutation.parse(value)
                 if (scope := mutation.scope) not in identities:
@@ -2985,25 +2988,23 @@ class Server:
                     raise identity
                 if identity is not None:
                     mutation = dataclasses.replace(mutation, identity=identity)
-                wishes.append(mutation)
+                mutations.append(mutation)
             except InvalidMutation as refusal:
-                wishes.append(Result.refused(refusal))
+                refused[place] = Result.refused(refusal)
             except Forbidden as refusal:
                 identities[scope] = refusal
-                wishes.append(Result.refused(refusal))
-        mutations = [wish for wish in wishes if isinstance(wish, Mutation)]
+                refused[place] = Result.refused(refusal)
         applied = iter(await self.engine.push(mutations) if mutations else ())
-        results = [next(applied) if isinstance(wish, Mutation) else wish for wish in wishes]
+        results = [refused.get(place) or next(applied) for place in range(len(values))]
         return Response(body=b"[%b]" % b",".join(result.encoded for result in results))
 
-    async def _scope(self, request: Request) -> str:
-        """The scope that a request names, and may have."""
+    async def _admit(self, request: Request) -> tuple[str, Any]:
+        """The scope that a request names and may have, and who asks."""
         scope = check_scope(request.query.get("scope", DEFAULT_SCOPE))
-        await self.gate.identify(request, scope)
-        return scope
+        return scope, await self.gate.identify(request, scope)
 
     async def _pull(self, request: Request) -> Response:
-        scope = await self._scope(request)
+        scope, _ = await self._admit(request)
         cursor, limit = int(request.number("cursor", 0)), int(request.number("limit", 0))
         wait = request.number("wait", 0.0, r"[0-9]{1,9}(\.[0-9]{1,20})?")
         if cursor > MAX_CURSOR or (limit < 1 and "limit" in request.query):
@@ -3015,7 +3016,7 @@ class Server:
         return Response(body=page.encode())
 
     async def _snapshot(self, request: Request) -> Response:
-        scope = await self._scope(request)
+        scope, _ = await self._admit(request)
         return Response(body=(await self.engine.snapshot(scope)).encode())
 
     async def _healthz(self, request: Request) -> Any:
@@ -3029,8 +3030,7 @@ class Server:
 
     async def _live(self, websocket: WebSocket) -> None:
         """/ws: a session, from its handshake to on_close."""
-        scope = check_scope(websocket.request.query.get("scope", DEFAULT_SCOPE))
-        identity = await self._identify(websocket, scope)
+        scope, identity = await self._admit(websocket.request)
         if len(self.sessions) >= self.settings.sessions:
             raise Unavailable("the server has too many sessions")
         websocket.accept()
@@ -3056,7 +3056,7 @@ class Server:
                 await self._call(self.on_close, session, websocket.error)
 
     async def _finish(self, work: asyncio.Task[None] | None, websocket: WebSocket) -> bool:
-        """Whether the application is done with a message; if the peer has gone, it may never be."""
+        """Whether the application is done with it; if the peer has gone, it may never be."""
         while work and not work.done():
             await asyncio.wait([work], timeout=self.settings.close_timeout)
             if websocket.connection.transport.is_closing():
@@ -3089,25 +3089,20 @@ class Server:
         if verb == "unsubscribe":
             session.leave(f"{SYNC}{scope}")
         else:
-            await self._identify(session.websocket, scope)
+            asking = self._spawn(self.gate.identify(session.websocket.request, scope))
+            if not await self._finish(asking, session.websocket):
+                asking.cancel()  # nobody is left to be told
+            await asking
             # First follow, then read: no change can fall between the two.
             session.follow(f"{SYNC}{scope}", wish.get("changes") is True)
             self.hub.tell(f"{SYNC}{scope}", session, await self.engine.head(scope))
 
-    async def _identify(self, websocket: WebSocket, scope: str) -> Any:
-        """Who asks; if the peer goes meanwhile, nobody is left to be told."""
-        websocket.connection.working = True
-        try:
-            return await self.gate.identify(websocket.request, scope)
-        finally:
-            websocket.connection.working = False
-
     async def _ask_again(self, session: Session) -> None:
         """Whether a session may still do what it does. What on_auth can't tell leaves it open."""
-        topics = [topic for topic in session.topics if topic.startswith(SYNC)]
+        scopes = {topic.removeprefix(SYNC) for topic in session.topics if topic.startswith(SYNC)}
         try:
             async with asyncio.timeout(self.settings.auth_interval):  # or it is never asked again
-                for scope in {session.scope, *(topic.removeprefix(SYNC) for topic in topics)}:
+                for scope in {session.scope, *scopes}:
                     await self.gate.identify(session.websocket.request, scope)
         except (Unauthorized, Forbidden) as refusal:
             session.close(1008, str(refusal))
@@ -3182,20 +3177,19 @@ class Server:
             # Finish what was begun: answer pushes, end long polls, close sockets with 1001.
             self._stopping, deadline = True, time.monotonic() + self.settings.shutdown_timeout
             with contextlib.suppress(NotImplementedError):  # Windows has no readers
-                # An accept that is due already would run after the close.
+                # An accept that is due already would run after the close,
                 asyncio.get_running_loop().remove_reader(listener)
+            await asyncio.sleep(0)  # and who was accepted in this very turn would be forgotten.
             accepting.cancel()
             listener.close()
             self.engine.wake()
-            pause = 0.001  # seconds, and twice as many each time: most ends are quick
             while (self._tasks - {sweeping} or self._connections) and time.monotonic() < deadline:
                 for connection, websocket in list(self._connections.items()):
                     if websocket and websocket.accepted:
                         websocket.close(1001, "the server is stopping")
                     elif connection.idle:
                         connection.expire()
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 0.02)
+                await asyncio.sleep(0.005)  # most ends are quick
             for connection in list(self._connections):
                 connection.abort()
             for _ in range(2):  # an on_close that the first cancel began may hang, too
@@ -3208,25 +3202,14 @@ class Server:
     async def _accept(self, listener: socket.socket, ssl: tls.SSLContext | None) -> None:
         """Our own accept loop: asyncio's logs without end when descriptors run out."""
         loop, silent = asyncio.get_running_loop(), 0.0  # until when
-
-        def drop(accepting: asyncio.Future[tuple[socket.socket, Any]]) -> None:
-            if not accepting.cancelled() and not accepting.exception():
-                accepting.result()[0].close()  # a client that came in this very turn
-
-        while True:
+        while not self._stopping:
             try:
                 # What the store's readers may have to open, tried and given back: no client is
                 # taken at whose cost they would fail.
                 with contextlib.ExitStack() as spare:
                     for _ in range(2 * self.engine.settings.readers + 2):
                         spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
-                accepting = asyncio.ensure_future(loop.sock_accept(listener))
-                try:
-                    sock, _ = await asyncio.shield(accepting)
-                except asyncio.CancelledError:  # the stop
-                    accepting.cancel()
-                    accepting.add_done_callback(drop)
-                    raise
+                sock, _ = await loop.sock_accept(listener)
             except OSError as error:
                 if (now := time.monotonic()) >= silent:
                     http_log.error("new clients wait: %s", error)
@@ -3247,13 +3230,11 @@ class Server:
         rewinds = self.engine.rewinds
         while True:
             await asyncio.sleep(0.1)
-            try:
-                self._expire(time.monotonic())
-                if rewinds != self.engine.rewinds:
-                    rewinds = self.engine.rewinds
-                    self._begin_anew()
-            except Exception:  # nobody would start this task again
-                live_log.exception("a sweep failed")
+            # Whatever these raise is logged: nobody would start this task again.
+            await self._call(self._expire, time.monotonic())
+            if rewinds != self.engine.rewinds:
+                rewinds = self.engine.rewinds
+                await self._call(self._begin_anew)
 
     def _expire(self, now: float) -> None:
         interval = self.settings.auth_interval or math.inf
