@@ -2339,7 +2339,6 @@ class Connection(asyncio.Protocol):
         self.is_head = False  # so that a refusal of the request has no body either
         self.end: Exception | None = None  # why nothing more will come
         self._arrival: asyncio.Future[None] | None = None  # of what somebody waits for
-        self._enough = READ_SIZE  # bytes in the buffer
         self.give(math.inf, self.abort)  # until the first phase; TLS has a time-out of its own
 
     # -- what asyncio calls
@@ -2352,7 +2351,7 @@ class Connection(asyncio.Protocol):
         self.heard = time.monotonic()
         if not self.lingering:
             self.buffer += data
-            if len(self.buffer) > self._enough:
+            if self._arrival is None and len(self.buffer) > READ_SIZE:
                 self.transport.pause_reading()  # until somebody asks for more
             self._wake()
 
@@ -2414,7 +2413,6 @@ class Connection(asyncio.Protocol):
             raise self.end
         if self._arrival:
             raise RuntimeError("two tasks wait for the same bytes")
-        self._enough = len(self.buffer) + READ_SIZE
         self.transport.resume_reading()
         self._arrival = asyncio.get_running_loop().create_future()
         try:
