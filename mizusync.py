@@ -2334,7 +2334,7 @@ class Connection(asyncio.Protocol):
         self.heard = 0.0  # when bytes came last
         self.full: asyncio.Event | None = None  # while more waits for the peer to read than should
         self.on_writable: Callable[[], None] = lambda: None  # the peer has read what waited
-        self.idle = self.working = self.lingering = self.at_eof = False
+        self.idle = self.working = self.lingering = False
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
         self.is_head = False  # so that a refusal of the request has no body either
         self.end: Exception | None = None  # why nothing more will come
@@ -2356,7 +2356,6 @@ class Connection(asyncio.Protocol):
             self._wake()
 
     def eof_received(self) -> bool:
-        self.at_eof = True
         self._fail(ConnectionError("the peer closed the connection"))
         # It may still read; but not over TLS. False: the transport closes itself.
         return not self.lingering and bool(self.transport.can_write_eof())
@@ -2480,7 +2479,7 @@ class Connection(asyncio.Protocol):
     async def send(self, data: bytes) -> None:
         """Write, and wait while the peer has much to read: who does not read is not read from."""
         # In pieces: what TLS has handed to the socket's transport, it does not see any more.
-        for start in range(0, len(data), READ_SIZE) or (0,):
+        for start in range(0, len(data), READ_SIZE):
             if self.transport.is_closing():
                 raise ConnectionLost("the peer is gone")
             self.transport.write(data[start : start + READ_SIZE])
@@ -2506,13 +2505,15 @@ class Connection(asyncio.Protocol):
         (RFC 9112 §9.6).
         """
         self.transport.set_write_buffer_limits(1, 0)  # TLS takes 0 for "always full"
-        await self.send(b"")  # nothing: it waits until all before it is the kernel's
+        self._press()
+        await self.drain()  # until all that we said is the kernel's
         self.lingering, self.idle = True, False
         self.give(self.settings.linger, self.abort)
-        by_half = self.transport.can_write_eof()  # TLS can't
         if self.transport.is_closing():
             return
-        if self.at_eof or not (by_half or self.unread):
+        by_half = self.transport.can_write_eof()  # TLS can't
+        # An OSError: the peer has said all that it will, or no request came.
+        if isinstance(self.end, OSError) or not (by_half or self.unread):
             self.transport.close()
             return
         if by_half:
