@@ -2334,7 +2334,7 @@ class Connection(asyncio.Protocol):
         self.heard = 0.0  # when bytes came last
         self.full: asyncio.Event | None = None  # while more waits for the peer to read than should
         self.on_writable: Callable[[], None] = lambda: None  # the peer has read what waited
-        self.idle = self.working = self.lingering = False
+        self.working = self.lingering = False
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
         self.is_head = False  # so that a refusal of the request has no body either
         self.end: Exception | None = None  # why nothing more will come
@@ -2395,14 +2395,17 @@ class Connection(asyncio.Protocol):
         if self.transport:
             self.transport.abort()
 
+    @property
+    def idle(self) -> bool:
+        """Whether somebody waits and nothing has come: no byte of a head, no head before a body."""
+        return self._arrival is not None and not (self.buffer or self.unread)
+
     def _time_out(self) -> None:
         # This only wakes who reads; Server._serve then calls `finish`. A bare close() would wait
         # for ever for a peer that does not read its answer, and a second one breaks TLS.
-        if self._arrival and self._arrival.done():
-            return  # bytes came in this very turn: the next sweep judges
-        self.deadline = math.inf
-        late = HTTPError(408, "the request did not arrive in time")
-        self._fail(ConnectionError("no request came") if self.idle else late)
+        if self._arrival and not self._arrival.done():  # else bytes came in this very turn
+            late = HTTPError(408, "the request did not arrive in time")
+            self._fail(ConnectionError("no request came") if self.idle else late)
 
     # -- in
 
@@ -2423,12 +2426,10 @@ class Connection(asyncio.Protocol):
         """The next head. Raises SyncError for a bad or late one, OSError when none comes."""
         skip_empty_lines(self.buffer)
         if not self.buffer:
-            self.idle = True
             self.give(self.settings.idle_timeout, self._time_out)
             while not self.buffer:
                 await self.receive()
                 skip_empty_lines(self.buffer)
-            self.idle = False
         self.give(self.settings.head_timeout, self._time_out)
         while True:
             skip_empty_lines(self.buffer)
@@ -2507,7 +2508,7 @@ class Connection(asyncio.Protocol):
         self.transport.set_write_buffer_limits(1, 0)  # TLS takes 0 for "always full"
         self._press()
         await self.drain()  # until all that we said is the kernel's
-        self.lingering, self.idle = True, False
+        self.lingering = True
         self.give(self.settings.linger, self.abort)
         if self.transport.is_closing():
             return
