@@ -2364,18 +2364,15 @@ class Connection(asyncio.Protocol):
         self.full = asyncio.Event()
 
     def resume_writing(self) -> None:
-        self._let_write()
+        if self.full:
+            self.full.set()
+            self.full = None
         self.on_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(exc or ConnectionError("the connection is closed"))
-        self._let_write()
         self.on_lost()
-
-    def _let_write(self) -> None:
-        if self.full:
-            self.full.set()
-            self.full = None
+        self.resume_writing()  # nobody shall wait for that
 
     def _wake(self) -> None:
         if self._arrival and not self._arrival.done():
