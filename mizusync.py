@@ -1969,7 +1969,6 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
             raise HTTPError(431, f"the head is longer than {settings.head_size} bytes")
         return None
     line, *fields = buffer[:end].decode("latin-1").split("\r\n")
-    del buffer[: end + 4]
     if not (words := _REQUEST_LINE.fullmatch(line)):
         raise InvalidRequest("the request line is not: method, target, HTTP version")
     method, target, major, minor = words.groups()
@@ -1991,6 +1990,7 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     if "#" in target or not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
         raise InvalidRequest("the request target has to be a path, without a fragment")
     path, length = unquote(target.partition("?")[0]), body_length(headers, version)
+    del buffer[: end + 4]  # one that is refused stays: to HEAD the refusal has no body
     return Request(method, target, version, headers, host.lower(), path, length)
 
 
@@ -2336,7 +2336,6 @@ class Connection(asyncio.Protocol):
         self.on_writable: Callable[[], None] = lambda: None  # the peer has read what waited
         self.working = self.lingering = False
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
-        self.is_head = False  # so that a refusal of the request has no body either
         self.end: Exception | None = None  # why nothing more will come
         self._arrival: asyncio.Future[None] | None = None  # of what somebody waits for
         self.give(math.inf, self.abort)  # until the first phase; TLS has a time-out of its own
@@ -2421,36 +2420,27 @@ class Connection(asyncio.Protocol):
 
     async def next_request(self) -> Request:
         """The next head. Raises SyncError for a bad or late one, OSError when none comes."""
-        skip_empty_lines(self.buffer)
-        if not self.buffer:
-            self.give(self.settings.idle_timeout, self._time_out)
-            while not self.buffer:
-                await self.receive()
-                skip_empty_lines(self.buffer)
-        self.give(self.settings.head_timeout, self._time_out)
+        settings, buffer = self.settings, self.buffer
+        self.give(settings.idle_timeout, self._time_out)
+        skip_empty_lines(buffer)
+        while not buffer:
+            await self.receive()
+            skip_empty_lines(buffer)
+        self.give(settings.head_timeout, self._time_out)
+        start = limit = 0
         while True:
-            skip_empty_lines(self.buffer)
-            self.is_head = self.buffer.startswith(b"HEAD ")
-            if request := parse_request(self.buffer, self.settings):
-                break
-            await self._receive_head()
+            # Parsed only when an empty line, a bare LF or its limit may end it: at each byte anew,
+            # a slow sender would cost more than a fast one.
+            if len(buffer) >= limit or _HEAD_END.search(buffer, start):
+                if request := parse_request(buffer, settings):
+                    break
+                limit = settings.head_size if b"\n" in buffer else settings.target_size + 64
+            start = max(0, len(buffer) - 2)
+            await self.receive()
         if self.transport.is_closing():  # a pipeline whose answers nobody will read
             raise ConnectionLost("the peer is gone")
         self.deadline, self.unread = math.inf, request.length != 0
         return request
-
-    async def _receive_head(self) -> None:
-        """Wait for what ends a head: an empty line, a bare LF, its limit.
-
-        To parse it anew at each byte would make a slow sender cost more than a fast one.
-        """
-        while True:
-            start = max(0, len(self.buffer) - 2)
-            has_line = b"\n" in self.buffer
-            await self.receive()
-            most = self.settings.head_size if has_line else self.settings.target_size + 64
-            if _HEAD_END.search(self.buffer, start) or len(self.buffer) >= most:
-                return
 
     async def read_body(self, request: Request) -> bytes:
         """The whole body, or SyncError: one that did not arrive whole is never looked at."""
@@ -2884,7 +2874,8 @@ class Server:
                 http_log.debug("no request: %r", refusal)
                 self._answers[refusal.status // 100] += 1
                 connection.unread = True
-                answer = Response.refusal(refusal).encode("close", connection.is_head)
+                head_only = connection.buffer.startswith(b"HEAD ")
+                answer = Response.refusal(refusal).encode("close", head_only)
                 connection.transport.write(answer)
             except OSError as error:
                 http_log.debug("no more requests: %r", error)
