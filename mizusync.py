@@ -2595,29 +2595,28 @@ class WebSocket:
         self.closing = self.over = True
         return None
 
-    def _ping(self) -> None:
-        """Ping after some silence, and give up a peer without a sign of life in ping_timeout."""
-        connection, transport = self.connection, self.connection.transport
-        pinged, unsent = time.monotonic(), transport.get_write_buffer_size()
+    def _ping(self, pinged: float = math.inf, unsent: int = 0) -> None:
+        """Ping after some silence, and give up a peer without a sign of life in ping_timeout.
+
+        `pinged` is when an answer was asked for, `unsent` how much it had to read before that.
+        """
+        connection, transport, now = self.connection, self.connection.transport, time.monotonic()
         interval, timeout = self.settings.ping_interval, self.settings.ping_timeout
-
-        def judge() -> None:
-            left, still = pinged + timeout - time.monotonic(), transport.get_write_buffer_size()
-            # A slow reader answers late, a dead one never: does it still take bytes?
-            reads = still < unsent or not (still or transport.is_reading())
-            if reads or connection.heard > pinged:
-                self._ping()
-            elif left > 0:
-                connection.give(min(left, interval), judge)  # who answered is pinged in time again
-            else:
-                self.reason = f"no answer to a ping for {timeout:g} s"
-                connection.abort()
-
-        if (quiet := pinged - connection.heard) < interval:
+        still = transport.get_write_buffer_size()
+        # A slow reader answers late, a dead one never: does it still take bytes?
+        if still < unsent or not (still or transport.is_reading()) or connection.heard > pinged:
+            pinged = math.inf
+        if pinged + timeout <= now:
+            self.reason = f"no answer to a ping for {timeout:g} s"
+            connection.abort()
+        elif (quiet := now - connection.heard) < interval:
             connection.give(interval - quiet, self._ping)
         else:
-            self.write(encode_frame(PING, b""))
-            connection.give(min(timeout, interval), judge)
+            if pinged > now:
+                pinged = now
+                self.write(encode_frame(PING, b""))
+            pause = min(interval, pinged + timeout - now)  # who answered is pinged in time again
+            connection.give(pause, functools.partial(self._ping, pinged, still))
 
 
 # --- Session -------------------------------------------------------------------------------------
