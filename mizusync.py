@@ -2567,31 +2567,29 @@ class WebSocket:
     async def receive(self) -> str | bytes | None:
         """The next message; None when there will be none."""
         self.accept()
+        buffer = self.connection.buffer
         try:
-            if self.connection.buffer:  # of many that came together each lets others have a turn,
-                await asyncio.sleep(0)  # before one is taken: who gives up waiting here loses none
             while not self.over:
-                room = self._assembler.room
-                while (frame := parse_frame(self.connection.buffer, room)) is None:
+                if buffer:  # of many frames that came together each lets others have a turn,
+                    await asyncio.sleep(0)  # before it is taken: who gives up here loses none
+                while (frame := parse_frame(buffer, self._assembler.room)) is None:
                     await self.connection.receive()
                 if frame.opcode == CLOSE:
                     code, reason = parse_close(frame.payload)
                     self.reason = self.reason or f"the peer closed: {code} {reason}"
                     self.close(code)  # the same code back (§5.5.1)
-                    self.over = True
-                elif frame.opcode == PING:
+                    break
+                if frame.opcode == PING:
                     self.write(encode_frame(PONG, frame.payload))
                     await self.connection.drain()  # who does not read is not read from
-                    await asyncio.sleep(0)
                 elif frame.opcode == PONG or self.closing:
                     pass  # a pong shows life by itself; after our close nothing else counts
                 elif (message := self._assembler.add(frame)) is not None:
                     return message
         except (ProtocolError, OSError) as error:
             self.error = self.error or error
-            if isinstance(error, ProtocolError):
+            if isinstance(error, ProtocolError):  # else there is nobody to tell
                 self.close(error.code, str(error))
-            self.reason = self.reason or str(error)
         self.closing = self.over = True
         return None
 
