@@ -2334,7 +2334,8 @@ class Connection(asyncio.Protocol):
         self.heard = 0.0  # when bytes came last
         self.full: asyncio.Event | None = None  # while more waits for the peer to read than should
         self.on_writable: Callable[[], None] = lambda: None  # the peer has read what waited
-        self.working = self.lingering = False
+        self.working = False  # somebody makes an answer: in vain, once the peer is gone
+        self.lingering = False  # all is said, and what still comes is dropped
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
         self.end: Exception | None = None  # why nothing more will come
         self._arrival: asyncio.Future[None] | None = None  # of what somebody waits for
@@ -2371,7 +2372,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(exc or ConnectionError("the connection is closed"))
         self.on_lost()
-        self.resume_writing()  # nobody shall wait for that
+        self.resume_writing()  # else who waits for the peer to read waits for ever
 
     def _wake(self) -> None:
         if self._arrival and not self._arrival.done():
@@ -2518,8 +2519,8 @@ class WebSocket:
 
     def __init__(self, connection: Connection, request: Request) -> None:
         self.connection, self.request, self.settings = connection, request, connection.settings
-        self.accepted = self.closing = False
-        self.over = False  # nothing more can be read
+        # In this order: the handshake is answered, we send nothing more, we read nothing more.
+        self.accepted = self.closing = self.over = False
         self.name, self.reason = request.path, ""  # for the log: who it is, why it was closed
         self.error: Exception | None = None  # what went wrong, if anything did
         self._response = handshake(request)
