@@ -1962,7 +1962,6 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
             raise HTTPError(431, f"the head is longer than {settings.head_size} bytes")
         return None
     line, *fields = buffer[:end].decode("latin-1").split("\r\n")
-    del buffer[: end + 4]
     if not (words := _REQUEST_LINE.fullmatch(line)):
         raise InvalidRequest("the request line is not: method, target, HTTP version")
     method, target, major, minor = words.groups()
@@ -1984,6 +1983,7 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     if "#" in target or not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
         raise InvalidRequest("the request target has to be a path, without a fragment")
     path, length = unquote(target.partition("?")[0]), body_length(headers, version)
+    del buffer[: end + 4]  # one that is refused stays: to HEAD the refusal has no body
     return Request(method, target, version, headers, host.lower(), path, length)
 
 
@@ -2327,12 +2327,10 @@ class Connection(asyncio.Protocol):
         self.heard = 0.0  # when bytes came last
         self.full: asyncio.Event | None = None  # while more waits for the peer to read than should
         self.on_writable: Callable[[], None] = lambda: None  # the peer has read what waited
-        self.idle = self.lingering = self.at_eof = False
+        self.lingering = False  # all is said, and what still comes is dropped
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
-        self.is_head = False  # so that a refusal of the request has no body either
         self.end: Exception | None = None  # why nothing more will come
         self._arrival: asyncio.Future[None] | None = None  # of what somebody waits for
-        self._enough = READ_SIZE  # bytes in the buffer
         self.give(math.inf, self.abort)  # until the first phase; TLS has a time-out of its own
 
     # -- what asyncio calls
@@ -2345,12 +2343,11 @@ class Connection(asyncio.Protocol):
         self.heard = time.monotonic()
         if not self.lingering:
             self.buffer += data
-            if len(self.buffer) > self._enough:
+            if self._arrival is None and len(self.buffer) > READ_SIZE:
                 self.transport.pause_reading()  # until somebody asks for more
             self._wake()
 
     def eof_received(self) -> bool:
-        self.at_eof = True
         self._fail(ConnectionError("the peer closed the connection"))
         # It may still read; but not over TLS. False: the transport closes itself.
         return not self.lingering and bool(self.transport.can_write_eof())
@@ -2359,18 +2356,15 @@ class Connection(asyncio.Protocol):
         self.full = asyncio.Event()
 
     def resume_writing(self) -> None:
-        self._let_write()
+        if self.full:
+            self.full.set()
+            self.full = None
         self.on_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(exc or ConnectionError("the connection is closed"))
-        self._let_write()
         self.on_lost()
-
-    def _let_write(self) -> None:
-        if self.full:
-            self.full.set()
-            self.full = None
+        self.resume_writing()  # else who waits for the peer to read waits for ever
 
     def _wake(self) -> None:
         if self._arrival and not self._arrival.done():
@@ -2390,14 +2384,17 @@ class Connection(asyncio.Protocol):
         if self.transport:
             self.transport.abort()
 
+    @property
+    def idle(self) -> bool:
+        """Whether somebody waits and nothing has come: no byte of a head, no head before a body."""
+        return self._arrival is not None and not (self.buffer or self.unread)
+
     def _time_out(self) -> None:
         # This only wakes who reads; Server._serve then calls `finish`. A bare close() would wait
         # for ever for a peer that does not read its answer, and a second one breaks TLS.
-        if self._arrival and self._arrival.done():
-            return  # bytes came in this very turn: the next sweep judges
-        self.deadline = math.inf
-        late = HTTPError(408, "the request did not arrive in time")
-        self._fail(ConnectionError("no request came") if self.idle else late)
+        if self._arrival and not self._arrival.done():  # else bytes came in this very turn
+            late = HTTPError(408, "the request did not arrive in time")
+            self._fail(ConnectionError("no request came") if self.idle else late)
 
     # -- in
 
@@ -2407,7 +2404,6 @@ class Connection(asyncio.Protocol):
             raise self.end
         if self._arrival:
             raise RuntimeError("two tasks wait for the same bytes")
-        self._enough = len(self.buffer) + READ_SIZE
         self.transport.resume_reading()
         self._arrival = asyncio.get_running_loop().create_future()
         try:
@@ -2417,38 +2413,27 @@ class Connection(asyncio.Protocol):
 
     async def next_request(self) -> Request:
         """The next head. Raises SyncError for a bad or late one, OSError when none comes."""
-        skip_empty_lines(self.buffer)
-        if not self.buffer:
-            self.idle = True
-            self.give(self.settings.idle_timeout, self._time_out)
-            while not self.buffer:
-                await self.receive()
-                skip_empty_lines(self.buffer)
-            self.idle = False
-        self.give(self.settings.head_timeout, self._time_out)
+        settings, buffer = self.settings, self.buffer
+        self.give(settings.idle_timeout, self._time_out)
+        skip_empty_lines(buffer)
+        while not buffer:
+            await self.receive()
+            skip_empty_lines(buffer)
+        self.give(settings.head_timeout, self._time_out)
+        start = limit = 0
         while True:
-            skip_empty_lines(self.buffer)
-            self.is_head = self.buffer.startswith(b"HEAD ")
-            if request := parse_request(self.buffer, self.settings):
-                break
-            await self._receive_head()
+            # Parsed only when an empty line, a bare LF or its limit may end it: at each byte anew,
+            # a slow sender would cost more than a fast one.
+            if len(buffer) >= limit or _HEAD_END.search(buffer, start):
+                if request := parse_request(buffer, settings):
+                    break
+                limit = settings.head_size if b"\n" in buffer else settings.target_size + 64
+            start = max(0, len(buffer) - 2)
+            await self.receive()
         if self.transport.is_closing():  # a pipeline whose answers nobody will read
             raise ConnectionLost("the peer is gone")
         self.deadline, self.unread = math.inf, request.length != 0
         return request
-
-    async def _receive_head(self) -> None:
-        """Wait for what ends a head: an empty line, a bare LF, its limit.
-
-        To parse it anew at each byte would make a slow sender cost more than a fast one.
-        """
-        while True:
-            start = max(0, len(self.buffer) - 2)
-            has_line = b"\n" in self.buffer
-            await self.receive()
-            most = self.settings.head_size if has_line else self.settings.target_size + 64
-            if _HEAD_END.search(self.buffer, start) or len(self.buffer) >= most:
-                return
 
     async def read_body(self, request: Request) -> bytes:
         """The whole body, or SyncError: one that did not arrive whole is never looked at."""
@@ -2475,7 +2460,7 @@ class Connection(asyncio.Protocol):
     async def send(self, data: bytes) -> None:
         """Write, and wait while the peer has much to read: who does not read is not read from."""
         # In pieces: what TLS has handed to the socket's transport, it does not see any more.
-        for start in range(0, len(data), READ_SIZE) or (0,):
+        for start in range(0, len(data), READ_SIZE):
             if self.transport.is_closing():
                 raise ConnectionLost("the peer is gone")
             self.transport.write(data[start : start + READ_SIZE])
@@ -2501,13 +2486,15 @@ class Connection(asyncio.Protocol):
         (RFC 9112 §9.6).
         """
         self.transport.set_write_buffer_limits(1, 0)  # TLS takes 0 for "always full"
-        await self.send(b"")  # nothing: it waits until all before it is the kernel's
-        self.lingering, self.idle = True, False
+        self._press()
+        await self.drain()  # until all that we said is the kernel's
+        self.lingering = True
         self.give(self.settings.linger, self.abort)
-        by_half = self.transport.can_write_eof()  # TLS can't
         if self.transport.is_closing():
             return
-        if self.at_eof or not (by_half or self.unread):
+        by_half = self.transport.can_write_eof()  # TLS can't
+        # An OSError: the peer has said all that it will, or no request came.
+        if isinstance(self.end, OSError) or not (by_half or self.unread):
             self.transport.close()
             return
         if by_half:
@@ -2524,8 +2511,8 @@ class WebSocket:
 
     def __init__(self, connection: Connection, request: Request) -> None:
         self.connection, self.request, self.settings = connection, request, connection.settings
-        self.accepted = self.closing = False
-        self.over = False  # nothing more can be read
+        # In this order: the handshake is answered, we send nothing more, we read nothing more.
+        self.accepted = self.closing = self.over = False
         self.name, self.reason = request.path, ""  # for the log: who it is, why it was closed
         self.error: Exception | None = None  # what went wrong, if anything did
         self._response = handshake(request)
@@ -2573,57 +2560,54 @@ class WebSocket:
     async def receive(self) -> str | bytes | None:
         """The next message; None when there will be none."""
         self.accept()
+        buffer = self.connection.buffer
         try:
-            if self.connection.buffer:  # of many that came together each lets others have a turn,
-                await asyncio.sleep(0)  # before one is taken: who gives up waiting here loses none
             while not self.over:
-                room = self._assembler.room
-                while (frame := parse_frame(self.connection.buffer, room)) is None:
+                if buffer:  # of many frames that came together each lets others have a turn,
+                    await asyncio.sleep(0)  # before it is taken: who gives up here loses none
+                while (frame := parse_frame(buffer, self._assembler.room)) is None:
                     await self.connection.receive()
                 if frame.opcode == CLOSE:
                     code, reason = parse_close(frame.payload)
                     self.reason = self.reason or f"the peer closed: {code} {reason}"
                     self.close(code)  # the same code back (§5.5.1)
-                    self.over = True
-                elif frame.opcode == PING:
+                    break
+                if frame.opcode == PING:
                     self.write(encode_frame(PONG, frame.payload))
                     await self.connection.drain()  # who does not read is not read from
-                    await asyncio.sleep(0)
                 elif frame.opcode == PONG or self.closing:
                     pass  # a pong shows life by itself; after our close nothing else counts
                 elif (message := self._assembler.add(frame)) is not None:
                     return message
         except (ProtocolError, OSError) as error:
             self.error = self.error or error
-            if isinstance(error, ProtocolError):
+            if isinstance(error, ProtocolError):  # else there is nobody to tell
                 self.close(error.code, str(error))
-            self.reason = self.reason or str(error)
         self.closing = self.over = True
         return None
 
-    def _ping(self) -> None:
-        """Ping after some silence, and give up a peer without a sign of life in ping_timeout."""
-        connection, transport = self.connection, self.connection.transport
-        pinged, unsent = time.monotonic(), transport.get_write_buffer_size()
+    def _ping(self, pinged: float = math.inf, unsent: int = 0) -> None:
+        """Ping after some silence, and give up a peer without a sign of life in ping_timeout.
+
+        `pinged` is when an answer was asked for, `unsent` how much it had to read before that.
+        """
+        connection, transport, now = self.connection, self.connection.transport, time.monotonic()
         interval, timeout = self.settings.ping_interval, self.settings.ping_timeout
-
-        def judge() -> None:
-            left, still = pinged + timeout - time.monotonic(), transport.get_write_buffer_size()
-            # A slow reader answers late, a dead one never: does it still take bytes?
-            reads = still < unsent or not (still or transport.is_reading())
-            if reads or connection.heard > pinged:
-                self._ping()
-            elif left > 0:
-                connection.give(min(left, interval), judge)  # who answered is pinged in time again
-            else:
-                self.reason = f"no answer to a ping for {timeout:g} s"
-                connection.abort()
-
-        if (quiet := pinged - connection.heard) < interval:
+        still = transport.get_write_buffer_size()
+        # A slow reader answers late, a dead one never: does it still take bytes?
+        if still < unsent or not (still or transport.is_reading()) or connection.heard > pinged:
+            pinged = math.inf
+        if pinged + timeout <= now:
+            self.reason = f"no answer to a ping for {timeout:g} s"
+            connection.abort()
+        elif (quiet := now - connection.heard) < interval:
             connection.give(interval - quiet, self._ping)
         else:
-            self.write(encode_frame(PING, b""))
-            connection.give(min(timeout, interval), judge)
+            if pinged > now:
+                pinged = now
+                self.write(encode_frame(PING, b""))
+            pause = min(interval, pinged + timeout - now)  # who answered is pinged in time again
+            connection.give(pause, functools.partial(self._ping, pinged, still))
 
 
 # --- Session -------------------------------------------------------------------------------------
@@ -2895,7 +2879,8 @@ class Server:
             http_log.debug("no request: %r", refusal)
             self._answers[refusal.status // 100] += 1
             connection.unread = True
-            answer = Response.refusal(refusal).encode("close", connection.is_head)
+            head_only = connection.buffer.startswith(b"HEAD ")
+            answer = Response.refusal(refusal).encode("close", head_only)
             connection.transport.write(answer)
         except OSError:
             pass  # none came; on_lost will say why
