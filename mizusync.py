@@ -1958,15 +1958,11 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     """
     skip_empty_lines(buffer)
     longest = settings.target_size + 64  # bytes of the request line
-    line_end = find_line(buffer, b"\r\n", 0, longest)
+    line_end = find_line(buffer, b"\r\n", 0, longest, 414)
     if line_end < 0:
-        if len(buffer) >= longest:
-            raise HTTPError(414, f"the request target is longer than {settings.target_size} bytes")
         return None
-    end = find_line(buffer, b"\r\n\r\n", line_end, settings.head_size)
+    end = find_line(buffer, b"\r\n\r\n", line_end, settings.head_size, 431)
     if end < 0:
-        if len(buffer) >= settings.head_size:
-            raise HTTPError(431, f"the head is longer than {settings.head_size} bytes")
         return None
     line, *fields = buffer[:end].decode("latin-1").split("\r\n")
     del buffer[: end + 4]
@@ -1999,15 +1995,18 @@ def skip_empty_lines(buffer: bytearray) -> None:
         del buffer[:2]
 
 
-def find_line(buffer: bytearray, mark: bytes, start: int, limit: int) -> int:
-    """Where `mark` begins, below `limit`, or -1. Lines end with CRLF: refuses LF alone before it.
+def find_line(buffer: bytearray, mark: bytes, start: int, limit: int, status: int) -> int:
+    """Where `mark`, an end of lines, begins; -1 while it may still come.
 
-    A parser that takes LF alone for a line's end would see other lines (RFC 9112 §2.2).
+    Raises HTTPError with `status` once it can't come within `limit` bytes, and InvalidRequest for
+    LF alone before it: who takes that for a line's end would see other lines (RFC 9112 §2.2).
     """
     end = buffer.find(mark, start, limit)
     stop = end if end >= 0 else limit
     if buffer.count(b"\n", start, stop) != buffer.count(b"\r\n", start, stop):
-        raise InvalidRequest("a line of the head ends without CR")
+        raise InvalidRequest("a line ends without CR")
+    if end < 0 and len(buffer) >= limit:
+        raise HTTPError(status, f"a part of the request is longer than {limit} bytes")
     return end
 
 
@@ -2065,15 +2064,15 @@ class ChunkedBody:
 
     def take(self, buffer: bytearray) -> bool:
         """Take what is whole off the front of `buffer`; True when the body is. Raises SyncError."""
-        while (end := find_line(buffer, b"\r\n", 0, self.settings.target_size)) >= 0:
+        longest = self.settings.target_size  # bytes of a line; of the last chunk with its trailers
+        while (end := find_line(buffer, b"\r\n", 0, longest, 431)) >= 0:
             if not (digits := _CHUNK_SIZE.fullmatch(buffer[:end].decode("latin-1"))):
                 raise InvalidRequest("a chunk does not begin with its size")
             if len(self.body) + (size := int(digits[1], 16)) > self.settings.body_size:
                 raise TooLarge(f"the body is longer than {self.settings.body_size} bytes")
             if size == 0:
-                end = find_line(buffer, b"\r\n\r\n", end, self.settings.target_size)
-                if end < 0:
-                    break
+                if (end := find_line(buffer, b"\r\n\r\n", end, longest, 431)) < 0:
+                    return False
                 # Checked, and left: nothing here uses trailers.
                 parse_fields(buffer[:end].decode("latin-1").split("\r\n")[1:])
                 del buffer[: end + 4]
@@ -2088,8 +2087,6 @@ class ChunkedBody:
             self.framing += end + 4
             if self.framing > self.settings.head_size:
                 raise TooLarge("the chunked body has more framing than a head may have bytes")
-        if len(buffer) >= self.settings.target_size:
-            raise InvalidRequest("a line of the chunked body is too long, or its trailers are")
         return False
 
 
