@@ -2244,8 +2244,8 @@ class Assembler:
     """Data frames to messages (§5.4); text is judged as its frames come, not at its end (§8.1)."""
 
     def __init__(self, max_size: int) -> None:
-        self.max_size = self.room = max_size  # bytes that the message under way may still have
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self.room = max_size  # bytes that the message under way may still have
+        self._judge = codecs.getincrementaldecoder("utf-8")().decode
         self._opcode = CONTINUATION  # of the message under way, if there is one
         self._data = bytearray()  # its frames so far: one by one they would take 40 times as much
 
@@ -2254,21 +2254,19 @@ class Assembler:
         if (frame.opcode == CONTINUATION) == (self._opcode == CONTINUATION):
             raise ProtocolError(1002, "fragments out of order")
         self._opcode = self._opcode or frame.opcode
+        self._data += frame.payload
         self.room -= len(frame.payload)
         text = self._opcode == TEXT
         try:
-            part = self._decode(frame.payload, frame.fin) if text else frame.payload
+            if text:
+                self._judge(frame.payload, frame.fin)
         except UnicodeDecodeError:
             raise ProtocolError(1007, "the text is not UTF-8") from None
-        if frame.fin and frame.opcode != CONTINUATION:  # most messages have one frame
-            message: str | bytes = part
-        else:
-            self._data += frame.payload
-            if not frame.fin:
-                return None
-            message = self._data.decode() if text else bytes(self._data)
-        self._opcode, self._data, self.room = CONTINUATION, bytearray(), self.max_size
-        return message
+        if not frame.fin:
+            return None
+        data, self._data, self._opcode = self._data, bytearray(), CONTINUATION
+        self.room += len(data)
+        return data.decode() if text else bytes(data)
 
 
 def is_close_code(code: int) -> bool:
