@@ -1918,10 +1918,14 @@ class Request:
             raise InvalidRequest(f"{name}={text[:40]!r} is not a number that it can be")
         return float(text) if "." in text else int(text)
 
+    def elements(self, name: str) -> list[str]:
+        """A field that is a list, without its empty elements (RFC 9110 §5.6.1)."""
+        values = self.headers.get(name, "").split(",")
+        return [element for value in values if (element := value.strip(" \t"))]
+
     def tokens(self, name: str) -> list[str]:
-        """A field that is a list, in lower case (RFC 9110 §5.6.1)."""
-        values = self.headers.get(name, "").lower().split(",")
-        return [token for value in values if (token := value.strip(" \t"))]
+        """A field that is a list of words, in lower case."""
+        return [element.lower() for element in self.elements(name)]
 
     @property
     def bearer(self) -> str:
@@ -1932,9 +1936,8 @@ class Request:
         scheme, _, token = self.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             return token.strip(" ")
-        protocols = self.headers.get("sec-websocket-protocol", "").split(",")
-        offers = [protocol.strip(" \t").partition("bearer.") for protocol in protocols]
-        return next((token for before, found, token in offers if found and not before), "")
+        offers = self.elements("sec-websocket-protocol")
+        return next((offer[7:] for offer in offers if offer.startswith("bearer.")), "")
 
     @property
     def takes_gzip(self) -> bool:
@@ -2300,8 +2303,7 @@ def handshake(request: Request) -> Response:
         raise InvalidRequest("a WebSocket begins with a request of HTTP/1.1, without a body")
     digest = base64.b64encode(hashlib.sha1(key.encode() + _GUID).digest()).decode()
     headers = {"Upgrade": "websocket", "Sec-WebSocket-Accept": digest}
-    offers = request.headers.get("sec-websocket-protocol", "").split(",")
-    if "mizusync" in (offer.strip(" \t") for offer in offers):  # in its own case
+    if "mizusync" in request.elements("sec-websocket-protocol"):  # in its own case
         headers["Sec-WebSocket-Protocol"] = "mizusync"
     return Response(101, headers=headers)
 
