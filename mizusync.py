@@ -2156,7 +2156,9 @@ class Response:
         is_text = self.content_type.startswith(("application/json", "text/"))
         if not is_text or self.status == 206 or self._has("content-encoding"):
             return self
-        headers = {**self.headers, "Content-Encoding": "gzip"}
+        # So that no cache gives it to who can't read it (RFC 9110 §12.5.5).
+        vary = ", ".join(filter(None, (self.headers.get("Vary"), "Accept-Encoding")))
+        headers = {**self.headers, "Content-Encoding": "gzip", "Vary": vary}
         return dataclasses.replace(self, body=gzip.compress(self.body, 1, mtime=0), headers=headers)
 
     def encode(self, connection: str = "", head_only: bool = False) -> bytes:
