@@ -1873,7 +1873,7 @@ _HEAD_END = re.compile(rb"\n\r\n|(?<!\r)\n")  # or what shows that it is none
 _CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{_TOKEN}{_VALUE})?")
 _LENGTH = re.compile("[0-9]{1,18}")
 _REG_NAME = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+"  # (RFC 3986 §3.2.2)
-_ADDRESS = r"\[(?=.*:.*:)[0-9A-Fa-f:.]+\]"
+_ADDRESS = r"\[(?=.*:.*:)[0-9A-Fa-f:.]+\]"  # of IPv6, which has two colons or more
 _AUTHORITY = re.compile(f"(?:(?:{_REG_NAME}|{_ADDRESS})(?::[0-9]{{0,5}})?)?")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)/?(.*)", re.IGNORECASE)
 _PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
@@ -2202,6 +2202,8 @@ class Frame(NamedTuple):
 def parse_frame(buffer: bytearray, max_payload: int) -> Frame | None:
     """Take one client frame off the front of `buffer`; None, and nothing taken, until more comes.
 
+    It has one byte with FIN, three reserved bits and the opcode; one with MASK and a length, where
+    126 and 127 mean that the length follows in 2 or 8 bytes; 4 bytes of key; and its payload.
     Raises ProtocolError: 1002 for a frame that breaks a rule, 1009 for one of more than
     `max_payload` bytes (§5.2, §7.4.1); as soon as the bytes that show it are there.
     """
