@@ -1960,11 +1960,8 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     Judged in the order of the bytes, so any way of cutting them gives the same (RFC 9112 §2, §3).
     """
     skip_empty_lines(buffer)
-    longest = settings.target_size + 64  # bytes of the request line
-    line_end = find_line(buffer, b"\r\n", 0, longest, 414)
-    if line_end < 0:
-        return None
-    end = find_line(buffer, b"\r\n\r\n", line_end, settings.head_size, 431)
+    find_line(buffer, b"\r\n", 0, settings.target_size + 64, 414)  # has a limit of its own
+    end = find_line(buffer, b"\r\n\r\n", 0, settings.head_size, 431)
     if end < 0:
         return None
     line, *fields = buffer[:end].decode("latin-1").split("\r\n")
