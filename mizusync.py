@@ -1866,7 +1866,7 @@ _HEAD_END = re.compile(rb"\n\r\n|(?<!\r)\n")  # or what shows that it is none
 _CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{_TOKEN}{_VALUE})?")
 _LENGTH = re.compile("[0-9]{1,18}")
 _REG_NAME = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+"  # (RFC 3986 §3.2.2)
-_ADDRESS = r"\[(?=.*:.*:)[0-9A-Fa-f:.]+\]"
+_ADDRESS = r"\[(?=.*:.*:)[0-9A-Fa-f:.]+\]"  # of IPv6, which has two colons or more
 _AUTHORITY = re.compile(f"(?:(?:{_REG_NAME}|{_ADDRESS})(?::[0-9]{{0,5}})?)?")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)/?(.*)", re.IGNORECASE)
 _PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
@@ -1911,10 +1911,14 @@ class Request:
             raise InvalidRequest(f"{name}={text[:40]!r} is not a number that it can be")
         return float(text) if "." in text else int(text)
 
+    def elements(self, name: str) -> list[str]:
+        """A field that is a list, without its empty elements (RFC 9110 §5.6.1)."""
+        values = self.headers.get(name, "").split(",")
+        return [element for value in values if (element := value.strip(" \t"))]
+
     def tokens(self, name: str) -> list[str]:
-        """A field that is a list, in lower case (RFC 9110 §5.6.1)."""
-        values = self.headers.get(name, "").lower().split(",")
-        return [token for value in values if (token := value.strip(" \t"))]
+        """A field that is a list of words, in lower case."""
+        return [element.lower() for element in self.elements(name)]
 
     @property
     def bearer(self) -> str:
@@ -1925,9 +1929,8 @@ class Request:
         scheme, _, token = self.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             return token.strip(" ")
-        protocols = self.headers.get("sec-websocket-protocol", "").split(",")
-        offers = [protocol.strip(" \t").partition("bearer.") for protocol in protocols]
-        return next((token for before, found, token in offers if found and not before), "")
+        offers = self.elements("sec-websocket-protocol")
+        return next((offer[7:] for offer in offers if offer.startswith("bearer.")), "")
 
     @property
     def takes_gzip(self) -> bool:
@@ -1950,16 +1953,9 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     Judged in the order of the bytes, so any way of cutting them gives the same (RFC 9112 §2, §3).
     """
     skip_empty_lines(buffer)
-    longest = settings.target_size + 64  # bytes of the request line
-    line_end = find_line(buffer, b"\r\n", 0, longest)
-    if line_end < 0:
-        if len(buffer) >= longest:
-            raise HTTPError(414, f"the request target is longer than {settings.target_size} bytes")
-        return None
-    end = find_line(buffer, b"\r\n\r\n", line_end, settings.head_size)
+    find_line(buffer, b"\r\n", 0, settings.target_size + 64, 414)  # has a limit of its own
+    end = find_line(buffer, b"\r\n\r\n", 0, settings.head_size, 431)
     if end < 0:
-        if len(buffer) >= settings.head_size:
-            raise HTTPError(431, f"the head is longer than {settings.head_size} bytes")
         return None
     line, *fields = buffer[:end].decode("latin-1").split("\r\n")
     if not (words := _REQUEST_LINE.fullmatch(line)):
@@ -1992,15 +1988,18 @@ def skip_empty_lines(buffer: bytearray) -> None:
         del buffer[:2]
 
 
-def find_line(buffer: bytearray, mark: bytes, start: int, limit: int) -> int:
-    """Where `mark` begins, below `limit`, or -1. Lines end with CRLF: refuses LF alone before it.
+def find_line(buffer: bytearray, mark: bytes, start: int, limit: int, status: int) -> int:
+    """Where `mark`, an end of lines, begins; -1 while it may still come.
 
-    A parser that takes LF alone for a line's end would see other lines (RFC 9112 §2.2).
+    Raises HTTPError with `status` once it can't come within `limit` bytes, and InvalidRequest for
+    LF alone before it: who takes that for a line's end would see other lines (RFC 9112 §2.2).
     """
     end = buffer.find(mark, start, limit)
     stop = end if end >= 0 else limit
     if buffer.count(b"\n", start, stop) != buffer.count(b"\r\n", start, stop):
-        raise InvalidRequest("a line of the head ends without CR")
+        raise InvalidRequest("a line ends without CR")
+    if end < 0 and len(buffer) >= limit:
+        raise HTTPError(status, f"a part of the request is longer than {limit} bytes")
     return end
 
 
@@ -2058,15 +2057,15 @@ class ChunkedBody:
 
     def take(self, buffer: bytearray) -> bool:
         """Take what is whole off the front of `buffer`; True when the body is. Raises SyncError."""
-        while (end := find_line(buffer, b"\r\n", 0, self.settings.target_size)) >= 0:
+        longest = self.settings.target_size  # bytes of a line; of the last chunk with its trailers
+        while (end := find_line(buffer, b"\r\n", 0, longest, 431)) >= 0:
             if not (digits := _CHUNK_SIZE.fullmatch(buffer[:end].decode("latin-1"))):
                 raise InvalidRequest("a chunk does not begin with its size")
             if len(self.body) + (size := int(digits[1], 16)) > self.settings.body_size:
                 raise TooLarge(f"the body is longer than {self.settings.body_size} bytes")
             if size == 0:
-                end = find_line(buffer, b"\r\n\r\n", end, self.settings.target_size)
-                if end < 0:
-                    break
+                if (end := find_line(buffer, b"\r\n\r\n", end, longest, 431)) < 0:
+                    return False
                 # Checked, and left: nothing here uses trailers.
                 parse_fields(buffer[:end].decode("latin-1").split("\r\n")[1:])
                 del buffer[: end + 4]
@@ -2081,8 +2080,6 @@ class ChunkedBody:
             self.framing += end + 4
             if self.framing > self.settings.head_size:
                 raise TooLarge("the chunked body has more framing than a head may have bytes")
-        if len(buffer) >= self.settings.target_size:
-            raise InvalidRequest("a line of the chunked body is too long, or its trailers are")
         return False
 
 
@@ -2128,16 +2125,16 @@ class Response:
     @classmethod
     def page(cls, html: bytes) -> Response:
         """An HTML page whose own script and style may run, and nothing else (CSP Level 3)."""
-        policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
-        policy += " form-action 'none'; frame-ancestors 'none'"
         # What a browser sees: no element in a comment, and of line ends LF alone.
         comment, attributes = rb"<!--(?:-?>|.*?--!?>)", rb"\b(?:\"[^\"]*\"|'[^']*'|[^>\"'])*+"
         element = rb"(?si)%b|<(script|style)%b>(.*?)</\1" % (comment, attributes)
-        found = re.findall(element, re.sub(rb"\r\n?", b"\n", html))
-        for tag in b"script", b"style":
-            texts = [text for name, text in found if name.lower() == tag]
-            digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
-            policy += "".join((f"; {tag.decode()}-src", *(f" 'sha256-{one}'" for one in digests)))
+        sources = {b"": "", b"script": "", b"style": ""}  # of a comment too, for nothing
+        for tag, text in re.findall(element, re.sub(rb"\r\n?", b"\n", html)):
+            digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
+            sources[tag.lower()] += f" 'sha256-{digest}'"
+        policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
+        policy += " form-action 'none'; frame-ancestors 'none';"
+        policy += f" script-src{sources[b'script']}; style-src{sources[b'style']}"
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         return cls(200, html, headers, "text/html; charset=utf-8")
 
@@ -2149,7 +2146,9 @@ class Response:
         is_text = self.content_type.startswith(("application/json", "text/"))
         if not is_text or self.status == 206 or self._has("content-encoding"):
             return self
-        headers = {**self.headers, "Content-Encoding": "gzip"}
+        # So that no cache gives it to who can't read it (RFC 9110 §12.5.5).
+        vary = ", ".join(filter(None, (self.headers.get("Vary"), "Accept-Encoding")))
+        headers = {**self.headers, "Content-Encoding": "gzip", "Vary": vary}
         return dataclasses.replace(self, body=gzip.compress(self.body, 1, mtime=0), headers=headers)
 
     def encode(self, connection: str = "", head_only: bool = False) -> bytes:
@@ -2193,6 +2192,8 @@ class Frame(NamedTuple):
 def parse_frame(buffer: bytearray, max_payload: int) -> Frame | None:
     """Take one client frame off the front of `buffer`; None, and nothing taken, until more comes.
 
+    It has one byte with FIN, three reserved bits and the opcode; one with MASK and a length, where
+    126 and 127 mean that the length follows in 2 or 8 bytes; 4 bytes of key; and its payload.
     Raises ProtocolError: 1002 for a frame that breaks a rule, 1009 for one of more than
     `max_payload` bytes (§5.2, §7.4.1); as soon as the bytes that show it are there.
     """
@@ -2240,8 +2241,8 @@ class Assembler:
     """Data frames to messages (§5.4); text is judged as its frames come, not at its end (§8.1)."""
 
     def __init__(self, max_size: int) -> None:
-        self.max_size = self.room = max_size  # bytes that the message under way may still have
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self.room = max_size  # bytes that the message under way may still have
+        self._judge = codecs.getincrementaldecoder("utf-8")().decode
         self._opcode = CONTINUATION  # of the message under way, if there is one
         self._data = bytearray()  # its frames so far: one by one they would take 40 times as much
 
@@ -2250,21 +2251,19 @@ class Assembler:
         if (frame.opcode == CONTINUATION) == (self._opcode == CONTINUATION):
             raise ProtocolError(1002, "fragments out of order")
         self._opcode = self._opcode or frame.opcode
+        self._data += frame.payload
         self.room -= len(frame.payload)
         text = self._opcode == TEXT
         try:
-            part = self._decode(frame.payload, frame.fin) if text else frame.payload
+            if text:
+                self._judge(frame.payload, frame.fin)
         except UnicodeDecodeError:
             raise ProtocolError(1007, "the text is not UTF-8") from None
-        if frame.fin and frame.opcode != CONTINUATION:  # most messages have one frame
-            message: str | bytes = part
-        else:
-            self._data += frame.payload
-            if not frame.fin:
-                return None
-            message = self._data.decode() if text else bytes(self._data)
-        self._opcode, self._data, self.room = CONTINUATION, bytearray(), self.max_size
-        return message
+        if not frame.fin:
+            return None
+        data, self._data, self._opcode = self._data, bytearray(), CONTINUATION
+        self.room += len(data)
+        return data.decode() if text else bytes(data)
 
 
 def is_close_code(code: int) -> bool:
@@ -2298,8 +2297,7 @@ def handshake(request: Request) -> Response:
         raise InvalidRequest("a WebSocket begins with a request of HTTP/1.1, without a body")
     digest = base64.b64encode(hashlib.sha1(key.encode() + _GUID).digest()).decode()
     headers = {"Upgrade": "websocket", "Sec-WebSocket-Accept": digest}
-    offers = request.headers.get("sec-websocket-protocol", "").split(",")
-    if "mizusync" in (offer.strip(" \t") for offer in offers):  # in its own case
+    if "mizusync" in request.elements("sec-websocket-protocol"):  # in its own case
         headers["Sec-WebSocket-Protocol"] = "mizusync"
     return Response(101, headers=headers)
 

@@ -3784,6 +3784,16 @@ def test_an_answer_that_can_have_no_content_has_none(tmp_path: Path, status: int
         assert client.response().json["status"] == "ok"
 
 
+@pytest.mark.parametrize("origins", [[], ["https://app.example"]])
+def test_a_compressed_answer_is_not_for_every_cache(tmp_path: Path, origins: list[str]) -> None:
+    route = answering(body=b" " * 20_000, headers={"Cache-Control": "max-age=60"})
+    with serve(tmp_path, prepare=route, allow_origin=origins) as live:
+        reply = live.client().request("GET", "/it", headers={"Accept-Encoding": "gzip"})
+    varies = ["Origin"] * len(origins) + ["Accept-Encoding"]  # RFC 9110 §12.5.5
+    assert reply.headers["content-encoding"] == "gzip"
+    assert reply.headers["vary"].split(", ") == varies
+
+
 @pytest.mark.parametrize("name", ["Content-Length", "Transfer-Encoding", "Connection", "date"])
 def test_a_route_cannot_frame_its_answer_a_second_time(tmp_path: Path, name: str) -> None:
     with serve(tmp_path, prepare=answering(body=b"it", headers={name: "1"})) as live:

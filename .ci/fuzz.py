@@ -164,8 +164,8 @@ CHUNKS = {  # (RFC 9112 §7.1); SIZE is the body's, LESS and MORE are beside it
           b"SIZE \r\nBODY\r\n0\r\n\r\n", b"SIZE\r\nBODY\r\n\r\n0\r\n\r\n",
           b"SIZE\r\nBODY\r\n0\r\nno colon\r\n\r\n", b"SIZE\r\nBODY\r\n0\r\n fold: x\r\n\r\n",
           b"SIZE\r\nBODY\r\n0\r\nA: b\nC: d\r\n\r\n", b"SIZE\r\nBODY\r\n0\n\n",
-          b"SIZE\r\nBODY\r\n0\r\n\n\r\n\r\n", b"SIZE\r\nBODY\r\n0;\x7f\r\n\r\n",
-          b"SIZE;" + b"x" * 9000 + b"\r\nBODY\r\n0\r\n\r\n",
+          b"SIZE\r\nBODY\r\n0\r\n\n\r\n\r\n", b"SIZE\r\nBODY\r\n0;\x7f\r\n\r\n"),
+    431: (b"SIZE;" + b"x" * 9000 + b"\r\nBODY\r\n0\r\n\r\n",
           b"SIZE\r\nBODY\r\n0\r\nX: " + b"x" * 9000 + b"\r\n\r\n"),
     413: (b"FFFFFFFF\r\n", b"100001\r\nBODY", b"1\r\n \r\n" * 14000 + b"SIZE\r\nBODY\r\n0\r\n\r\n"),
 }  # fmt: skip
