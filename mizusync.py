@@ -1067,8 +1067,6 @@ Listener = Callable[[News], None]
 Mutations = Iterable[Mutation | Mapping[str, Any]]
 Loop = asyncio.AbstractEventLoop
 Call = tuple[Loop | None, Callable[[Any], None], Any]  # where, what, with what
-# Mutations, by scope and id, that ended a transaction: they are refused when it is done again.
-Spoilt = dict[tuple[str, str], Exception]
 
 
 @dataclasses.dataclass(slots=True)
@@ -1125,8 +1123,8 @@ class Tail:
 class Batch:
     """One transaction while it is being made: rows and marks that are not in the log yet."""
 
-    def __init__(self, store: Store, db: Any, position: Position, spoilt: Spoilt) -> None:
-        self.store, self.db, self.position, self.spoilt = store, db, position, spoilt
+    def __init__(self, store: Store, db: Any, position: Position) -> None:
+        self.store, self.db, self.position = store, db, position
         self.start = position.head
         self.time = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
         self.rows: list[Row] = []
@@ -1221,6 +1219,10 @@ class Engine:
         self._closed = False
         self.rewinds = 0  # how often an older copy of the log was restored into it
         self._overfull: dict[str, None] = {}  # scopes to trim, the one that waits longest first
+        # Of a transaction that has to be done again: its jobs, each alone from now on, so that none
+        # spoils another; and the mutations, by scope and id, that may have ended it.
+        self._again: list[Job] = []
+        self._spoilt: dict[tuple[str, str], StoreRefused] = {}
         self._looked_this_turn: dict[Loop, Position] = {}  # of this turn of each loop
         self._lock = threading.Lock()  # over the next four and _closed, for microseconds
         self._position = store.look()
@@ -1273,11 +1275,11 @@ class Engine:
         if mark := batch.marks.get(key) or self.store.find(batch.db, *key):
             return batch.repeat(mark)
         try:  # the store's savepoint and guard, in them the application's function
+            if error := self._spoilt.get(key):
+                raise RuntimeError("it would end the transaction again") from error
             made = self.store.attempt(lambda db: self._rows_of(mutation, db, batch))
-        except TransactionLost as error:
-            batch.spoilt[key] = error
-            raise
-        except StoreRefused:
+        except StoreRefused as error:  # of the whole transaction
+            self._spoilt[key] = error
             raise
         except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
             refusal: SyncError = error  # each of these is a count in COUNTED, too
@@ -1291,8 +1293,6 @@ class Engine:
 
     def _rows_of(self, mutation: Mutation, db: Any, batch: Batch) -> list[Row]:
         """What the application makes of a mutation, checked and numbered: data as JSON."""
-        if error := batch.spoilt.get((mutation.scope, mutation.id)):
-            raise RuntimeError("it would end the transaction again") from error
         made = self._apply_function(db, mutation)
         if isinstance(made, (str, bytes, Mapping, Change)):
             raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
@@ -1315,14 +1315,14 @@ class Engine:
 
     def _write(self) -> None:
         """Commit what waits, until closed. Nothing that goes wrong in here may end the thread."""
-        while not (self._closed and self._jobs.empty()):
-            job = None
+        while self._again or not (self._closed and self._jobs.empty()):
+            alone, job = bool(self._again), None
             with contextlib.suppress(queue.Empty):
                 pause = 0.0 if self._overfull else self.settings.watch_interval
-                job = self._jobs.get(timeout=pause)
+                job = self._again.pop(0) if alone else self._jobs.get(timeout=pause)
             try:
                 if job or self._overfull:
-                    self._commit([job] if job else [])
+                    self._commit([job] if job else [], alone)
                 elif self.store.look() != self._position:
                     # Another process has committed, while there was nothing to write.
                     self.store.read(self._catch_up)
@@ -1330,50 +1330,39 @@ class Engine:
                 store_log.debug("can't look at the store: %s", refusal)
             except BaseException:
                 engine_log.exception("the writer's thread goes on after this")
-            self.committing = not self._jobs.empty()
+            self.committing = bool(self._again) or not self._jobs.empty()
 
-    def _commit(self, jobs: list[Job], alone: bool = False) -> None:
+    def _commit(self, jobs: list[Job], alone: bool) -> None:
         """Answer these jobs and, unless they are to be alone, all that waits: one transaction."""
-        spoilt: Spoilt = {}
         news: News = {}
-        while True:
-            try:
-                batch, outcomes = self._transact(jobs, alone, spoilt)
-            except TransactionLost:
-                self.store.rollback()
-                if len(jobs) == 1:
-                    continue  # and now without that mutation
-                self._commit_each(jobs)
+        try:
+            batch, outcomes = self._transact(jobs, alone)
+        except BaseException as error:
+            self.store.rollback()
+            self._overfull.clear()  # they will be found again
+            ended = isinstance(error, TransactionLost)  # and again without that mutation
+            refused = isinstance(error, StoreRefused) and not ended  # the disk's fault, no job's
+            if ended or (len(jobs) > 1 and not refused):
+                # A constraint that is checked at COMMIT, say: one job's fault is not another's.
+                self._again[:0] = jobs
                 return
-            except BaseException as error:
-                self.store.rollback()
-                self._overfull.clear()  # they will be found again
-                if len(jobs) > 1 and not isinstance(error, StoreRefused):
-                    # A constraint that is checked at COMMIT, say: one job's fault is not another's.
-                    self._commit_each(jobs)
-                    return
-                refused = isinstance(error, StoreRefused)  # the disk's fault, not the code's
-                store_log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
-                self.counts["pushes_failed"] += len(jobs)
-                outcomes = [error if refused else SyncError("the server failed")] * len(jobs)
-            else:
-                # Memory before the hint: who hears of a change finds it.
-                pushes = sum(isinstance(outcome, list) for outcome in outcomes)  # others are trims
-                self.counts.update({**batch.counts, "pushes": pushes, "changes": len(batch.rows)})
-                position = batch.position._replace(head=batch.start + len(batch.rows))
-                self._remember(position, (), batch.grown)
-                self._forget(batch.trims)
-                news = batch.news()
-            break
+            store_log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
+            self.counts["pushes_failed"] += len(jobs)
+            outcomes = [error if refused else SyncError("the server failed")] * len(jobs)
+        else:
+            # Memory before the hint: who hears of a change finds it.
+            pushes = sum(isinstance(outcome, list) for outcome in outcomes)  # others are trims
+            self.counts.update({**batch.counts, "pushes": pushes, "changes": len(batch.rows)})
+            position = batch.position._replace(head=batch.start + len(batch.rows))
+            self._remember(position, (), batch.grown)
+            self._forget(batch.trims)
+            news = batch.news()
+        self._spoilt.clear()
         # Answers and hints, in one hop to each loop.
         answers = zip(jobs, outcomes, strict=True)
         self._tell(news, ((job.loop, job.answer, outcome) for job, outcome in answers))
 
-    def _commit_each(self, jobs: list[Job]) -> None:
-        for job in jobs:  # it shall spoil no other push
-            self._commit([job], alone=True)
-
-    def _transact(self, jobs: list[Job], alone: bool, spoilt: Spoilt) -> tuple[Batch, list[Any]]:
+    def _transact(self, jobs: list[Job], alone: bool) -> tuple[Batch, list[Any]]:
         """What became of each job, those that join too; when it returns, it is on disk."""
         db, position = self.store.begin()
         if position != self._position:
@@ -1381,7 +1370,7 @@ class Engine:
             self._catch_up(db)
             with self._lock:  # the epoch that begin() may have begun is not committed yet
                 self._position = self._position._replace(epoch=epoch)
-        batch, outcomes = Batch(self.store, db, position, spoilt), []
+        batch, outcomes = Batch(self.store, db, position), []
         deadline = 0.0 if alone else time.monotonic() + self.settings.commit_time
         for job in jobs:  # it grows as we go
             outcomes.append(job.work(batch))
