@@ -1078,6 +1078,7 @@ class Tail:
     firsts: list[int] = dataclasses.field(default_factory=list)
     fragments: list[bytes] = dataclasses.field(default_factory=list)
     size: int = 0  # bytes of memory, about
+    trimmed: int = 0  # of a transaction's: the highest cursor that it removed from the log
 
     @property
     def current(self) -> int:
@@ -1093,7 +1094,8 @@ class Tail:
         return fragment
 
     def extend(self, newer: Tail, keep: int) -> None:
-        """Add to the end; forget all but the newest `keep` once there are twice as many."""
+        """Follow a transaction; forget all but the newest `keep` once there are twice as many."""
+        self.forget(newer.trimmed)
         self.cursors += newer.cursors
         self.firsts += newer.firsts
         self.fragments += newer.fragments
@@ -1125,12 +1127,10 @@ class Batch:
 
     def __init__(self, store: Store, db: Any, position: Position) -> None:
         self.store, self.db, self.position = store, db, position
-        self.start = position.head
         self.time = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
         self.grown: dict[str, Tail] = {}  # of each touched scope: where it stood, and these rows
-        self.trims: dict[str, int] = {}  # of scopes: the highest cursor that a trim removed
         self.counts: Counter[str] = Counter(commits=1)
 
     def tail(self, scope: str) -> Tail:
@@ -1154,8 +1154,8 @@ class Batch:
         """The first answer of a mutation that was applied before, or further up in this batch."""
         self.counts["duplicate"] += 1
         first, last = mark.first or mark.last + 1, mark.last  # without changes: an empty range
-        if first > self.start:
-            rows = self.rows[first - self.start - 1 : last - self.start]
+        if first > (start := self.position.head):
+            rows = self.rows[first - start - 1 : last - start]
         else:
             rows = self.store.between(self.db, first, last)
         whole = len(rows) == last - first + 1
@@ -1296,7 +1296,7 @@ class Engine:
         made = self._apply_function(db, mutation)
         if isinstance(made, (str, bytes, Mapping, Change)):
             raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
-        first = batch.start + len(batch.rows) + 1
+        first = batch.position.head + len(batch.rows) + 1
         rows: list[Row] = []
         for change in () if made is None else made:
             data, scope = change, mutation.scope
@@ -1353,9 +1353,11 @@ class Engine:
             # Memory before the hint: who hears of a change finds it.
             pushes = sum(isinstance(outcome, list) for outcome in outcomes)  # others are trims
             self.counts.update({**batch.counts, "pushes": pushes, "changes": len(batch.rows)})
-            position = batch.position._replace(head=batch.start + len(batch.rows))
-            self._remember(position, (), batch.grown)
-            self._forget(batch.trims)
+            with self._lock:
+                for scope, tail in batch.grown.items():
+                    self._keep_tail(scope, tail)
+                head = batch.position.head + len(batch.rows)
+                self._position = batch.position._replace(head=head)
             news = batch.news()
         self._spoilt.clear()
         # Answers and hints, in one hop to each loop.
@@ -1400,25 +1402,9 @@ class Engine:
         # So few at a time that no push waits long behind them.
         if removed := self.store.trim(scope, min(before, MAX_CURSOR + 1), 200):
             batch.counts["trims"] += 1
-            batch.trims[scope] = self.store.trimmed(batch.db, scope)
+            batch.tail(scope).trimmed = self.store.trimmed(batch.db, scope)
             batch.position = self.store.position(batch.db)
         return removed
-
-    def _remember(self, position: Position, gone: Iterable[str], tails: dict[str, Tail]) -> None:
-        """Follow the file to a new position: forget what is gone, take in what is new."""
-        with self._lock:
-            for scope in list(gone):
-                self._drop_tail(scope)
-            for scope, tail in tails.items():
-                self._keep_tail(scope, tail)
-            self._position = position
-
-    def _forget(self, trims: Mapping[str, int]) -> None:
-        with self._lock:
-            for scope, cursor in trims.items():
-                if older := self._drop_tail(scope):
-                    older.forget(cursor)
-                    self._keep_tail(scope, older)
 
     def _keep_tail(self, scope: str, newer: Tail) -> None:
         """Extend a tail and put it last, at the cost of the least recently used. Under the lock."""
@@ -1442,7 +1428,10 @@ class Engine:
         end = self.store.epoch_end(db, self._position.epoch)
         went_back = end is None or end < self._position.head
         self.rewinds += went_back
-        self._remember(position, self._tails if went_back else touched, {})
+        with self._lock:
+            for scope in list(self._tails) if went_back else touched:
+                self._drop_tail(scope)
+            self._position = position
         self._tell({scope: Hint(cursor, position.epoch) for scope, cursor in touched.items()})
 
     def _tell(self, news: News, answers: Iterable[Call] = ()) -> None:
