@@ -1325,7 +1325,7 @@ class Engine:
                     self._commit([job] if job else [], alone)
                 elif self.store.look() != self._position:
                     # Another process has committed, while there was nothing to write.
-                    self.store.read(self._catch_up)
+                    self.store.read(lambda db: self._catch_up(db, self.store.position(db)))
             except StoreRefused as refusal:
                 store_log.debug("can't look at the store: %s", refusal)
             except BaseException:
@@ -1368,10 +1368,8 @@ class Engine:
         """What became of each job, those that join too; when it returns, it is on disk."""
         db, position = self.store.begin()
         if position != self._position:
-            epoch = self._position.epoch
-            self._catch_up(db)
-            with self._lock:  # the epoch that begin() may have begun is not committed yet
-                self._position = self._position._replace(epoch=epoch)
+            # An epoch that begin() may have begun is not committed yet.
+            self._catch_up(db, position._replace(epoch=self._position.epoch))
         batch, outcomes = Batch(self.store, db, position), []
         deadline = 0.0 if alone else time.monotonic() + self.settings.commit_time
         for job in jobs:  # it grows as we go
@@ -1421,9 +1419,9 @@ class Engine:
             self._tails_size -= tail.size
         return tail
 
-    def _catch_up(self, db: Any) -> None:
+    def _catch_up(self, db: Any, position: Position) -> None:
         """Forget what memory has of scopes that another process wrote to, and tell of them."""
-        position, touched = self.store.position(db), self.store.touched(db, self._position)
+        touched = self.store.touched(db, self._position)
         # An older copy was restored into it, and may have grown again since.
         end = self.store.epoch_end(db, self._position.epoch)
         went_back = end is None or end < self._position.head
