@@ -1360,7 +1360,6 @@ class Engine:
                 self._position = batch.position._replace(head=head)
             news = batch.news()
         self._spoilt.clear()
-        # Answers and hints, in one hop to each loop.
         answers = zip(jobs, outcomes, strict=True)
         self._tell(news, ((job.loop, job.answer, outcome) for job, outcome in answers))
 
@@ -1433,11 +1432,19 @@ class Engine:
         self._tell({scope: Hint(cursor, position.epoch) for scope, cursor in touched.items()})
 
     def _tell(self, news: News, answers: Iterable[Call] = ()) -> None:
-        """Answer, then call who listens to these scopes."""
+        """Answer, then call who listens to these scopes: each on its loop, in one hop to each."""
         with self._lock:
             scopes = (None, *news) if news else ()
             hearers = [to for scope in scopes for to in self._listeners.get(scope, {}).values()]
-        call_all((*answers, *((*to, news) for to in hearers)))
+        of_loop: dict[Loop | None, list[Call]] = {}
+        for call in (*answers, *((*to, news) for to in hearers)):
+            of_loop.setdefault(call[0], []).append(call)
+        for loop, calls in of_loop.items():
+            if loop is None:
+                call_here(calls)
+            else:
+                with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there
+                    loop.call_soon_threadsafe(call_here, calls)
 
     # -- pull
 
@@ -1485,7 +1492,7 @@ class Engine:
         with self._lock:
             of_scopes = [to for scope, to in self._listeners.items() if scope is not None]
             calls: list[Call] = [(*to, {}) for listeners in of_scopes for to in listeners.values()]
-        call_all(calls)
+        self._tell({}, calls)
 
     async def _page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:
         if scope in self._tails:
@@ -1658,19 +1665,6 @@ class Engine:
         self.wake()
         self._readers.shutdown()
         self.store.close()
-
-
-def call_all(calls: Iterable[Call]) -> None:
-    """Each call on its loop, with one hop to each; those of no loop here."""
-    of_loop: dict[Loop | None, list[Call]] = {}
-    for call in calls:
-        of_loop.setdefault(call[0], []).append(call)
-    for loop, its_calls in of_loop.items():
-        if loop is None:
-            call_here(its_calls)
-        else:
-            with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there
-                loop.call_soon_threadsafe(call_here, its_calls)
 
 
 def call_here(calls: Iterable[Call]) -> None:
