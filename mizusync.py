@@ -1530,25 +1530,21 @@ class Engine:
             raise CursorUnknown(f"this history never gave out cursor {cursor}: take a snapshot")
         if cursor < trimmed:
             raise CursorTooOld(f"changes {cursor} to {trimmed} were trimmed: take a snapshot")
-        rows: list[Row] = []
-        room = self.settings.page_size
+        tail, room = Tail(cursor), self.settings.page_size
         for row in self.store.changes(db, scope, cursor):
-            if (len(rows) >= limit or (rows and room < len(row.data))) and row.first != rows[
-                -1
-            ].first:
-                break  # it begins a mutation that the page has no room for
-            rows.append(row)
+            full = len(tail.cursors) >= limit or room < len(row.data)
+            if full and tail.firsts and row.first != tail.firsts[-1]:
+                # It begins a mutation that the page has no room for.
+                return Page(tail.fragments, tail.current, position.epoch, has_more=True)
+            tail.add(row)
             room -= len(row.data)
-        else:
-            # The page reached the log's end: the next pull here will find it in memory.
-            tail = Tail(cursor if rows else self.store.current(db, scope))
-            for row in rows:
-                tail.add(row)
-            with self._lock:
-                if position == self._position and scope not in self._tails:
-                    self._keep_tail(scope, tail)
-            return Page(tail.fragments, max(cursor, tail.current), position.epoch)
-        return Page([row.encode() for row in rows], rows[-1].cursor, position.epoch, True)
+        # The page reached the log's end: the next pull here will find it in memory.
+        if not tail.cursors:
+            tail.after = self.store.current(db, scope)
+        with self._lock:
+            if position == self._position and scope not in self._tails:
+                self._keep_tail(scope, tail)
+        return Page(tail.fragments, max(cursor, tail.current), position.epoch)
 
     async def read(self, work: Callable[[Any], T]) -> T:
         """`work(db)` on a reader's thread, in a transaction of its own: all of one moment.
