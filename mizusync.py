@@ -1696,7 +1696,7 @@ class Topic:
     spoke: float  # when it last did,
     ready: float = 0.0  # and when it may again
     cursor: int = -1  # the newest that was told; -1: none yet
-    untold: int = 0  # above 0 a hint goes round, and its end looks at `pending`
+    speaking: bool = False  # a hint goes round, and its end looks at `pending`
     pending: Hint | None = None  # what a timer is going to tell, or the end of that round
     followers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
 
@@ -1720,8 +1720,7 @@ class Hub:
         if topic := self.topics.get(name):
             topic.followers.pop(subscriber, None)
             if not topic.followers:
-                del self.topics[name]
-                topic.pending = None  # so its timer finds nothing to tell
+                del self.topics[name]  # its timer finds nobody to tell
 
     def publish(self, name: str, data: bytes) -> None:
         """Send JSON to every follower of a topic; none of it is merged or skipped."""
@@ -1749,7 +1748,7 @@ class Hub:
         older, items, most = topic.pending, hint.items, self.settings.hint_changes
         if older and older.items and items and hint.after == older.cursor:
             both = older.items + items
-            if len(items) <= most < len(both) and topic.wants_items and topic.untold <= 0:
+            if len(items) <= most < len(both) and topic.wants_items and not topic.speaking:
                 self._fan_out(name, topic)  # now, while they fit: to pull them would cost more
                 older = None
             else:
@@ -1770,32 +1769,31 @@ class Hub:
             self._fan_out(name, topic)
 
     def _fan_out(self, name: str, topic: Topic) -> None:
-        if topic.untold > 0 or (hint := topic.pending) is None or not topic.followers:
+        if topic.speaking or (hint := topic.pending) is None or not topic.followers:
             return
-        topic.pending, topic.spoke = None, time.monotonic()
+        topic.pending, topic.speaking, topic.spoke = None, True, time.monotonic()
         topic.cursor = max(hint.cursor, topic.cursor)
         self.topics.move_to_end(name)
         short = long = self._message(name, b'{"cursor":%d}' % topic.cursor)
-        if topic.wants_items and hint.items and hint.cursor == topic.cursor:
-            words = hint.cursor, hint.epoch.encode(), hint.after, b",".join(hint.items)
-            if len(words[-1]) <= self.settings.hint_size:
-                whole = b'{"cursor":%d,"epoch":"%b","after":%d,"changes":[%b]}' % words
-                long = self._message(name, whole)
-        followers, topic.untold = iter(list(topic.followers.items())), len(topic.followers)
-        cursor = topic.cursor
+        changes = b",".join(hint.items or ()) if topic.wants_items else b""
+        if 0 < len(changes) <= self.settings.hint_size and hint.cursor == topic.cursor:
+            words = hint.cursor, hint.epoch.encode(), hint.after, changes
+            whole = b'{"cursor":%d,"epoch":"%b","after":%d,"changes":[%b]}' % words
+            long = self._message(name, whole)
+        followers, cursor = list(topic.followers.items()), topic.cursor
 
-        def tell_some() -> None:
-            for subscriber, items in itertools.islice(followers, HANDFUL):
+        def tell_some(start: int) -> None:
+            for subscriber, items in followers[start : start + HANDFUL]:
                 if subscriber in topic.followers:  # still
                     try:
                         subscriber.hint(name, cursor, long if items else short)
                     except Exception:  # another transport's: it hurts nobody else
                         live_log.exception("a follower of %s failed", name)
-            self.counts["hints_sent"] += min(HANDFUL, topic.untold)
-            topic.untold -= HANDFUL
-            if topic.untold > 0:
-                asyncio.get_running_loop().call_soon(tell_some)
+            if start + HANDFUL < len(followers):
+                asyncio.get_running_loop().call_soon(tell_some, start + HANDFUL)
                 return
+            topic.speaking = False
+            self.counts["hints_sent"] += len(followers)
             # So hints take a fifth of the loop; or a 17th, where each follower comes and pulls
             # then, which costs more than its frame. More only where hint_gap ends the pause before.
             now, pause = time.monotonic(), 4 if topic.wants_items else 16
@@ -1803,7 +1801,7 @@ class Hub:
             if topic.pending:
                 self._plan(name, topic)
 
-        tell_some()
+        tell_some(0)
 
     def tell(self, name: str, subscriber: Subscriber, cursor: int = 0) -> None:
         """Send one follower the newest cursor: `cursor`, or one that the topic had since."""
