@@ -1811,14 +1811,14 @@ class Hub:
 
     def beat(self, now: float) -> None:
         """Send again what topics said last that have been silent for long: a lost hint heals."""
-        for _ in range(len(self.topics)):
-            name, topic = next(iter(self.topics.items()), ("", Topic(now)))  # they may leave
-            if topic.spoke + self.settings.heartbeat > now:
-                break
-            topic.spoke = now
-            self.topics.move_to_end(name)
-            if topic.cursor >= 0:
-                self.hint(name, Hint(topic.cursor))
+        limit = now - self.settings.heartbeat
+        silent = itertools.takewhile(lambda item: item[1].spoke <= limit, self.topics.items())
+        for name, topic in list(silent):
+            if topic.followers:  # who was told of another may have left this one
+                topic.spoke = now
+                self.topics.move_to_end(name)
+                if topic.cursor >= 0:
+                    self.hint(name, Hint(topic.cursor))
 
 
 # --- HTTP/1.1 ------------------------------------------------------------------------------------
