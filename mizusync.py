@@ -1750,14 +1750,13 @@ class Hub:
             both = older.items + items
             if len(items) <= most < len(both) and topic.wants_items and not topic.speaking:
                 self._fan_out(name, topic)  # now, while they fit: to pull them would cost more
-                older = None
             else:
                 hint = hint._replace(after=older.after, items=both)
         elif older:
             hint = Hint(max(older.cursor, hint.cursor), hint.epoch)
         if hint.items and len(hint.items) > most:
             hint = hint._replace(items=None)
-        self.counts["hints_merged"] += older is not None
+        self.counts["hints_merged"] += topic.pending is not None
         topic.pending = hint
         if older is None:  # else a timer has it, or the end of a round
             self._plan(name, topic)
