@@ -1340,10 +1340,11 @@ class Engine:
         except BaseException as error:
             self.store.rollback()
             self._overfull.clear()  # they will be found again
-            ended = isinstance(error, TransactionLost)  # and again without that mutation
+            ended = isinstance(error, TransactionLost)
             refused = isinstance(error, StoreRefused) and not ended  # the disk's fault, no job's
             if ended or (len(jobs) > 1 and not refused):
-                # A constraint that is checked at COMMIT, say: one job's fault is not another's.
+                # One job's fault (a constraint that is checked at COMMIT, say) is not another's: so
+                # each again, alone, and without the mutation that ended the transaction.
                 self._again[:0] = jobs
                 return
             store_log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
