@@ -1074,8 +1074,6 @@ Listener = Callable[[News], None]
 Mutations = Iterable[Mutation | Mapping[str, Any]]
 Loop = asyncio.AbstractEventLoop
 Call = tuple[Loop | None, Callable[[Any], None], Any]  # where, what, with what
-# Mutations, by scope and id, that ended a transaction: they are refused when it is done again.
-Spoilt = dict[tuple[str, str], Exception]
 
 
 @dataclasses.dataclass(slots=True)
@@ -1087,6 +1085,7 @@ class Tail:
     firsts: list[int] = dataclasses.field(default_factory=list)
     fragments: list[bytes] = dataclasses.field(default_factory=list)
     size: int = 0  # bytes of memory, about
+    trimmed: int = 0  # of a transaction's: the highest cursor that it removed from the log
 
     @property
     def current(self) -> int:
@@ -1102,16 +1101,20 @@ class Tail:
         return fragment
 
     def extend(self, newer: Tail, keep: int) -> None:
-        """Add to the end; forget all but the newest `keep` once there are twice as many."""
+        """Follow a transaction; forget all but the newest `keep` once there are twice as many."""
+        self.forget(newer.trimmed)
         self.cursors += newer.cursors
         self.firsts += newer.firsts
         self.fragments += newer.fragments
         self.size += newer.size
         if len(self.cursors) > 2 * keep:
-            drop = len(self.cursors) - keep
-            self.after = self.cursors[drop - 1]
-            self.size -= sum(map(len, self.fragments[:drop])) + 200 * drop
-            del self.cursors[:drop], self.firsts[:drop], self.fragments[:drop]
+            self.forget(self.cursors[-keep - 1])
+
+    def forget(self, cursor: int) -> None:
+        """Forget the changes up to this one."""
+        self.after, drop = max(self.after, cursor), bisect.bisect_right(self.cursors, cursor)
+        self.size -= sum(map(len, self.fragments[:drop])) + 200 * drop
+        del self.cursors[:drop], self.firsts[:drop], self.fragments[:drop]
 
     def page(self, cursor: int, limit: int, size: int, epoch: str) -> Page:
         start, length = bisect.bisect_right(self.cursors, cursor), len(self.cursors)
@@ -1129,14 +1132,12 @@ class Tail:
 class Batch:
     """One transaction while it is being made: rows and marks that are not in the log yet."""
 
-    def __init__(self, store: Store, db: Any, position: Position, spoilt: Spoilt) -> None:
-        self.store, self.db, self.position, self.spoilt = store, db, position, spoilt
-        self.start = position.head
+    def __init__(self, store: Store, db: Any, position: Position) -> None:
+        self.store, self.db, self.position = store, db, position
         self.time = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
         self.grown: dict[str, Tail] = {}  # of each touched scope: where it stood, and these rows
-        self.trimmed: set[str] = set()  # scopes
         self.counts: Counter[str] = Counter(commits=1)
 
     def tail(self, scope: str) -> Tail:
@@ -1160,8 +1161,8 @@ class Batch:
         """The first answer of a mutation that was applied before, or further up in this batch."""
         self.counts["duplicate"] += 1
         first, last = mark.first or mark.last + 1, mark.last  # without changes: an empty range
-        if first > self.start:
-            rows = self.rows[first - self.start - 1 : last - self.start]
+        if first > (start := self.position.head):
+            rows = self.rows[first - start - 1 : last - start]
         else:
             rows = self.store.between(self.db, first, last)
         whole = len(rows) == last - first + 1
@@ -1225,6 +1226,10 @@ class Engine:
         self._closed = False
         self.rewinds = 0  # how often an older copy of the log was restored into it
         self._overfull: dict[str, None] = {}  # scopes to trim, the one that waits longest first
+        # Of a transaction that has to be done again: its jobs, each alone from now on, so that none
+        # spoils another; and the mutations, by scope and id, that may have ended it.
+        self._again: list[Job] = []
+        self._spoilt: dict[tuple[str, str], StoreRefused] = {}
         self._looked_this_turn: dict[Loop, Position] = {}  # of this turn of each loop
         self._lock = threading.Lock()  # over the next four and _closed, for microseconds
         self._position = store.look()
@@ -1277,11 +1282,11 @@ class Engine:
         if mark := batch.marks.get(key) or self.store.find(batch.db, *key):
             return batch.repeat(mark)
         try:  # the store's savepoint and guard, in them the application's function
+            if error := self._spoilt.get(key):
+                raise RuntimeError("it would end the transaction again") from error
             made = self.store.attempt(lambda db: self._rows_of(mutation, db, batch))
-        except TransactionLost as error:
-            batch.spoilt[key] = error
-            raise
-        except StoreRefused:
+        except StoreRefused as error:  # of the whole transaction
+            self._spoilt[key] = error
             raise
         except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
             refusal: SyncError = error  # each of these is a count in COUNTED, too
@@ -1295,12 +1300,10 @@ class Engine:
 
     def _rows_of(self, mutation: Mutation, db: Any, batch: Batch) -> list[Row]:
         """What the application makes of a mutation, checked and numbered: data as JSON."""
-        if error := batch.spoilt.get((mutation.scope, mutation.id)):
-            raise RuntimeError("it would end the transaction again") from error
         made = self._apply_function(db, mutation)
         if isinstance(made, (str, bytes, Mapping, Change)):
             raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
-        first = batch.start + len(batch.rows) + 1
+        first = batch.position.head + len(batch.rows) + 1
         rows: list[Row] = []
         for change in () if made is None else made:
             data, scope = change, mutation.scope
@@ -1319,66 +1322,62 @@ class Engine:
 
     def _write(self) -> None:
         """Commit what waits, until closed. Nothing that goes wrong in here may end the thread."""
-        while not (self._closed and self._jobs.empty()):
-            job = None
+        while self._again or not (self._closed and self._jobs.empty()):
+            alone, job = bool(self._again), None
             with contextlib.suppress(queue.Empty):
                 pause = 0.0 if self._overfull else self.settings.watch_interval
-                job = self._jobs.get(timeout=pause)
+                job = self._again.pop(0) if alone else self._jobs.get(timeout=pause)
             try:
                 if job or self._overfull:
-                    self._commit([job] if job else [])
+                    self._commit([job] if job else [], alone)
                 elif self.store.look() != self._position:
                     # Another process has committed, while there was nothing to write.
-                    self.store.read(self._catch_up)
+                    self.store.read(lambda db: self._catch_up(db, self.store.position(db)))
             except StoreRefused as refusal:
                 store_log.debug("can't look at the store: %s", refusal)
             except BaseException:
                 engine_log.exception("the writer's thread goes on after this")
-            self.committing = not self._jobs.empty()
+            self.committing = bool(self._again) or not self._jobs.empty()
 
-    def _commit(self, jobs: list[Job], alone: bool = False) -> None:
+    def _commit(self, jobs: list[Job], alone: bool) -> None:
         """Answer these jobs and, unless they are to be alone, all that waits: one transaction."""
-        spoilt: Spoilt = {}
         news: News = {}
-        while True:
-            try:
-                batch, outcomes = self._transact(jobs, alone, spoilt)
-            except BaseException as error:
-                self.store.rollback()
-                self._overfull.clear()  # they will be found again
-                lost = isinstance(error, TransactionLost)
-                refused = isinstance(error, StoreRefused) and not lost  # the disk's fault
-                if len(jobs) > 1 and not refused:
-                    # Or a constraint that is checked at COMMIT, say: it shall spoil no other push.
-                    for job in jobs:
-                        self._commit([job], alone=True)
-                    return
-                if lost:
-                    continue  # and now without that mutation
-                store_log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
-                self.counts["pushes_failed"] += len(jobs)
-                outcomes = [error if refused else SyncError("the server failed")] * len(jobs)
-            else:
-                # Memory before the hint: who hears of a change finds it.
-                pushes = sum(isinstance(outcome, list) for outcome in outcomes)  # others are trims
-                self.counts.update({**batch.counts, "pushes": pushes, "changes": len(batch.rows)})
-                position = batch.position._replace(head=batch.start + len(batch.rows))
-                self._remember(position, batch.trimmed, batch.grown)
-                news = batch.news()
-            break
-        # Answers and hints, in one hop to each loop.
+        try:
+            batch, outcomes = self._transact(jobs, alone)
+        except BaseException as error:
+            self.store.rollback()
+            self._overfull.clear()  # they will be found again
+            ended = isinstance(error, TransactionLost)
+            refused = isinstance(error, StoreRefused) and not ended  # the disk's fault, no job's
+            if ended or (len(jobs) > 1 and not refused):
+                # One job's fault (a constraint that is checked at COMMIT, say) is not another's: so
+                # each again, alone, and without the mutation that ended the transaction.
+                self._again[:0] = jobs
+                return
+            store_log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
+            self.counts["pushes_failed"] += len(jobs)
+            outcomes = [error if refused else SyncError("the server failed")] * len(jobs)
+        else:
+            # Memory before the hint: who hears of a change finds it.
+            pushes = sum(isinstance(outcome, list) for outcome in outcomes)  # others are trims
+            self.counts.update({**batch.counts, "pushes": pushes, "changes": len(batch.rows)})
+            with self._lock:
+                for scope, tail in batch.grown.items():
+                    self._keep_tail(scope, tail)
+                head = batch.position.head + len(batch.rows)
+                self._position = batch.position._replace(head=head)
+            news = batch.news()
+        self._spoilt.clear()
         answers = zip(jobs, outcomes, strict=True)
         self._tell(news, ((job.loop, job.answer, outcome) for job, outcome in answers))
 
-    def _transact(self, jobs: list[Job], alone: bool, spoilt: Spoilt) -> tuple[Batch, list[Any]]:
+    def _transact(self, jobs: list[Job], alone: bool) -> tuple[Batch, list[Any]]:
         """What became of each job, those that join too; when it returns, it is on disk."""
         db, position = self.store.begin()
         if position != self._position:
-            epoch = self._position.epoch
-            self._catch_up(db)
-            with self._lock:  # the epoch that begin() may have begun is not committed yet
-                self._position = self._position._replace(epoch=epoch)
-        batch, outcomes = Batch(self.store, db, position, spoilt), []
+            # An epoch that begin() may have begun is not committed yet.
+            self._catch_up(db, position._replace(epoch=self._position.epoch))
+        batch, outcomes = Batch(self.store, db, position), []
         deadline = 0.0 if alone else time.monotonic() + self.settings.commit_time
         for job in jobs:  # it grows as we go
             outcomes.append(job.work(batch))
@@ -1408,21 +1407,9 @@ class Engine:
         # So few at a time that no push waits long behind them.
         if removed := self.store.trim(batch.db, scope, min(before, MAX_CURSOR + 1), 200):
             batch.counts["trims"] += 1
-            batch.trimmed.add(scope)
+            batch.tail(scope).trimmed = self.store.trimmed(batch.db, scope)
             batch.position = self.store.position(batch.db)
         return removed
-
-    def _remember(self, position: Position, gone: Iterable[str], tails: dict[str, Tail]) -> None:
-        """Follow the file to a new position: forget what is gone, take in what is new.
-
-        Of a trimmed scope all is forgotten, not only what went: a pull fetches the rest again.
-        """
-        with self._lock:
-            for scope in list(gone):
-                self._drop_tail(scope)
-            for scope, tail in tails.items():
-                self._keep_tail(scope, tail)
-            self._position = position
 
     def _keep_tail(self, scope: str, newer: Tail) -> None:
         """Extend a tail and put it last, at the cost of the least recently used. Under the lock."""
@@ -1439,22 +1426,33 @@ class Engine:
             self._tails_size -= tail.size
         return tail
 
-    def _catch_up(self, db: Any) -> None:
+    def _catch_up(self, db: Any, position: Position) -> None:
         """Forget what memory has of scopes that another process wrote to, and tell of them."""
-        position, touched = self.store.position(db), self.store.touched(db, self._position)
+        touched = self.store.touched(db, self._position)
         # An older copy was restored into it, and may have grown again since.
         end = self.store.epoch_end(db, self._position.epoch)
         went_back = end is None or end < self._position.head
         self.rewinds += went_back
-        self._remember(position, self._tails if went_back else touched, {})
+        with self._lock:
+            for scope in list(self._tails) if went_back else touched:
+                self._drop_tail(scope)
+            self._position = position
         self._tell({scope: Hint(cursor, position.epoch) for scope, cursor in touched.items()})
 
     def _tell(self, news: News, answers: Iterable[Call] = ()) -> None:
-        """Answer, then call who listens to these scopes."""
+        """Answer, then call who listens to these scopes: each on its loop, in one hop to each."""
         with self._lock:
             scopes = (None, *news) if news else ()
             hearers = [to for scope in scopes for to in self._listeners.get(scope, {}).values()]
-        call_all((*answers, *((*to, news) for to in hearers)))
+        of_loop: dict[Loop | None, list[Call]] = {}
+        for call in (*answers, *((*to, news) for to in hearers)):
+            of_loop.setdefault(call[0], []).append(call)
+        for loop, calls in of_loop.items():
+            if loop is None:
+                call_here(calls)
+            else:
+                with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there
+                    loop.call_soon_threadsafe(call_here, calls)
 
     # -- pull
 
@@ -1502,7 +1500,7 @@ class Engine:
         with self._lock:
             of_scopes = [to for scope, to in self._listeners.items() if scope is not None]
             calls: list[Call] = [(*to, {}) for listeners in of_scopes for to in listeners.values()]
-        call_all(calls)
+        self._tell({}, calls)
 
     async def _page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:
         if scope in self._tails:
@@ -1540,25 +1538,21 @@ class Engine:
             raise CursorUnknown(f"this history never gave out cursor {cursor}: take a snapshot")
         if cursor < trimmed:
             raise CursorTooOld(f"changes {cursor} to {trimmed} were trimmed: take a snapshot")
-        rows: list[Row] = []
-        room = self.settings.page_size
+        tail, room = Tail(cursor), self.settings.page_size
         for row in self.store.changes(db, scope, cursor):
-            if (len(rows) >= limit or (rows and room < len(row.data))) and row.first != rows[
-                -1
-            ].first:
-                break  # it begins a mutation that the page has no room for
-            rows.append(row)
+            full = len(tail.cursors) >= limit or room < len(row.data)
+            if full and tail.firsts and row.first != tail.firsts[-1]:
+                # It begins a mutation that the page has no room for.
+                return Page(tail.fragments, tail.current, position.epoch, has_more=True)
+            tail.add(row)
             room -= len(row.data)
-        else:
-            # The page reached the log's end: the next pull here will find it in memory.
-            tail = Tail(cursor if rows else self.store.current(db, scope))
-            for row in rows:
-                tail.add(row)
-            with self._lock:
-                if position == self._position and scope not in self._tails:
-                    self._keep_tail(scope, tail)
-            return Page(tail.fragments, max(cursor, tail.current), position.epoch)
-        return Page([row.encode() for row in rows], rows[-1].cursor, position.epoch, True)
+        # The page reached the log's end: the next pull here will find it in memory.
+        if not tail.cursors:
+            tail.after = self.store.current(db, scope)
+        with self._lock:
+            if position == self._position and scope not in self._tails:
+                self._keep_tail(scope, tail)
+        return Page(tail.fragments, max(cursor, tail.current), position.epoch)
 
     async def read(self, work: Callable[[Any], T]) -> T:
         """`work(db)` on a reader's thread, in a transaction of its own: all of one moment.
@@ -1677,19 +1671,6 @@ class Engine:
         self.store.close()
 
 
-def call_all(calls: Iterable[Call]) -> None:
-    """Each call on its loop, with one hop to each; those of no loop here."""
-    of_loop: dict[Loop | None, list[Call]] = {}
-    for call in calls:
-        of_loop.setdefault(call[0], []).append(call)
-    for loop, its_calls in of_loop.items():
-        if loop is None:
-            call_here(its_calls)
-        else:
-            with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there
-                loop.call_soon_threadsafe(call_here, its_calls)
-
-
 def call_here(calls: Iterable[Call]) -> None:
     for _, function, argument in calls:
         try:
@@ -1723,7 +1704,7 @@ class Topic:
     spoke: float  # when it last did,
     ready: float = 0.0  # and when it may again
     cursor: int = -1  # the newest that was told; -1: none yet
-    untold: int = 0  # above 0 a hint goes round, and its end looks at `pending`
+    speaking: bool = False  # a hint goes round, and its end looks at `pending`
     pending: Hint | None = None  # what a timer is going to tell, or the end of that round
     followers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
 
@@ -1747,8 +1728,7 @@ class Hub:
         if topic := self.topics.get(name):
             topic.followers.pop(subscriber, None)
             if not topic.followers:
-                del self.topics[name]
-                topic.pending = None  # so its timer finds nothing to tell
+                del self.topics[name]  # its timer finds nobody to tell
 
     def publish(self, name: str, data: bytes) -> None:
         """Send JSON to every follower of a topic; none of it is merged or skipped."""
@@ -1776,16 +1756,15 @@ class Hub:
         older, items, most = topic.pending, hint.items, self.settings.hint_changes
         if older and older.items and items and hint.after == older.cursor:
             both = older.items + items
-            if len(items) <= most < len(both) and topic.wants_items and topic.untold <= 0:
+            if len(items) <= most < len(both) and topic.wants_items and not topic.speaking:
                 self._fan_out(name, topic)  # now, while they fit: to pull them would cost more
-                older = None
             else:
                 hint = hint._replace(after=older.after, items=both)
         elif older:
             hint = Hint(max(older.cursor, hint.cursor), hint.epoch)
         if hint.items and len(hint.items) > most:
             hint = hint._replace(items=None)
-        self.counts["hints_merged"] += older is not None
+        self.counts["hints_merged"] += topic.pending is not None
         topic.pending = hint
         if older is None:  # else a timer has it, or the end of a round
             self._plan(name, topic)
@@ -1797,32 +1776,31 @@ class Hub:
             self._fan_out(name, topic)
 
     def _fan_out(self, name: str, topic: Topic) -> None:
-        if topic.untold > 0 or (hint := topic.pending) is None or not topic.followers:
+        if topic.speaking or (hint := topic.pending) is None or not topic.followers:
             return
-        topic.pending, topic.spoke = None, time.monotonic()
+        topic.pending, topic.speaking, topic.spoke = None, True, time.monotonic()
         topic.cursor = max(hint.cursor, topic.cursor)
         self.topics.move_to_end(name)
         short = long = self._message(name, b'{"cursor":%d}' % topic.cursor)
-        if topic.wants_items and hint.items and hint.cursor == topic.cursor:
-            words = hint.cursor, hint.epoch.encode(), hint.after, b",".join(hint.items)
-            if len(words[-1]) <= self.settings.hint_size:
-                whole = b'{"cursor":%d,"epoch":"%b","after":%d,"changes":[%b]}' % words
-                long = self._message(name, whole)
-        followers, topic.untold = iter(list(topic.followers.items())), len(topic.followers)
-        cursor = topic.cursor
+        changes = b",".join(hint.items or ()) if topic.wants_items else b""
+        if 0 < len(changes) <= self.settings.hint_size and hint.cursor == topic.cursor:
+            words = hint.cursor, hint.epoch.encode(), hint.after, changes
+            whole = b'{"cursor":%d,"epoch":"%b","after":%d,"changes":[%b]}' % words
+            long = self._message(name, whole)
+        followers, cursor = list(topic.followers.items()), topic.cursor
 
-        def tell_some() -> None:
-            for subscriber, items in itertools.islice(followers, HANDFUL):
+        def tell_some(start: int) -> None:
+            for subscriber, items in followers[start : start + HANDFUL]:
                 if subscriber in topic.followers:  # still
                     try:
                         subscriber.hint(name, cursor, long if items else short)
                     except Exception:  # another transport's: it hurts nobody else
                         live_log.exception("a follower of %s failed", name)
-            self.counts["hints_sent"] += min(HANDFUL, topic.untold)
-            topic.untold -= HANDFUL
-            if topic.untold > 0:
-                asyncio.get_running_loop().call_soon(tell_some)
+            if start + HANDFUL < len(followers):
+                asyncio.get_running_loop().call_soon(tell_some, start + HANDFUL)
                 return
+            topic.speaking = False
+            self.counts["hints_sent"] += len(followers)
             # So hints take a fifth of the loop; or a 17th, where each follower comes and pulls
             # then, which costs more than its frame. More only where hint_gap ends the pause before.
             now, pause = time.monotonic(), 4 if topic.wants_items else 16
@@ -1830,7 +1808,7 @@ class Hub:
             if topic.pending:
                 self._plan(name, topic)
 
-        tell_some()
+        tell_some(0)
 
     def tell(self, name: str, subscriber: Subscriber, cursor: int = 0) -> None:
         """Send one follower the newest cursor: `cursor`, or one that the topic had since."""
@@ -1840,14 +1818,14 @@ class Hub:
 
     def beat(self, now: float) -> None:
         """Send again what topics said last that have been silent for long: a lost hint heals."""
-        for _ in range(len(self.topics)):
-            name, topic = next(iter(self.topics.items()), ("", Topic(now)))  # they may leave
-            if topic.spoke + self.settings.heartbeat > now:
-                break
-            topic.spoke = now
-            self.topics.move_to_end(name)
-            if topic.cursor >= 0:
-                self.hint(name, Hint(topic.cursor))
+        limit = now - self.settings.heartbeat
+        silent = itertools.takewhile(lambda item: item[1].spoke <= limit, self.topics.items())
+        for name, topic in list(silent):
+            if topic.followers:  # who was told of another may have left this one
+                topic.spoke = now
+                self.topics.move_to_end(name)
+                if topic.cursor >= 0:
+                    self.hint(name, Hint(topic.cursor))
 
 
 # --- HTTP/1.1 ------------------------------------------------------------------------------------
