@@ -424,8 +424,8 @@ encode_name = functools.lru_cache(maxsize=1000)(encode_json)
 # A whole string; one that never ends counts to the end. Possessive (++, *+): no text makes the
 # search go back, or a million hostile quotes would take it hours.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-_BRACKETS = bytes.maketrans(b"[{]}", b"(())")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}  # levels up and down
 
 
 def check_scope(value: Any) -> str:
@@ -442,14 +442,12 @@ def parse_json(raw: bytes, depth: int = 64) -> Any:
     integer that does not fit 64 bits (SQLite's limit), and for half a surrogate pair.
     """
     if raw.count(b"[") + raw.count(b"{") > depth:
-        # Measured before anything recurses: json.loads has a limit of its own in each version.
-        nesting = _STRING.sub(b"", raw).translate(_BRACKETS, _NOT_BRACKETS)
-        for _ in range(depth):
-            if len(inner := nesting.replace(b"()", b"")) == len(nesting):
-                break
-            nesting = inner  # without the innermost level, everywhere at once
-        if nesting:
-            raise InvalidRequest(f"the JSON is nested deeper than {depth} levels, or not balanced")
+        # Measured before anything recurses: json.loads has a limit of its own in each version. What
+        # is not balanced may count as less deep, but only behind the place where reading fails.
+        brackets = _STRING.sub(b"", raw).translate(None, _NOT_BRACKETS)
+        levels = itertools.accumulate(map(_STEPS.__getitem__, brackets))
+        if max(levels, default=0) > depth:
+            raise InvalidRequest(f"the JSON is nested deeper than {depth} levels")
     try:
         # json.loads(bytes) would guess UTF-16 and UTF-32 as well: decode first.
         value = _DECODER.decode(raw.decode("utf-8"))
