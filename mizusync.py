@@ -784,23 +784,21 @@ class SQLStore(Store):
         return Mark(*rows[0]) if rows else None
 
     def trim(self, db: Any, scope: str, before: int, limit: int) -> int:
-        changes = "FROM mizusync_changes WHERE scope = ? AND cursor"
-        # Neither `before` nor the limit may cut a mutation in two: the end moves to where one
-        # begins.
-        stays = self.one(db, f"SELECT first {changes} >= ? ORDER BY cursor LIMIT 1", scope, before)
-        end = min(before, stays or before)
-        last = f"SELECT first {changes} < ? ORDER BY cursor LIMIT 1 OFFSET ?"
-        if (first := self.one(db, last, scope, end, limit - 1)) is not None:
-            following = f"SELECT cursor {changes} > ? AND first > ? ORDER BY cursor LIMIT 1"
-            end = min(end, self.one(db, following, scope, first, first) or end)
-        sql = f"SELECT max(cursor), count(*) {changes} < ?"
+        changes = "FROM mizusync_changes WHERE scope = ?"
+        # Mutations go whole. The one in which the limit falls is the last that may go. The first
+        # that stays is the one behind it, or an earlier one with a change that `before` protects.
+        at_limit = f"SELECT first {changes} ORDER BY cursor LIMIT 1 OFFSET ?"
+        last = self.one(db, at_limit, scope, limit - 1) or before
+        stays = f"SELECT first {changes} AND (cursor >= ? OR first > ?) ORDER BY cursor LIMIT 1"
+        end = self.one(db, stays, scope, before, last) or before
+        sql = f"SELECT max(cursor), count(*) {changes} AND cursor < ?"
         newest, count = self.run(db, sql, scope, end)[0]
         if count:
             number = "(SELECT coalesce(max(number), 0) + 1 FROM mizusync_trims)"
             sql = f"INSERT INTO mizusync_trims (number, scope, cursor) VALUES ({number}, ?, ?)"
             moved = "SET number = excluded.number, cursor = excluded.cursor"
             self.run(db, f"{sql} ON CONFLICT (scope) DO UPDATE {moved}", scope, newest)
-            self.run(db, f"DELETE {changes} <= ?", scope, newest)
+            self.run(db, f"DELETE {changes} AND cursor <= ?", scope, newest)
         return int(count)
 
 
@@ -857,13 +855,9 @@ class SQLiteStore(SQLStore):
         """Make the file ours, and this connection its writer. Raises StoreError."""
         _run(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
         _run(db, "PRAGMA fullfsync = ON")  # on macOS fsync leaves the data in the drive's cache
-        _run(db, "BEGIN")  # of one moment: another process may be making the log just now
-        with db:  # commits, or rolls back
-            found = self._has_log(db, adopt)
-        self._insist(db, "PRAGMA journal_mode = WAL")
-        if not found:
+        if not self._has_log(db, adopt):
             self._insist(db, "BEGIN IMMEDIATE")
-            with db:
+            with db:  # commits, or rolls back
                 if not self._has_log(db, adopt):  # unless another process just made it
                     if not self.one(db, "SELECT count(*) FROM sqlite_master"):
                         # An adopted file keeps its application's.
@@ -871,6 +865,7 @@ class SQLiteStore(SQLStore):
                     for statement in LOG_SCHEMA.split(";")[:-1]:
                         _run(db, statement)
                     self._known_head = 0
+        self._insist(db, "PRAGMA journal_mode = WAL")
         db.executescript(self.schema)
         _run(db, "PRAGMA busy_timeout = 0")  # begin() waits by itself
 
@@ -893,12 +888,15 @@ class SQLiteStore(SQLStore):
 
     def _has_log(self, db: GuardedConnection, adopt: bool) -> bool:
         """Whether the log is there. Raises StoreError for another program's, a newer format."""
-        if self.one(db, "SELECT 1 FROM sqlite_master WHERE name = 'mizusync_format'"):
+        # In one look, for another process may be making the log just now.
+        sql = "SELECT count(*), max(name = 'mizusync_format') FROM sqlite_master"
+        ((objects, made),) = _run(db, sql)
+        if made:
             if (found := self.one(db, "SELECT format FROM mizusync_format")) <= FORMAT:
                 return True
             raise StoreError(f"the database {self.path} has format {found}: use a newer mizusync")
         marked = self.one(db, "PRAGMA application_id") not in (0, APPLICATION_ID)
-        if (marked or self.one(db, "SELECT count(*) FROM sqlite_master")) and not adopt:
+        if (objects or marked) and not adopt:
             advice = "name another file, or open it with adopt=True to add the log to it"
             raise StoreError(f"the database {self.path} belongs to another program: {advice}")
         return False
