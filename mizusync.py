@@ -709,8 +709,12 @@ class GuardedConnection(sqlite3.Connection):
             result = work(self)
         except BaseException as error:
             if primary_code(error) == sqlite3.SQLITE_AUTH:
-                error.add_note("apply and snapshot run inside the engine's transaction: they can't")
-                error.add_note("end it, use PRAGMA or ATTACH, or change what is named mizusync_*")
+                error.add_note(
+                    "inside the engine's transaction nothing can end it, use PRAGMA or ATTACH,"
+                )
+                error.add_note(
+                    "or change what is named mizusync_*; and only apply can write at all"
+                )
             self._take_back(error)
             raise
         self._take_back(None)
@@ -845,8 +849,7 @@ class SQLiteStore(SQLStore):
             self.close()
             if isinstance(error, StoreError):
                 raise
-            why = f"({error.__cause__ or error}): is it a SQLite database, in a folder that"
-            why += " can be written to?"
+            why = f"({error.__cause__ or error}): is it a SQLite database in a writable folder?"
             raise StoreError(f"the database {self.path} can't be used {why}") from error
 
     # -- opening
