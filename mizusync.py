@@ -613,10 +613,13 @@ def refusals() -> Iterator[None]:
         raise
 
 
+_PREFIX = "/* mizusync */ "  # what a statement of the engine's own begins with, and no other
+
+
 def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
     """All rows of a statement of the engine's own, past the guard. Raises StoreRefused."""
     try:
-        return sqlite3.Connection.execute(db, sql, parameters).fetchall()
+        return sqlite3.Connection.execute(db, _PREFIX + sql, parameters).fetchall()
     except sqlite3.Error:
         with refusals():  # around the statement it would cost as much as that does
             raise
@@ -703,7 +706,7 @@ class GuardedConnection(sqlite3.Connection):
         If the application raises, it left no trace. Where there is no transaction yet, the
         savepoint is one, of one moment (https://sqlite.org/lang_savepoint.html).
         """
-        _run(self, "SAVEPOINT /* mizusync */ mizusync_lent")
+        _run(self, "SAVEPOINT mizusync_lent")
         self.lent, self.refused = True, False
         try:
             result = work(self)
@@ -732,11 +735,12 @@ class GuardedConnection(sqlite3.Connection):
         refused = self.refused or primary_code(failure) in _DISK
         try:
             if failure:
-                _run(self, "ROLLBACK /* mizusync */ TO mizusync_lent")
-            _run(self, "RELEASE /* mizusync */ mizusync_lent")
+                _run(self, "ROLLBACK TO mizusync_lent")
+            _run(self, "RELEASE mizusync_lent")
         except (sqlite3.Error, StoreRefused):
-            # No savepoint: SQLITE_FULL and its like may roll the whole transaction back, also where
-            # the application caught the error and went on. Or it did so itself: RAISE(ROLLBACK).
+            # No savepoint: the whole transaction was rolled back. By SQLite, where the disk was in
+            # the way (SQLITE_FULL), although the application may have caught that and gone on; or
+            # else by the application itself (RAISE(ROLLBACK)).
             if not refused:
                 raise TransactionLost("the application ended the transaction") from failure
         if refused:
@@ -790,7 +794,8 @@ class SQLStore(Store):
     def trim(self, db: Any, scope: str, before: int, limit: int) -> int:
         changes = "FROM mizusync_changes WHERE scope = ?"
         # Mutations go whole. The one in which the limit falls is the last that may go. The first
-        # that stays is the one behind it, or an earlier one with a change that `before` protects.
+        # that stays is the one behind it, or an earlier one with a change that `before` protects:
+        # of one with the changes 5 to 8, before=7 removes nothing.
         at_limit = f"SELECT first {changes} ORDER BY cursor LIMIT 1 OFFSET ?"
         last = self.one(db, at_limit, scope, limit - 1) or before
         stays = f"SELECT first {changes} AND (cursor >= ? OR first > ?) ORDER BY cursor LIMIT 1"
@@ -970,7 +975,7 @@ class SQLiteStore(SQLStore):
                 db.close()
                 raise
             self._db = db
-        self._insist(self._db, "BEGIN /* mizusync */ IMMEDIATE")
+        self._insist(self._db, "BEGIN IMMEDIATE")
         position = self.position(self._db)
         if position.head < self._known_head:
             sql = "INSERT INTO mizusync_epochs (epoch, start) VALUES (hex(randomblob(9)), ?)"
@@ -986,12 +991,12 @@ class SQLiteStore(SQLStore):
     @refusals()
     def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
         many = functools.partial(sqlite3.Connection.executemany, self._db)
-        many("INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)", rows)
-        many("INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", marks)
+        many(f"{_PREFIX}INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)", rows)
+        many(f"{_PREFIX}INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", marks)
         self._next_head = rows[-1].cursor if rows else self._next_head
 
     def commit(self) -> None:
-        _run(self._db, "COMMIT /* mizusync */")
+        _run(self._db, "COMMIT")
         self._known_head = self._next_head
         if (now := time.monotonic()) < self._wal_look:
             return
@@ -1018,7 +1023,7 @@ class SQLiteStore(SQLStore):
     def rollback(self) -> None:
         try:
             if self._db and self._db.in_transaction:
-                _run(self._db, "ROLLBACK /* mizusync */")
+                _run(self._db, "ROLLBACK")
         except (sqlite3.Error, StoreRefused):
             store_log.exception("a rollback failed: the database will be opened anew")
             self._db.close()
@@ -1077,7 +1082,10 @@ Call = tuple[Loop | None, Callable[[Any], None], Any]  # where, what, with what
 
 @dataclasses.dataclass(slots=True)
 class Tail:
-    """The newest changes of one scope, encoded: all those above `after`."""
+    """The newest changes of one scope, encoded: all those above `after`.
+
+    Memory has one for each scope that is in use; a transaction makes one of what it adds.
+    """
 
     after: int
     cursors: list[int] = dataclasses.field(default_factory=list)
@@ -1230,7 +1238,8 @@ class Engine:
         self._again: list[Job] = []
         self._spoilt: dict[tuple[str, str], StoreRefused] = {}
         self._looked_this_turn: dict[Loop, Position] = {}  # of this turn of each loop
-        self._lock = threading.Lock()  # over the next four and _closed, for microseconds
+        # Over _position, the tails, the listeners and _closed; held for microseconds.
+        self._lock = threading.Lock()
         self._position = store.look()
         self._tails: OrderedDict[str, Tail] = OrderedDict()  # the least recently used first
         self._tails_size = 0
@@ -1374,7 +1383,8 @@ class Engine:
         """What became of each job, those that join too; when it returns, it is on disk."""
         db, position = self.store.begin()
         if position != self._position:
-            # An epoch that begin() may have begun is not committed yet.
+            # An epoch that begin() may have begun is not committed yet: if this transaction fails,
+            # memory must not stand in an epoch that never was.
             self._catch_up(db, position._replace(epoch=self._position.epoch))
         batch, outcomes = Batch(self.store, db, position), []
         deadline = 0.0 if alone else time.monotonic() + self.settings.commit_time
@@ -1765,7 +1775,7 @@ class Hub:
             hint = hint._replace(items=None)
         self.counts["hints_merged"] += topic.pending is not None
         topic.pending = hint
-        if older is None:  # else a timer has it, or the end of a round
+        if older is None:  # else the timer that was set for that tells this one, or a round's end
             self._plan(name, topic)
 
     def _plan(self, name: str, topic: Topic) -> None:
@@ -2569,7 +2579,8 @@ class WebSocket:
         connection, transport, now = self.connection, self.connection.transport, time.monotonic()
         interval, timeout = self.settings.ping_interval, self.settings.ping_timeout
         still = transport.get_write_buffer_size()
-        # A slow reader answers late, a dead one never: does it still take bytes?
+        # A slow reader answers late, a dead one never: does it still take bytes? While we do not
+        # read from it, and wait for nothing to be sent, its answer can't be heard: no judgement.
         if still < unsent or not (still or transport.is_reading()) or connection.heard > pinged:
             pinged = math.inf
         if pinged + timeout <= now:
@@ -2895,6 +2906,8 @@ class Server:
         http_log.debug("%s %r -> %s", request.method, request.path, response.status)
         self._answers[response.status // 100] += 1
         if cors := self.gate.cors(request):
+            if vary := response.headers.get("Vary"):  # the application's own stays
+                cors["Vary"] = f"{vary}, Origin"
             response = dataclasses.replace(response, headers={**response.headers, **cors})
         if len(response.body) > self.settings.gzip_size and request.takes_gzip:
             response = await asyncio.to_thread(response.compress)

@@ -1340,6 +1340,9 @@ MISUSES: dict[str, Callable[[sqlite3.Connection], Any]] = {
     "ROLLBACK on conflict, caught": rolled_back_unheard,
     "raises midway": midway,
     "a savepoint left open by a failure": released,
+    "the engine's own words": lambda db: db.execute(
+        "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", ("a", "mark", None, 0)
+    ),
     "SystemExit": lambda db: raising(SystemExit(1)),
     "KeyboardInterrupt": lambda db: raising(KeyboardInterrupt()),
     "GeneratorExit": lambda db: raising(GeneratorExit()),
