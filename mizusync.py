@@ -712,12 +712,8 @@ class GuardedConnection(sqlite3.Connection):
             result = work(self)
         except BaseException as error:
             if primary_code(error) == sqlite3.SQLITE_AUTH:
-                error.add_note(
-                    "inside the engine's transaction nothing can end it, use PRAGMA or ATTACH,"
-                )
-                error.add_note(
-                    "or change what is named mizusync_*; and only apply can write at all"
-                )
+                error.add_note("in the engine's transaction none may end it, use PRAGMA or ATTACH,")
+                error.add_note("or change what is named mizusync_*; and only apply may write")
             self._take_back(error)
             raise
         self._take_back(None)
