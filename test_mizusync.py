@@ -8769,6 +8769,12 @@ class Window:
     def says(self, status: str) -> None:
         expect(self.status).to_have_text(status)
 
+    def settles(self) -> None:
+        """All that it asked for was answered: of that, nothing is kept for another try."""
+        self.page.wait_for_function(
+            "() => !Object.keys(localStorage).some((key) => key.includes('queue '))"
+        )
+
     def focused(self, words: str) -> None:
         """What has the focus, by the name that it has for a screen reader."""
         expect(self.page.locator(":focus")).to_have_accessible_name(words)
@@ -8909,6 +8915,7 @@ class TestPage:
         windows.may_say = "ERR_INTERNET_DISCONNECTED"
         one, other = both = windows.open(demo), windows.open(demo)
         one.add("a", "b")
+        one.settles()
         other.shows("a", "b")
         for window in both:
             offline(window, True)
@@ -8986,6 +8993,7 @@ class TestPage:
         with program(*arguments) as running:
             one, other = windows.open(running), windows.open(running)
             one.add("before")
+            one.settles()
             other.shows("before")
             running.process.kill()
             one.says("offline")
@@ -9044,8 +9052,9 @@ class TestPage:
         text = "all => all.map((one) => one.textContent)"
         window = windows.open(demo, "#%3Cimg src=x onerror=alert(1)%3E")
         window.add(*TITLES)
-        window.says("in sync · live")
+        window.shows(*TITLES)
         assert window.titles.evaluate_all(text) == TITLES  # as it was asked for
+        window.settles()
         window.page.reload()
         window.shows(*TITLES)
         assert window.titles.evaluate_all(text) == TITLES  # as it was answered
@@ -9082,6 +9091,7 @@ class TestPage:
         do("Enter", at="Delete b", then="c")
         do("Enter", at="Delete c", then="x")
         do("Enter", at="Delete x", then="New todo")
+        window.settles()
         do("Space", at="Work offline")
         window.says("offline")
         do("z", at="New todo", way="Shift+Tab")
@@ -9106,8 +9116,8 @@ class TestPage:
         expect(window.box("b")).to_be_checked()
         window.edit("b", "  ")  # no title at all: as it was
         window.shows("a new", "b")
-        until(lambda: titles_at(demo) == ["a new", "b"])
-        window.says("in sync · live")
+        window.settles()
+        assert titles_at(demo) == ["a new", "b"]
         assert len(windows.pushed) == 4
 
     def test_a_change_from_elsewhere_takes_neither_focus_nor_half_a_word(
