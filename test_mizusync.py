@@ -74,10 +74,10 @@ from mizusync import (
     Unavailable,
 )
 
-PATIENCE = 10.0  # seconds that anything may take which should happen at once
-MOMENT = PATIENCE / 80  # a limit that a test wants to see run out
+PATIENCE = 20.0  # seconds that anything may take which should happen at once
+MOMENT = 0.125  # a limit that a test wants to see run out
 
-SMALL = Settings(linger=1.0, close_timeout=1.0, shutdown_timeout=PATIENCE / 2)
+SMALL = Settings(linger=1.0, close_timeout=1.0, shutdown_timeout=5.0)
 KEY = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="  # with its answer in RFC 6455 §1.3
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 CODES = {  # the protocol's "errors", but for 410, which has two
@@ -2398,7 +2398,8 @@ def test_a_process_gets_its_turn_beside_a_busy_one(path: Path) -> None:
         assert worker.poll() is None
         worker.kill()
         said.result(PATIENCE)
-    assert waited < count * 20  # about 7 each; with SQLite's own busy handler 13 to 130
+    # About 8 each, 30 on a machine that is busy; with SQLite's own busy handler 140 to 550.
+    assert waited < count * 60
 
 
 def test_a_wait_is_not_ended_by_another_engines_commit_that_was_pulled(path: Path) -> None:
@@ -4111,17 +4112,14 @@ def test_pings_of_a_client_that_does_not_read_are_not_all_kept(tmp_path: Path) -
             flood()
 
 
-def test_fragments_of_nothing_take_no_memory(server: Live) -> None:
-    client = server.socket()
-    client.send(masked(TEXT, b"", False))
-    assert client.quiet()
+def test_fragments_of_nothing_take_no_memory() -> None:
+    assembler, nothing = mizusync.Assembler(1000), mizusync.Frame(0, b"", fin=False)
+    assembler.add(mizusync.Frame(TEXT, b"", fin=False))
     tracemalloc.start()
     try:
-        client.send(masked(0, b"", False) * 20_000)
-        assert client.quiet()
-        ours = tracemalloc.Filter(True, mizusync.__file__)  # asyncio's debug mode keeps much itself
-        held = tracemalloc.take_snapshot().filter_traces([ours]).statistics("filename")
-        assert sum(file.size for file in held) < 80_000  # a list of them takes twice that
+        for _ in range(20_000):
+            assert assembler.add(nothing) is None
+        assert tracemalloc.get_traced_memory()[0] < 80_000  # a list of them takes twice that
     finally:
         tracemalloc.stop()
 
@@ -8177,6 +8175,20 @@ PROMISES = {
         await pass(40);
         assert.deepEqual([client.state, storage.base.cursor], [["a", "b", "c"], 3]);
     """,
+    "what apply fails on in a hint is said, and asked for again": """
+        let isBad = true;
+        const apply = (state, { data }) => {
+          if (isBad) throw new Error("a fault of the application");
+          return [...state, data];
+        };
+        const client = await fake.live({ apply });
+        fake.socket.say({ cursor: 1, epoch: "1", after: 0, changes: [fake.add("a").changes[0]] });
+        await quiet();
+        assert.equal(client.status.error.message, "a fault of the application");
+        isBad = false;
+        await pass(5);
+        assert.deepEqual([client.state, client.status.error], [["a"], null]);
+    """,
     "pages follow at once while there are more": """
         for (let index = 0; index < 10; index++) fake.add(index);
         fake.instead.snapshot = () => refuse(404, "not_found");
@@ -8382,6 +8394,13 @@ PROMISES = {
         client.mutate("add", "a");
         await pass(1);
         assert.deepEqual([fake.data, client.state, client.status.waiting], [["a"], ["a"], 0]);
+    """,
+    "it tells whether what waits would outlive a reload": """
+        const limits = {}, client = fake.make({ storage: makeStorage(new Map(), limits) });
+        const told = [];
+        client.addEventListener("status", () => told.push(client.status.kept));
+        for (limits.full of [false, true, false]) client.mutate("add", "a");
+        assert.deepEqual(told, [true, false, true]);
     """,
     "without a storage it works": """
         const client = await fake.start({ storage: null });
@@ -9164,11 +9183,12 @@ class TestPage:
             }).observe(list, { subtree: true, childList: true, attributes: true });
         }""")
         client.push(of_demo("update", id="500", title="changed"))
-        expect(window.title("changed")).to_be_visible()
+        # By its place: the names of a thousand take Playwright seconds, at each look.
+        expect(window.titles.nth(500)).to_have_text("changed")
         assert window.page.evaluate("[...touched]") == [500]
         window.page.evaluate("touched.clear()")
         client.push(of_demo("delete", id="0"), of_demo("create", id="new", title="the last"))
-        expect(window.title("the last")).to_be_visible()
+        expect(window.titles.last).to_have_text("the last")
         assert window.page.evaluate("[...touched]") == [-1]  # no row: their list alone
         same = "[...list.children].slice(0, -1).every((row, index) => row === all[index + 1])"
         assert window.page.evaluate(same)
@@ -9339,6 +9359,20 @@ class TestPage:
         go.set()
         window.says("in sync · live")
 
+    def test_the_status_says_what_a_full_storage_would_lose(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        window = windows.open(demo)
+        window.offline.check()
+        window.page.evaluate("""() => {
+            Storage.prototype.setItem = () => { throw new DOMException("", "QuotaExceededError"); };
+        }""")
+        window.add("a")
+        window.says("offline · waiting (1, lost by a reload)")
+        window.offline.uncheck()
+        window.says("in sync · live")
+        assert titles_at(demo) == ["a"]
+
     def test_without_a_socket_the_page_polls(self, windows: Windows) -> None:
         def no_socket(request: mizusync.Request, scope: str) -> None:
             if request.path == "/ws":
@@ -9376,7 +9410,7 @@ class TestPage:
 
 # --- Two processes --------------------------------------------------------------------------
 # Two programs on one file are one server: one log, and hints for whoever follows it. What arrives
-# only with a heartbeat arrives too late: it beats every 25 s, and PATIENCE is 10.
+# only with a heartbeat arrives too late: it beats every 25 s, and PATIENCE is 20.
 
 
 class Two:
