@@ -107,6 +107,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 __version__ = "1.0.0"
@@ -2066,11 +2067,12 @@ class ChunkedBody:
         return False
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Response:
     """A response (RFC 9110 §3.4). Date, Content-Length and Connection are added as it is sent.
 
-    So is `Cache-Control: no-store`, where it has no Cache-Control of its own.
+    So is `Cache-Control: no-store`, where it has no Cache-Control of its own. What is checked here
+    can't be changed afterwards. Raises TypeError, ValueError.
     """
 
     status: int = 200
@@ -2079,14 +2081,19 @@ class Response:
     content_type: str = "application/json"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.body, bytes):
+            raise TypeError(f"a response's body is bytes, not {type(self.body).__name__}")
         # A line break in a value would begin a field, or a response, of somebody else's making.
-        fields = "".join((self.content_type, *self.headers, *self.headers.values()))
-        if not (fields.isascii() and fields.isprintable()):
-            raise ValueError(f"a response header has to be printable ASCII: {fields!r}")
+        values = "".join((self.content_type, *self.headers.values()))
+        if not (values.isascii() and values.isprintable()):
+            raise ValueError(f"a response header has to be printable ASCII: {values!r}")
+        if wrong := [name for name in self.headers if not re.fullmatch(_TOKEN, name)]:
+            raise ValueError(f"a response header's name is a token, not {wrong[0]!r}")
         if twice := _SENT_BY_ITSELF.intersection(map(str.lower, self.headers)):
             raise ValueError(f"the server itself sends {', '.join(twice)}")
-        if self.status not in _PHRASES:
-            raise ValueError(f"{self.status} is no status code")
+        if self.status != 101 and self.status not in range(200, 600):  # other 1xx end no request
+            raise ValueError(f"{self.status} is no status of a response")
+        object.__setattr__(self, "headers", MappingProxyType(dict(self.headers)))
 
     @classmethod
     def of(cls, value: Any) -> Response:
@@ -2136,7 +2143,7 @@ class Response:
 
     def encode(self, connection: str = "", head_only: bool = False) -> bytes:
         """As bytes. `connection` is the Connection field, where there is something to say."""
-        head = f"HTTP/1.1 {self.status} {_PHRASES[self.status]}\r\n"
+        head = f"HTTP/1.1 {int(self.status)} {_PHRASES.get(self.status, '')}\r\n"
         head += f"Date: {_http_date(int(time.time()))}\r\n"
         if not self._has("cache-control"):
             head += "Cache-Control: no-store\r\n"
@@ -2563,6 +2570,7 @@ class WebSocket:
         except (ProtocolError, OSError) as error:
             self.error = self.error or error
             if isinstance(error, ProtocolError):  # else there is nobody to tell
+                self.connection.unread = True  # it may still be sending, and shall hear why
                 self.close(error.code, str(error))
         self.closing = self.over = True
         return None
@@ -2705,7 +2713,20 @@ class Gate:
         self.check_token(request)
         if (identity := self.on_auth and self.on_auth(request, scope)) is None:
             return None
-        return await identity if inspect.isawaitable(identity) else identity
+        return await resolve(identity)
+
+
+async def resolve(result: Any) -> Any:
+    """What a function, or a coroutine, of the application's gives; it raises what that raises."""
+    if not inspect.isawaitable(result):
+        return result
+    try:
+        return await result
+    except asyncio.CancelledError as error:
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise
+        # What it waited for was cancelled, by whomever: of ours, nothing was.
+        raise RuntimeError("the application cancelled what it waited for") from error
 
 
 @functools.lru_cache(maxsize=100)  # every request asks, and most for the same
@@ -2871,9 +2892,10 @@ class Server:
         """One request and its answer. Whether another may follow; raises what next_request does."""
         request = await connection.next_request()
         try:
-            response = await self._respond(connection, request)
-        except SyncError as refusal:  # the client sees it
-            response = Response.refusal(refusal)
+            try:
+                response = await self._respond(connection, request)
+            except SyncError as refusal:  # the client sees it
+                response = Response.refusal(refusal)
         except Exception:  # our bug, or the application's: the log sees it, the client a bare 500
             http_log.exception("failed on %s %s", request.method, request.path)
             response = Response.refusal(SyncError("the server failed on this request"))
@@ -2895,8 +2917,7 @@ class Server:
             if request.method == "OPTIONS":
                 return Response(204, headers=allow)
             raise HTTPError(405, f"{request.path} takes {allow['Allow']}", allow)
-        answer = handler(request)
-        return Response.of(await answer if inspect.isawaitable(answer) else answer)
+        return Response.of(await resolve(handler(request)))
 
     async def _answer(self, connection: Connection, request: Request, response: Response) -> bool:
         http_log.debug("%s %r -> %s", request.method, request.path, response.status)
@@ -2919,7 +2940,7 @@ class Server:
     async def _converse(self, websocket: WebSocket, handler: Callable[[Any], Any]) -> None:
         """A WebSocket's whole life. A SyncError before it was accepted is answered in HTTP."""
         try:
-            await handler(websocket)
+            await resolve(handler(websocket))
             websocket.close()
         except ConnectionLost as error:
             websocket.error = error
@@ -2928,7 +2949,8 @@ class Server:
                 raise
             live_log.exception("the WebSocket at %s failed", websocket.request.path)
             websocket.close(1011, "the server failed")
-        await websocket.receive()  # the peer's half of the closing handshake
+        with contextlib.suppress(RuntimeError):  # a task that the handler left reads it already
+            await websocket.receive()  # the peer's half of the closing handshake
 
     # -- the protocol's endpoints
 
@@ -3081,9 +3103,7 @@ class Server:
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """A function or coroutine of the application's; what it raises hurts nobody else."""
         try:
-            result = function(*arguments)
-            if inspect.isawaitable(result):
-                await result
+            await resolve(function(*arguments))
         except Exception:
             live_log.exception("%s failed", getattr(function, "__name__", function))
 

@@ -3798,13 +3798,6 @@ def test_a_compressed_answer_is_not_for_every_cache(tmp_path: Path, origins: lis
     assert reply.headers["vary"].split(", ") == varies
 
 
-@pytest.mark.parametrize("name", ["Content-Length", "Transfer-Encoding", "Connection", "date"])
-def test_a_route_cannot_frame_its_answer_a_second_time(tmp_path: Path, name: str) -> None:
-    with serve(tmp_path, prepare=answering(body=b"it", headers={name: "1"})) as live:
-        assert refused(live.client().request("GET", "/it"), 500)  # RFC 9112 §6.2
-        live.logged("Traceback")
-
-
 def test_nothing_of_a_request_comes_back_in_a_header(visitor: RawClient) -> None:
     mark = "reflected"
     names = "Origin", "Cookie", "Accept", "X-Request-Id", "Access-Control-Request-Headers"
@@ -4781,6 +4774,31 @@ def test_a_fault_of_a_raw_websocket_is_logged_and_closes_with_1011(tmp_path: Pat
         live.logged("a secret of the inside")
 
 
+def test_a_raw_websocket_whose_function_waits_for_what_is_cancelled_closes_with_1011(
+    tmp_path: Path,
+) -> None:
+    async def cancelling(websocket: Any) -> None:
+        await websocket.send("hello")
+        await cancelled(websocket.request)
+
+    with serve(tmp_path, prepare=lambda server: server.websocket("/it")(cancelling)) as live:
+        assert live.socket("/it").read_close() == 1011
+        live.logged("Traceback")
+
+
+def test_a_raw_websocket_that_a_task_still_reads_ends_as_any_other(tmp_path: Path) -> None:
+    reading = set[asyncio.Task[Any]]()
+
+    async def leave(websocket: Any) -> None:
+        websocket.accept()
+        reading.add(asyncio.create_task(websocket.receive()))
+        await asyncio.sleep(0)
+
+    with serve(tmp_path, prepare=lambda server: server.websocket("/it")(leave)) as live:
+        assert live.socket("/it").read_close() == 1000
+        until(lambda: all(task.done() for task in reading))
+
+
 def test_the_websockets_library_hears_hints_with_changes(server: Live) -> None:
     client = pytest.importorskip("websockets.sync.client")
     with client.connect("ws://{}:{}/ws?scope=s".format(*server.address)) as socket:
@@ -5338,15 +5356,68 @@ def test_a_route_that_wants_json_refuses_what_is_none(tmp_path: Path, body: byte
         assert live.client().request("POST", "/keys", b'{"a": [1]}').json == ["a"]
 
 
-def test_a_header_that_would_be_two_is_a_fault_of_its_route(tmp_path: Path) -> None:
-    def prepare(server: Server) -> None:
-        @server.route("GET", "/two")
-        async def two(request: mizusync.Request) -> Any:
-            return mizusync.Response(headers={"X-A": "1\r\nX-B: 2"})
+class Odd(mizusync.SyncError, status=499, code="odd"):
+    """A refusal of an application's own, of whose status HTTP says nothing."""
 
-    with serve(tmp_path, prepare=prepare) as live:
-        assert refused(live.client().request("GET", "/two"), 500)
+
+def failing(error: Exception) -> Callable[[Any], Any]:
+    def handler(request: mizusync.Request) -> Any:
+        raise error
+
+    return handler
+
+
+def set_late(request: mizusync.Request) -> mizusync.Response:
+    response = mizusync.Response(302)
+    response.headers["Location"] = "/a\r\nSet-Cookie: b=c"  # type: ignore[index]
+    return response
+
+
+async def cancelled(request: mizusync.Request) -> None:
+    future = asyncio.get_running_loop().create_future()
+    future.cancel()
+    await future
+
+
+def response_of(*values: Any, **fields: Any) -> Callable[[Any], Any]:
+    return lambda request: mizusync.Response(*values, **fields)
+
+
+ODD = Odd("it is odd")
+ODD.headers = {"X-A": "\u00fc"}
+AMISS = {
+    "text as a body": response_of(200, "text"),
+    "no body": response_of(200, None),
+    "a header with a line break": response_of(headers={"X-A": "1\r\nX-B: 2"}),
+    "a header that is set late": set_late,
+    "a header's name with a space": response_of(headers={"X A": "1"}),
+    "a header without a name": response_of(headers={"": "1"}),
+    "a header of a refusal": failing(ODD),
+    **{name: response_of(headers={name: "1"}) for name in ("Content-Length", "date")},
+    **{name: response_of(headers={name: "1"}) for name in ("Transfer-Encoding", "Connection")},
+    "an interim status": response_of(103),
+    "no status": response_of(600),
+    "what is no JSON": lambda request: {1, 2},
+    "a wait for what is cancelled": cancelled,
+}
+
+
+@table("handler", AMISS)
+def test_what_a_route_does_amiss_is_logged_and_answered(
+    tmp_path: Path, handler: Callable[[Any], Any]
+) -> None:
+    with serve(tmp_path, prepare=lambda server: server.route("GET", "/it")(handler)) as live:
+        client = live.client()
+        assert refused(client.request("GET", "/it"), 500)
         live.logged("Traceback")
+        assert client.request("GET", "/healthz").status == 200  # on the same connection
+
+
+def test_a_refusal_may_have_a_status_of_its_own(tmp_path: Path) -> None:
+    refuse = failing(Odd("it is odd"))
+    with serve(tmp_path, prepare=lambda server: server.route("GET", "/it")(refuse)) as live:
+        reply = live.client().request("GET", "/it")
+        assert (reply.status, reply.json) == (499, {"code": "odd", "error": "it is odd"})
 
 
 def test_a_refusal_of_a_route_is_told_and_a_fault_is_not(tmp_path: Path) -> None:
@@ -6154,6 +6225,11 @@ def test_the_program_speaks_tls(tmp_path: Path) -> None:
             for _ in range(300):
                 other.send(b"ea60\r\n%b\r\n" % (b"x" * 60_000))
             assert refused(other.response(), 413)
+        with closing(RawClient(running.address)) as other:  # and so is why a WebSocket is closed
+            other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
+            assert other.upgrade("/ws?scope=list", origin).status == 101
+            other.send(masked(TEXT, b"x" * 8_000_000))
+            assert other.read_frame().payload[:2] == (1009).to_bytes(2, "big")
         assert client.upgrade("/ws?scope=list", origin).status == 101
         before = client.subscribe()["data"]["cursor"]
         with closing(RawClient(running.address)) as other:
