@@ -580,7 +580,7 @@ LOG_SCHEMA = f"""
 """
 
 WAL_SIZE = 64 * 1024 * 1024  # bytes; SQLite itself keeps it near 4 MiB, unless reads overlap
-# Seconds between two looks at that size. After a stat of a file Linux (6.13 and newer) gives its
+# Seconds between two looks at it. After a stat of a file Linux (6.13 and newer) gives its
 # next write an exact time, which the sync then has to write too: each commit took 80 us longer.
 WAL_LOOK = 1.0
 
@@ -590,12 +590,12 @@ StrPath = str | os.PathLike[str]
 # another process: the statement itself was right, and may work later, there or on a mended file.
 _DISK = sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CORRUPT
 _REFUSED = (*_DISK, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL,
-            sqlite3.SQLITE_CANTOPEN)  # fmt: skip
+            sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB)  # fmt: skip
 
 # What apply may not do to the engine's transaction; and what it may only read.
 _DENIED = sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_PRAGMA
-_WRITES = sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE
 _OURS = "mizusync_", "sqlite_sequence"  # as names begin, of tables and all else
+_ASKED = ("data_version", None), ("page_size", None)  # as a pragma, by full-text search and R*Trees
 
 
 def primary_code(error: BaseException | None) -> int:
@@ -669,14 +669,17 @@ class GuardedConnection(sqlite3.Connection):
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
         super().__init__(uri, timeout=timeout, uri=True, **options)
         self.lent = self.refused = False
-        self._denied = _DENIED if mode != "ro" else (*_DENIED, *_WRITES)
         self._opened: list[Any] = []  # cursors and blobs
-        self.set_authorizer(self._authorize)
+        super().set_authorizer(self._authorize)
 
     def _authorize(self, action: int, *names: str | None) -> int:
         ours = any(str(name).lower().startswith(_OURS) for name in names[:2])
-        denied = action in self._denied or (ours and action != sqlite3.SQLITE_READ)
+        denied = action in _DENIED and names[:2] not in _ASKED
+        denied = denied or (ours and action != sqlite3.SQLITE_READ)
         return sqlite3.SQLITE_DENY if denied and self.lent else sqlite3.SQLITE_OK
+
+    def set_authorizer(self, *callback: Any) -> None:
+        raise sqlite3.ProgrammingError("the engine has set its own authorizer")
 
     def cursor(self, factory: Any = None) -> Any:  # whatever is asked for: another has no guard
         self._opened.append(super().cursor(GuardedCursor))
@@ -714,7 +717,7 @@ class GuardedConnection(sqlite3.Connection):
         except BaseException as error:
             if primary_code(error) == sqlite3.SQLITE_AUTH:
                 error.add_note("in the engine's transaction none may end it, use PRAGMA or ATTACH,")
-                error.add_note("or change what is named mizusync_*; and only apply may write")
+                error.add_note("or change what is named mizusync_*")
             self._take_back(error)
             raise
         self._take_back(None)
@@ -727,8 +730,10 @@ class GuardedConnection(sqlite3.Connection):
         ended the transaction.
         """
         self.lent, self.row_factory, self.text_factory = False, None, str
+        self.set_progress_handler(None, 0)
         while self._opened:
-            self._opened.pop().close()
+            with contextlib.suppress(sqlite3.Error):  # a thread of the application's may be in it
+                self._opened.pop().close()
         refused = self.refused or primary_code(failure) in _DISK
         try:
             if failure:
@@ -828,7 +833,8 @@ class SQLiteStore(SQLStore):
         self._seen: tuple[int, Position] = 0, Position(0, "", 0)  # the last look's version
         self._idle: list[GuardedConnection] = []  # readers that nobody uses now
         self._turnstile = threading.Lock()  # held: no read begins
-        self._wal_limit, self._wal_look = WAL_SIZE, 0.0  # and when its size is looked at next
+        self._wal_limit, self._wal_size, self._wal_look = WAL_SIZE, 0, 0.0  # the next look's time
+        self._wal: os.stat_result | None = None  # the first look at it
         # The highest head that we know of. A transaction that finds a lower one stands on a copy
         # that was restored: it begins an epoch. Until our first commit this is above any head, so
         # that one begins an epoch as well; but 0 in a file that we just made, which has its first.
@@ -913,6 +919,18 @@ class SQLiteStore(SQLStore):
                 return
         raise StoreRefused(f"the database {self.path} was removed or replaced: restart the server")
 
+    def _check_wal(self) -> None:
+        """The same for the WAL, which stays as long as anyone has the file open."""
+        if (now := time.monotonic()) < self._wal_look:
+            return
+        with contextlib.suppress(OSError):
+            found = os.stat(f"{self.path}-wal")
+            self._wal = self._wal or found
+            if os.path.samestat(found, self._wal):
+                self._wal_size, self._wal_look = found.st_size, now + WAL_LOOK
+                return
+        raise StoreRefused(f"{self.path}-wal was removed or replaced: restart the server")
+
     # -- reading
 
     def run(self, db: Any, sql: str, *parameters: Any) -> list[Any]:
@@ -941,8 +959,10 @@ class SQLiteStore(SQLStore):
             db = self._connect("ro")
         try:
             result = db.lend(work)
-        except BaseException:
+        except BaseException as error:
             db.close()
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY:
+                raise RuntimeError("only apply may write") from error  # it is not the disk's fault
             raise
         self._idle.append(db)
         return result
@@ -973,6 +993,7 @@ class SQLiteStore(SQLStore):
                 raise
             self._db = db
         self._insist(self._db, "BEGIN IMMEDIATE")
+        self._check_wal()  # now it is there
         position = self.position(self._db)
         if position.head < self._known_head:
             sql = "INSERT INTO mizusync_epochs (epoch, start) VALUES (hex(randomblob(9)), ?)"
@@ -995,11 +1016,8 @@ class SQLiteStore(SQLStore):
     def commit(self) -> None:
         _run(self._db, "COMMIT")
         self._known_head = self._next_head
-        if (now := time.monotonic()) < self._wal_look:
-            return
-        self._wal_look = now + WAL_LOOK
-        with contextlib.suppress(OSError, sqlite3.Error, StoreRefused):  # it is committed already
-            if os.path.getsize(f"{self.path}-wal") > self._wal_limit:
+        if self._wal_size > self._wal_limit:
+            with contextlib.suppress(sqlite3.Error, StoreRefused):  # it is committed already
                 self._empty_wal()
 
     def _empty_wal(self) -> None:
@@ -1008,7 +1026,7 @@ class SQLiteStore(SQLStore):
         Reads that overlap without a gap would let it grow for ever
         (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
         """
-        deadline = time.monotonic() + 1
+        deadline, self._wal_size = time.monotonic() + 1, 0  # until it is looked at again
         self._wal_limit += WAL_SIZE  # if one takes long: others shall not wait at each commit
         with self._turnstile:
             while time.monotonic() < deadline:
@@ -1308,29 +1326,34 @@ class Engine:
         made = self._apply_function(db, mutation)
         if isinstance(made, (str, bytes, Mapping, Change)):
             raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
-        first = batch.position.head + len(batch.rows) + 1
+        first, most = batch.position.head + len(batch.rows) + 1, self.settings.mutation_changes
         rows: list[Row] = []
-        for change in () if made is None else made:
-            data, scope = change, mutation.scope
-            if isinstance(change, Change):
-                data, scope = change.data, scope if change.scope is None else change.scope
-                if not is_name(scope, MAX_SCOPE):
-                    raise ValueError(f"apply made a change for {scope!r}, which can't name a scope")
-            text = data.text if isinstance(data, Json) else encode_json(data)
-            text.encode()  # half a surrogate pair fails here, where it can still be undone
-            rows.append(Row(first + len(rows), first, scope, batch.time, text))
-            if len(rows) > self.settings.mutation_changes:
-                raise InvalidMutation(f"it makes over {self.settings.mutation_changes} changes")
+        try:
+            for change in () if made is None else made:
+                data, scope = change, mutation.scope
+                if isinstance(change, Change):
+                    data, scope = change.data, scope if change.scope is None else change.scope
+                    if not is_name(scope, MAX_SCOPE):
+                        raise ValueError(f"apply made a change for {scope!r}: that names no scope")
+                text = data.text if isinstance(data, Json) else encode_json(data)
+                text.encode()  # half a surrogate pair fails here, where it can still be undone
+                rows.append(Row(first + len(rows), first, scope, batch.time, text))
+                if len(rows) > most:
+                    raise InvalidMutation(f"it makes over {most} changes")
+        finally:
+            if inspect.isgenerator(made):
+                made.close()  # what it does at its end can be undone here, and not later
         return rows
 
     # -- the writer's thread
 
     def _write(self) -> None:
         """Commit what waits, until closed. Nothing that goes wrong in here may end the thread."""
+        longest = threading.TIMEOUT_MAX
         while self._again or not (self._closed and self._jobs.empty()):
             alone, job = bool(self._again), None
             with contextlib.suppress(queue.Empty):
-                pause = 0.0 if self._overfull else self.settings.watch_interval
+                pause = 0.0 if self._overfull else min(self.settings.watch_interval, longest)
                 job = self._again.pop(0) if alone else self._jobs.get(timeout=pause)
             try:
                 if job or self._overfull:
@@ -1455,7 +1478,7 @@ class Engine:
             of_loop.setdefault(call[0], []).append(call)
         for loop, calls in of_loop.items():
             if loop is None:
-                call_here(calls)
+                call_here(calls, BaseException)  # SystemExit, too, is not for this thread
             else:
                 with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there
                     loop.call_soon_threadsafe(call_here, calls)
@@ -1677,11 +1700,11 @@ class Engine:
         self.store.close()
 
 
-def call_here(calls: Iterable[Call]) -> None:
+def call_here(calls: Iterable[Call], caught: type[BaseException] = Exception) -> None:
     for _, function, argument in calls:
         try:
             function(argument)
-        except Exception:
+        except caught:
             engine_log.exception("a listener failed")
 
 
@@ -2804,6 +2827,7 @@ class Server:
         """`@server.websocket("/path")`: a coroutine that has a WebSocket to itself.
 
         Who asks is for it to ask, before it accepts: `gate.identify(websocket.request, scope)`.
+        That the peer has gone it hears when it reads or sends, and at no other time.
         """
         return functools.partial(self._register, path, "GET", True)
 
@@ -2959,10 +2983,7 @@ class Server:
         media_type = request.headers.get("content-type", "").partition(";")[0]
         if media_type.strip(" \t").lower() != "application/json":
             raise HTTPError(415, "a push is application/json")
-        parse = functools.partial(parse_json, request.body, self.settings.json_depth)
-        # A large one takes 0.2 s at worst, which the loop has not.
-        values = parse() if len(request.body) < READ_SIZE else await asyncio.to_thread(parse)
-        most = self.settings.push_mutations
+        values, most = await self._parse(request.body), self.settings.push_mutations
         if not isinstance(values, list) or not values:
             raise InvalidRequest(f"a push is a JSON array of 1 to {most} mutations")
         if len(values) > most:
@@ -2988,6 +3009,11 @@ class Server:
         applied = iter(await self.engine.push(mutations) if mutations else ())
         results = [refused.get(place) or next(applied) for place in range(len(values))]
         return Response(body=b"[%b]" % b",".join(result.encoded for result in results))
+
+    async def _parse(self, text: bytes) -> Any:
+        """Strict JSON. A large text takes 0.2 s at worst, which the loop has not."""
+        parse = functools.partial(parse_json, text, self.settings.json_depth)
+        return parse() if len(text) < READ_SIZE else await asyncio.to_thread(parse)
 
     async def _admit(self, request: Request) -> tuple[str, Any]:
         """The scope that a request names and may have, and who asks."""
@@ -3060,7 +3086,7 @@ class Server:
             if isinstance(raw, bytes):
                 session.close(1003, "messages are text")
                 return None
-            message = parse_json(raw.encode(), self.settings.json_depth)
+            message = await self._parse(raw.encode())
             if not isinstance(message, dict) or not isinstance(topic := message.get("topic"), str):
                 raise InvalidRequest('a message is {"topic": "...", "data": ...}')
             if topic in ("subscribe", "unsubscribe"):
@@ -3082,7 +3108,8 @@ class Server:
         else:
             asking = self._spawn(self.gate.identify(session.websocket.request, scope))
             if not await self._finish(asking, session.websocket):
-                asking.cancel()  # nobody is left to be told
+                asking.cancel()
+                raise ConnectionLost("the peer is gone: nobody is left to be told")
             await asking
             # First follow, then read: no change can fall between the two.
             session.follow(f"{SYNC}{scope}", wish.get("changes") is True)
@@ -3361,7 +3388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.run(args.host, args.port, announce, ssl=ssl, reuse_port=args.reuse_port)
     except KeyboardInterrupt:
         return 130
-    except (StoreError, OSError) as error:
+    except (StoreError, OSError, UnicodeError) as error:  # the last: of what can't be a host
         print(f"mizusync: {args.host}:{args.port}, {args.db}: {error}", file=sys.stderr)
         return 1
     return 0
