@@ -8314,6 +8314,18 @@ PROMISES = {
         const told = fake.refused.map(({ mutation, code }) => [mutation.args, code]);
         assert.deepEqual([told, client.pending], [[["large", "too_large"]], []]);
     """,
+    "a line on which a push takes too long is sent smaller ones": """
+        fake.instead.push = (call) => {
+          if (call.body.length > 10) return refuse(408, "request_timeout");
+          if (call.body.length > 3) throw new DOMException("It took too long.", "TimeoutError");
+          return fake.push(call);
+        };
+        const many = Array.from({ length: 100 }, (_, index) => index), client = fake.make();
+        many.forEach((args) => client.mutate("add", args));
+        client.start();
+        await pass(600);
+        assert.deepEqual([fake.data, client.status.waiting], [many, 0]);
+    """,
     "400 with a code finds what is malformed and drops it alone": """
         fake.instead.push = (call) => call.body.some(({ args }) => args === "bad")
           ? refuse(400, "invalid_request") : fake.push(call);
@@ -8511,6 +8523,15 @@ PROMISES = {
           assert.deepEqual([client.state, fake.all("pull").length], [data, data.length + 2]);
         }
     """,
+    "a page that nobody sees holds no connection": """
+        globalThis.document = { hidden: true };
+        const client = await fake.start();
+        await pass(120);
+        delete globalThis.document;
+        const waits = fake.all("pull").map(({ query }) => query.wait);
+        assert.deepEqual([waits.length > 3, new Set(waits)], [true, new Set(["0"])]);
+        client.stop();
+    """,
     "a server that does not wait is not hammered": """
         const client = await fake.start();
         await pass(600);
@@ -8568,6 +8589,16 @@ PROMISES = {
         fake.socket.open();
         await quiet();
         assert.deepEqual(client.state, ["a"]);
+    """,
+    "a socket that ends after its first word is opened again slower and slower": """
+        const client = fake.make({ WebSocket: fake.WebSocket });
+        client.start();
+        for (let time = 0; time < 300; time++) {
+          if (!fake.socket.ended) fake.socket.open(), fake.socket.end(fake.socket.ended = 1011);
+          await pass(1);
+        }
+        assert.ok(fake.sockets.length < 30, fake.sockets.length);
+        client.stop();
     """,
     "a request without an answer is given up after 60 s": """
         fake.held.add("push");
@@ -9522,6 +9553,26 @@ class TestPage:
             words = re.compile(rf"\b{change['cursor']}\b.*\d ms", re.DOTALL)
             expect(logged.filter(has_text=words)).to_have_count(1)
         assert not has_seen(other, {"push"})
+
+    def test_the_switch_is_the_one_that_decides(self, windows: Windows) -> None:
+        windows.may_say = "401|Authentication|closed before the connection|ERR_FAILED"
+        window = windows.open(windows.serve(token="s3cret"))
+        asked = window.page.get_by_label("This server wants a token")
+        expect(asked).to_be_visible()
+        window.offline.check()
+        expect(asked).to_be_hidden()  # it would lead online, past the switch
+        window.offline.uncheck()
+        asked.fill("s3cret")
+        asked.press("Enter")
+        window.says("in sync · live")
+        window.page.route("**/sync/*", lambda route: route.abort())
+        window.add("a")
+        window.says("offline · waiting (1)")
+        window.offline.check()  # by oneself, which is no reason for a warning
+        window.page.unroute("**/sync/*")
+        window.offline.uncheck()
+        window.says("in sync · live")
+        expect(window.notice).to_be_empty()
 
     def test_a_server_with_a_token_is_asked_for_with_it(self, windows: Windows) -> None:
         windows.may_say = "401|Authentication|closed before the connection"
