@@ -103,6 +103,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
@@ -303,6 +304,10 @@ class Json:
     """JSON text that is encoded already (by `json_group_array`, say) and is sent as it is."""
 
     text: str
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.text, str) and self.text):
+            raise TypeError(f"Json takes JSON text, not {self.text!r}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -668,8 +673,8 @@ class GuardedConnection(sqlite3.Connection):
         # In autocommit, until an explicit BEGIN; on any thread, but on one at a time.
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
         super().__init__(uri, timeout=timeout, uri=True, **options)
-        self.lent = self.refused = False
-        self._opened: list[Any] = []  # cursors and blobs
+        self.lent, self.refused, self._writes = False, False, mode != "ro"
+        self._opened: list[weakref.ref[Any]] = []  # cursors and blobs; one that is dropped closes
         super().set_authorizer(self._authorize)
 
     def _authorize(self, action: int, *names: str | None) -> int:
@@ -682,8 +687,9 @@ class GuardedConnection(sqlite3.Connection):
         raise sqlite3.ProgrammingError("the engine has set its own authorizer")
 
     def cursor(self, factory: Any = None) -> Any:  # whatever is asked for: another has no guard
-        self._opened.append(super().cursor(GuardedCursor))
-        return self._opened[-1]
+        opened = super().cursor(GuardedCursor)
+        self._opened.append(weakref.ref(opened))
+        return opened
 
     # Connection.execute does not go through an overridden cursor(), so each has to.
     def execute(self, *statement: Any) -> Any:
@@ -695,9 +701,17 @@ class GuardedConnection(sqlite3.Connection):
     def executescript(self, *statement: Any) -> Any:
         return self.cursor().executescript(*statement)
 
-    def blobopen(self, *place: Any, **options: Any) -> Any:
-        self._opened.append(super().blobopen(*place, **options))
-        return self._opened[-1]
+    def blobopen(self, table: str, *place: Any, **options: Any) -> Any:
+        if self.lent and table.lower().startswith(_OURS):  # no authorizer is asked
+            raise sqlite3.DatabaseError(f"not authorized: {table} is the engine's")
+        opened = super().blobopen(table, *place, **options)
+        self._opened.append(weakref.ref(opened))
+        return opened
+
+    def backup(self, *target: Any, **options: Any) -> None:
+        if self.lent and self._writes:  # it would wait for its own transaction, for ever
+            raise sqlite3.ProgrammingError("no backup inside apply: take one in a read")
+        super().backup(*target, **options)
 
     def close(self) -> None:
         if self.lent:
@@ -733,7 +747,8 @@ class GuardedConnection(sqlite3.Connection):
         self.set_progress_handler(None, 0)
         while self._opened:
             with contextlib.suppress(sqlite3.Error):  # a thread of the application's may be in it
-                self._opened.pop().close()
+                if opened := self._opened.pop()():
+                    opened.close()
         refused = self.refused or primary_code(failure) in _DISK
         try:
             if failure:
@@ -1253,8 +1268,9 @@ class Engine:
         self._again: list[Job] = []
         self._spoilt: dict[tuple[str, str], StoreRefused] = {}
         self._looked_this_turn: dict[Loop, Position] = {}  # of this turn of each loop
-        # Over _position, the tails, the listeners and _closed; held for microseconds.
-        self._lock = threading.Lock()
+        # Over _position, the tails, the listeners and _closed; held for microseconds. Reentrant: on
+        # a thread that holds it the garbage collector may end a lost pull, which calls unlisten.
+        self._lock = threading.RLock()
         self._position = store.look()
         self._tails: OrderedDict[str, Tail] = OrderedDict()  # the least recently used first
         self._tails_size = 0
@@ -1361,10 +1377,12 @@ class Engine:
                 elif self.store.look() != self._position:
                     # Another process has committed, while there was nothing to write.
                     self.store.read(lambda db: self._catch_up(db, self.store.position(db)))
-            except StoreRefused as refusal:
-                store_log.debug("can't look at the store: %s", refusal)
-            except BaseException:
-                engine_log.exception("the writer's thread goes on after this")
+            except BaseException as error:
+                with contextlib.suppress(Exception):  # a filter of the application's may fail
+                    if isinstance(error, StoreRefused):
+                        store_log.debug("can't look at the store: %s", error)
+                    else:
+                        engine_log.exception("the writer's thread goes on after this")
             self.committing = bool(self._again) or not self._jobs.empty()
 
     def _commit(self, jobs: list[Job], alone: bool) -> None:
@@ -1382,7 +1400,8 @@ class Engine:
                 # each again, alone, and without the mutation that ended the transaction.
                 self._again[:0] = jobs
                 return
-            store_log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
+            with contextlib.suppress(Exception):
+                store_log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
             self.counts["pushes_failed"] += len(jobs)
             outcomes = [error if refused else SyncError("the server failed")] * len(jobs)
         else:
@@ -1472,9 +1491,9 @@ class Engine:
         """Answer, then call who listens to these scopes: each on its loop, in one hop to each."""
         with self._lock:
             scopes = (None, *news) if news else ()
-            hearers = [to for scope in scopes for to in self._listeners.get(scope, {}).values()]
+            heard = [list(self._listeners.get(scope, {}).values()) for scope in scopes]
         of_loop: dict[Loop | None, list[Call]] = {}
-        for call in (*answers, *((*to, news) for to in hearers)):
+        for call in (*answers, *((*to, news) for hearers in heard for to in hearers)):
             of_loop.setdefault(call[0], []).append(call)
         for loop, calls in of_loop.items():
             if loop is None:
@@ -1527,8 +1546,8 @@ class Engine:
     def wake(self) -> None:
         """End every pull that waits, now: a listener of one scope is called with no news at all."""
         with self._lock:
-            of_scopes = [to for scope, to in self._listeners.items() if scope is not None]
-            calls: list[Call] = [(*to, {}) for listeners in of_scopes for to in listeners.values()]
+            of_scopes = [to for scope, to in list(self._listeners.items()) if scope is not None]
+            calls: list[Call] = [(*to, {}) for one in of_scopes for to in list(one.values())]
         self._tell({}, calls)
 
     async def _page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:
@@ -1592,9 +1611,11 @@ class Engine:
         def read() -> T:
             try:
                 return self.store.read(work)
-            except (StopIteration, SystemExit, KeyboardInterrupt) as error:
-                # The application's: a future can't hold the first, and no loop survives the others.
-                raise RuntimeError("a read failed") from error
+            except BaseException as error:
+                # The application's: neither a future nor a loop can hold all of these.
+                if isinstance(error, StopIteration) or not isinstance(error, Exception):
+                    raise RuntimeError("a read failed") from error
+                raise
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._readers, read)

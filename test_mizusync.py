@@ -39,6 +39,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -1176,6 +1177,58 @@ def test_a_listener_that_ends_its_thread_keeps_no_answer_back(path: Path) -> Non
         assert first.result(PATIENCE)[0].ok
 
 
+def test_a_log_filter_that_fails_keeps_no_answer_back_and_ends_no_thread(path: Path) -> None:
+    def fail(record: logging.LogRecord) -> bool:
+        raise LookupError("outside of a request")  # as a filter that asks a web framework does
+
+    handler = logging.NullHandler()
+    handler.handle = fail  # type: ignore[method-assign]
+    with closing(open_log(path, apply=careless)) as engine:
+        logging.getLogger("mizusync").addHandler(handler)
+        try:
+            with pytest.raises(mizusync.SyncError):
+                push(engine, note("SystemExit"))
+        finally:
+            logging.getLogger("mizusync").removeHandler(handler)
+        assert push(engine, note("1"))[0]["ok"]
+
+
+def test_a_lost_pull_that_is_collected_amid_a_wake_stops_nothing(engine: Engine) -> None:
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda loop, context: None)  # which would tell of each
+
+    async def lose() -> list[Any]:
+        pulls = [engine.pull(str(number), wait=PATIENCE * 3) for number in range(50)]
+        lost = [asyncio.ensure_future(pull) for pull in pulls]
+        await asyncio.sleep(0)  # each asks a reader, which will find the loop closed
+        return lost
+
+    def wake() -> None:
+        gc.collect(0)  # not of what is lost, which is older
+        gc.set_threshold(5, 0, 1000)  # but so it is collected when wake() has made its first list
+        gc.enable()
+        engine.wake()
+
+    often, thread = gc.get_threshold(), threading.Thread(target=wake, daemon=True)
+    logging.getLogger("concurrent.futures").disabled = True
+    gc.disable()
+    try:
+        lost = loop.run_until_complete(lose())
+        loop.close()
+        for _ in range(10):
+            ask(engine.position())  # behind all of them
+        gc.collect(0)
+        del loop, lost
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    finally:
+        gc.set_threshold(*often)
+        gc.enable()
+        logging.getLogger("concurrent.futures").disabled = False
+    assert push(engine, note("2"))[0]["ok"]
+
+
 def test_an_engine_may_never_look_around_by_itself(path: Path) -> None:
     with closing(open_log(path, settings=Settings(watch_interval=float("inf")))) as engine:
         assert push(engine, note("1"))[0]["ok"]
@@ -1339,6 +1392,12 @@ def given_up(db: sqlite3.Connection) -> Any:
     raise TimeoutError("it takes too long")
 
 
+def backed_up(db: sqlite3.Connection) -> Any:
+    with closing(sqlite3.connect(":memory:")) as target:
+        db.backup(target)
+    return ["it would wait for its own end"]
+
+
 def limited_in_time(db: sqlite3.Connection) -> Any:
     db.set_progress_handler(lambda: 1, 1)  # from now on, what runs here is interrupted
     return ["fine"]
@@ -1398,6 +1457,9 @@ MISUSES: dict[str, Callable[[sqlite3.Connection], Any]] = {
     "a generator with db": with_db_around,
     "a cursor that a thread is in": given_up,
     "an authorizer of its own": lambda db: db.set_authorizer(None),
+    "a backup": backed_up,
+    "a blob of the log": lambda db: db.blobopen("mizusync_changes", "data", 1).write(b"9"),
+    "Json without text": lambda db: [Json("")],
     "a savepoint left open by a failure": released,
     "the engine's own words": lambda db: db.execute(
         "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", ("a", "mark", None, 0)
@@ -2093,6 +2155,22 @@ def test_a_snapshot_is_of_the_moment_of_its_cursor_while_pushes_pour_in(path: Pa
         log = whole_log(engine)
         for one in [*taken, ask(engine.snapshot())]:
             assert one.data == fold(change for change in log if change["cursor"] <= one.cursor)
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, SystemExit, StopIteration])
+def test_whatever_a_snapshot_function_raises_is_told(path: Path, kind: type[Exception]) -> None:
+    fails = open_log(path, snapshot=lambda db, scope: raising(kind()))
+    with closing(fails) as engine, pytest.raises(RuntimeError):
+        ask(engine.snapshot())
+
+
+def test_a_cursor_that_an_application_drops_is_closed_at_once(path: Path) -> None:
+    def look_up(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        dropped = weakref.ref(db.execute("SELECT 1 UNION SELECT 2"))  # which is half read
+        return [dropped() is None]  # or a thousand of them would take time as their square
+
+    with closing(open_log(path, apply=look_up)) as engine:
+        assert push(engine, note("1"))[0]["changes"][0]["data"] is True
 
 
 def test_a_snapshot_of_encoded_json_is_sent_as_it_is(path: Path) -> None:
