@@ -2443,10 +2443,16 @@ class Connection(asyncio.Protocol):
         finally:
             self._arrival = None
 
+    def glance(self, most: int) -> None:
+        """Read on while less than `most` waits: over TLS an end shows only to who reads."""
+        if len(self.buffer) < most:
+            self.transport.resume_reading()
+
     async def next_request(self) -> Request:
         """The next head. Raises SyncError for a bad or late one, OSError when none comes."""
         settings, buffer = self.settings, self.buffer
         self.give(settings.idle_timeout, self._time_out)
+        self.glance(settings.body_size)
         skip_empty_lines(buffer)
         while not buffer:
             await self.receive()
@@ -2493,6 +2499,8 @@ class Connection(asyncio.Protocol):
         """Write, and wait while the peer has much to read: who does not read is not read from."""
         # In pieces: what TLS has handed to the socket's transport, it does not see any more.
         for start in range(0, len(data), READ_SIZE):
+            if start:
+                await asyncio.sleep(0)  # after a turn TLS knows, too, whether the peer is gone
             if self.transport.is_closing():
                 raise ConnectionLost("the peer is gone")
             self.transport.write(data[start : start + READ_SIZE])
@@ -2517,7 +2525,8 @@ class Connection(asyncio.Protocol):
         A close with unread bytes in the socket would reset it, and the reset overtakes the answer
         (RFC 9112 §9.6).
         """
-        self.transport.set_write_buffer_limits(1, 0)  # TLS takes 0 for "always full"
+        if not self.transport.is_closing():
+            self.transport.set_write_buffer_limits(1, 0)  # TLS takes 0 for "always full"
         self._press()
         await self.drain()  # until all that we said is the kernel's
         self.lingering = True
@@ -2626,11 +2635,12 @@ class WebSocket:
         """
         connection, transport, now = self.connection, self.connection.transport, time.monotonic()
         interval, timeout = self.settings.ping_interval, self.settings.ping_timeout
-        still = transport.get_write_buffer_size()
+        still, deaf = transport.get_write_buffer_size(), not transport.is_reading()
         # A slow reader answers late, a dead one never: does it still take bytes? While we do not
         # read from it, and wait for nothing to be sent, its answer can't be heard: no judgement.
-        if still < unsent or not (still or transport.is_reading()) or connection.heard > pinged:
+        if still < unsent or (deaf and not still) or connection.heard > pinged:
             pinged = math.inf
+        connection.glance(self.settings.message_size)
         if pinged + timeout <= now:
             self.reason = f"no answer to a ping for {timeout:g} s"
             connection.abort()
@@ -2662,7 +2672,7 @@ class Session:
         # The kernel holds a little for the peer, the transport nothing: so a slow reader shows.
         transport, size = websocket.connection.transport, self.settings.send_buffer
         transport.set_write_buffer_limits(1, 0)
-        with contextlib.suppress(OSError):  # the peer may be gone by now
+        with contextlib.suppress(OSError, AttributeError):  # the peer may be gone, and the socket
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         websocket.connection.on_writable = self._pay
 
@@ -2733,13 +2743,13 @@ class Gate:
             if not port or host not in (authority, authority + port):
                 raise Forbidden("pages of this origin may not use this server: see --allow-origin")
 
-    def cors(self, request: Request) -> dict[str, str]:
+    def cors(self, request: Request, methods: str) -> dict[str, str]:
         """What lets a page of an allowed origin read the answer (the Fetch standard, §3.2)."""
         headers = {"Vary": "Origin"} if self.origins else {}
         if (origin := request.headers.get("origin", "")) in self.origins:
             headers["Access-Control-Allow-Origin"] = origin
             if "access-control-request-method" in request.headers:
-                headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+                headers["Access-Control-Allow-Methods"] = methods
                 headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
                 headers["Access-Control-Max-Age"] = "600"
         return headers
@@ -2755,22 +2765,22 @@ class Gate:
     async def identify(self, request: Request, scope: str) -> Any:
         """Who asks, for this scope: what on_auth returns. Raises Unauthorized, Forbidden."""
         self.check_token(request)
-        if (identity := self.on_auth and self.on_auth(request, scope)) is None:
-            return None
-        return await resolve(identity)
+        return await call_app(self.on_auth, request, scope) if self.on_auth else None
 
 
-async def resolve(result: Any) -> Any:
-    """What a function, or a coroutine, of the application's gives; it raises what that raises."""
-    if not inspect.isawaitable(result):
-        return result
+async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function or a coroutine of the application's gives. Raises what it raises.
+
+    Its own end, as SystemExit or by what it waited for and was cancelled, is a RuntimeError here.
+    """
     try:
-        return await result
-    except asyncio.CancelledError as error:
-        if (task := asyncio.current_task()) and task.cancelling():
-            raise
-        # What it waited for was cancelled, by whomever: of ours, nothing was.
-        raise RuntimeError("the application cancelled what it waited for") from error
+        result = function(*arguments)
+        return await result if inspect.isawaitable(result) else result
+    except (SystemExit, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
+            raise  # it is we who were cancelled
+        raise RuntimeError(f"the application ended with {error!r}") from error
 
 
 @functools.lru_cache(maxsize=100)  # every request asks, and most for the same
@@ -2962,12 +2972,12 @@ class Server:
             if request.method == "OPTIONS":
                 return Response(204, headers=allow)
             raise HTTPError(405, f"{request.path} takes {allow['Allow']}", allow)
-        return Response.of(await resolve(handler(request)))
+        return Response.of(await call_app(handler, request))
 
     async def _answer(self, connection: Connection, request: Request, response: Response) -> bool:
         http_log.debug("%s %r -> %s", request.method, request.path, response.status)
         self._answers[response.status // 100] += 1
-        if cors := self.gate.cors(request):
+        if cors := self.gate.cors(request, response.headers.get("Allow", "GET")):
             if vary := response.headers.get("Vary"):  # the application's own stays
                 cors["Vary"] = f"{vary}, Origin"
             response = dataclasses.replace(response, headers={**response.headers, **cors})
@@ -2985,7 +2995,7 @@ class Server:
     async def _converse(self, websocket: WebSocket, handler: Callable[[Any], Any]) -> None:
         """A WebSocket's whole life. A SyncError before it was accepted is answered in HTTP."""
         try:
-            await resolve(handler(websocket))
+            await call_app(handler, websocket)
             websocket.close()
         except ConnectionLost as error:
             websocket.error = error
@@ -3139,19 +3149,23 @@ class Server:
     async def _ask_again(self, session: Session) -> None:
         """Whether a session may still do what it does. What on_auth can't tell leaves it open."""
         scopes = {topic.removeprefix(SYNC) for topic in session.topics if topic.startswith(SYNC)}
-        try:
-            async with asyncio.timeout(self.settings.auth_interval):  # or it is never asked again
-                for scope in {session.scope, *scopes}:
+        for scope in {session.scope, *scopes}:  # each by itself: none keeps another from its turn
+            if session not in self.sessions:
+                return
+            try:
+                async with asyncio.timeout(self.settings.auth_interval):  # or it is the last
                     await self.gate.identify(session.websocket.request, scope)
-        except (Unauthorized, Forbidden) as refusal:
-            session.close(1008, str(refusal))
-        finally:
-            session.asked = time.monotonic()
+            except (Unauthorized, Forbidden) as refusal:
+                session.close(1008, str(refusal))
+                break
+            except Exception:
+                live_log.exception("on_auth failed for a session of %r", scope)
+        session.asked = time.monotonic()
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """A function or coroutine of the application's; what it raises hurts nobody else."""
         try:
-            await resolve(function(*arguments))
+            await call_app(function, *arguments)
         except Exception:
             live_log.exception("%s failed", getattr(function, "__name__", function))
 
@@ -3216,25 +3230,29 @@ class Server:
             with contextlib.suppress(NotImplementedError):  # Windows has no readers
                 # An accept that is due already would run after the close,
                 asyncio.get_running_loop().remove_reader(listener)
-            await asyncio.sleep(0)  # and who was accepted in this very turn would be forgotten.
-            accepting.cancel()
-            listener.close()
-            self.engine.wake()
-            while (self._tasks - {sweeping} or self._connections) and time.monotonic() < deadline:
-                for connection, websocket in list(self._connections.items()):
-                    if websocket and websocket.accepted:
-                        websocket.close(1001, "the server is stopping")
-                    elif connection.idle:
-                        connection.expire()
-                await asyncio.sleep(0.005)  # most ends are quick
-            for connection in list(self._connections):
-                connection.abort()
-            for _ in range(2):  # an on_close that the first cancel began may hang, too
-                for task in self._tasks:
-                    task.cancel()
-                if self._tasks:
-                    await asyncio.wait(self._tasks, timeout=self.settings.linger)
-            unlisten()
+            try:
+                await asyncio.sleep(0)  # and who was accepted in this very turn would be forgotten.
+                accepting.cancel()
+                listener.close()
+                self.engine.wake()
+                busy = self._tasks - {sweeping}
+                while (busy or self._connections) and time.monotonic() < deadline:
+                    for connection, websocket in list(self._connections.items()):
+                        if websocket and websocket.accepted:
+                            websocket.close(1001, "the server is stopping")
+                        elif connection.idle:
+                            connection.expire()
+                    await asyncio.sleep(0.005)  # most ends are quick
+                    busy = self._tasks - {sweeping}
+            finally:  # also when it is cancelled in there
+                unlisten()
+                for connection in list(self._connections):
+                    connection.abort()
+                for _ in range(2):  # an on_close that the first cancel began may hang, too
+                    for task in self._tasks:
+                        task.cancel()
+                    if self._tasks:
+                        await asyncio.wait(self._tasks, timeout=self.settings.linger)
 
     async def _accept(self, listener: socket.socket, ssl: tls.SSLContext | None) -> None:
         """Our own accept loop: asyncio's logs without end when descriptors run out."""

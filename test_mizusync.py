@@ -4808,9 +4808,12 @@ def test_who_gives_up_waiting_for_a_message_loses_none(tmp_path: Path) -> None:
     assert [message for message in got if message is not None] == list(map(str, range(50)))
 
 
-def test_an_on_message_that_was_cancelled_ends_no_session(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
+def test_an_on_message_that_was_cancelled_ends_no_session(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     async def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
-        raise asyncio.CancelledError
+        raise error
 
     with serve(tmp_path, on_message=on_message) as live:
         client = live.socket()
@@ -5109,6 +5112,16 @@ def test_its_own_origin_is_taken(client: RawClient) -> None:
     assert client.upgrade(headers=headers).status == 101
 
 
+def test_an_allowed_origin_may_use_what_methods_a_route_has(tmp_path: Path) -> None:
+    def prepare(server: Server) -> None:
+        server.route("PUT", "/it")(lambda request: b"")
+
+    headers = {"Origin": "https://app.example", "Access-Control-Request-Method": "PUT"}
+    with serve(tmp_path, prepare=prepare, allow_origin=["https://app.example"]) as live:
+        preflight = live.client().request("OPTIONS", "/it", headers=headers)
+        assert "PUT" in preflight.headers["access-control-allow-methods"].split(", ")
+
+
 def test_an_allowed_origin_is_told_so(tmp_path: Path) -> None:
     with serve(tmp_path, allow_origin=["https://app.example"]) as live:
         client = live.client()
@@ -5340,6 +5353,24 @@ def test_an_on_auth_that_hangs_when_it_is_asked_again_is_asked_once_more(tmp_pat
         live.logged("TimeoutError")
 
 
+def test_no_scope_that_is_not_answered_for_keeps_another_from_its_end(tmp_path: Path) -> None:
+    late = threading.Event()
+
+    async def on_auth(request: mizusync.Request, scope: str) -> None:
+        if late.is_set() and scope == "s":
+            raise mizusync.Forbidden("no more")
+        if late.is_set():
+            await asyncio.Event().wait()
+
+    settings = replace(SMALL, auth_interval=MOMENT / 2)
+    with serve(tmp_path, settings, on_auth=on_auth, may_log="on_auth failed") as live:
+        client = live.socket()
+        for scope in (*map(str, range(9)), "s"):
+            client.subscribe(scope=scope)
+        late.set()
+        assert client.read_close() == 1008
+
+
 @pytest.mark.parametrize("target", ["/ws", "/sync/pull", "subscribe"])
 def test_a_client_that_goes_while_on_auth_thinks_is_forgotten(tmp_path: Path, target: str) -> None:
     async def think(request: mizusync.Request, scope: str) -> None:
@@ -5556,7 +5587,7 @@ class Odd(mizusync.SyncError, status=499, code="odd"):
     """A refusal of an application's own, of whose status HTTP says nothing."""
 
 
-def failing(error: Exception) -> Callable[[Any], Any]:
+def failing(error: BaseException) -> Callable[[Any], Any]:
     def handler(request: mizusync.Request) -> Any:
         raise error
 
@@ -5595,6 +5626,7 @@ AMISS = {
     "no status": response_of(600),
     "what is no JSON": lambda request: {1, 2},
     "a wait for what is cancelled": cancelled,
+    "an exit": failing(SystemExit(3)),
 }
 
 
@@ -5934,6 +5966,38 @@ def test_a_refused_client_that_stays_is_closed_after_the_linger(tmp_path: Path) 
         client.send(b"nonsense\r\n\r\n")
         assert refused(client.response(), 400)
         until(lambda: live.server.stats()["connections"] == 0)
+
+
+def test_a_server_that_is_cancelled_twice_leaves_nothing_behind(engine: Engine) -> None:
+    server, addresses, entered = Server(engine), list[Any](), asyncio.Event()
+
+    @server.route("GET", "/hang")
+    async def hang(request: mizusync.Request) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    async def listen() -> None:
+        async with server.listen("127.0.0.1", 0) as address:
+            addresses.append(address)
+            await asyncio.Event().wait()
+
+    async def go() -> None:
+        listening = asyncio.create_task(listen())
+        while not addresses:
+            await asyncio.sleep(0)
+        with closing(RawClient(addresses[0])) as client:
+            client.send(get(b"/hang"))
+            await entered.wait()
+            for _ in range(2):
+                listening.cancel()
+                await asyncio.sleep(MOMENT)  # in which it waits for that
+            with pytest.raises(asyncio.CancelledError):
+                await listening
+        assert server.stats()["connections"] == 0
+        async with server.listen("127.0.0.1", 0):
+            pass
+
+    ask(go())
 
 
 def test_a_client_that_does_not_shake_hands_in_tls_is_closed_in_time(tmp_path: Path) -> None:
@@ -6389,19 +6453,83 @@ def make_certificate(folder: Path) -> tuple[str, str]:
     return key, certificate
 
 
-def test_a_large_answer_reaches_who_reads_it_slowly_over_tls(tmp_path: Path) -> None:
-    key, certificate = make_certificate(tmp_path)
+@contextmanager
+def serve_tls(
+    folder: Path,
+    settings: Settings,
+    prepare: Callable[[Server], Any] = lambda server: None,
+    **options: Any,
+) -> Iterator[tuple[Live, Callable[[], RawClient]]]:
+    """A server over TLS, and what makes clients of it; none has much room for what it reads."""
+    key, certificate = make_certificate(folder)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
+    trusting = ssl.create_default_context(cafile=certificate)
 
     def over_tls(server: Server) -> None:
         setattr(server, "listen", functools.partial(server.listen, ssl=context))  # noqa: B010
+        prepare(server)
+
+    def make_client() -> RawClient:
+        client = live.client(receive_buffer=4096)
+        client.sock = trusting.wrap_socket(client.sock, server_hostname="127.0.0.1")
+        return client
+
+    with serve(folder, settings, prepare=over_tls, **options) as live:
+        yield live, make_client
+
+
+def test_pulls_that_wait_end_with_their_client_over_tls(tmp_path: Path) -> None:
+    settings, may_log = replace(SMALL, pull_wait_max=MOMENT), "SSL connection is closed"
+    with serve_tls(tmp_path, settings, may_log=may_log) as (live, make_client):
+        client = make_client()
+        client.send(get(b"/sync/pull?wait=60") * 4000)  # which would take minutes
+        assert client.response().status == 200
+        socket.socket.shutdown(client.sock, socket.SHUT_WR)  # a FIN; TLS has no half of a close
+        until(lambda: live.server.stats()["connections"] == 0)
+
+
+def test_a_session_ends_with_its_peer_over_tls_though_the_application_hangs(tmp_path: Path) -> None:
+    async def hang(session: mizusync.Session, topic: str, data: Any) -> None:
+        await asyncio.Event().wait()
+
+    settings = replace(SMALL, ping_interval=MOMENT, ping_timeout=MOMENT)
+    with serve_tls(tmp_path, settings, on_message=hang) as (live, make_client):
+        client = make_client()
+        assert client.upgrade().status == 101
+        for _ in range(20):  # more than is read ahead
+            client.say("hello", "x" * 10_000)
+        socket.socket.shutdown(client.sock, socket.SHUT_WR)
+        client.close()
+        until(lambda: live.server.stats()["sessions"] == 0)
+
+
+def test_slow_sessions_that_reset_are_no_fault_over_tls(tmp_path: Path) -> None:
+    joined = list[mizusync.Session]()
+
+    def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
+        joined.append(session)
+
+    with serve_tls(tmp_path, SMALL, on_message=on_message) as (live, make_client):
+        clients = [make_client() for _ in range(10)]
+        for client in clients:
+            assert client.upgrade().status == 101
+            client.say("join")
+        until(lambda: len(joined) == len(clients))
+        for _ in range(30):  # their sockets are full
+            for session in joined:
+                live.call(session.send, "news", "x" * 20_000)
+        for client in clients:
+            client.reset()
+        until(lambda: live.server.stats()["connections"] == 0)
+
+
+def test_a_large_answer_reaches_who_reads_it_slowly_over_tls(tmp_path: Path) -> None:
+    def prepare(server: Server) -> None:
         server.route("GET", "/it")(lambda request: b"x" * 4_000_000)
 
-    with serve(tmp_path, replace(SMALL, linger=MOMENT), prepare=over_tls) as live:
-        client = live.client(receive_buffer=4096)
-        trusting = ssl.create_default_context(cafile=certificate)
-        client.sock = trusting.wrap_socket(client.sock, server_hostname="127.0.0.1")
+    with serve_tls(tmp_path, replace(SMALL, linger=MOMENT), prepare) as (_, make_client):
+        client = make_client()
         client.send(get(b"/it", b"Connection: close"))
         started, whole = time.monotonic(), bytearray()
         while piece := client.sock.recv(16384):
