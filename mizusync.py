@@ -2131,11 +2131,12 @@ class Response:
         values = "".join((self.content_type, *self.headers.values()))
         if not (values.isascii() and values.isprintable()):
             raise ValueError(f"a response header has to be printable ASCII: {values!r}")
-        if wrong := [name for name in self.headers if not re.fullmatch(_TOKEN, name)]:
-            raise ValueError(f"a response header's name is a token, not {wrong[0]!r}")
-        if twice := _SENT_BY_ITSELF.intersection(map(str.lower, self.headers)):
-            raise ValueError(f"the server itself sends {', '.join(twice)}")
-        if self.status != 101 and self.status not in range(200, 600):  # other 1xx end no request
+        for name in self.headers:
+            if not re.fullmatch(_TOKEN, name):
+                raise ValueError(f"a response header's name is a token, not {name!r}")
+            if name.lower() in _SENT_BY_ITSELF:
+                raise ValueError(f"the server itself sends {name}")
+        if self.status != 101 and not 200 <= self.status < 600:  # another 1xx ends no request
             raise ValueError(f"{self.status} is no status of a response")
         object.__setattr__(self, "headers", MappingProxyType(dict(self.headers)))
 
@@ -2775,7 +2776,8 @@ async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     try:
         result = function(*arguments)
-        return await result if inspect.isawaitable(result) else result
+        quick = result is None or not inspect.isawaitable(result)  # which takes a while to look
+        return result if quick else await result
     except (SystemExit, asyncio.CancelledError) as error:
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
