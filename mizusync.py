@@ -2865,6 +2865,8 @@ class Server:
         return functools.partial(self._register, path, "GET", True)
 
     def _register(self, path: str, method: str, websocket: bool, handler: Any) -> Any:
+        if not path.startswith("/"):
+            raise ValueError(f"the path {path!r} does not begin with a slash")
         routes = self._routes.setdefault(path, {})
         routes[method] = handler, websocket
         if method == "GET" and not websocket:
@@ -3424,6 +3426,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         gate: dict[str, Any] = {"token": args.token, "allow_host": args.allow_host}
         gate |= {"allow_origin": args.allow_origin, "on_auth": require_scope}
         server = Server(engine, page=page, **gate)
+        if page is None:
+            advice = "It serves. Its page, demo.html, is not beside mizusync.py.\n"
+            server.route("GET", "/")(lambda request: advice)
         where = {"end": f" (data in {args.db})\n", "flush": True}
         announce = functools.partial(print, f"mizusync {__version__}:", **where)
         server.run(args.host, args.port, announce, ssl=ssl, reuse_port=args.reuse_port)

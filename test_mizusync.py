@@ -6235,9 +6235,15 @@ def held(address: tuple[str, int]) -> Iterator[None]:
 class Program:
     """`python mizusync.py` on a port of its own; what it said, and who answers there."""
 
-    def __init__(self, *arguments: str, folder: Path | None = None, **environment: str) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        file: Path = PROGRAM,
+        folder: Path | None = None,
+        **environment: str,
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "dev", str(PROGRAM), "--port", "0", *arguments],
+            [sys.executable, "-X", "dev", str(file), "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -6378,6 +6384,21 @@ def test_the_program_takes_a_token_origins_and_hosts(path: Path, how: str) -> No
 def test_the_program_tells_its_version() -> None:
     done = run_to_its_end("--version")
     assert (done.returncode, done.stdout) == (0, f"mizusync {mizusync.__version__}\n")
+
+
+def test_the_file_alone_says_that_its_page_is_not_there(tmp_path: Path) -> None:
+    file = Path(shutil.copy(PROGRAM, tmp_path))
+    with (
+        program("--db", str(tmp_path / "todos.db"), file=file) as running,
+        closing(RawClient(running.address)) as client,
+    ):
+        reply = client.request("GET", "/")
+        assert (reply.status, b"demo.html" in reply.body) == (200, True)
+
+
+def test_a_path_without_its_slash_is_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="slash"):
+        Server(engine).route("GET", "noslash")(print)
 
 
 def test_a_host_that_can_be_none_is_one_sentence(tmp_path: Path) -> None:
