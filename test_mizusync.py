@@ -9817,7 +9817,7 @@ class TestPage:
         assert not has_seen(other, {"push"})
 
     def test_the_switch_is_the_one_that_decides(self, windows: Windows) -> None:
-        windows.may_say = "401|Authentication|closed before the connection|ERR_FAILED"
+        windows.may_say = "401|Authentication|closed before the connection|ERR_FAILED|404"
         window = windows.open(windows.serve(token="s3cret"))
         asked = window.page.get_by_label("This server wants a token")
         expect(asked).to_be_visible()
@@ -9835,6 +9835,14 @@ class TestPage:
         window.offline.uncheck()
         window.says("in sync · live")
         expect(window.notice).to_be_empty()
+        window.page.route("**/sync/*", lambda route: route.fulfill(status=404, body="{}"))
+        window.add("b")
+        expect(window.notice).to_contain_text("(What you wrote is kept.)")
+        window.page.unroute("**/sync/*")
+        window.offline.check()
+        window.offline.uncheck()
+        window.says("in sync · live")
+        expect(window.notice).to_be_empty()  # it is over
 
     def test_a_server_with_a_token_is_asked_for_with_it(self, windows: Windows) -> None:
         windows.may_say = "401|Authentication|closed before the connection"
