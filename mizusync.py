@@ -133,6 +133,12 @@ store_log, engine_log, http_log, live_log = map(log.getChild, ("store", "engine"
 T = TypeVar("T")
 
 
+def complain(log: logging.Logger, *words: Any, traceback: bool = True) -> None:
+    """Log an error. A filter of the application's that fails then shall not be one more."""
+    with contextlib.suppress(Exception):
+        log.error(*words, exc_info=traceback)
+
+
 # --- Settings ------------------------------------------------------------------------------------
 # Every limit that an operator may want to move, and every time-out, is a line here. Sizes are in
 # bytes, times in seconds. Whatever a peer can make grow has a limit, here or where it stands.
@@ -848,8 +854,8 @@ class SQLiteStore(SQLStore):
         self._seen: tuple[int, Position] = 0, Position(0, "", 0)  # the last look's version
         self._idle: list[GuardedConnection] = []  # readers that nobody uses now
         self._turnstile = threading.Lock()  # held: no read begins
+        self._wal_path = f"{os.path.realpath(self.path)}-wal"  # SQLite follows links, too
         self._wal_limit, self._wal_size, self._wal_look = WAL_SIZE, 0, 0.0  # the next look's time
-        self._wal: os.stat_result | None = None  # the first look at it
         # The highest head that we know of. A transaction that finds a lower one stands on a copy
         # that was restored: it begins an epoch. Until our first commit this is above any head, so
         # that one begins an epoch as well; but 0 in a file that we just made, which has its first.
@@ -857,10 +863,10 @@ class SQLiteStore(SQLStore):
         if os.fspath(path) in ("", ":memory:") or sqlite3.sqlite_version_info < (3, 31):
             raise StoreError("the log needs a file, and SQLite 3.31 or newer")
         try:
-            if os.path.exists(f"{self.path}-wal"):
+            if os.path.exists(self._wal_path):
                 if not os.path.exists(self.path):
                     advice = "put that back; or, to begin anew, remove its -wal and -shm as well"
-                    raise StoreError(f"{self.path}-wal is there without {self.path}: {advice}")
+                    raise StoreError(f"{self._wal_path} is there without {self.path}: {advice}")
                 # A crash left it, of another program perhaps, and to open it for writing would move
                 # it into the file. So this looks first, and leaves a foreign file as it is.
                 with contextlib.closing(self._connect("ro")) as db:
@@ -868,6 +874,8 @@ class SQLiteStore(SQLStore):
             self._db = self._connect("rwc")
             self._prepare(self._db, adopt)
             self._looker, self._file = self._connect("ro"), os.stat(self.path)
+            self.position(self._looker)  # which opens the WAL
+            self._wal = os.stat(self._wal_path)
         except (sqlite3.Error, StoreRefused, OSError, StoreError) as error:
             self.close()
             if isinstance(error, StoreError):
@@ -939,12 +947,11 @@ class SQLiteStore(SQLStore):
         if (now := time.monotonic()) < self._wal_look:
             return
         with contextlib.suppress(OSError):
-            found = os.stat(f"{self.path}-wal")
-            self._wal = self._wal or found
+            found = os.stat(self._wal_path)
             if os.path.samestat(found, self._wal):
                 self._wal_size, self._wal_look = found.st_size, now + WAL_LOOK
                 return
-        raise StoreRefused(f"{self.path}-wal was removed or replaced: restart the server")
+        raise StoreRefused(f"{self._wal_path} was removed or replaced: restart the server")
 
     # -- reading
 
@@ -1008,7 +1015,7 @@ class SQLiteStore(SQLStore):
                 raise
             self._db = db
         self._insist(self._db, "BEGIN IMMEDIATE")
-        self._check_wal()  # now it is there
+        self._check_wal()
         position = self.position(self._db)
         if position.head < self._known_head:
             sql = "INSERT INTO mizusync_epochs (epoch, start) VALUES (hex(randomblob(9)), ?)"
@@ -1055,7 +1062,7 @@ class SQLiteStore(SQLStore):
             if self._db and self._db.in_transaction:
                 _run(self._db, "ROLLBACK")
         except (sqlite3.Error, StoreRefused):
-            store_log.exception("a rollback failed: the database will be opened anew")
+            complain(store_log, "a rollback failed: the database will be opened anew")
             self._db.close()
             self._db = None
 
@@ -1064,7 +1071,7 @@ class SQLiteStore(SQLStore):
         sizes = {"database_bytes": 0, "wal_bytes": 0}
         with contextlib.suppress(OSError):  # the file may be gone
             sizes["database_bytes"] = os.path.getsize(self.path)
-            sizes["wal_bytes"] = os.path.getsize(f"{self.path}-wal")
+            sizes["wal_bytes"] = os.path.getsize(self._wal_path)
         return sizes
 
     def close(self) -> None:
@@ -1330,7 +1337,7 @@ class Engine:
         except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
             refusal: SyncError = error  # each of these is a count in COUNTED, too
         except BaseException:  # SystemExit too: it is the application's, not this thread's
-            engine_log.exception("apply failed on %r, %r of %r", mutation.name, *reversed(key))
+            complain(engine_log, "apply failed on %r, %r of %r", mutation.name, *reversed(key))
             refusal = SyncError("the server failed on this mutation")
         else:
             return batch.add(mutation, made)
@@ -1378,11 +1385,8 @@ class Engine:
                     # Another process has committed, while there was nothing to write.
                     self.store.read(lambda db: self._catch_up(db, self.store.position(db)))
             except BaseException as error:
-                with contextlib.suppress(Exception):  # a filter of the application's may fail
-                    if isinstance(error, StoreRefused):
-                        store_log.debug("can't look at the store: %s", error)
-                    else:
-                        engine_log.exception("the writer's thread goes on after this")
+                if not isinstance(error, StoreRefused):  # a push will tell of that
+                    complain(engine_log, "the writer's thread goes on after this")
             self.committing = bool(self._again) or not self._jobs.empty()
 
     def _commit(self, jobs: list[Job], alone: bool) -> None:
@@ -1400,8 +1404,8 @@ class Engine:
                 # each again, alone, and without the mutation that ended the transaction.
                 self._again[:0] = jobs
                 return
-            with contextlib.suppress(Exception):
-                store_log.error("pushes failed: %s", error.__cause__ or error, exc_info=not refused)
+            why = error.__cause__ or error
+            complain(store_log, "pushes failed: %s", why, traceback=not refused)
             self.counts["pushes_failed"] += len(jobs)
             outcomes = [error if refused else SyncError("the server failed")] * len(jobs)
         else:
@@ -1476,7 +1480,7 @@ class Engine:
 
     def _catch_up(self, db: Any, position: Position) -> None:
         """Forget what memory has of scopes that another process wrote to, and tell of them."""
-        touched = self.store.touched(db, self._position)
+        known, touched = self._position.head, self.store.touched(db, self._position)
         # An older copy was restored into it, and may have grown again since.
         end = self.store.epoch_end(db, self._position.epoch)
         went_back = end is None or end < self._position.head
@@ -1485,7 +1489,8 @@ class Engine:
             for scope in list(self._tails) if went_back else touched:
                 self._drop_tail(scope)
             self._position = position
-        self._tell({scope: Hint(cursor, position.epoch) for scope, cursor in touched.items()})
+        newer = {scope: cursor for scope, cursor in touched.items() if cursor > known}  # not trims
+        self._tell({scope: Hint(cursor, position.epoch) for scope, cursor in newer.items()})
 
     def _tell(self, news: News, answers: Iterable[Call] = ()) -> None:
         """Answer, then call who listens to these scopes: each on its loop, in one hop to each."""
@@ -1669,6 +1674,8 @@ class Engine:
             for change in page.changes:
                 yield change
             cursor, epoch = page.cursor, page.epoch
+            if not page.fragments:  # where pulls may not wait, it would keep the loop to itself
+                await asyncio.sleep(0.05)
 
     def listen(self, callback: Listener, scope: str | None = None) -> Callable[[], None]:
         """Call `callback(news)` after each commit (to `scope`).
@@ -1726,7 +1733,7 @@ def call_here(calls: Iterable[Call], caught: type[BaseException] = Exception) ->
         try:
             function(argument)
         except caught:
-            engine_log.exception("a listener failed")
+            complain(engine_log, "a listener failed")
 
 
 # --- Hub -----------------------------------------------------------------------------------------
@@ -1788,7 +1795,7 @@ class Hub:
                 try:
                     subscriber.message(message)
                 except Exception:  # another transport's: it hurts nobody else
-                    live_log.exception("a follower of %s failed", name)
+                    complain(live_log, "a follower of %s failed", name)
 
     def _message(self, name: str, data: bytes) -> bytes:
         return self.encode(b'{"topic":%b,"data":%b}' % (encode_name(name).encode(), data))
@@ -1845,7 +1852,7 @@ class Hub:
                     try:
                         subscriber.hint(name, cursor, long if items else short)
                     except Exception:  # another transport's: it hurts nobody else
-                        live_log.exception("a follower of %s failed", name)
+                        complain(live_log, "a follower of %s failed", name)
             if start + HANDFUL < len(followers):
                 asyncio.get_running_loop().call_soon(tell_some, start + HANDFUL)
                 return
@@ -1963,7 +1970,7 @@ class Request:
     @property
     def takes_gzip(self) -> bool:
         """Whether the answer may be compressed: gzip, without a weight of 0 (RFC 9110 §12.5.3)."""
-        weight = r"[ \t]*;[ \t]*q=(1(\.0*)?|0\.[0-9]*[1-9][0-9]*)"
+        weight = r"[ \t]*;[ \t]*q=(1(\.0*+)?|0\.0*+[1-9][0-9]*+)"
         codings = self.tokens("accept-encoding")
         return any(re.fullmatch(f"gzip({weight})?", coding) for coding in codings)
 
@@ -2184,7 +2191,8 @@ class Response:
         # So that no cache gives it to who can't read it (RFC 9110 §12.5.5).
         vary = ", ".join(filter(None, (self.headers.get("Vary"), "Accept-Encoding")))
         headers = {**self.headers, "Content-Encoding": "gzip", "Vary": vary}
-        return dataclasses.replace(self, body=gzip.compress(self.body, 1, mtime=0), headers=headers)
+        body = gzip.compress(self.body, 1, mtime=0)
+        return Response(self.status, body, headers, self.content_type)
 
     def encode(self, connection: str = "", head_only: bool = False) -> bytes:
         """As bytes. `connection` is the Connection field, where there is something to say."""
@@ -2444,16 +2452,20 @@ class Connection(asyncio.Protocol):
         finally:
             self._arrival = None
 
-    def glance(self, most: int) -> None:
-        """Read on while less than `most` waits: over TLS an end shows only to who reads."""
-        if len(self.buffer) < most:
-            self.transport.resume_reading()
+    def glance(self) -> None:
+        """Read on if the peer has gone: over TLS its end shows only to who reads."""
+        if self.transport.is_reading() or self.transport.can_write_eof():
+            return
+        gone = contextlib.suppress(OSError, AttributeError)  # nothing came; the socket is gone
+        with gone, self.transport.get_extra_info("socket").dup() as sock:
+            if not sock.recv(1, socket.MSG_PEEK):
+                self.transport.resume_reading()  # what came before the end, and the end
 
     async def next_request(self) -> Request:
         """The next head. Raises SyncError for a bad or late one, OSError when none comes."""
         settings, buffer = self.settings, self.buffer
         self.give(settings.idle_timeout, self._time_out)
-        self.glance(settings.body_size)
+        self.glance()
         skip_empty_lines(buffer)
         while not buffer:
             await self.receive()
@@ -2573,6 +2585,7 @@ class WebSocket:
         frame = (TEXT, message.encode()) if isinstance(message, str) else (BINARY, message)
         self.write(encode_frame(*frame))
         await self.connection.drain()
+        self.connection.glance()
         await asyncio.sleep(0)  # who sends without end would keep the loop to itself
         if self.closing or self.connection.transport.is_closing():
             raise ConnectionLost("the peer is gone, or going")
@@ -2641,7 +2654,7 @@ class WebSocket:
         # read from it, and wait for nothing to be sent, its answer can't be heard: no judgement.
         if still < unsent or (deaf and not still) or connection.heard > pinged:
             pinged = math.inf
-        connection.glance(self.settings.message_size)
+        connection.glance()
         if pinged + timeout <= now:
             self.reason = f"no answer to a ping for {timeout:g} s"
             connection.abort()
@@ -2713,6 +2726,7 @@ class Session:
 
     def leave(self, topic: str) -> None:
         self.topics.pop(topic, None)
+        self._owed.discard(topic)
         self.hub.unsubscribe(topic, self)
 
 
@@ -2956,7 +2970,7 @@ class Server:
             except SyncError as refusal:  # the client sees it
                 response = Response.refusal(refusal)
         except Exception:  # our bug, or the application's: the log sees it, the client a bare 500
-            http_log.exception("failed on %s %s", request.method, request.path)
+            complain(http_log, "failed on %s %s", request.method, request.path)
             response = Response.refusal(SyncError("the server failed on this request"))
         return response is not None and await self._answer(connection, request, response)
 
@@ -2984,7 +2998,8 @@ class Server:
         if cors := self.gate.cors(request, response.headers.get("Allow", "GET")):
             if vary := response.headers.get("Vary"):  # the application's own stays
                 cors["Vary"] = f"{vary}, Origin"
-            response = dataclasses.replace(response, headers={**response.headers, **cors})
+            headers = {**response.headers, **cors}
+            response = Response(response.status, response.body, headers, response.content_type)
         if len(response.body) > self.settings.gzip_size and request.takes_gzip:
             response = await asyncio.to_thread(response.compress)
         keep = request.keep_alive and not connection.unread and not self._stopping
@@ -3006,7 +3021,7 @@ class Server:
         except Exception:
             if not websocket.accepted:
                 raise
-            live_log.exception("the WebSocket at %s failed", websocket.request.path)
+            complain(live_log, "the WebSocket at %s failed", websocket.request.path)
             websocket.close(1011, "the server failed")
         with contextlib.suppress(RuntimeError):  # a task that the handler left reads it already
             await websocket.receive()  # the peer's half of the closing handshake
@@ -3163,7 +3178,7 @@ class Server:
                 session.close(1008, str(refusal))
                 break
             except Exception:
-                live_log.exception("on_auth failed for a session of %r", scope)
+                complain(live_log, "on_auth failed for a session of %r", scope)
         session.asked = time.monotonic()
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -3171,7 +3186,7 @@ class Server:
         try:
             await call_app(function, *arguments)
         except Exception:
-            live_log.exception("%s failed", getattr(function, "__name__", function))
+            complain(live_log, "%s failed", getattr(function, "__name__", function))
 
     # -- life
 
