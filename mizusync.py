@@ -2372,7 +2372,7 @@ class Connection(asyncio.Protocol):
         self.unread = False  # a body that nobody took off the buffer: nothing can follow it
         self.end: Exception | None = None  # why nothing more will come
         self._arrival: asyncio.Future[None] | None = None  # of what somebody waits for
-        self.give(math.inf, self.abort)  # until the first phase; TLS has a time-out of its own
+        self.give(math.inf, self.abort)
 
     # -- what asyncio calls
 
@@ -2417,7 +2417,7 @@ class Connection(asyncio.Protocol):
 
     # -- time
 
-    def give(self, seconds: float, expire: Callable[[], None]) -> None:
+    def give(self, seconds: float, expire: Callable[[], object]) -> None:
         """Begin a phase that may take so long."""
         self.deadline, self.expire = time.monotonic() + seconds, expire
 
@@ -2427,8 +2427,9 @@ class Connection(asyncio.Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether somebody waits and nothing has come: no byte of a head, no head before a body."""
-        return self._arrival is not None and not (self.buffer or self.unread)
+        """Whether it waits and nothing has come: no byte of a head, no head before a body."""
+        shaking_hands = self.transport is None  # in TLS
+        return shaking_hands or self._arrival is not None and not (self.buffer or self.unread)
 
     def _time_out(self) -> None:
         # This only wakes who reads; Server._serve then calls `finish`. A bare close() would wait
@@ -2924,6 +2925,8 @@ class Server:
 
         connection = Connection(self.settings, on_lost)
         self._connections[connection] = None
+        if task:
+            connection.give(math.inf, task.cancel)  # TLS's handshake has a time-out of its own
         try:
             # asyncio does so only to a socket that names its protocol, and an accepted one doesn't.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -6643,6 +6643,12 @@ def test_a_raw_websocket_that_only_sends_ends_with_its_peer_over_tls(tmp_path: P
         assert len(live.records.texts) < 100
 
 
+def test_who_does_not_shake_hands_does_not_hold_the_end_over_tls(tmp_path: Path) -> None:
+    with serve_tls(tmp_path, replace(SMALL, shutdown_timeout=PATIENCE * 3)) as (live, _):
+        live.client()
+        until(lambda: live.server.stats()["connections"] == 1)
+
+
 def test_slow_sessions_that_reset_are_no_fault_over_tls(tmp_path: Path) -> None:
     joined = list[mizusync.Session]()
 
