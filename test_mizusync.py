@@ -6323,12 +6323,12 @@ class Program:
     def __init__(
         self,
         *arguments: str,
-        file: Path = PROGRAM,
+        file: Path | None = None,
         folder: Path | None = None,
         **environment: str,
     ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "dev", str(file), "--port", "0", *arguments],
+            [sys.executable, "-X", "dev", str(file or PROGRAM), "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -7297,7 +7297,7 @@ def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(tmp_path: P
         return {"id": key, "scope": scope, "name": name, "args": args}
 
     # The test has no 10 s to wait for.
-    edit, secret = ("auth_interval=10", "auth_interval=0.1"), "a secret"
+    edit, secret = ("auth_interval=10", "auth_interval=0.1"), "a secret" * 4
     with (
         recipe("Users and tokens", tmp_path, signal.SIGTERM, edit, SECRET=secret) as found,
         closing(RawClient(found["open"])) as guest,
