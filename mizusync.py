@@ -133,12 +133,6 @@ store_log, engine_log, http_log, live_log = map(log.getChild, ("store", "engine"
 T = TypeVar("T")
 
 
-def complain(log: logging.Logger, *words: Any, traceback: bool = True) -> None:
-    """Log an error. A filter of the application's that fails then shall not be one more."""
-    with contextlib.suppress(Exception):
-        log.error(*words, exc_info=traceback)
-
-
 # --- Settings ------------------------------------------------------------------------------------
 # Every limit that an operator may want to move, and every time-out, is a line here. Sizes are in
 # bytes, times in seconds. Whatever a peer can make grow has a limit, here or where it stands.
@@ -292,6 +286,12 @@ class ProtocolError(Exception):
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
         self.code = code
+
+
+def complain(log: logging.Logger, *words: Any, traceback: bool = True) -> None:
+    """Log an error. A filter of the application's that fails then shall not be one more."""
+    with contextlib.suppress(Exception):
+        log.error(*words, exc_info=traceback)
 
 
 # --- Values --------------------------------------------------------------------------------------
@@ -1346,7 +1346,7 @@ class Engine:
 
     def _rows_of(self, mutation: Mutation, db: Any, batch: Batch) -> list[Row]:
         """What the application makes of a mutation, checked and numbered: data as JSON."""
-        made = self._apply_function(db, mutation)
+        made: Any = self._apply_function(db, mutation)
         if isinstance(made, (str, bytes, Mapping, Change)):
             raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
         first, most = batch.position.head + len(batch.rows) + 1, self.settings.mutation_changes
@@ -1366,17 +1366,18 @@ class Engine:
         finally:
             if inspect.isgenerator(made):
                 made.close()  # what it does at its end can be undone here, and not later
+            made = None  # the same for one that another iterator holds
         return rows
 
     # -- the writer's thread
 
     def _write(self) -> None:
         """Commit what waits, until closed. Nothing that goes wrong in here may end the thread."""
-        longest = threading.TIMEOUT_MAX
+        watch = min(max(0.001, self.settings.watch_interval), threading.TIMEOUT_MAX)
         while self._again or not (self._closed and self._jobs.empty()):
             alone, job = bool(self._again), None
             with contextlib.suppress(queue.Empty):
-                pause = 0.0 if self._overfull else min(self.settings.watch_interval, longest)
+                pause = 0.0 if self._overfull else watch
                 job = self._again.pop(0) if alone else self._jobs.get(timeout=pause)
             try:
                 if job or self._overfull:
@@ -2143,8 +2144,8 @@ class Response:
                 raise ValueError(f"a response header's name is a token, not {name!r}")
             if name.lower() in _SENT_BY_ITSELF:
                 raise ValueError(f"the server itself sends {name}")
-        if self.status != 101 and not 200 <= self.status < 600:  # another 1xx ends no request
-            raise ValueError(f"{self.status} is no status of a response")
+        if not (200 <= self.status < 600 or (self.status == 101 and "Upgrade" in self.headers)):
+            raise ValueError(f"{self.status} is not the status of a last response")
         object.__setattr__(self, "headers", MappingProxyType(dict(self.headers)))
 
     @classmethod
@@ -2793,7 +2794,9 @@ async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
         result = function(*arguments)
         quick = result is None or not inspect.isawaitable(result)  # which takes a while to look
         return result if quick else await result
-    except (SystemExit, asyncio.CancelledError) as error:
+    except BaseException as error:
+        if isinstance(error, (Exception, KeyboardInterrupt, GeneratorExit)):
+            raise  # by the last a coroutine is told that nobody waits for it any more
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
             raise  # it is we who were cancelled
@@ -3019,13 +3022,14 @@ class Server:
         try:
             await call_app(handler, websocket)
             websocket.close()
-        except ConnectionLost as error:
+        except Exception as error:
             websocket.error = error
-        except Exception:
-            if not websocket.accepted:
-                raise
-            complain(live_log, "the WebSocket at %s failed", websocket.request.path)
-            websocket.close(1011, "the server failed")
+            is_lost = websocket.closing or websocket.connection.transport.is_closing()
+            if not (isinstance(error, ConnectionLost) and is_lost):  # it may be another's loss
+                if not websocket.accepted:
+                    raise
+                complain(live_log, "the WebSocket at %s failed", websocket.request.path)
+                websocket.close(1011, "the server failed")
         with contextlib.suppress(RuntimeError):  # a task that the handler left reads it already
             await websocket.receive()  # the peer's half of the closing handshake
 

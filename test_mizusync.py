@@ -1232,8 +1232,9 @@ def test_a_lost_pull_that_is_collected_amid_a_wake_stops_nothing(engine: Engine)
     assert push(engine, note("2"))[0]["ok"]
 
 
-def test_an_engine_may_never_look_around_by_itself(path: Path) -> None:
-    with closing(open_log(path, settings=Settings(watch_interval=float("inf")))) as engine:
+@pytest.mark.parametrize("interval", [float("inf"), -1.0, float("nan")])
+def test_no_interval_of_looks_ends_the_writers_thread(path: Path, interval: float) -> None:
+    with closing(open_log(path, settings=Settings(watch_interval=interval))) as engine:
         assert push(engine, note("1"))[0]["ok"]
 
 
@@ -1458,6 +1459,7 @@ MISUSES: dict[str, Callable[[sqlite3.Connection], Any]] = {
     "raises midway": midway,
     "a generator that writes at its end": ended_late,
     "a generator with db": with_db_around,
+    "a generator inside a map": lambda db: map(str.upper, ended_late(db)),
     "a cursor that a thread is in": given_up,
     "an authorizer of its own": lambda db: db.set_authorizer(None),
     "a backup": backed_up,
@@ -5056,6 +5058,24 @@ def test_a_raw_websocket_whose_function_waits_for_what_is_cancelled_closes_with_
         live.logged("Traceback")
 
 
+def test_a_raw_websocket_that_meets_the_loss_of_another_closes_with_1011(tmp_path: Path) -> None:
+    gone = list[Any]()
+
+    async def relay(websocket: Any) -> None:
+        gone.append(websocket)
+        async for _ in websocket:
+            await gone[0].send("to one that has gone")
+
+    with serve(tmp_path, prepare=lambda server: server.websocket("/it")(relay)) as live:
+        first, second = live.socket("/it"), live.socket("/it")
+        until(lambda: len(gone) == 2)
+        first.close()
+        until(lambda: live.server.stats()["connections"] == 1)
+        second.say("hello")
+        assert second.read_close() == 1011
+        live.logged("Traceback")
+
+
 def test_a_raw_websocket_that_a_task_still_reads_ends_as_any_other(tmp_path: Path) -> None:
     reading = set[asyncio.Task[Any]]()
 
@@ -5698,6 +5718,8 @@ AMISS = {
     "what is no JSON": lambda request: {1, 2},
     "a wait for what is cancelled": cancelled,
     "an exit": failing(SystemExit(3)),
+    "an end of a library's own": failing(type("Timeout", (BaseException,), {})()),
+    "a switch of protocols to none": response_of(101),
 }
 
 
