@@ -591,8 +591,8 @@ LOG_SCHEMA = f"""
 """
 
 WAL_SIZE = 64 * 1024 * 1024  # bytes; SQLite itself keeps it near 4 MiB, unless reads overlap
-# Seconds between two looks at it. After a stat of a file Linux (6.13 and newer) gives its
-# next write an exact time, which the sync then has to write too: each commit took 80 us longer.
+# Seconds between two looks at it. After a stat of a file Linux (6.13 and newer) gives its next
+# write an exact time, which the sync then has to write too: each commit took 80 us longer.
 WAL_LOOK = 1.0
 
 StrPath = str | os.PathLike[str]
@@ -935,23 +935,18 @@ class SQLiteStore(SQLStore):
             raise StoreError(f"the database {self.path} belongs to another program: {advice}")
         return False
 
-    def _check_file(self) -> None:
-        """A file that was unlinked or replaced still takes commits, and they are lost."""
+    def _stat(self, path: str, known: os.stat_result) -> os.stat_result:
+        """What is there: a file that was unlinked or replaced takes commits, and they are lost."""
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(self.path), self._file):
-                return
-        raise StoreRefused(f"the database {self.path} was removed or replaced: restart the server")
+            if os.path.samestat(found := os.stat(path), known):
+                return found
+        raise StoreRefused(f"the database {path} was removed or replaced: restart the server")
 
     def _check_wal(self) -> None:
-        """The same for the WAL, which stays as long as anyone has the file open."""
-        if (now := time.monotonic()) < self._wal_look:
-            return
-        with contextlib.suppress(OSError):
-            found = os.stat(self._wal_path)
-            if os.path.samestat(found, self._wal):
-                self._wal_size, self._wal_look = found.st_size, now + WAL_LOOK
-                return
-        raise StoreRefused(f"{self._wal_path} was removed or replaced: restart the server")
+        """The WAL stays as long as anyone has the file open."""
+        if (now := time.monotonic()) >= self._wal_look:
+            self._wal_size = self._stat(self._wal_path, self._wal).st_size
+            self._wal_look = now + WAL_LOOK
 
     # -- reading
 
@@ -972,7 +967,7 @@ class SQLiteStore(SQLStore):
 
     @refusals()
     def read(self, work: Callable[[Any], T]) -> T:
-        self._check_file()
+        self._stat(self.path, self._file)
         with self._turnstile:
             pass
         try:
@@ -1005,7 +1000,7 @@ class SQLiteStore(SQLStore):
 
     @refusals()
     def begin(self) -> tuple[Any, Position]:
-        self._check_file()
+        self._stat(self.path, self._file)
         if self._db is None:
             db = self._connect("rw")
             try:
@@ -3252,7 +3247,7 @@ class Server:
             yield name, number
         finally:
             # Finish what was begun: answer pushes, end long polls, close sockets with 1001.
-            self._stopping, deadline = True, time.monotonic() + self.settings.shutdown_timeout
+            self._stopping, latest = True, time.monotonic() + self.settings.shutdown_timeout
             with contextlib.suppress(NotImplementedError):  # Windows has no readers
                 # An accept that is due already would run after the close,
                 asyncio.get_running_loop().remove_reader(listener)
@@ -3261,15 +3256,13 @@ class Server:
                 accepting.cancel()
                 listener.close()
                 self.engine.wake()
-                busy = self._tasks - {sweeping}
-                while (busy or self._connections) and time.monotonic() < deadline:
+                while (self._tasks - {sweeping} or self._connections) and time.monotonic() < latest:
                     for connection, websocket in list(self._connections.items()):
                         if websocket and websocket.accepted:
                             websocket.close(1001, "the server is stopping")
                         elif connection.idle:
                             connection.expire()
                     await asyncio.sleep(0.005)  # most ends are quick
-                    busy = self._tasks - {sweeping}
             finally:  # also when it is cancelled in there
                 unlisten()
                 for connection in list(self._connections):
