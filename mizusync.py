@@ -3286,7 +3286,7 @@ class Server:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:
                 if (now := time.monotonic()) >= silent:
-                    http_log.error("new clients wait: %s", error)
+                    complain(http_log, "new clients wait: %s", error, traceback=False)
                     silent = now + 60  # it may come and go ten times a second
                 await asyncio.sleep(0.1)
             else:
