@@ -9628,7 +9628,7 @@ class TestPage:
     def test_kill_9_and_a_restart_lose_nothing_of_two_windows(
         self, windows: Windows, tmp_path: Path
     ) -> None:
-        windows.may_say = "ERR_CONNECTION_|ERR_EMPTY_RESPONSE"
+        windows.may_say = "ERR_CONNECTION_|ERR_EMPTY_RESPONSE|closed before the connection"
         arguments = ("--db", str(tmp_path / "todos.db"))
         with program(*arguments) as running:
             one, other = windows.open(running), windows.open(running)
@@ -9656,7 +9656,7 @@ class TestPage:
     def test_of_a_replaced_database_what_is_new_is_shown_and_what_waits_is_pushed(
         self, windows: Windows, tmp_path: Path
     ) -> None:
-        windows.may_say = "ERR_CONNECTION_|ERR_EMPTY_RESPONSE|410"
+        windows.may_say = "ERR_CONNECTION_|ERR_EMPTY_RESPONSE|closed before the connection|410"
         with program("--db", str(tmp_path / "old.db")) as running:
             with closing(RawClient(running.address)) as client:
                 client.push(of_demo("create", id="1", title="old"))
