@@ -1342,7 +1342,7 @@ class Engine:
     def _rows_of(self, mutation: Mutation, db: Any, batch: Batch) -> list[Row]:
         """What the application makes of a mutation, checked and numbered: data as JSON."""
         made: Any = self._apply_function(db, mutation)
-        if isinstance(made, (str, bytes, Mapping, Change)):
+        if isinstance(made, (str, bytes, Mapping, Change, sqlite3.Cursor)):
             raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
         first, most = batch.position.head + len(batch.rows) + 1, self.settings.mutation_changes
         rows: list[Row] = []

@@ -1681,6 +1681,19 @@ def test_a_refusal_of_the_application_has_a_code_of_its_own_and_its_parents_stat
     assert mizusync.Conflict.code == "conflict"
 
 
+def test_a_cursor_that_apply_returns_is_no_list_of_changes(path: Path) -> None:
+    def querying(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        db.execute("INSERT INTO notes VALUES ('', 'a secret')")
+        return db.execute("SELECT * FROM notes") if mutation.args else db.cursor()
+
+    with recorded() as records, closing(open_log(path, apply=querying)) as engine:
+        results = push(engine, note("1", True), note("2", False))
+        assert [result.get("code") for result in results] == ["internal_error"] * 2
+        assert whole_log(engine) == ask(engine.snapshot("")).data == []
+    errors = [text for text in records.texts if "TypeError: apply returns" in text]
+    assert len(errors) == 2
+
+
 def test_too_many_changes_are_an_invalid_mutation(path: Path) -> None:
     with closing(open_log(path, settings=Settings(mutation_changes=3))) as engine:
         results = push(engine, *({"id": str(n), "name": "notes", "args": n} for n in (3, 4)))
