@@ -614,6 +614,11 @@ def primary_code(error: BaseException | None) -> int:
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
+def is_busy(refusal: StoreRefused) -> bool:
+    """Return whether another connection held the lock."""
+    return primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
+
+
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
     """SQLite's own refusals as StoreRefused; whatever else is wrong, as it is."""
@@ -666,7 +671,8 @@ class GuardedConnection(sqlite3.Connection):
     While it is lent, an authorizer refuses what would end the engine's transaction, leave the
     file, or change the log's tables (or sqlite_sequence, which holds the head); and every cursor
     that was opened is closed afterwards: a half-read INSERT ... RETURNING makes a later COMMIT
-    fail, and a half-read SELECT keeps an old state of the file in use.
+    fail, and a half-read SELECT keeps an old state of the file in use. At any time,
+    also for the application's schema, the authorizer refuses to create things in TEMP.
 
     An authorizer is asked only when a statement is prepared, so what the engine itself runs is
     spelled as no application spells it: an application's COMMIT must not find ours in the cache
@@ -675,7 +681,10 @@ class GuardedConnection(sqlite3.Connection):
     """
 
     def __init__(self, path: str, mode: str, timeout: float) -> None:
-        uri = f"file:{urllib.parse.quote(path)}?mode={mode}"  # "rwc" may create the file
+        # Every byte is quoted: a name need not be UTF-8, and a URI that begins with two
+        # slashes names a host.
+        name = urllib.parse.quote(os.fsencode(path), safe="")
+        uri = f"file:{name}?mode={mode}"  # "rwc" may create the file
         # In autocommit, until an explicit BEGIN; on any thread, but on one at a time.
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
         super().__init__(uri, timeout=timeout, uri=True, **options)
@@ -684,10 +693,15 @@ class GuardedConnection(sqlite3.Connection):
         super().set_authorizer(self._authorize)
 
     def _authorize(self, action: int, *names: str | None) -> int:
+        # To create anything in TEMP begins with an INSERT into its schema table. SQLite
+        # looks for a name in TEMP first: a table there could stand in for the log's.
+        temporary = action == sqlite3.SQLITE_INSERT and names[2] == "temp"
         ours = any(str(name).lower().startswith(_OURS) for name in names[:2])
         denied = action in _DENIED and names[:2] not in _ASKED
         denied = denied or (ours and action != sqlite3.SQLITE_READ)
-        return sqlite3.SQLITE_DENY if denied and self.lent else sqlite3.SQLITE_OK
+        if temporary or (denied and self.lent):
+            return sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK
 
     def set_authorizer(self, *callback: Any) -> None:
         raise sqlite3.ProgrammingError("the engine has set its own authorizer")
@@ -737,7 +751,8 @@ class GuardedConnection(sqlite3.Connection):
         except BaseException as error:
             if primary_code(error) == sqlite3.SQLITE_AUTH:
                 error.add_note("in the engine's transaction none may end it, use PRAGMA or ATTACH,")
-                error.add_note("or change what is named mizusync_*")
+                error.add_note("create things in TEMP, change what is named")
+                error.add_note("mizusync_*, rename a table, or drop one with AUTOINCREMENT")
             self._take_back(error)
             raise
         self._take_back(None)
@@ -834,18 +849,101 @@ class SQLStore(Store):
         return int(count)
 
 
+# Blanks and comments, then the first word of a statement.
+_FIRST_WORD = re.compile(r"(?:\s|--[^\n]*+|/\*.*?\*/)*+(\w*)", re.DOTALL)
+_TRANSACTION_WORDS = "BEGIN", "COMMIT", "END", "ROLLBACK"
+
+_ADVICE = {  # on what SQLite says when a database can't be used
+    sqlite3.SQLITE_BUSY: "another process holds its lock",
+    sqlite3.SQLITE_CANTOPEN: "its folder has to be there, and be writable",
+    sqlite3.SQLITE_NOTADB: "name another file",
+    sqlite3.SQLITE_READONLY: "the server's user has to be able to write to the file, to"
+    " its -wal and -shm, and to the folder",
+}
+
+
+def first_word(statement: str) -> str:
+    """Return the first word of an SQL statement, in capitals; "" if there is none."""
+    match = _FIRST_WORD.match(statement)
+    return match[1].upper() if match else ""
+
+
+def is_pragma(statement: str) -> bool:
+    """Return whether this SQL statement is a PRAGMA."""
+    return first_word(statement) == "PRAGMA"
+
+
+def split_statements(script: str) -> Iterator[str]:
+    """Yield the statements of an SQL script; the last one may lack its semicolon.
+
+    A semicolon in a string, in a comment or in the body of a trigger ends no statement.
+    """
+    start = 0
+    for semicolon in re.finditer(";", script):
+        statement = script[start : semicolon.end()]
+        if sqlite3.complete_statement(statement):
+            yield statement
+            start = semicolon.end()
+    yield script[start:]
+
+
+def mount_points(mountinfo: bytes) -> set[bytes]:
+    """Return the mount points in the content of /proc/self/mountinfo.
+
+    The mount point is the fifth field, with blanks and backslashes in octal (proc(5)).
+    """
+    found = set()
+    for line in mountinfo.split(b"\n"):
+        fields = line.split(b" ")
+        if len(fields) > 4:
+            octal = rb"\\([0-3][0-7]{2})"
+            found.add(re.sub(octal, lambda code: bytes([int(code[1], 8)]), fields[4]))
+    return found
+
+
+def is_mount_point(path: str) -> bool:
+    """Return whether this file is mounted by itself, where the system tells (Linux).
+
+    os.path.ismount compares devices, so it misses a file of the same file system.
+    """
+    try:
+        with open("/proc/self/mountinfo", "rb") as mountinfo:
+            return os.fsencode(os.path.realpath(path)) in mount_points(mountinfo.read())
+    except OSError:
+        return False
+
+
+def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
+    """Return whether this SQLite may lose a commit when several processes write.
+
+    It happens when one of them resets the WAL at the moment in which another writes
+    (https://sqlite.org/wal.html#walresetbug).
+    """
+    if version[:2] == (3, 44):
+        return version < (3, 44, 6)
+    if version[:2] == (3, 50):
+        return version < (3, 50, 7)
+    return version < (3, 51, 3)
+
+
 class SQLiteStore(SQLStore):
     """The log in a SQLite file, together with the application's own tables.
 
-    `schema` is the application's (CREATE TABLE IF NOT EXISTS ...), run at each opening. `adopt`
-    takes an existing database of an application on. `busy_timeout`, in seconds, is how long a
-    commit waits for other processes'. Raises StoreError for a file that is not ours or can't be
-    used; such a file is left unchanged.
+    `schema` is the application's (CREATE TABLE IF NOT EXISTS ...), run at each opening,
+    as one transaction. `adopt` takes an existing database of an application on.
+    `busy_timeout`, in seconds, is how long a commit waits for other processes'. Raises
+    StoreError for a file that is not ours or can't be used, and leaves it unchanged.
     """
 
     def __init__(
         self, path: StrPath, schema: str = "", adopt: bool = False, busy_timeout: float = 5.0
     ) -> None:
+        try:
+            can_exist = b"\0" not in os.fsencode(path)
+        except UnicodeEncodeError:  # the file system's encoding lacks a character
+            can_exist = False
+        if not can_exist:
+            raise StoreError(f"no file can be named {os.fspath(path)!r}")
         self.path, self.schema, self.busy_timeout = os.path.abspath(path), schema, busy_timeout
         self._connect = functools.partial(GuardedConnection, self.path, timeout=busy_timeout)
         self._db: Any = None  # the writer's connection; None: begin() has to open it anew
@@ -860,8 +958,15 @@ class SQLiteStore(SQLStore):
         # that was restored: it begins an epoch. Until our first commit this is above any head, so
         # that one begins an epoch as well; but 0 in a file that we just made, which has its first.
         self._known_head = self._next_head = MAX_CURSOR + 1
+        # Whether to look for other writers; the writer's data_version at its opening.
+        self._warns_of_others = has_wal_reset_bug(sqlite3.sqlite_version_info)
+        self._writers_version = 0
         if os.fspath(path) in ("", ":memory:") or sqlite3.sqlite_version_info < (3, 31):
             raise StoreError("the log needs a file, and SQLite 3.31 or newer")
+        if is_mount_point(self.path):
+            # SQLite would keep its -wal and -shm beside it, outside of what is mounted.
+            advice = "mount the folder that it is in, or its newest changes are lost"
+            raise StoreError(f"only the file {self.path} is mounted here: {advice}")
         try:
             if os.path.exists(self._wal_path):
                 if not os.path.exists(self.path):
@@ -880,8 +985,10 @@ class SQLiteStore(SQLStore):
             self.close()
             if isinstance(error, StoreError):
                 raise
-            why = f"({error.__cause__ or error}): is it a SQLite database in a writable folder?"
-            raise StoreError(f"the database {self.path} can't be used {why}") from error
+            cause = error.__cause__ or error
+            advice = _ADVICE.get(primary_code(cause), "")
+            sentence = f"the database {self.path} can't be used ({cause})"
+            raise StoreError(": ".join(filter(None, (sentence, advice)))) from error
 
     # -- opening
 
@@ -890,7 +997,11 @@ class SQLiteStore(SQLStore):
         _run(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
         _run(db, "PRAGMA fullfsync = ON")  # on macOS fsync leaves the data in the drive's cache
         if not self._has_log(db, adopt):
+            timeout = self.one(db, "PRAGMA busy_timeout")
+            _run(db, "PRAGMA busy_timeout = 0")  # _insist waits better
             self._insist(db, "BEGIN IMMEDIATE")
+            # In a file that is not in WAL mode yet, the COMMIT has to wait for readers.
+            _run(db, f"PRAGMA busy_timeout = {timeout}")
             with db:  # commits, or rolls back
                 if not self._has_log(db, adopt):  # unless another process just made it
                     if not self.one(db, "SELECT count(*) FROM sqlite_master"):
@@ -900,8 +1011,60 @@ class SQLiteStore(SQLStore):
                         _run(db, statement)
                     self._known_head = 0
         self._insist(db, "PRAGMA journal_mode = WAL")
-        db.executescript(self.schema)
-        _run(db, "PRAGMA busy_timeout = 0")  # begin() waits by itself
+        _run(db, "PRAGMA busy_timeout = 0")  # _insist waits by itself
+        try:
+            # SQLite opens a file that it may not write to as read-only, without a word.
+            # This statement changes nothing, but it fails then. It also fails, with
+            # another code, while another process holds the lock, which does no harm.
+            _run(db, "DELETE FROM mizusync_format WHERE false")
+        except StoreRefused as refusal:
+            if not is_busy(refusal):
+                raise
+        self._run_schema(db)
+        self._writers_version = self.one(db, "PRAGMA data_version")
+
+    def _run_schema(self, db: GuardedConnection) -> None:
+        """Run the application's schema. Raise StoreError for a mistake in it.
+
+        It is one transaction, except that each PRAGMA runs by itself, at its place:
+        many do nothing inside a transaction, or fail there. It parts two transactions.
+        """
+        failed = f"the schema for {self.path} can't be run"
+        try:
+            statements = list(split_statements(self.schema))
+            for word in map(first_word, statements):
+                if word in _TRANSACTION_WORDS:
+                    raise StoreError(f"{failed}: it is a transaction, leave out {word}")
+            for are_pragmas, group in itertools.groupby(statements, is_pragma):
+                if are_pragmas:
+                    for pragma in group:
+                        self._insist(db, pragma)
+                else:
+                    self._run_together(db, list(group))
+        except (sqlite3.Error, ValueError) as error:  # ValueError: it holds a NUL, say
+            why = str(error)
+            if primary_code(error) == sqlite3.SQLITE_AUTH:
+                why += ": TEMP tables, views and triggers could stand in for the log's"
+            raise StoreError(f"{failed}: {why}") from error
+
+    def _run_together(self, db: GuardedConnection, statements: Sequence[str]) -> None:
+        """Run statements in one transaction, which takes the lock if one writes.
+
+        Where the lock can't be had, all of them run again once it can.
+        """
+
+        def transact(begin: str) -> None:
+            self._insist(db, begin)
+            with db:  # commits, or rolls back
+                for statement in statements:
+                    _run(db, statement)
+
+        try:
+            transact("BEGIN")
+        except StoreRefused as refusal:
+            if not is_busy(refusal):
+                raise
+            transact("BEGIN IMMEDIATE")
 
     def _insist(self, db: GuardedConnection, sql: str) -> None:
         """Run what takes a lock, until another process gives it back.
@@ -915,13 +1078,16 @@ class SQLiteStore(SQLStore):
                 _run(db, sql)
                 return
             except StoreRefused as refusal:
-                is_busy = primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
-                if not is_busy or time.monotonic() > deadline:
+                if not is_busy(refusal) or time.monotonic() > deadline:
                     raise
             time.sleep(0.0002)
 
     def _has_log(self, db: GuardedConnection, adopt: bool) -> bool:
         """Whether the log is there. Raises StoreError for another program's, a newer format."""
+        if (encoding := self.one(db, "PRAGMA encoding")) != "UTF-8":
+            # There SQLite makes U+FFFD of U+FFFE and U+FFFF, so it would merge scopes.
+            why = f"it is in {encoding}, the log needs UTF-8"
+            raise StoreError(f"the database {self.path} can't be used: {why}")
         # In one look, for another process may be making the log just now.
         sql = "SELECT count(*), max(name = 'mizusync_format') FROM sqlite_master"
         ((objects, made),) = _run(db, sql)
@@ -1010,6 +1176,8 @@ class SQLiteStore(SQLStore):
                 raise
             self._db = db
         self._insist(self._db, "BEGIN IMMEDIATE")
+        if self._warns_of_others:
+            self._look_for_others()
         self._check_wal()
         position = self.position(self._db)
         if position.head < self._known_head:
@@ -1018,6 +1186,18 @@ class SQLiteStore(SQLStore):
             position = self.position(self._db)
         self._next_head = position.head
         return self._db, position
+
+    def _look_for_others(self) -> None:
+        """Warn once of other writers: this version of SQLite may lose a commit then."""
+        version = self.one(self._db, "PRAGMA data_version")  # our own commits keep it
+        if version != self._writers_version:
+            self._warns_of_others = False
+            store_log.warning(
+                "another process writes to %s, and SQLite %s may lose a commit then:"
+                " use 3.51.3 or newer (https://sqlite.org/wal.html#walresetbug)",
+                self.path,
+                sqlite3.sqlite_version,
+            )
 
     def attempt(self, work: Callable[[Any], T]) -> T:
         made: T = self._db.lend(work)
@@ -1342,7 +1522,7 @@ class Engine:
     def _rows_of(self, mutation: Mutation, db: Any, batch: Batch) -> list[Row]:
         """What the application makes of a mutation, checked and numbered: data as JSON."""
         made: Any = self._apply_function(db, mutation)
-        if isinstance(made, (str, bytes, Mapping, Change)):
+        if isinstance(made, (str, bytes, Mapping, Change, sqlite3.Cursor)):
             raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
         first, most = batch.position.head + len(batch.rows) + 1, self.settings.mutation_changes
         rows: list[Row] = []

@@ -810,7 +810,9 @@ def test_a_newer_format_is_refused_and_unchanged(tmp_path: Path, path: Path) -> 
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["nowhere/log.db", ".", ":memory:", ""])
+@pytest.mark.parametrize(
+    "name", ["nowhere/log.db", ".", ":memory:", "", "a\0b.db", "half a pair \ud800.db"]
+)
 def test_a_path_that_can_hold_no_log_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -843,6 +845,373 @@ def test_an_empty_file_and_a_strange_name_are_taken(tmp_path: Path) -> None:
     with closing(open_log(strange)) as engine:
         assert push(engine, note("1"))[0]["ok"]
     assert strange.stat().st_size > 0
+
+
+@table(
+    "name",
+    {
+        "two slashes": lambda folder: f"/{folder}/log.db",
+        "not UTF-8": lambda folder: os.fsdecode(os.fsencode(folder) + b"/\xff.db"),
+    },
+)
+def test_a_name_that_is_no_url_is_taken(
+    tmp_path: Path,
+    name: Callable[[Path], str],
+) -> None:
+    strange = Path(name(tmp_path))
+    try:
+        strange.touch()
+    except OSError:
+        pytest.skip("this file system has no such names")
+    for key in ("1", "2"):
+        with closing(open_log(strange)) as engine:
+            assert push(engine, note(key))[0]["ok"]
+    assert strange.stat().st_size > 0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+UNPRIVILEGED = """
+import os, sys, mizusync
+mizusync.parse_args([])  # which imports what another user may not be able to read
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+sys.exit(mizusync.main(["--port", "0", "--db", sys.argv[1]]))
+"""
+
+
+@table(
+    "protected",
+    {
+        "the file": ["log.db"],
+        "the write-ahead log and its index": ["log.db-wal", "log.db-shm"],
+        "the write-ahead log": ["log.db-wal"],
+        "its index": ["log.db-shm"],
+        "a backup": ["backup.db"],
+        "the folder": ["."],
+    },
+)
+def test_a_database_that_can_t_be_written_ends_the_program_with_one_sentence(
+    protected: list[str],
+) -> None:
+    schema = SCHEMA + mizusync.TODO_SCHEMA  # so that the program finds nothing to do
+    with tempfile.TemporaryDirectory() as name:  # tmp_path is closed to other users
+        folder, source = Path(name, "data"), Path(name, "log.db")
+        folder.mkdir()
+        with closing(open_log(source, schema=schema)) as engine:
+            push(engine, note("1"))
+            for file in Path(name).glob("log.db*"):  # as a crash leaves them
+                if protected != ["."] or file == source:
+                    shutil.copy(file, folder)
+        make_database(source, f"VACUUM INTO '{folder}/backup.db'")
+        for file in (Path(name), folder, *folder.iterdir()):
+            file.chmod(0o777)
+        for protected_name in protected:
+            (folder / protected_name).chmod(0o555)
+        database = "backup.db" if protected == ["backup.db"] else "log.db"
+        command = [sys.executable, "-c", UNPRIVILEGED, str(folder / database)]
+        ended = subprocess.run(
+            command,
+            cwd=PROGRAM.parent,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        folder.chmod(0o777)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(r"mizusync: .* can't be used .* writ\w+ .*\n", ended.stderr)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of its mounts")
+def test_a_database_file_that_is_mounted_without_its_folder_is_refused(
+    tmp_path: Path,
+) -> None:
+    outside, mounted = tmp_path / "outside.db", tmp_path / "a blank, a \\ and a \n.db"
+    link = tmp_path / "link.db"
+    link.symlink_to(mounted)
+    outside.touch()
+    mounted.touch()
+    mounting = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+    space: list[Any] = ["unshare", "--mount", "sh", "-c", mounting, "sh"]
+    space += [outside, mounted]
+    try:
+        subprocess.run([*space, "true"], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting is not allowed here")
+    for file in (mounted, link):
+        ended = subprocess.run(
+            [*space, sys.executable, PROGRAM, "--port", "0", "--db", file],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert "mount the folder" in ended.stderr
+    assert outside.stat().st_size == 0
+
+
+@table(
+    "line",
+    {
+        "a file": (b"63 43 254:0 /a /d/x.db rw - ext4 /dev/vda rw", b"/d/x.db"),
+        "optional fields": (b"1 2 0:5 / /p rw shared:1 master:2 - tmpfs t rw", b"/p"),
+        "escapes": (rb"1 2 0:5 / /a\040b\134\011\012 rw - tmpfs t rw", b"/a b\\\t\n"),
+        "not UTF-8": (b"1 2 0:5 / /\xff\r\x0c rw - tmpfs t rw", b"/\xff\r\x0c"),
+    },
+)
+def test_mount_points_are_read_as_linux_writes_them(line: tuple[bytes, bytes]) -> None:
+    other = b"22 28 0:21 / /sys rw,nosuid shared:7 - sysfs sysfs rw\n"
+    text, mount_point = line
+    assert mizusync.mount_points(other + text + b"\n") == {b"/sys", mount_point}
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16le", "UTF-16be"])
+def test_a_database_in_utf_16_is_refused_with_adopt_too(
+    tmp_path: Path, path: Path, encoding: str
+) -> None:
+    make_database(path, f"PRAGMA encoding = '{encoding}'", "CREATE TABLE invoices (n)")
+    before = content(tmp_path)
+    with pytest.raises(StoreError, match=encoding):
+        open_log(path, adopt=True)
+    assert content(tmp_path) == before
+
+
+def test_an_empty_database_in_utf_16_is_refused(path: Path) -> None:
+    statements = "PRAGMA encoding = 'UTF-16le'", "CREATE TABLE t (n)", "DROP TABLE t"
+    make_database(path, *statements)
+    with pytest.raises(StoreError, match="UTF-16"):
+        open_log(path)
+
+
+# The schema: one transaction, which waits for the lock if it has something to write.
+
+
+@table(
+    "schema",
+    {
+        "a typing error": ("CREATE TABEL t (n);", 'near "TABEL": syntax error'),
+        "an end that is missing": ("CREATE TABLE t (n", "incomplete input"),
+        "a string that does not end": ("SELECT 'a;", "unrecognized token"),
+        "a NUL": ("CREATE TABLE t (n); \0", "null character"),
+        "BEGIN": ("-- all;\nbegin; CREATE TABLE t (n); COMMIT;", "leave out BEGIN"),
+        "COMMIT": ("CREATE TABLE t (n); /* now */ COMMIT", "leave out COMMIT"),
+        "END": ("CREATE TABLE t (n); END", "leave out END"),
+        "ROLLBACK": ("CREATE TABLE t (n); ROLLBACK;", "leave out ROLLBACK"),
+        "VACUUM": ("CREATE TABLE t (n); VACUUM;", "cannot VACUUM from within"),
+        "a constraint": ("CREATE TABLE t (n CHECK (n)); REPLACE INTO t SELECT 0", "CHECK"),
+        "before a PRAGMA": ("CREATE TABLE t (n); NO; PRAGMA foreign_keys = ON", "NO"),
+    },
+)
+def test_a_mistake_in_the_schema_is_called_one_and_nothing_of_it_is_run(
+    path: Path, schema: tuple[str, str]
+) -> None:
+    text, complaint = schema
+    with pytest.raises(StoreError, match=f"the schema for {path}.*{complaint}"):
+        open_log(path, schema=text)
+    with closing(open_log(path)) as engine:
+        (result,) = push(engine, note("1"))
+        assert result["ok"]
+    with closing(sqlite3.connect(path)) as db:
+        names = db.execute("SELECT name FROM sqlite_master").fetchall()
+    assert ("t",) not in names
+
+
+TRIGGER = """
+    CREATE TABLE IF NOT EXISTS seen (text TEXT);
+    CREATE TRIGGER IF NOT EXISTS see AFTER INSERT ON notes BEGIN
+        INSERT INTO seen VALUES (CASE WHEN new.data = '1' THEN 'one; 1' ELSE 'x' END);
+        INSERT INTO seen VALUES ('two');
+    END;
+"""
+
+
+@table(
+    "schema",
+    {
+        "a trigger": TRIGGER,
+        "comments": f"-- first;\n{TRIGGER} /* and; -- */ ; -- last",
+        "no semicolon at the end": TRIGGER.rstrip("; \n"),
+        "pragmas": f"PRAGMA user_version = 7; {TRIGGER}; /**/ pragma foreign_keys = ON",
+        "a pragma for the journal": f"PRAGMA journal_mode = WAL; {TRIGGER}",
+        "a semicolon in a string": f"{TRIGGER} INSERT INTO seen SELECT 'a;b' WHERE false;",
+    },
+)
+def test_all_statements_of_a_schema_are_run_at_each_opening(
+    path: Path,
+    schema: str,
+) -> None:
+    for key in ("1", "2"):
+        with closing(open_log(path, schema=SCHEMA + schema)) as engine:
+            assert push(engine, note(key, int(key)))[0]["ok"]
+    with closing(sqlite3.connect(path)) as db:
+        seen = [text for (text,) in db.execute("SELECT text FROM seen ORDER BY rowid")]
+    assert seen == ["one; 1", "two", "x", "two"]
+
+
+def test_a_schema_with_nothing_to_do_needs_no_lock(path: Path) -> None:
+    schema = f"{SCHEMA} {TRIGGER} CREATE INDEX IF NOT EXISTS of_scope ON notes (scope);"
+    impatient = Settings(busy_timeout=MOMENT)
+    open_log(path, schema=schema).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with closing(open_log(path, schema=schema, settings=impatient)) as engine:
+            assert whole_log(engine) == []
+        more = f"{schema} CREATE TABLE IF NOT EXISTS more (n);"
+        with pytest.raises(StoreError, match="locked.*another process"):
+            open_log(path, schema=more, settings=impatient)
+        other.execute("ROLLBACK")
+    open_log(path, schema=more, settings=impatient).close()
+
+
+BUSY_WRITER = """
+import sqlite3, sys, time
+db = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
+while True:
+    db.execute("BEGIN IMMEDIATE")
+    db.execute("INSERT INTO notes VALUES ('', '')")
+    print(flush=True)
+    time.sleep(0.005)
+    db.execute("COMMIT")
+"""
+
+
+@table(
+    "options",
+    {
+        "a schema": {"schema": "CREATE TABLE IF NOT EXISTS more (n);"},
+        "a pragma": {"schema": "PRAGMA user_version = 7;"},
+        "adopt": {"adopt": True},
+    },
+)
+def test_a_busy_writer_keeps_nobody_from_opening_the_file(
+    path: Path, options: dict[str, Any]
+) -> None:
+    make_database(path, "PRAGMA journal_mode = WAL", SCHEMA)
+    if "adopt" not in options:
+        open_log(path, adopt=True).close()
+    command = [sys.executable, "-c", BUSY_WRITER, str(path)]
+    patient = Settings(busy_timeout=PATIENCE)
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+        try:
+            assert writer.stdout
+            writer.stdout.readline()
+            open_log(path, settings=patient, **options).close()
+        finally:
+            writer.kill()
+
+
+TEMPORARY = {
+    "a table": ["CREATE TEMP TABLE t (n)"],
+    "a table of the schema temp": ["CREATE TABLE temp.t (n)"],
+    "a table with a query": ["CREATE TEMPORARY TABLE t AS SELECT 1"],
+    "a sequence": ["CREATE TEMP TABLE t (n INTEGER PRIMARY KEY AUTOINCREMENT)"],
+    "another name": [
+        "CREATE TEMP TABLE t AS SELECT * FROM mizusync_changes",
+        "ALTER TABLE t RENAME TO mizusync_changes",
+    ],
+    "a view": ["CREATE TEMP VIEW v AS SELECT 1"],
+    "a trigger": ["CREATE TEMP TRIGGER w AFTER INSERT ON notes BEGIN SELECT 1; END"],
+    "a virtual table": ["CREATE VIRTUAL TABLE temp.v USING fts4(n)"],
+}
+
+
+@table("statements", TEMPORARY)
+def test_nothing_is_created_in_temp_where_it_could_stand_in_for_the_log(
+    path: Path, statements: list[str]
+) -> None:
+    def run(db: sqlite3.Connection) -> None:
+        for statement in statements:
+            db.execute(statement)
+
+    def creating(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.name == "create":
+            run(db)
+        return apply(db, mutation)
+
+    with pytest.raises(StoreError, match="TEMP"):
+        open_log(path, schema=f"{SCHEMA} {'; '.join(statements)}")
+    with recorded() as records, closing(open_log(path, apply=creating)) as engine:
+        bad = {"id": "bad", "name": "create", "args": None}
+        results = push(engine, note("1", 1), bad, note("2", 2))
+        assert [result["ok"] for result in results] == [True, False, True]
+        with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+            ask(engine.read(run))
+        assert fold(whole_log(engine)) == [1, 2]
+    assert any("not authorized" in text and "TEMP" in text for text in records.texts)
+
+
+def test_apply_may_alter_its_tables_but_renames_and_sequences_are_for_the_schema(
+    path: Path,
+) -> None:
+    schema = """
+        CREATE TABLE plain (n);
+        CREATE TABLE kept (n);
+        CREATE TABLE counted (n INTEGER PRIMARY KEY AUTOINCREMENT);
+    """
+
+    def run(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        db.execute(mutation.args)
+        return []
+
+    fine = [
+        "ALTER TABLE plain RENAME COLUMN n TO o",
+        "ALTER TABLE plain ADD COLUMN p",
+        "DROP TABLE plain",
+        "INSERT INTO counted VALUES (NULL)",
+        "CREATE TABLE new (n INTEGER PRIMARY KEY AUTOINCREMENT)",
+    ]
+    refused = [
+        "DROP TABLE counted",
+        "ALTER TABLE counted RENAME TO other",
+        "ALTER TABLE kept RENAME TO other",
+    ]
+    with closing(open_log(path, apply=run, schema=schema)) as engine:
+        results = push(engine, *(note(sql, sql) for sql in (*fine, *refused)))
+        assert [result["ok"] for result in results] == [True] * 5 + [False] * 3
+    schema = f"{SCHEMA} DROP TABLE counted; ALTER TABLE kept RENAME TO other"
+    with closing(open_log(path, schema=schema)) as engine:
+        assert push(engine, note("1"))[0]["ok"]
+
+
+@pytest.mark.parametrize(
+    ("version", "warns"),
+    [
+        ((3, 31, 0), True),
+        ((3, 44, 5), True),
+        ((3, 44, 6), False),
+        ((3, 45, 0), True),
+        ((3, 50, 6), True),
+        ((3, 50, 7), False),
+        ((3, 51, 2), True),
+        ((3, 51, 3), False),
+        ((3, 52, 0), False),
+    ],
+)
+def test_several_writers_are_warned_once_of_a_version_that_loses_commits(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: tuple[int, int, int],
+    warns: bool,
+) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+    with recorded() as records, closing(open_log(path)) as engine:
+        for number in range(3):
+            push(engine, note(f"alone {number}"))
+            ask(engine.snapshot())
+        assert records.texts == []
+        with closing(open_log(path)) as other:
+            ask(other.snapshot())
+            push(engine, note("beside a reader"))
+            assert records.texts == []
+            for number in range(3):
+                push(other, note(f"other {number}"))
+                push(engine, note(f"one {number}"))
+        warnings = [text for text in records.texts if "walresetbug" in text]
+        assert records.texts == warnings
+        assert len(warnings) == 2 * warns  # of each engine one
 
 
 def test_an_application_s_database_is_taken_on_with_adopt(path: Path) -> None:
@@ -1679,6 +2048,19 @@ def test_a_refusal_of_the_application_has_a_code_of_its_own_and_its_parents_stat
         (result,) = push(engine, note("1"))
     assert (result["code"], Closed.status) == ("out_of_stock", mizusync.Conflict.status)
     assert mizusync.Conflict.code == "conflict"
+
+
+def test_a_cursor_that_apply_returns_is_no_list_of_changes(path: Path) -> None:
+    def querying(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        db.execute("INSERT INTO notes VALUES ('', 'a secret')")
+        return db.execute("SELECT * FROM notes") if mutation.args else db.cursor()
+
+    with recorded() as records, closing(open_log(path, apply=querying)) as engine:
+        results = push(engine, note("1", True), note("2", False))
+        assert [result.get("code") for result in results] == ["internal_error"] * 2
+        assert whole_log(engine) == ask(engine.snapshot("")).data == []
+    errors = [text for text in records.texts if "TypeError: apply returns" in text]
+    assert len(errors) == 2
 
 
 def test_too_many_changes_are_an_invalid_mutation(path: Path) -> None:
@@ -4667,7 +5049,7 @@ def test_a_session_that_has_ended_can_not_be_subscribed(tmp_path: Path) -> None:
 
 
 def test_an_older_copy_restored_under_a_session_sends_it_away_to_come_back(tmp_path: Path) -> None:
-    with serve(tmp_path) as live:
+    with serve(tmp_path, may_log="walresetbug") as live:
         client, deaf = live.client(), live.socket()
         client.push(note("a"))
         backup = back_up(tmp_path / "log.db")
