@@ -1353,7 +1353,7 @@ class Engine:
             mutation = value if isinstance(value, Mutation) else Mutation.parse(value)
             try:
                 args = marshal.dumps(mutation.args)
-            except (ValueError, BufferError) as error:
+            except ValueError as error:
                 sentence = f"args are JSON values, tuples and bytes: {error}"
                 raise InvalidMutation(sentence) from error
             run = functools.partial(self._apply, mutation=mutation, args=args)

@@ -1324,6 +1324,68 @@ def refuses(action: Callable[[], Any]) -> bool:
     return False
 
 
+FORKED = """
+import asyncio, inspect, json, os, signal, sys
+import mizusync
+
+engine = mizusync.Engine(sys.argv[1], apply=lambda db, mutation: [1])
+mutation = {"id": "1", "name": "n"}
+
+def push():
+    return engine.submit([mutation]).result()[0].ok
+
+async def first(changes):
+    return await anext(changes)
+
+calls = {
+    "push": lambda: engine.push([mutation]), "submit": push, "trim": lambda: engine.trim("a", 1),
+    "pull": engine.pull, "read": lambda: engine.read(id), "snapshot": engine.snapshot,
+    "head": engine.head, "position": engine.position, "follow": lambda: first(engine.follow()),
+    "listen": lambda: engine.listen(print), "wake": engine.wake, "catch_up": engine.catch_up,
+    "stats": engine.stats, "close": engine.close,
+}
+methods = inspect.getmembers(mizusync.Engine, inspect.isfunction)
+assert set(calls) == {name for name, _ in methods if not name.startswith("_")}
+
+def tried(call):
+    async def made():
+        value = call()
+        return await value if inspect.isawaitable(value) else value
+    try:
+        return repr(asyncio.run(made()))
+    except RuntimeError as error:
+        return str(error)
+
+assert push()
+if (child := os.fork()) == 0:
+    signal.alarm(10)  # a call that hangs ends the child
+    said = {tried(call) for call in calls.values()}
+    print(json.dumps(list(said)), flush=True)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+mutation["id"] = "2"
+print(json.dumps([status, push(), asyncio.run(engine.head())]))
+engine.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_a_fork_the_child_is_told_and_the_parent_goes_on(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+        cwd=PROGRAM.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    child, parent = map(json.loads, done.stdout.splitlines())
+    assert child == ["this process was forked: open the engine after the fork"]
+    assert parent == [0, True, 2]
+    assert not path.with_name(f"{path.name}-wal").exists()  # it was closed in order
+
+
 def test_a_closed_engine_answers_everything_with_unavailable(engine: Engine) -> None:
     push(engine, note("1"))
     whole_log(engine)  # which the memory holds now
@@ -1695,7 +1757,7 @@ def test_an_apply_that_ends_the_transaction_spoils_no_other_push(path: Path) -> 
         assert len(ask(engine.snapshot()).data) == 11
 
 
-def test_a_constraint_that_is_checked_at_the_commit_fails_its_own_mutation_alone(path: Path) -> None:
+def test_a_constraint_that_is_checked_at_the_commit_fails_that_mutation_alone(path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
     gate = gated(entered, release)
     orders = "orders (n INTEGER PRIMARY KEY, of REFERENCES orders DEFERRABLE INITIALLY DEFERRED)"
@@ -1716,6 +1778,102 @@ def test_a_constraint_that_is_checked_at_the_commit_fails_its_own_mutation_alone
         assert [result.code for result in results] == ["", "", "", "internal_error", "", ""]
         assert fold(whole_log(engine)) == ["gate", "1", "2", "3", "4"]
         assert ask(engine.snapshot()).data == ["gate", "1", "2", "3", "4"]
+
+
+@table(
+    "statement",
+    {
+        "an AUTOINCREMENT at its end": "INSERT INTO ends VALUES (NULL)",
+        "a full-text index that does not know it": (
+            "INSERT INTO words (words, rowid, word) VALUES ('delete', 9, 'absent')"
+        ),
+    },
+)
+def test_a_mutation_whose_own_error_has_the_code_of_a_disk_fails_alone(
+    path: Path, statement: str
+) -> None:
+    entered, release = threading.Event(), threading.Event()
+    gate = gated(entered, release)
+    schema = f"""{SCHEMA}
+        CREATE TABLE ends (n INTEGER PRIMARY KEY AUTOINCREMENT);
+        INSERT INTO ends VALUES (9223372036854775807);
+        CREATE VIRTUAL TABLE words USING fts5(word, content='');
+    """
+
+    def faulty(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.id == "bad":
+            with suppress(sqlite3.Error if mutation.args == "caught" else ZeroDivisionError):
+                db.execute(statement)
+        return gate(db, mutation)
+
+    with closing(open_log(path, apply=faulty, schema=schema, settings=SLOW)) as engine:
+        futures = [engine.submit([note("gate", "gate")])]
+        assert entered.wait(PATIENCE)
+        futures += [engine.submit([note(str(number), str(number))]) for number in range(3)]
+        futures += [engine.submit([note("3", "3"), note("bad"), note("4", "4")])]
+        futures += [engine.submit([note("bad", "caught", scope="caught")])]
+        futures += [engine.submit([note("5", "5")])]
+        release.set()
+        results = [[result.code for result in future.result(PATIENCE)] for future in futures]
+        failed = "internal_error"
+        assert results == [[""], [""], [""], [""], ["", failed, ""], [failed], [""]]
+        assert fold(whole_log(engine)) == ["gate", *"012345"] == ask(engine.snapshot()).data
+        assert (engine.counts["pushes_failed"], engine.counts[failed]) == (0, 2)
+
+
+def test_each_run_of_apply_gets_the_args_as_they_came(path: Path) -> None:
+    entered, release, seen = threading.Event(), threading.Event(), list[Any]()
+    gate = gated(entered, release)
+
+    def greedy(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.id == "end":
+            return rolled_back(db)
+        if mutation.id == "greedy":
+            seen.append(copy.deepcopy(mutation.args))
+            mutation.args.pop("title")
+            mutation.args["list"][0].append(mutation.args["tuple"][1].pop())
+            return ["done"]
+        return gate(db, mutation)
+
+    args = {"title": "t", "list": [[1]], "tuple": (1.5, [None]), "bytes": b"\0", "large": 2**70}
+    before = copy.deepcopy(args)
+    with closing(open_log(path, apply=greedy, settings=SLOW)) as engine:
+        engine.submit([note("gate")])
+        assert entered.wait(PATIENCE)
+        future = engine.submit([note("greedy", args), note("end")])
+        args["title"] = "changed while it waits"
+        release.set()
+        assert [result.code for result in future.result(PATIENCE)] == ["", "internal_error"]
+    assert len(seen) > 1
+    assert seen == [before] * len(seen)
+    assert args == before | {"title": "changed while it waits"}
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@table(
+    "make",
+    {
+        "an object": object,
+        "a path inside": lambda: {"inside": [Path("a")]},
+        "a dict of a class of its own": lambda: type("Own", (dict,), {})(),
+        "too deep": lambda: nested(10_000),
+    },
+)
+def test_args_that_can_not_be_copied_are_an_invalid_mutation(
+    engine: Engine, make: Callable[[], Any]
+) -> None:
+    mutations = [note("1"), note("2", make())]
+    with pytest.raises(mizusync.InvalidMutation):
+        engine.submit(mutations)
+    with pytest.raises(mizusync.InvalidMutation):
+        ask(engine.push(mutations))
+    assert whole_log(engine) == []
 
 
 def test_a_push_that_was_submitted_is_not_cancelled(path: Path) -> None:
@@ -1887,6 +2045,60 @@ def test_a_lock_held_for_long_is_unavailable_and_reads_go_on(path: Path) -> None
         assert "duplicate" not in push(engine, note("2"))[0]
 
 
+def test_all_that_waits_for_a_lock_in_vain_is_refused_together(path: Path) -> None:
+    wait = 1.0
+
+    async def ask_for_much(engine: Engine) -> list[Any]:
+        pushes = [engine.push([note(str(number))]) for number in range(12)]
+        work: list[Any] = [*pushes, engine.trim(DEFAULT, 2)]
+        return list(await asyncio.gather(*work, return_exceptions=True))
+
+    with (
+        closing(open_log(path, settings=Settings(busy_timeout=wait))) as engine,
+        closing(sqlite3.connect(path, isolation_level=None)) as db,
+    ):
+        db.execute("BEGIN IMMEDIATE")
+        begun = time.monotonic()
+        outcomes = ask(ask_for_much(engine))
+        assert time.monotonic() - begun < len(outcomes) * wait / 2
+        assert {type(outcome) for outcome in outcomes} == {mizusync.StoreRefused}
+        db.execute("ROLLBACK")
+        results = push(engine, *(note(str(number)) for number in range(12)))
+        assert [result.get("duplicate") for result in results] == [None] * 12
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
+def test_once_the_disk_refuses_what_is_left_is_unavailable_untried(path: Path) -> None:
+    entered, release, runs = threading.Event(), threading.Event(), list[str]()
+    gate, full = gated(entered, release), ExitStack()
+
+    def filling(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        runs.append(mutation.id)
+        if mutation.id == "gate":  # it has room when it is tried alone
+            full.close()
+        made = gate(db, mutation)
+        if mutation.id == "full":
+            full.enter_context(full_disk(path))
+        return made
+
+    with full, closing(open_log(path, apply=filling, settings=SLOW)) as engine:
+        futures = [engine.submit([note("gate"), note("full"), note("1")])]
+        assert entered.wait(PATIENCE)
+        futures += [engine.submit([note("2")]), engine.submit([note("3")])]
+        release.set()
+        results = futures[0].result(PATIENCE)
+        assert [result.code for result in results] == ["", "unavailable", "unavailable"]
+        for future in futures[1:]:
+            assert isinstance(future.exception(PATIENCE), mizusync.StoreRefused)
+        assert runs == ["gate", "full", "1", "2", "3", "gate", "full"]
+        counts = [engine.counts[name] for name in ("pushes", "pushes_failed", "unavailable")]
+        assert counts == [1, 2, 2]
+        full.close()
+        again = push(engine, note("gate"), note("1"), note("2"), note("3"))
+        assert ["duplicate" in result for result in again] == [True, False, False, False]
+        assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 4
+
+
 @pytest.mark.parametrize("how", ["unlinked", "replaced"])
 def test_a_file_that_was_removed_or_replaced_is_unavailable(
     engine: Engine, path: Path, how: str
@@ -2011,7 +2223,7 @@ def test_a_page_has_about_as_many_bytes_as_it_may_and_at_least_one_mutation(
     made: list[list[int]], room: int
 ) -> None:
     def apply_sizes(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-        return [mutation.id + "x" * size for size in mutation.args]
+        return [mutation.id + "\u20ac" * size for size in mutation.args]
 
     with tempfile.TemporaryDirectory() as folder:
         opened = functools.partial(
@@ -2032,7 +2244,8 @@ def test_a_page_has_about_as_many_bytes_as_it_may_and_at_least_one_mutation(
                 data = fold(page["changes"])
                 assert data or len(found) == 1
                 last = data and data[-1].split()[0]  # a mutation that may not be cut
-                assert sum(len(one) for one in data if one.split()[0] != last) <= room
+                whole = [one for one in data if one.split()[0] != last]
+                assert sum(len(one.encode()) for one in whole) <= room
 
 
 def test_a_pull_at_the_end_is_empty_and_keeps_its_cursor(engine: Engine) -> None:
@@ -6492,6 +6705,36 @@ def test_the_program_says_in_one_line_where_to_open_the_page_and_wants_a_scope(
         with closing(RawClient(running.address)) as client:
             assert client.request("GET", "/healthz").json["status"] == "ok"
             assert refused(client.upgrade("/ws"), 401)
+
+
+LOCKED_OUT = """
+import mizusync
+
+settings = mizusync.Settings(busy_timeout=600, shutdown_timeout=1)
+engine = mizusync.Engine("log.db", apply=lambda db, mutation: [], settings=settings)
+server = mizusync.Server(engine)
+server.run("127.0.0.1", 0, announce=lambda line: print(line, flush=True))
+"""
+
+
+def test_a_stop_waits_for_no_other_process_s_lock(tmp_path: Path) -> None:
+    script = tmp_path / "locked_out.py"
+    script.write_text(LOCKED_OUT)
+    environment = {"PYTHONPATH": str(PROGRAM.parent)}
+    with (
+        program(file=script, folder=tmp_path, **environment) as running,
+        closing(sqlite3.connect(tmp_path / "log.db", isolation_level=None)) as db,
+        closing(RawClient(running.address)) as pusher,
+        closing(RawClient(running.address)) as witness,
+    ):
+        db.execute("BEGIN IMMEDIATE")
+        body = json.dumps([note("1")]).encode()
+        head = [b"POST /sync/push HTTP/1.1", b"Host: localhost", b"Content-Type: application/json"]
+        pusher.send(raw(*head, b"Content-Length: %d" % len(body), body=body))
+        assert witness.request("GET", "/healthz").status == 200
+        status, _, complained = running.end(signal.SIGTERM)  # which has PATIENCE, and not 600 s
+        assert status == 0
+        assert "the writer did not end in time" in complained
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
