@@ -359,9 +359,10 @@ class Change:
 
 
 class Result(NamedTuple):
-    """What became of one mutation. `encoded` is the same as JSON, as it goes to the client.
+    """What became of one mutation. `encoded` is the same as JSON, for the client.
 
-    Only changes in the mutation's own scope are shown: the client may not read the others.
+    It shows changes in the mutation's own scope only: others are for those who may read
+    their scopes.
     """
 
     encoded: bytes
@@ -375,7 +376,8 @@ class Result(NamedTuple):
     def applied(cls, cursor: int, fragments: Sequence[bytes] | None, again: bool = False) -> Result:
         """Return the result of an applied mutation, with its changes in its own scope.
 
-        `fragments` is None where they are left out: some were trimmed, or the answer is too large.
+        `fragments` is None where they are left out: some change of the mutation was
+        trimmed, or the answer to the push is large already.
         """
         changes = b"" if fragments is None else b',"changes":[%b]' % b",".join(fragments)
         duplicate = b',"duplicate":true' if again else b""
@@ -568,7 +570,7 @@ class Store(Protocol):
     def attempt(self, work: Callable[[Any], T]) -> T: ...  # if work(db) raises, it left no trace
     def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None: ...  # numbered by engine
     def trim(self, db: Any, scope: str, before: int, limit: int) -> int: ...  # how many went
-    def probe(self, db: Any) -> None: ...  # write something and take it back: it leaves no trace
+    def probe(self, db: Any) -> None: ...  # write something, and take it back
     def commit(self) -> None: ...  # on disk when this returns
     def rollback(self) -> None: ...  # never raises: what it can't undo, it abandons
 
@@ -842,7 +844,7 @@ class SQLStore(Store):
         return int(count)
 
     def probe(self, db: Any) -> None:
-        # No mutation has an empty scope. An UPDATE that changes nothing would write nothing.
+        # No mutation has an empty scope. (An UPDATE to the same value writes nothing.)
         self.run(db, "INSERT INTO mizusync_mutations VALUES ('', '', NULL, 0)")
         self.run(db, "DELETE FROM mizusync_mutations WHERE scope = ''")
 
@@ -1214,7 +1216,7 @@ class Batch:
         return Result.applied(last, own)
 
     def repeat(self, mark: Mark, with_changes: bool) -> Result:
-        """Return the first answer of a mutation that was applied before, or earlier in this batch.
+        """Return the first answer of a mutation that was applied before.
 
         Without changes, their rows are not even read.
         """
@@ -1239,16 +1241,16 @@ class Batch:
 
 
 class Step(NamedTuple):
-    """One mutation, or one trim: the smallest part of a job that may be a transaction."""
+    """One mutation, or one trim: what may become a transaction of its own."""
 
-    run: Callable[[Batch, int], Any]  # the int: how many bytes its push's answer has already
+    run: Callable[[Batch, int], Any]  # the int: bytes of its push's answer so far
     name: tuple[str, str, str]  # for the log: the mutation's name, id and scope
 
 
 class Job(NamedTuple):
-    """Work for the writer, and the future to answer, on which loop (None: on any thread).
+    """Work for the writer, and the future to answer, on which loop (None: any thread).
 
-    The outcome is a list with what each step gave, or an exception where nothing was done.
+    The outcome is a list of what each step gave, or an exception if nothing was done.
     """
 
     steps: Sequence[Step]
@@ -1266,7 +1268,7 @@ class Job(NamedTuple):
 
 
 def answer_size(result: Any) -> int:
-    """Return how many bytes of a push's answer a step's result takes; a trim's takes none."""
+    """Return how many bytes of a push's answer a result takes; a trim's takes none."""
     return len(result.encoded) if isinstance(result, Result) else 0
 
 
@@ -1278,13 +1280,13 @@ class Engine:
 
     `apply(db, mutation)` runs on the writer's thread, inside the transaction, and returns the
     changes that it made: JSON values, or `Change`s. It refuses by raising InvalidMutation,
-    NotFound, Conflict, Forbidden, or Unavailable. It may run again for one mutation, with the same
-    args, where the transaction failed: what it does outside `db` may happen twice.
-    `snapshot(db, scope)` runs on a reader's thread and returns the whole state of the scope: a JSON
-    value, or `Json(text)`.
+    NotFound, Conflict, Forbidden, or Unavailable. It may run again for one mutation,
+    with the same args, if the transaction failed: what it does outside `db` may happen
+    twice. `snapshot(db, scope)` runs on a reader's thread and returns the whole state of
+    the scope: a JSON value, or `Json(text)`.
 
-    Its coroutines run on any loop; everything else may be called from any thread. After a fork only
-    the parent may use it: in the child every call raises RuntimeError.
+    Its coroutines run on any loop; everything else may be called from any thread. After
+    a fork only the parent may use it: in the child every call raises RuntimeError.
     """
 
     def __init__(
@@ -1324,18 +1326,22 @@ class Engine:
         self._writer.start()
 
     def _check_process(self) -> None:
-        """Raise RuntimeError in a forked child: threads, locks and SQLite stayed in the parent."""
+        """Raise RuntimeError in a forked child, which has no writer's thread.
+
+        It stands before whatever takes a lock: a thread of the parent may have held it.
+        """
         if os.getpid() != self._process:
-            raise RuntimeError("this process was forked: open the engine after the fork")
+            sentence = "this process was forked: open the engine after the fork"
+            raise RuntimeError(sentence)
 
     # -- push
 
     async def push(self, mutations: Mutations) -> list[Result]:
         """Apply mutations, in order; each succeeds or fails alone. One Result each, in order.
 
-        Those that are ok are on disk. Raises Unavailable when the store refuses (nothing of this
-        push was applied), and InvalidMutation for a mapping that is no mutation, or args that are
-        not made of JSON values, tuples and bytes.
+        Those that are ok are on disk. Raises Unavailable when the store refuses (nothing
+        of this push was applied), and InvalidMutation for a mapping that is no mutation,
+        or args that are not made of JSON values, tuples and bytes.
         """
         return await self._on_writer(self._steps_of(mutations))
 
@@ -1360,7 +1366,11 @@ class Engine:
             steps.append(Step(run, (mutation.name, mutation.id, mutation.scope)))
         return steps
 
-    async def _on_writer(self, steps: Sequence[Step], is_push: bool = True) -> list[Any]:
+    async def _on_writer(
+        self,
+        steps: Sequence[Step],
+        is_push: bool = True,
+    ) -> list[Any]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Any]] = loop.create_future()
         self._enqueue(Job(steps, future, loop, is_push))
@@ -1375,15 +1385,21 @@ class Engine:
             self._jobs.put(job)
         self.committing = True
 
-    def _apply(self, batch: Batch, size: int, mutation: Mutation, args: bytes) -> Result:
+    def _apply(
+        self,
+        batch: Batch,
+        size: int,
+        mutation: Mutation,
+        args: bytes,
+    ) -> Result:
         """Apply a mutation, with a copy of its args; or repeat its first answer.
 
-        `size` is how many bytes the answer to its push has already. Raises StoreRefused where the
-        transaction failed as a whole.
+        `size` is how many bytes the answer to its push has already. Raises StoreRefused
+        if the transaction failed as a whole.
         """
         key = (mutation.scope, mutation.id)
         if mark := batch.marks.get(key) or self.store.find(batch.db, *key):
-            # Else a hundred repeats of a large mutation, a small request, would fill the memory.
+            # A hundred repeats of a large mutation, a small request, must stay small.
             return batch.repeat(mark, with_changes=size <= self.settings.page_size)
         # Whatever `apply` does with its args, another run gets them as they came.
         mutation = dataclasses.replace(mutation, args=marshal.loads(args))
@@ -1449,8 +1465,8 @@ class Engine:
     def _commit(self, jobs: list[Job]) -> None:
         """Do these jobs and all that waits in one transaction, and answer them.
 
-        If the transaction fails, do each of their mutations again, alone: an error that does not
-        come back then was a neighbour's.
+        If the transaction fails, do each of their mutations again, alone: an error that
+        does not come back then was a neighbour's.
         """
         try:
             batch = self._begin()
@@ -1477,8 +1493,8 @@ class Engine:
         try:
             db, position = self.store.begin()
             if position != self._position:
-                # An epoch that begin() may have begun is not committed yet: if this transaction
-                # fails, memory must not stand in an epoch that never was.
+                # An epoch that begin() may have begun is not committed yet: if this
+                # transaction fails, memory must not stand in an epoch that never was.
                 self._catch_up(db, position._replace(epoch=self._position.epoch))
             return Batch(self.store, db, position)
         except BaseException as error:
@@ -1505,7 +1521,7 @@ class Engine:
         return outcomes
 
     def _finish(self, batch: Batch) -> None:
-        """Put a transaction on disk, then into memory: a client that gets a hint finds it there."""
+        """Commit, then put it into memory: a client that is told finds it there."""
         self.store.append(batch.rows, list(batch.marks.values()))
         self.store.commit()
         self.counts.update({**batch.counts, "changes": len(batch.rows)})
@@ -1548,9 +1564,9 @@ class Engine:
     def _run_step(self, step: Step, size: int) -> Any:
         """Run one mutation in a transaction of its own; it fails where that fails.
 
-        Raises StoreRefused where the disk refuses. A disk's error that comes although an
-        empty write works is the mutation's own: an AUTOINCREMENT at its end, say, has the
-        code of a full disk.
+        Raises StoreRefused if the disk refuses. A disk's error that comes although an
+        empty write works is the mutation's own: an AUTOINCREMENT at its end, say, has
+        the code of a full disk.
         """
         batch = self._begin()
         try:
@@ -1558,7 +1574,8 @@ class Engine:
             self._finish(batch)
         except BaseException as error:
             self._undo()
-            if isinstance(error, StoreRefused) and not isinstance(error, TransactionLost):
+            ended = isinstance(error, TransactionLost)  # by the application
+            if isinstance(error, StoreRefused) and not ended:
                 self._probe()
             complain(engine_log, "the transaction failed on %r, %r of %r", *step.name)
             self.counts["internal_error"] += 1
@@ -1883,7 +1900,11 @@ class Engine:
         self._check_process()
         if self._snapshot_function is None:
             raise NotFound("without a snapshot function the log is never trimmed")
-        step = Step(lambda batch, size: self._trim(batch, scope, before), ("trim", "", scope))
+
+        def remove(batch: Batch, size: int) -> int:
+            return self._trim(batch, scope, before)
+
+        step = Step(remove, ("trim", "", scope))
         total = 0
         while True:
             (removed,) = await self._on_writer([step], is_push=False)
@@ -1894,8 +1915,8 @@ class Engine:
     def close(self, timeout: float | None = None) -> None:
         """Finish what waits, write the WAL back into the file, end the threads. Blocks.
 
-        For a process that ends: after `timeout` seconds it leaves a writer that still waits,
-        for another process's lock or for `apply`, to the end of the process.
+        A writer that still waits after `timeout` seconds, for another process's lock or
+        for `apply`, is left to the end of this process.
         """
         self._check_process()
         with self._lock:
@@ -3407,7 +3428,7 @@ class Server:
         try:
             asyncio.run(serve())
         finally:
-            # An idle writer ends in no time, also where a slow client has used all of that.
+            # A second at least: a slow client may have used the rest.
             left = min(max(1.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
             self.engine.close(left if math.isfinite(deadline) else None)
 
