@@ -89,6 +89,7 @@ import inspect
 import itertools
 import json
 import logging
+import marshal
 import math
 import os
 import queue
@@ -358,7 +359,11 @@ class Change:
 
 
 class Result(NamedTuple):
-    """What became of one mutation. `encoded` is the same as JSON, as it goes to the client."""
+    """What became of one mutation. `encoded` is the same as JSON, for the client.
+
+    It shows changes in the mutation's own scope only: others are for those who may read
+    their scopes.
+    """
 
     encoded: bytes
     ok: bool
@@ -369,7 +374,11 @@ class Result(NamedTuple):
 
     @classmethod
     def applied(cls, cursor: int, fragments: Sequence[bytes] | None, again: bool = False) -> Result:
-        """It is in the log. None for fragments: they were, and some have been trimmed since."""
+        """Return the result of an applied mutation, with its changes in its own scope.
+
+        `fragments` is None where they are left out: some change of the mutation was
+        trimmed, or the answer to the push is large already.
+        """
         changes = b"" if fragments is None else b',"changes":[%b]' % b",".join(fragments)
         duplicate = b',"duplicate":true' if again else b""
         encoded = b'{"ok":true,"cursor":%d%b%b}' % (cursor, changes, duplicate)
@@ -561,6 +570,7 @@ class Store(Protocol):
     def attempt(self, work: Callable[[Any], T]) -> T: ...  # if work(db) raises, it left no trace
     def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None: ...  # numbered by engine
     def trim(self, db: Any, scope: str, before: int, limit: int) -> int: ...  # how many went
+    def probe(self, db: Any) -> None: ...  # write something, and take it back
     def commit(self) -> None: ...  # on disk when this returns
     def rollback(self) -> None: ...  # never raises: what it can't undo, it abandons
 
@@ -847,6 +857,11 @@ class SQLStore(Store):
             self.run(db, f"{sql} ON CONFLICT (scope) DO UPDATE {moved}", scope, newest)
             self.run(db, f"DELETE {changes} AND cursor <= ?", scope, newest)
         return int(count)
+
+    def probe(self, db: Any) -> None:
+        # No mutation has an empty scope. (An UPDATE to the same value writes nothing.)
+        self.run(db, "INSERT INTO mizusync_mutations VALUES ('', '', NULL, 0)")
+        self.run(db, "DELETE FROM mizusync_mutations WHERE scope = ''")
 
 
 # Blanks and comments, then the first word of a statement.
@@ -1370,22 +1385,33 @@ class Batch:
         first, last = None, self.tail(mutation.scope).current
         if rows:
             first, last = rows[0].cursor, rows[-1].cursor
-        fragments = [self.tail(row.scope).add(row) for row in rows]
+        own: list[bytes] = []
+        for row in rows:
+            fragment = self.tail(row.scope).add(row)
+            if row.scope == mutation.scope:
+                own.append(fragment)
         self.rows += rows
         key = (mutation.scope, mutation.id)
         self.marks[key] = Mark(*key, first, last)
-        return Result.applied(last, fragments)
+        return Result.applied(last, own)
 
-    def repeat(self, mark: Mark) -> Result:
-        """The first answer of a mutation that was applied before, or further up in this batch."""
+    def repeat(self, mark: Mark, with_changes: bool) -> Result:
+        """Return the first answer of a mutation that was applied before.
+
+        Without changes, their rows are not even read.
+        """
         self.counts["duplicate"] += 1
         first, last = mark.first or mark.last + 1, mark.last  # without changes: an empty range
+        if not with_changes:
+            return Result.applied(last, None, again=True)
         if first > (start := self.position.head):
             rows = self.rows[first - start - 1 : last - start]
         else:
             rows = self.store.between(self.db, first, last)
-        whole = len(rows) == last - first + 1
-        return Result.applied(last, [row.encode() for row in rows] if whole else None, again=True)
+        if len(rows) < last - first + 1:  # some were trimmed, in whatever scope
+            return Result.applied(last, None, again=True)
+        own = [row.encode() for row in rows if row.scope == mark.scope]
+        return Result.applied(last, own, again=True)
 
     def news(self) -> News:
         """What to tell, once it is in the log."""
@@ -1394,17 +1420,36 @@ class Batch:
         return {s: Hint(t.current, epoch, t.after, tuple(t.fragments)) for s, t in told.items()}
 
 
+class Step(NamedTuple):
+    """One mutation, or one trim: what may become a transaction of its own."""
+
+    run: Callable[[Batch, int], Any]  # the int: bytes of its push's answer so far
+    name: tuple[str, str, str]  # for the log: the mutation's name, id and scope
+
+
 class Job(NamedTuple):
-    """Work for the writer, inside a transaction; whom to answer, on which loop (None: anywhere)."""
+    """Work for the writer, and the future to answer, on which loop (None: any thread).
 
-    work: Callable[[Batch], Any]
-    future: asyncio.Future[Any] | Future[Any]
+    The outcome is a list of what each step gave, or an exception if nothing was done.
+    """
+
+    steps: Sequence[Step]
+    future: asyncio.Future[list[Any]] | Future[list[Any]]
     loop: Loop | None = None
+    is_push: bool = True
 
-    def answer(self, outcome: Any) -> None:
-        future = self.future
-        if not future.done():  # who asked may be gone
-            (future.set_exception if isinstance(outcome, Exception) else future.set_result)(outcome)
+    def answer(self, outcome: list[Any] | Exception) -> None:
+        if self.future.done():  # the caller has gone
+            return
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+def answer_size(result: Any) -> int:
+    """Return how many bytes of a push's answer a result takes; a trim's takes none."""
+    return len(result.encoded) if isinstance(result, Result) else 0
 
 
 class Engine:
@@ -1415,12 +1460,13 @@ class Engine:
 
     `apply(db, mutation)` runs on the writer's thread, inside the transaction, and returns the
     changes that it made: JSON values, or `Change`s. It refuses by raising InvalidMutation,
-    NotFound, Conflict, Forbidden, or Unavailable. It may run again for one mutation, where another
-    has spoilt the transaction: what it does outside `db` may happen twice. `snapshot(db, scope)`
-    runs on a reader's thread and returns the whole state of the scope: a JSON value, or
-    `Json(text)`.
+    NotFound, Conflict, Forbidden, or Unavailable. It may run again for one mutation,
+    with the same args, if the transaction failed: what it does outside `db` may happen
+    twice. `snapshot(db, scope)` runs on a reader's thread and returns the whole state of
+    the scope: a JSON value, or `Json(text)`.
 
-    Its coroutines run on any loop; everything else may be called from any thread.
+    Its coroutines run on any loop; everything else may be called from any thread. After
+    a fork only the parent may use it: in the child every call raises RuntimeError.
     """
 
     def __init__(
@@ -1443,12 +1489,9 @@ class Engine:
         self.committing = False  # the writer is at work, and wants the interpreter's lock at times
         self._apply_function, self._snapshot_function = apply, snapshot
         self._closed = False
+        self._process = os.getpid()
         self.rewinds = 0  # how often an older copy of the log was restored into it
         self._overfull: dict[str, None] = {}  # scopes to trim, the one that waits longest first
-        # Of a transaction that has to be done again: its jobs, each alone from now on, so that none
-        # spoils another; and the mutations, by scope and id, that may have ended it.
-        self._again: list[Job] = []
-        self._spoilt: dict[tuple[str, str], StoreRefused] = {}
         self._looked_this_turn: dict[Loop, Position] = {}  # of this turn of each loop
         # Over _position, the tails, the listeners and _closed; held for microseconds. Reentrant: on
         # a thread that holds it the garbage collector may end a lost pull, which calls unlisten.
@@ -1462,31 +1505,55 @@ class Engine:
         self._writer = threading.Thread(target=self._write, name="mizusync-writer", daemon=True)
         self._writer.start()
 
+    def _check_process(self) -> None:
+        """Raise RuntimeError in a forked child, which has no writer's thread.
+
+        It stands before whatever takes a lock: a thread of the parent may have held it.
+        """
+        if os.getpid() != self._process:
+            sentence = "this process was forked: open the engine after the fork"
+            raise RuntimeError(sentence)
+
     # -- push
 
     async def push(self, mutations: Mutations) -> list[Result]:
         """Apply mutations, in order; each succeeds or fails alone. One Result each, in order.
 
-        Those that are ok are on disk. Raises Unavailable when the store refuses (nothing of this
-        push was applied), and InvalidMutation for a mapping that is no mutation.
+        Those that are ok are on disk. Raises Unavailable when the store refuses (nothing
+        of this push was applied), and InvalidMutation for a mapping that is no mutation,
+        or args that are not made of JSON values, tuples and bytes.
         """
-        return await self._on_writer(self._pushing(mutations))
+        return await self._on_writer(self._steps_of(mutations))
 
     def submit(self, mutations: Mutations) -> Future[list[Result]]:
         """The same for a thread that has no loop: `engine.submit(mutations).result()`."""
         future: Future[list[Result]] = Future()
         future.set_running_or_notify_cancel()  # it is pushed, whatever becomes of who asks
-        self._enqueue(Job(self._pushing(mutations), future))
+        self._enqueue(Job(self._steps_of(mutations), future))
         return future
 
-    def _pushing(self, values: Mutations) -> Callable[[Batch], list[Result]]:
-        mutations = [v if isinstance(v, Mutation) else Mutation.parse(v) for v in values]
-        return lambda batch: [self._apply(batch, mutation) for mutation in mutations]
+    def _steps_of(self, values: Mutations) -> list[Step]:
+        self._check_process()
+        steps: list[Step] = []
+        for value in values:
+            mutation = value if isinstance(value, Mutation) else Mutation.parse(value)
+            try:
+                args = marshal.dumps(mutation.args)
+            except ValueError as error:
+                sentence = f"args are JSON values, tuples and bytes: {error}"
+                raise InvalidMutation(sentence) from error
+            run = functools.partial(self._apply, mutation=mutation, args=args)
+            steps.append(Step(run, (mutation.name, mutation.id, mutation.scope)))
+        return steps
 
-    async def _on_writer(self, work: Callable[[Batch], T]) -> T:
+    async def _on_writer(
+        self,
+        steps: Sequence[Step],
+        is_push: bool = True,
+    ) -> list[Any]:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        self._enqueue(Job(work, future, loop))
+        future: asyncio.Future[list[Any]] = loop.create_future()
+        self._enqueue(Job(steps, future, loop, is_push))
         return await future
 
     def _enqueue(self, job: Job) -> None:
@@ -1498,16 +1565,27 @@ class Engine:
             self._jobs.put(job)
         self.committing = True
 
-    def _apply(self, batch: Batch, mutation: Mutation) -> Result:
+    def _apply(
+        self,
+        batch: Batch,
+        size: int,
+        mutation: Mutation,
+        args: bytes,
+    ) -> Result:
+        """Apply a mutation, with a copy of its args; or repeat its first answer.
+
+        `size` is how many bytes the answer to its push has already. Raises StoreRefused
+        if the transaction failed as a whole.
+        """
         key = (mutation.scope, mutation.id)
         if mark := batch.marks.get(key) or self.store.find(batch.db, *key):
-            return batch.repeat(mark)
+            # A hundred repeats of a large mutation, a small request, must stay small.
+            return batch.repeat(mark, with_changes=size <= self.settings.page_size)
+        # Whatever `apply` does with its args, another run gets them as they came.
+        mutation = dataclasses.replace(mutation, args=marshal.loads(args))
         try:  # the store's savepoint and guard, in them the application's function
-            if error := self._spoilt.get(key):
-                raise RuntimeError("it would end the transaction again") from error
             made = self.store.attempt(lambda db: self._rows_of(mutation, db, batch))
-        except StoreRefused as error:  # of the whole transaction
-            self._spoilt[key] = error
+        except StoreRefused:  # of the whole transaction
             raise
         except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
             refusal: SyncError = error  # each of these is a count in COUNTED, too
@@ -1549,73 +1627,179 @@ class Engine:
     def _write(self) -> None:
         """Commit what waits, until closed. Nothing that goes wrong in here may end the thread."""
         watch = min(max(0.001, self.settings.watch_interval), threading.TIMEOUT_MAX)
-        while self._again or not (self._closed and self._jobs.empty()):
-            alone, job = bool(self._again), None
+        while not (self._closed and self._jobs.empty()):
+            job: Job | None = None
             with contextlib.suppress(queue.Empty):
-                pause = 0.0 if self._overfull else watch
-                job = self._again.pop(0) if alone else self._jobs.get(timeout=pause)
+                job = self._jobs.get(timeout=0.0 if self._overfull else watch)
             try:
                 if job or self._overfull:
-                    self._commit([job] if job else [], alone)
+                    self._commit([job] if job else [])
                 elif self.store.look() != self._position:
                     # Another process has committed, while there was nothing to write.
                     self.store.read(lambda db: self._catch_up(db, self.store.position(db)))
             except BaseException as error:
                 if not isinstance(error, StoreRefused):  # a push will tell of that
                     complain(engine_log, "the writer's thread goes on after this")
-            self.committing = bool(self._again) or not self._jobs.empty()
+            self.committing = not self._jobs.empty()
 
-    def _commit(self, jobs: list[Job], alone: bool) -> None:
-        """Answer these jobs and, unless they are to be alone, all that waits: one transaction."""
-        news: News = {}
+    def _commit(self, jobs: list[Job]) -> None:
+        """Do these jobs and all that waits in one transaction, and answer them.
+
+        If the transaction fails, do each of their mutations again, alone: an error that
+        does not come back then was a neighbour's.
+        """
         try:
-            batch, outcomes = self._transact(jobs, alone)
+            batch = self._begin()
+        except StoreRefused as refusal:  # another process has the lock, say
+            self._refuse(jobs, refusal)
+            return
+        try:
+            outcomes = self._run_together(batch, jobs)
+            self._retain(batch)
+            self._finish(batch)
         except BaseException as error:
-            self.store.rollback()
-            self._overfull.clear()  # they will be found again
-            ended = isinstance(error, TransactionLost)
-            refused = isinstance(error, StoreRefused) and not ended  # the disk's fault, no job's
-            if ended or (len(jobs) > 1 and not refused):
-                # One job's fault (a constraint that is checked at COMMIT, say) is not another's: so
-                # each again, alone, and without the mutation that ended the transaction.
-                self._again[:0] = jobs
-                return
-            why = error.__cause__ or error
-            complain(store_log, "pushes failed: %s", why, traceback=not refused)
-            self.counts["pushes_failed"] += len(jobs)
-            outcomes = [error if refused else SyncError("the server failed")] * len(jobs)
+            self._undo()
+            if jobs:
+                self._run_alone(jobs)
+            else:
+                why = error.__cause__ or error
+                is_ours = not isinstance(error, StoreRefused)
+                complain(store_log, "a trim failed: %s", why, traceback=is_ours)
         else:
-            # Memory before the hint: who hears of a change finds it.
-            pushes = sum(isinstance(outcome, list) for outcome in outcomes)  # others are trims
-            self.counts.update({**batch.counts, "pushes": pushes, "changes": len(batch.rows)})
-            with self._lock:
-                for scope, tail in batch.grown.items():
-                    self._keep_tail(scope, tail)
-                head = batch.position.head + len(batch.rows)
-                self._position = batch.position._replace(head=head)
-            news = batch.news()
-        self._spoilt.clear()
-        answers = zip(jobs, outcomes, strict=True)
-        self._tell(news, ((job.loop, job.answer, outcome) for job, outcome in answers))
+            self._answer(zip(jobs, outcomes, strict=True), batch.news())
 
-    def _transact(self, jobs: list[Job], alone: bool) -> tuple[Batch, list[Any]]:
-        """What became of each job, those that join too; when it returns, it is on disk."""
-        db, position = self.store.begin()
-        if position != self._position:
-            # An epoch that begin() may have begun is not committed yet: if this transaction fails,
-            # memory must not stand in an epoch that never was.
-            self._catch_up(db, position._replace(epoch=self._position.epoch))
-        batch, outcomes = Batch(self.store, db, position), []
-        deadline = 0.0 if alone else time.monotonic() + self.settings.commit_time
+    def _begin(self) -> Batch:
+        """Begin a transaction. Raises StoreRefused, and nothing else."""
+        try:
+            db, position = self.store.begin()
+            if position != self._position:
+                # An epoch that begin() may have begun is not committed yet: if this
+                # transaction fails, memory must not stand in an epoch that never was.
+                self._catch_up(db, position._replace(epoch=self._position.epoch))
+            return Batch(self.store, db, position)
+        except BaseException as error:
+            self._undo()
+            if isinstance(error, StoreRefused):
+                raise
+            complain(store_log, "no transaction could begin")
+            raise StoreRefused("the database fails") from error
+
+    def _run_together(self, batch: Batch, jobs: list[Job]) -> list[list[Any]]:
+        """Run these jobs, and those that join them until `commit_time` is over."""
+        outcomes: list[list[Any]] = []
+        deadline = time.monotonic() + self.settings.commit_time
         for job in jobs:  # it grows as we go
-            outcomes.append(job.work(batch))
+            results: list[Any] = []
+            size = 0
+            for step in job.steps:
+                results.append(step.run(batch, size))
+                size += answer_size(results[-1])
+            outcomes.append(results)
             with contextlib.suppress(queue.Empty):
                 if time.monotonic() < deadline and (more := self._jobs.get_nowait()):
                     jobs.append(more)
-        self._retain(batch)
+        return outcomes
+
+    def _finish(self, batch: Batch) -> None:
+        """Commit, then put it into memory: a client that is told finds it there."""
         self.store.append(batch.rows, list(batch.marks.values()))
         self.store.commit()
-        return batch, outcomes
+        self.counts.update({**batch.counts, "changes": len(batch.rows)})
+        with self._lock:
+            for scope, tail in batch.grown.items():
+                self._keep_tail(scope, tail)
+            head = batch.position.head + len(batch.rows)
+            self._position = batch.position._replace(head=head)
+
+    def _undo(self) -> None:
+        self.store.rollback()
+        self._overfull.clear()  # they will be found again
+
+    def _run_alone(self, jobs: list[Job]) -> None:
+        """Run each mutation of a failed transaction in one of its own; answer each job.
+
+        Once the disk refuses, what is left and all that waits is unavailable, untried.
+        """
+        for place, job in enumerate(jobs):
+            results: list[Any] = []
+            outcome: list[Any] | Exception = results
+            size = 0
+            try:
+                for step in job.steps:
+                    results.append(self._run_step(step, size))
+                    size += answer_size(results[-1])
+            except StoreRefused as refusal:
+                if not any(isinstance(one, Result) and one.ok for one in results):
+                    self._refuse(jobs[place:], refusal)
+                    return
+                left = len(job.steps) - len(results)
+                self.counts["unavailable"] += left
+                self._answer([(job, results + [Result.refused(refusal)] * left)])
+                self._refuse(jobs[place + 1 :], refusal)
+                return
+            if not job.is_push and isinstance(results[0], Result):
+                outcome = SyncError(results[0].error)
+            self._answer([(job, outcome)])
+
+    def _run_step(self, step: Step, size: int) -> Any:
+        """Run one mutation in a transaction of its own; it fails where that fails.
+
+        Raises StoreRefused if the disk refuses. A disk's error that comes although an
+        empty write works is the mutation's own: an AUTOINCREMENT at its end, say, has
+        the code of a full disk.
+        """
+        batch = self._begin()
+        try:
+            result = step.run(batch, size)
+            self._finish(batch)
+        except BaseException as error:
+            self._undo()
+            ended = isinstance(error, TransactionLost)  # by the application
+            if isinstance(error, StoreRefused) and not ended:
+                self._probe()
+            complain(engine_log, "the transaction failed on %r, %r of %r", *step.name)
+            self.counts["internal_error"] += 1
+            return Result.refused(SyncError("the server failed on this mutation"))
+        self._answer((), batch.news())
+        return result
+
+    def _probe(self) -> None:
+        """Commit an empty write of our own. Raises StoreRefused if that fails, too."""
+        batch = self._begin()
+        try:
+            self.store.probe(batch.db)
+            self._finish(batch)
+        except BaseException as error:
+            self._undo()
+            if isinstance(error, StoreRefused):
+                raise
+            raise StoreRefused("the database fails") from error
+
+    def _refuse(self, jobs: Sequence[Job], refusal: StoreRefused) -> None:
+        """Refuse these jobs and all that waits: each would wait as long by itself."""
+        refused = list(jobs)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if job := self._jobs.get_nowait():
+                    refused.append(job)
+        if refused:
+            why = refusal.__cause__ or refusal
+            complain(store_log, "pushes failed: %s", why, traceback=False)
+        self._answer([(job, refusal) for job in refused])
+
+    def _answer(
+        self,
+        outcomes: Iterable[tuple[Job, list[Any] | Exception]],
+        news: News | None = None,
+    ) -> None:
+        """Count and send the outcomes of jobs, and tell of the commit."""
+        calls: list[Call] = []
+        for job, outcome in outcomes:
+            failed = isinstance(outcome, Exception)
+            if job.is_push:
+                self.counts["pushes_failed" if failed else "pushes"] += 1
+            calls.append((job.loop, job.answer, outcome))
+        self._tell(news or {}, calls)
 
     def _retain(self, batch: Batch) -> None:
         """Trim some of the scopes that grew past `keep_changes`: in each commit a little."""
@@ -1699,6 +1883,7 @@ class Engine:
         `wait` (seconds) holds an empty page back until there is a change. `epoch` is the one that
         the cursor was read in, if known. Raises CursorTooOld, CursorUnknown, Unavailable.
         """
+        self._check_process()
         limit = min(max(1, limit or self.settings.pull_limit), self.settings.pull_limit_max)
         if wait <= 0:
             return await self._page(scope, cursor, epoch, limit)
@@ -1726,6 +1911,7 @@ class Engine:
 
     def wake(self) -> None:
         """End every pull that waits, now: a listener of one scope is called with no news at all."""
+        self._check_process()
         with self._lock:
             of_scopes = [to for scope, to in list(self._listeners.items()) if scope is not None]
             calls: list[Call] = [(*to, {}) for one in of_scopes for to in list(one.values())]
@@ -1773,8 +1959,7 @@ class Engine:
             if full and tail.firsts and row.first != tail.firsts[-1]:
                 # It begins a mutation that the page has no room for.
                 return Page(tail.fragments, tail.current, position.epoch, has_more=True)
-            tail.add(row)
-            room -= len(row.data)
+            room -= len(tail.add(row))
         # The page reached the log's end: the next pull here will find it in memory.
         if not tail.cursors:
             tail.after = self.store.current(db, scope)
@@ -1788,6 +1973,7 @@ class Engine:
 
         Raises Unavailable, and what `work` raises.
         """
+        self._check_process()
 
         def read() -> T:
             try:
@@ -1812,6 +1998,7 @@ class Engine:
 
         Raises NotFound where the application has no snapshot function, and what that raises.
         """
+        self._check_process()
         take = self._snapshot_function
         if take is None:
             raise NotFound("this application has no snapshots: pull from cursor 0")
@@ -1827,6 +2014,7 @@ class Engine:
 
     async def head(self, scope: str = DEFAULT_SCOPE) -> int:
         """The scope's current cursor: of its newest change, 0 before the first."""
+        self._check_process()
         position = self._look()
         with self._lock:
             if position == self._position and (tail := self._tails.get(scope)):
@@ -1839,6 +2027,7 @@ class Engine:
 
     def stats(self) -> dict[str, int]:
         """Where the log stands, what waits, and what was done since the start."""
+        self._check_process()
         now = {"cursor": self._position.head, "pushes_waiting": self._jobs.qsize()}
         return {**now, **getattr(self.store, "stats", dict)(), **self.counts}
 
@@ -1859,6 +2048,7 @@ class Engine:
         On this loop, or where none runs on the writer's thread: it must be quick. Returns the
         function that ends it.
         """
+        self._check_process()
         key, loop = object(), None
         with contextlib.suppress(RuntimeError):
             loop = asyncio.get_running_loop()
@@ -1877,6 +2067,7 @@ class Engine:
 
         For a store that is told of it. From any thread; it never blocks.
         """
+        self._check_process()
         if self._jobs.empty():  # whoever waits there looks, too
             self._jobs.put(None)
 
@@ -1886,19 +2077,35 @@ class Engine:
         Who is behind then gets CursorTooOld and takes a snapshot: so it raises NotFound where the
         application has no snapshot function. Raises Unavailable.
         """
+        self._check_process()
         if self._snapshot_function is None:
             raise NotFound("without a snapshot function the log is never trimmed")
-        total = 0
-        while removed := await self._on_writer(lambda batch: self._trim(batch, scope, before)):
-            total += removed
-        return total
 
-    def close(self) -> None:
-        """Finish what waits, write the WAL back into the file, end the threads. Blocks."""
+        def remove(batch: Batch, size: int) -> int:
+            return self._trim(batch, scope, before)
+
+        step = Step(remove, ("trim", "", scope))
+        total = 0
+        while True:
+            (removed,) = await self._on_writer([step], is_push=False)
+            if not removed:
+                return total
+            total += removed
+
+    def close(self, timeout: float | None = None) -> None:
+        """Finish what waits, write the WAL back into the file, end the threads. Blocks.
+
+        A writer that still waits after `timeout` seconds, for another process's lock or
+        for `apply`, is left to the end of this process.
+        """
+        self._check_process()
         with self._lock:
             self._closed = True
             self._jobs.put(None)
-        self._writer.join()
+        self._writer.join(timeout)
+        if self._writer.is_alive():
+            complain(engine_log, "the writer did not end in time", traceback=False)
+            return
         self.wake()
         self._readers.shutdown()
         self.store.close()
@@ -3380,7 +3587,10 @@ class Server:
         `announce` is told where to open the page; the options are listen's, and what it raises.
         """
 
+        deadline = math.inf  # of the stop
+
         async def serve() -> None:
+            nonlocal deadline
             loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
             # Neither a thread other than the first nor Windows can have signal handlers here.
             with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
@@ -3390,6 +3600,7 @@ class Server:
                 name = f"[{name}]" if ":" in name else name
                 announce(f"open {'https' if options.get('ssl') else 'http'}://{name}:{number}/")
                 await asyncio.wrap_future(self._stop)
+                deadline = time.monotonic() + self.settings.shutdown_timeout
                 with contextlib.suppress(NotImplementedError):
                     for one in signals:
                         loop.remove_signal_handler(one)  # a second one ends at once
@@ -3397,7 +3608,9 @@ class Server:
         try:
             asyncio.run(serve())
         finally:
-            self.engine.close()
+            # A second at least: a slow client may have used the rest.
+            left = min(max(1.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+            self.engine.close(left if math.isfinite(deadline) else None)
 
     def stop(self) -> None:
         """End `run`, as a signal does. From any thread, also before it has begun."""

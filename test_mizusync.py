@@ -566,6 +566,20 @@ def entry(key: str, *scopes: str, fail: str | None = None, scope: str = DEFAULT)
     return {"id": key, "scope": scope, "name": "entry", "args": [list(scopes), fail]}
 
 
+def made_by(engine: Engine, result: Any, scopes: list[str]) -> list[Any]:
+    """What an entry with these scopes changed: its result shows only its own scope."""
+    first = result["cursor"] - len(scopes) + 1
+    found = [
+        change
+        for scope in set(scopes)
+        for change in pull(engine, first - 1, scope, limit=1000)["changes"]
+        if change["cursor"] <= result["cursor"]
+    ]
+    changes = sorted(found, key=cursor_of)
+    assert [change["scope"] for change in changes] == scopes
+    return changes
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "log.db"
@@ -1347,7 +1361,7 @@ def test_cursors_strictly_increase_and_are_never_used_again(events: list[Any]) -
         for number, (what, detail) in enumerate(events):
             if what == "push":
                 (result,) = push(engine, entry(str(number), *detail))
-                for change in result["changes"]:
+                for change in made_by(engine, result, detail):
                     assert change["cursor"] > newest
                     newest = change["cursor"]
             elif what == "fail":
@@ -1465,12 +1479,61 @@ def test_without_changes_a_results_cursor_is_its_scopes_current_one(path: Path) 
 def test_a_change_is_found_in_the_scope_that_it_names(engine: Engine) -> None:
     share = {"id": "1", "scope": "mine", "name": "share", "args": ["a", "b", "a"]}
     (result,) = push(engine, share)
-    assert [change["scope"] for change in result["changes"]] == ["a", "b", "a"]
-    assert result["cursor"] == result["changes"][-1]["cursor"]
-    assert whole_log(engine, "a") == result["changes"][::2]
-    assert whole_log(engine, "b") == result["changes"][1:2]
+    assert result["cursor"] == 3
+    assert list(map(cursor_of, whole_log(engine, "a"))) == [1, 3]
+    assert list(map(cursor_of, whole_log(engine, "b"))) == [2]
     assert whole_log(engine, "mine") == []
     assert ask(engine.head("mine")) == 0
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_result_shows_only_changes_in_its_own_scope(path: Path, restart: bool) -> None:
+    share = {"id": "1", "scope": "mine", "name": "share", "args": ["a", "mine", "b", "mine"]}
+    engine = open_log(path)
+    (first,) = engine.submit([share]).result(PATIENCE)
+    (again,) = engine.submit([share]).result(PATIENCE)
+    if restart:
+        engine.close()
+        engine = open_log(path)
+    with closing(engine):
+        (later,) = engine.submit([share]).result(PATIENCE)
+        own = whole_log(engine, "mine")
+        assert list(map(cursor_of, own)) == [2, 4]
+        for result in (first, again, later):
+            assert [asdict(change) for change in result.changes] == own
+            assert json.loads(result.encoded)["changes"] == own
+            assert result.cursor == 4
+        ask(engine.trim("b", 9))  # a change of another scope goes
+        (rest,) = engine.submit([share]).result(PATIENCE)
+        assert (rest.changes, "changes" in json.loads(rest.encoded)) == ([], False)
+
+
+class CountingStore(mizusync.SQLiteStore):
+    """Counts how often the rows of a mutation are read."""
+
+    reads = 0
+
+    def between(self, db: Any, first: int, last: int) -> list[mizusync.Row]:
+        self.reads += 1
+        return super().between(db, first, last)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["of the log", "of the push itself"])
+def test_repeats_in_a_push_that_is_large_already_are_answered_without_changes(
+    path: Path, known: bool
+) -> None:
+    store, large = CountingStore(path, SCHEMA), note("1", "x" * 1000)
+    with closing(Engine(store, apply=apply, settings=Settings(page_size=5000))) as engine:
+        if known:
+            push(engine, large)
+        *repeats, new = push(engine, *[large] * 50, note("new", "y"))
+        whole = 5000 // len(json.dumps(repeats[0])) + 1  # with the one that passes the limit
+        assert all("changes" in result for result in repeats[:whole])
+        brief = {"ok": True, "cursor": repeats[0]["cursor"], **DUPLICATE}
+        assert repeats[whole:] == [brief] * (50 - whole)
+        assert fold(new["changes"]) == ["y"]  # what is new always has them
+        assert store.reads == (whole if known else 0)
+        assert "changes" in push(engine, large)[0]  # in a push of its own
 
 
 @pytest.mark.parametrize("code", [*REFUSALS, "internal_error"])
@@ -1628,6 +1691,68 @@ def refuses(action: Callable[[], Any]) -> bool:
     except Unavailable:
         return True
     return False
+
+
+FORKED = """
+import asyncio, inspect, json, os, signal, sys
+import mizusync
+
+engine = mizusync.Engine(sys.argv[1], apply=lambda db, mutation: [1])
+mutation = {"id": "1", "name": "n"}
+
+def push():
+    return engine.submit([mutation]).result()[0].ok
+
+async def first(changes):
+    return await anext(changes)
+
+calls = {
+    "push": lambda: engine.push([mutation]), "submit": push, "trim": lambda: engine.trim("a", 1),
+    "pull": engine.pull, "read": lambda: engine.read(id), "snapshot": engine.snapshot,
+    "head": engine.head, "position": engine.position, "follow": lambda: first(engine.follow()),
+    "listen": lambda: engine.listen(print), "wake": engine.wake, "catch_up": engine.catch_up,
+    "stats": engine.stats, "close": engine.close,
+}
+methods = inspect.getmembers(mizusync.Engine, inspect.isfunction)
+assert set(calls) == {name for name, _ in methods if not name.startswith("_")}
+
+def tried(call):
+    async def made():
+        value = call()
+        return await value if inspect.isawaitable(value) else value
+    try:
+        return repr(asyncio.run(made()))
+    except RuntimeError as error:
+        return str(error)
+
+assert push()
+if (child := os.fork()) == 0:
+    signal.alarm(10)  # a call that hangs ends the child
+    said = {tried(call) for call in calls.values()}
+    print(json.dumps(list(said)), flush=True)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+mutation["id"] = "2"
+print(json.dumps([status, push(), asyncio.run(engine.head())]))
+engine.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_a_fork_the_child_is_told_and_the_parent_goes_on(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+        cwd=PROGRAM.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    child, parent = map(json.loads, done.stdout.splitlines())
+    assert child == ["this process was forked: open the engine after the fork"]
+    assert parent == [0, True, 2]
+    assert not path.with_name(f"{path.name}-wal").exists()  # it was closed in order
 
 
 def test_a_closed_engine_answers_everything_with_unavailable(engine: Engine) -> None:
@@ -2001,7 +2126,7 @@ def test_an_apply_that_ends_the_transaction_spoils_no_other_push(path: Path) -> 
         assert len(ask(engine.snapshot()).data) == 11
 
 
-def test_a_constraint_that_is_checked_at_the_commit_fails_its_own_push_alone(path: Path) -> None:
+def test_a_constraint_that_is_checked_at_the_commit_fails_that_mutation_alone(path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
     gate = gated(entered, release)
     orders = "orders (n INTEGER PRIMARY KEY, of REFERENCES orders DEFERRABLE INITIALLY DEFERRED)"
@@ -2015,11 +2140,109 @@ def test_a_constraint_that_is_checked_at_the_commit_fails_its_own_push_alone(pat
     with closing(open_log(path, apply=ordering, schema=schema, settings=SLOW)) as engine:
         futures = [engine.submit([note("gate", "gate")])]
         assert entered.wait(PATIENCE)
-        futures += [engine.submit([note(key, key)]) for key in ("1", "bad", "2")]
+        keys = [["1"], ["2", "bad", "3"], ["4"]]
+        futures += [engine.submit([note(key, key) for key in push]) for push in keys]
         release.set()
-        failed = [future.exception(PATIENCE) for future in futures]
-        assert [error and type(error) for error in failed] == [None, None, mizusync.SyncError, None]
-        assert fold(whole_log(engine)) == ask(engine.snapshot()).data == ["gate", "1", "2"]
+        results = [result for future in futures for result in future.result(PATIENCE)]
+        assert [result.code for result in results] == ["", "", "", "internal_error", "", ""]
+        assert fold(whole_log(engine)) == ["gate", "1", "2", "3", "4"]
+        assert ask(engine.snapshot()).data == ["gate", "1", "2", "3", "4"]
+
+
+@table(
+    "statement",
+    {
+        "an AUTOINCREMENT at its end": "INSERT INTO ends VALUES (NULL)",
+        "a full-text index that does not know it": (
+            "INSERT INTO words (words, rowid, word) VALUES ('delete', 9, 'absent')"
+        ),
+    },
+)
+def test_a_mutation_whose_own_error_has_the_code_of_a_disk_fails_alone(
+    path: Path, statement: str
+) -> None:
+    entered, release = threading.Event(), threading.Event()
+    gate = gated(entered, release)
+    schema = f"""{SCHEMA}
+        CREATE TABLE ends (n INTEGER PRIMARY KEY AUTOINCREMENT);
+        INSERT INTO ends VALUES (9223372036854775807);
+        CREATE VIRTUAL TABLE words USING fts5(word, content='');
+    """
+
+    def faulty(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.id == "bad":
+            with suppress(sqlite3.Error if mutation.args == "caught" else ZeroDivisionError):
+                db.execute(statement)
+        return gate(db, mutation)
+
+    with closing(open_log(path, apply=faulty, schema=schema, settings=SLOW)) as engine:
+        futures = [engine.submit([note("gate", "gate")])]
+        assert entered.wait(PATIENCE)
+        futures += [engine.submit([note(str(number), str(number))]) for number in range(3)]
+        futures += [engine.submit([note("3", "3"), note("bad"), note("4", "4")])]
+        futures += [engine.submit([note("bad", "caught", scope="caught")])]
+        futures += [engine.submit([note("5", "5")])]
+        release.set()
+        results = [[result.code for result in future.result(PATIENCE)] for future in futures]
+        failed = "internal_error"
+        assert results == [[""], [""], [""], [""], ["", failed, ""], [failed], [""]]
+        assert fold(whole_log(engine)) == ["gate", *"012345"] == ask(engine.snapshot()).data
+        assert (engine.counts["pushes_failed"], engine.counts[failed]) == (0, 2)
+
+
+def test_each_run_of_apply_gets_the_args_as_they_came(path: Path) -> None:
+    entered, release, seen = threading.Event(), threading.Event(), list[Any]()
+    gate = gated(entered, release)
+
+    def greedy(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.id == "end":
+            return rolled_back(db)
+        if mutation.id == "greedy":
+            seen.append(copy.deepcopy(mutation.args))
+            mutation.args.pop("title")
+            mutation.args["list"][0].append(mutation.args["tuple"][1].pop())
+            return ["done"]
+        return gate(db, mutation)
+
+    args = {"title": "t", "list": [[1]], "tuple": (1.5, [None]), "bytes": b"\0", "large": 2**70}
+    before = copy.deepcopy(args)
+    with closing(open_log(path, apply=greedy, settings=SLOW)) as engine:
+        engine.submit([note("gate")])
+        assert entered.wait(PATIENCE)
+        future = engine.submit([note("greedy", args), note("end")])
+        args["title"] = "changed while it waits"
+        release.set()
+        assert [result.code for result in future.result(PATIENCE)] == ["", "internal_error"]
+    assert len(seen) > 1
+    assert seen == [before] * len(seen)
+    assert args == before | {"title": "changed while it waits"}
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@table(
+    "make",
+    {
+        "an object": object,
+        "a path inside": lambda: {"inside": [Path("a")]},
+        "a dict of a class of its own": lambda: type("Own", (dict,), {})(),
+        "too deep": lambda: nested(10_000),
+    },
+)
+def test_args_that_can_not_be_copied_are_an_invalid_mutation(
+    engine: Engine, make: Callable[[], Any]
+) -> None:
+    mutations = [note("1"), note("2", make())]
+    with pytest.raises(mizusync.InvalidMutation):
+        engine.submit(mutations)
+    with pytest.raises(mizusync.InvalidMutation):
+        ask(engine.push(mutations))
+    assert whole_log(engine) == []
 
 
 def test_a_push_that_was_submitted_is_not_cancelled(path: Path) -> None:
@@ -2116,7 +2339,7 @@ FILLS = [insert_much, swallow, swallow_and_go_on, swallow_and_go_on_with_a_curso
 
 
 @pytest.mark.parametrize("fill", [*FILLS, swallow_and_begin])
-def test_a_full_disk_is_unavailable_and_nothing_of_it_stays(
+def test_what_alone_does_not_fit_the_disk_fails_alone_and_nothing_of_it_stays(
     path: Path, fill: Callable[[sqlite3.Connection], None]
 ) -> None:
     kept: list[sqlite3.Connection] = []
@@ -2130,33 +2353,42 @@ def test_a_full_disk_is_unavailable_and_nothing_of_it_stays(
 
     with closing(open_log(path, apply=hungry)) as engine:
         with limited(engine, kept):
-            with pytest.raises(Unavailable):
-                push(engine, note("1"), note("much"), note("2"))
-            assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 1
-        results = push(engine, note("1"), note("2"))  # the same ids: they had left no mark
-        assert ["duplicate" in result for result in results] == [False, False]
+            results = push(engine, note("1"), note("much"), note("2"))
+            codes = [result.get("code") for result in results]
+            assert codes == [None, "internal_error", None]
+            assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 3
+        (again,) = push(engine, note("much"))  # the same id: it had left no mark
+        assert (again["ok"], "duplicate" in again) == (True, False)
     with closing(open_log(path)) as engine:
-        assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 3
+        assert len(whole_log(engine)) == 4
 
 
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Meanwhile this database's write-ahead log may not grow."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = path.with_name(f"{path.name}-wal").stat().st_size
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, old[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
 def test_a_refused_first_transaction_is_not_taken_for_a_restored_copy(path: Path) -> None:
-    def lost(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        if mutation.id == "lost":
-            raise mizusync.StoreRefused("the disk, say")
-        return apply(db, mutation)
-
-    with closing(open_log(path)) as before:
-        push(before, note("1"))
-    with closing(open_log(path, apply=lost)) as engine:
+    with closing(open_log(path)) as before, closing(open_log(path)) as engine:
+        push(before, note("1", "x" * 100_000))
         looked, look = threading.Semaphore(0), engine.store.look
 
         def count_and_look() -> mizusync.Position:
             looked.release()
             return look()
 
-        for _ in range(2):
-            with pytest.raises(Unavailable):
-                push(engine, note("lost"))
+        with full_disk(path):
+            for _ in range(2):
+                with pytest.raises(Unavailable):
+                    push(engine, note("lost"))
         engine.store.look = count_and_look  # type: ignore[method-assign]
         for _ in range(3):  # the idle writer has looked at it
             assert looked.acquire(timeout=PATIENCE)
@@ -2170,16 +2402,11 @@ def test_a_disk_that_refuses_a_write_is_unavailable_and_later_works_again(
     engine: Engine, path: Path
 ) -> None:
     push(engine, note("1"))
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    wal = path.with_name("log.db-wal").stat().st_size
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (wal + 100, old[1]))
+    with full_disk(path):
         future = engine.submit([note("2")])
         with pytest.raises(Unavailable):
             future.result(PATIENCE)
         page = ask(engine.pull())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert len(page.changes) == 1
     assert "duplicate" not in push(engine, note("2"))[0]
     assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 2
@@ -2198,6 +2425,60 @@ def test_a_lock_held_for_long_is_unavailable_and_reads_go_on(path: Path) -> None
             future.result(PATIENCE)
         db.execute("ROLLBACK")
         assert "duplicate" not in push(engine, note("2"))[0]
+
+
+def test_all_that_waits_for_a_lock_in_vain_is_refused_together(path: Path) -> None:
+    wait = 1.0
+
+    async def ask_for_much(engine: Engine) -> list[Any]:
+        pushes = [engine.push([note(str(number))]) for number in range(12)]
+        work: list[Any] = [*pushes, engine.trim(DEFAULT, 2)]
+        return list(await asyncio.gather(*work, return_exceptions=True))
+
+    with (
+        closing(open_log(path, settings=Settings(busy_timeout=wait))) as engine,
+        closing(sqlite3.connect(path, isolation_level=None)) as db,
+    ):
+        db.execute("BEGIN IMMEDIATE")
+        begun = time.monotonic()
+        outcomes = ask(ask_for_much(engine))
+        assert time.monotonic() - begun < len(outcomes) * wait / 2
+        assert {type(outcome) for outcome in outcomes} == {mizusync.StoreRefused}
+        db.execute("ROLLBACK")
+        results = push(engine, *(note(str(number)) for number in range(12)))
+        assert [result.get("duplicate") for result in results] == [None] * 12
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
+def test_once_the_disk_refuses_what_is_left_is_unavailable_untried(path: Path) -> None:
+    entered, release, runs = threading.Event(), threading.Event(), list[str]()
+    gate, full = gated(entered, release), ExitStack()
+
+    def filling(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        runs.append(mutation.id)
+        if mutation.id == "gate":  # it has room when it is tried alone
+            full.close()
+        made = gate(db, mutation)
+        if mutation.id == "full":
+            full.enter_context(full_disk(path))
+        return made
+
+    with full, closing(open_log(path, apply=filling, settings=SLOW)) as engine:
+        futures = [engine.submit([note("gate"), note("full"), note("1")])]
+        assert entered.wait(PATIENCE)
+        futures += [engine.submit([note("2")]), engine.submit([note("3")])]
+        release.set()
+        results = futures[0].result(PATIENCE)
+        assert [result.code for result in results] == ["", "unavailable", "unavailable"]
+        for future in futures[1:]:
+            assert isinstance(future.exception(PATIENCE), mizusync.StoreRefused)
+        assert runs == ["gate", "full", "1", "2", "3", "gate", "full"]
+        counts = [engine.counts[name] for name in ("pushes", "pushes_failed", "unavailable")]
+        assert counts == [1, 2, 2]
+        full.close()
+        again = push(engine, note("gate"), note("1"), note("2"), note("3"))
+        assert ["duplicate" in result for result in again] == [True, False, False, False]
+        assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 4
 
 
 @pytest.mark.parametrize("how", ["unlinked", "replaced"])
@@ -2285,7 +2566,8 @@ def test_a_client_that_pulls_pages_of_any_size_has_exactly_the_log(
         with closing(open_log(file, apply=ledger, settings=few)) as engine:
             from_disk = {scope: pages(engine, 0, scope, limit) for scope in "ab"}
             assert engine.counts["pulls_from_disk"] >= 2
-        for scope, made in ((s, [in_scope(s, r) for r in results]) for s in "ab"):
+            every = list(map(functools.partial(made_by, engine), results, sizes))
+        for scope, made in ((s, [in_scope(s, m) for m in every]) for s in "ab"):
             ends = {0} | {changes[-1]["cursor"] for changes in made if changes}
             for found in (from_memory[scope], from_disk[scope]):
                 assert [c for page in found for c in page["changes"]] == list(
@@ -2296,8 +2578,8 @@ def test_a_client_that_pulls_pages_of_any_size_has_exactly_the_log(
                 assert [page["hasMore"] for page in found] == [True] * (len(found) - 1) + [False]
 
 
-def in_scope(scope: str, result: Any) -> list[Any]:
-    return [change for change in result["changes"] if change["scope"] == scope]
+def in_scope(scope: str, changes: list[Any]) -> list[Any]:
+    return [change for change in changes if change["scope"] == scope]
 
 
 @pytest.mark.parametrize("restart", [False, True], ids=["from memory", "from disk"])
@@ -2323,7 +2605,7 @@ def test_a_page_has_about_as_many_bytes_as_it_may_and_at_least_one_mutation(
     made: list[list[int]], room: int
 ) -> None:
     def apply_sizes(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-        return [mutation.id + "x" * size for size in mutation.args]
+        return [mutation.id + "\u20ac" * size for size in mutation.args]
 
     with tempfile.TemporaryDirectory() as folder:
         opened = functools.partial(
@@ -2344,7 +2626,8 @@ def test_a_page_has_about_as_many_bytes_as_it_may_and_at_least_one_mutation(
                 data = fold(page["changes"])
                 assert data or len(found) == 1
                 last = data and data[-1].split()[0]  # a mutation that may not be cut
-                assert sum(len(one) for one in data if one.split()[0] != last) <= room
+                whole = [one for one in data if one.split()[0] != last]
+                assert sum(len(one.encode()) for one in whole) <= room
 
 
 def test_a_pull_at_the_end_is_empty_and_keeps_its_cursor(engine: Engine) -> None:
@@ -2635,7 +2918,9 @@ def test_a_trim_removes_whole_mutations_and_410_begins_exactly_there(
     with tempfile.TemporaryDirectory() as folder:
         engine = open_log(Path(folder) / "log.db", apply=ledger)
         results = push(engine, *(entry(str(n), *["a", "b"] * k) for n, k in enumerate(sizes)))
-        made = [in_scope("a", result) for result in results]
+        scopes = [["a", "b"] * k for k in sizes]
+        every = list(map(functools.partial(made_by, engine), results, scopes))
+        made = [in_scope("a", changes) for changes in every]
         gone = [changes for changes in made if changes[-1]["cursor"] < before]
         assert ask(engine.trim("a", before)) == sum(map(len, gone))
         if restart:
@@ -2651,7 +2936,7 @@ def test_a_trim_removes_whole_mutations_and_410_begins_exactly_there(
                     left = [c for c in itertools.chain(*made) if c["cursor"] > cursor]
                     assert pull(engine, cursor, "a")["changes"] == left
             assert ask(engine.head("a")) == made[-1][-1]["cursor"]
-            assert whole_log(engine, "b") == [c for r in results for c in in_scope("b", r)]
+            assert whole_log(engine, "b") == [c for m in every for c in in_scope("b", m)]
 
 
 @pytest.mark.parametrize("before", [11, 12, 1000, 2**53 - 1])
@@ -4869,7 +5154,7 @@ def test_a_change_in_another_scope_is_hinted_there(server: Live) -> None:
     client = server.socket()
     client.subscribe(scope="two")
     (result,) = server.client().push({"id": "a", "name": "share", "args": ["one", "two", "one"]})
-    assert client.read_json()["data"] == {"cursor": result["changes"][1]["cursor"]}
+    assert client.read_json()["data"] == {"cursor": result["cursor"] - 1}
 
 
 def test_a_session_that_unsubscribed_hears_no_more(server: Live) -> None:
@@ -6802,6 +7087,36 @@ def test_the_program_says_in_one_line_where_to_open_the_page_and_wants_a_scope(
         with closing(RawClient(running.address)) as client:
             assert client.request("GET", "/healthz").json["status"] == "ok"
             assert refused(client.upgrade("/ws"), 401)
+
+
+LOCKED_OUT = """
+import mizusync
+
+settings = mizusync.Settings(busy_timeout=600, shutdown_timeout=1)
+engine = mizusync.Engine("log.db", apply=lambda db, mutation: [], settings=settings)
+server = mizusync.Server(engine)
+server.run("127.0.0.1", 0, announce=lambda line: print(line, flush=True))
+"""
+
+
+def test_a_stop_waits_for_no_other_process_s_lock(tmp_path: Path) -> None:
+    script = tmp_path / "locked_out.py"
+    script.write_text(LOCKED_OUT)
+    environment = {"PYTHONPATH": str(PROGRAM.parent)}
+    with (
+        program(file=script, folder=tmp_path, **environment) as running,
+        closing(sqlite3.connect(tmp_path / "log.db", isolation_level=None)) as db,
+        closing(RawClient(running.address)) as pusher,
+        closing(RawClient(running.address)) as witness,
+    ):
+        db.execute("BEGIN IMMEDIATE")
+        body = json.dumps([note("1")]).encode()
+        head = [b"POST /sync/push HTTP/1.1", b"Host: localhost", b"Content-Type: application/json"]
+        pusher.send(raw(*head, b"Content-Length: %d" % len(body), body=body))
+        assert witness.request("GET", "/healthz").status == 200
+        status, _, complained = running.end(signal.SIGTERM)  # which has PATIENCE, and not 600 s
+        assert status == 0
+        assert "the writer did not end in time" in complained
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -9588,10 +9903,32 @@ PROMISES = {
           pull: (call) => call.query.cursor < fake.head
             ? refuse(410, "cursor_too_old") : fake.pull(call),
         };
-        const client = await fake.start();
+        const client = await fake.start(), seen = new Set();
+        client.addEventListener("change", () => seen.add(client.state.join()));
         client.mutate("add", "a");
-        await pass(3);
-        assert.deepEqual([fake.all("push").length, client.state], [2, ["a"]]);
+        await pass(9);
+        assert.deepEqual([client.state, client.pending], [["a"], []]);
+        assert.ok([...seen].every((state) => state.includes("a")), [...seen]);
+    """,
+    "a repeat without its changes is shown until a pull that began after it has ended": """
+        fake.held.add("push").add("pull");
+        const storage = makeStorage(), client = await fake.start({ storage }), seen = [];
+        client.addEventListener("change", () => seen.push(client.state.join()));
+        const before = fake.last("pull");
+        client.mutate("add", "a");
+        await quiet();
+        fake.add("a");
+        fake.last("push").answer(json([{ ok: true, cursor: 9, duplicate: true }]));  // elsewhere
+        await quiet();
+        before.answer({ changes: [], cursor: 0, epoch: "1", hasMore: false });
+        await quiet();
+        assert.deepEqual([client.state, client.pending, storage.queue.length], [["a"], [], 1]);
+        const { cursor } = fake.last("pull").query;
+        assert.notEqual(fake.last("pull"), before);
+        fake.last("pull").answer(fake.pull({ query: { cursor } }));
+        await quiet();
+        assert.deepEqual([client.state, storage.queue, storage.base.cursor], [["a"], [], 1]);
+        assert.deepEqual(new Set(seen), new Set(["a"]));
     """,
     "a clock that is set back stops neither polls nor the look at a silent socket": """
         const client = await fake.start(), live = await fake.live(), { now } = simulated.Date;
@@ -10904,6 +11241,7 @@ class Model:
         self.log: dict[str, list[Any]] = {scope: [] for scope in SCOPES}
         self.trimmed = dict.fromkeys(SCOPES, 0)
         self.results: dict[str, Any] = {}  # of each mutation by its id
+        self.made: dict[str, list[Any]] = {}  # its changes, in whatever scope
         self.head = 0
         self.epochs: set[str] = {""}
 
@@ -10980,19 +11318,19 @@ class Convergence(RuleBasedStateMachine):
         for mutation, result in zip(mutations, push(engine, *mutations), strict=True):
             if mutation["id"] in self.model.results:
                 first = dict(self.model.results[mutation["id"]])
-                if any(c["cursor"] <= self.model.trimmed[c["scope"]] for c in first["changes"]):
+                made = self.model.made[mutation["id"]]
+                if any(c["cursor"] <= self.model.trimmed[c["scope"]] for c in made):
                     del first["changes"]
                 assert result == first | DUPLICATE
             elif fail := mutation["args"][1]:
                 assert (result["ok"], result["code"]) == (False, fail)
             else:
-                self.acknowledge(mutation, result)
+                self.acknowledge(mutation, result, made_by(engine, result, mutation["args"][0]))
 
-    def acknowledge(self, mutation: dict[str, Any], result: Any) -> None:
+    def acknowledge(self, mutation: dict[str, Any], result: Any, changes: list[Any]) -> None:
         assert result["ok"]
         assert "duplicate" not in result
-        changes = result["changes"]
-        assert [change["scope"] for change in changes] == mutation["args"][0]
+        assert result["changes"] == in_scope(mutation["scope"], changes)
         for change in changes:
             assert change["cursor"] > self.model.head  # over all scopes, and never again
             self.model.head = change["cursor"]
@@ -11000,6 +11338,7 @@ class Convergence(RuleBasedStateMachine):
         of_scope = self.model.current(mutation["scope"])
         assert result["cursor"] == (changes[-1]["cursor"] if changes else of_scope)
         self.model.results[mutation["id"]] = result
+        self.model.made[mutation["id"]] = changes
 
     # What a client asks.
 
@@ -11056,8 +11395,7 @@ class Convergence(RuleBasedStateMachine):
     @rule(scope=st.sampled_from(SCOPES), behind=st.integers(-1, 8), foreign=st.booleans())
     def trim(self, scope: str, behind: int, foreign: bool) -> None:
         before = max(self.model.head - behind, 0)
-        ends = {r["changes"][0]["cursor"]: r["cursor"] for r in self.model.results.values()
-                if r["changes"]}  # fmt: skip
+        ends = {made[0]["cursor"]: made[-1]["cursor"] for made in self.model.made.values() if made}
         gone = [
             part[-1]["cursor"]
             for first, last in ends.items()
