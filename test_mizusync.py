@@ -6206,6 +6206,144 @@ def test_a_push_in_flight_is_answered_before_the_end(tmp_path: Path) -> None:
         assert client.ended()
 
 
+SOON = 5.0  # seconds: much more than it takes, much less than what would end it otherwise
+
+
+@pytest.mark.xfail(
+    strict=True, raises=TimeoutError, reason="a stop waits for requests that have not arrived"
+)
+@table("half", {"a head": b"GET /healthz HTTP/1.1\r\nHost:", "a body": post(LENGTH)[:-1]})
+def test_a_stop_does_not_wait_for_a_request_that_has_not_arrived(
+    tmp_path: Path, half: bytes
+) -> None:
+    late = 4 * PATIENCE
+    settings = replace(SMALL, head_timeout=late, body_timeout=late, shutdown_timeout=late)
+    with serve(tmp_path, settings) as live:
+        client = live.client()
+        client.send(HEALTHZ + half)
+        assert client.response().status == 200  # so the half has arrived as well
+        live.stop()
+        client.sock.settimeout(SOON)
+        while client.sock.recv(65536):  # an answer such as 408, or none
+            pass
+
+
+@pytest.mark.xfail(
+    strict=True, raises=TimeoutError, reason="a pull that waits does not see its client's end"
+)
+def test_a_pull_that_waits_ends_at_its_clients_end_and_a_half_close_gets_the_page(
+    client: RawClient,
+) -> None:
+    client.send(get(b"/sync/pull?wait=60"))
+    client.half_close()
+    client.sock.settimeout(SOON)
+    assert client.response().json["changes"] == []
+    assert client.ended()
+
+
+@pytest.mark.xfail(
+    strict=True, raises=TimeoutError, reason="a pull that waits keeps its client's connection"
+)
+def test_a_client_that_goes_while_its_pull_waits_keeps_no_connection(server: Live) -> None:
+    clients = [server.client() for _ in range(20)]
+    for client in clients:
+        client.send(HEALTHZ + get(b"/sync/pull?wait=60"))
+        assert client.response().status == 200  # so the pull has arrived as well
+        client.close()
+    deadline = time.monotonic() + SOON
+    while server.call(server.server.stats)["connections"]:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.01)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=(ConnectionError, EOFError),
+    reason="who waits to be accepted is reset at a stop",
+)
+def test_who_has_connected_and_asked_before_a_stop_is_answered(server: Live) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def hold_and_stop() -> None:
+        entered.set()
+        release.wait(PATIENCE)
+        server.stopping.set()
+
+    server.loop.call_soon_threadsafe(hold_and_stop)
+    assert entered.wait(PATIENCE)
+    clients = [server.client() for _ in range(20)]  # the kernel's: nobody accepts them
+    for client in clients:
+        client.send(HEALTHZ)
+    release.set()
+    assert [client.response().status for client in clients] == [200] * len(clients)
+
+
+@contextmanager
+def resolving(name: str, *addresses: str) -> Iterator[None]:
+    """Let the resolver know this name, which has these addresses."""
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *details: Any, **options: Any) -> Any:
+        if host != name:
+            return resolve(host, *details, **options)
+        return [one for host in addresses for one in resolve(host, *details, **options)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        yield
+
+
+def has_address(host: str) -> bool:
+    """Return whether this machine can listen on the address."""
+    with suppress(OSError):
+        ((family, *_, address),) = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        with socket.socket(family) as sock:
+            sock.bind(address)
+            return True
+    return False
+
+
+@pytest.mark.xfail(
+    strict=True, raises=ConnectionRefusedError, reason="it listens on a name's first address only"
+)
+def test_a_server_listens_on_every_address_of_a_name_that_the_machine_has(engine: Engine) -> None:
+    mine = [host for host in ("127.0.0.1", "127.0.0.2", "::1") if has_address(host)]
+    if len(mine) == 1:
+        pytest.skip("this machine has one loopback address")
+
+    async def connect() -> None:
+        async with Server(engine).listen("both.localhost", 0) as address:
+            assert address[0] == mine[0]
+            for host in mine:  # on one port
+                socket.create_connection((host, address[1]), PATIENCE).close()
+
+    with resolving("both.localhost", mine[0], "192.0.2.1", *mine[1:]):  # not the machine's
+        ask(connect())
+
+
+def link_local_address() -> str:
+    """Return an address of this machine that needs its interface's name; or skip."""
+    if (known := Path("/proc/net/if_inet6")).exists():
+        for line in known.read_text().splitlines():
+            digits, *_, interface = line.split()
+            host = ":".join(re.findall("....", digits)) + f"%{interface}"
+            if digits.startswith("fe80") and has_address(host):
+                return host
+    pytest.skip("this machine has no link-local address")
+
+
+@pytest.mark.xfail(strict=True, raises=OSError, reason="the interface of an address is dropped")
+def test_a_server_listens_on_a_link_local_address_with_its_interface(engine: Engine) -> None:
+    host = link_local_address()
+
+    async def connect() -> None:
+        async with Server(engine, token="s3cret").listen(host, 0) as address:
+            socket.create_connection((host, address[1]), PATIENCE).close()
+
+    ask(connect())
+
+
 def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
     with serve(tmp_path) as live:
         results = live.client().push(note("a", 1), note("b", 2, scope="s"))
@@ -6703,6 +6841,50 @@ def test_a_second_signal_ends_the_program_at_once(tmp_path: Path) -> None:
         started = time.monotonic()
         assert "Traceback" not in running.end(signal.SIGTERM)[2]
         assert time.monotonic() - started < Settings().close_timeout / 2
+
+
+WAITING_LONG = """
+import functools, mizusync, sys
+settings = mizusync.Settings(busy_timeout=600, shutdown_timeout=600)
+todo = {"apply": mizusync.apply_todo, "schema": mizusync.TODO_SCHEMA, "settings": settings}
+engine = mizusync.Engine(sys.argv[-1], **todo)
+mizusync.Server(engine).run("127.0.0.1", 0, functools.partial(print, flush=True))
+"""
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(
+            signal.SIGINT,
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=subprocess.TimeoutExpired,
+                reason="a second SIGINT waits for the writer, which waits for its lock",
+            ),
+        ),
+    ],
+)
+def test_a_second_signal_ends_a_program_whose_writer_waits_for_a_lock(
+    tmp_path: Path, number: int
+) -> None:
+    path, file = tmp_path / "todos.db", tmp_path / "server.py"
+    file.write_text(WAITING_LONG)
+    with (
+        program("--db", str(path), file=file, PYTHONPATH=str(PROGRAM.parent)) as running,
+        closing(RawClient(running.address)) as session,
+        closing(RawClient(running.address)) as pusher,
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+    ):
+        assert session.upgrade().status == 101
+        other.execute("BEGIN IMMEDIATE")
+        pusher.send(HEALTHZ + post(LENGTH))
+        assert pusher.response().status == 200  # so the push has arrived as well
+        running.process.send_signal(number)
+        assert session.read_frame().opcode == CLOSE  # the first was seen
+        running.process.send_signal(number)
+        assert running.process.wait(SOON) != 0
 
 
 def test_kill_9_and_a_restart_keep_everything(tmp_path: Path) -> None:
