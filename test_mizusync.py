@@ -7419,6 +7419,20 @@ def test_the_on_auth_of_the_readme_works(tmp_path: Path) -> None:
             assert reply.status == status
 
 
+@pytest.mark.parametrize("seat", ["A1", "constructor", "__proto__"])
+def test_the_page_of_the_readme_shows_a_seat_of_any_name_at_once(seat: str) -> None:
+    if (node := shutil.which("node")) is None:
+        pytest.skip("no node to run the page's functions with")
+    (page,) = blocks("html", "Its page")
+    (predict,) = re.findall(r"^  predict: (.+),$", page, re.M)
+    mutation = json.dumps({"args": {"seat": seat, "holder": "Ann"}})
+    script = f"const predict = {predict}; const mutation = JSON.parse(process.argv[1]);"
+    script += "console.log(Object.entries(predict({}, mutation)).join());"
+    command = [node, "-e", script, mutation]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert shown.stdout == f"{seat},Ann\n"
+
+
 def test_the_contents_of_the_file_are_its_sections_and_no_section_uses_a_lower_one() -> None:
     source = Path(mizusync.__file__).read_text(encoding="utf-8")
     _, *sections = re.split(r"^# --- (.*?) -+$", source, flags=re.M)
