@@ -2889,16 +2889,22 @@ def _each(values: Iterable[str], noun: str) -> list[str]:
 
 
 def _normalize_origin(text: str) -> str:
+    advice = "https://example.org or http://localhost:5173, as browsers write it"
+    wrong = ValueError(f"{text[:100]!r} is no origin; one is {advice}")
     parts = _ORIGIN.fullmatch(text.lower())
-    if not parts or not 0 < int(parts["port"] or 1) <= 65535:
-        advice = "https://example.org or http://localhost:5173, as browsers write it"
-        raise ValueError(f"{text[:100]!r} is no origin; one is {advice}")
-    scheme, host = parts["scheme"], parts["host"]
+    if not parts:
+        raise wrong
+    scheme, host, port = parts["scheme"], parts["host"], parts["port"]
     if host.startswith("["):
-        host = f"[{ipaddress.IPv6Address(host[1:-1])}]"
-    port = int(parts["port"] or 0)
-    is_default = port in (0, {"http": 80, "https": 443}.get(scheme))
-    return f"{scheme}://{host}" if is_default else f"{scheme}://{host}:{port}"
+        try:
+            host = f"[{ipaddress.IPv6Address(host[1:-1])}]"
+        except ValueError:
+            raise wrong from None
+    if port is None or int(port) == {"http": 80, "https": 443}.get(scheme):
+        return f"{scheme}://{host}"
+    if not 0 < int(port) <= 65535:
+        raise wrong
+    return f"{scheme}://{host}:{int(port)}"
 
 
 def _normalize_host(text: str) -> str:

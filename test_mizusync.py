@@ -5297,7 +5297,7 @@ NOWHERE = "/nowhere/todos.db"  # a program that takes its arguments ends with 1
 NO_ORIGINS = ["x.y", "*", "null", "", "http://", "http://x.y/path", "http://x.y,http://z",
               "http://x y", "https://*.x.y", "http://x.y:99999", "http://x.y:0", "http://u@x.y",
               "http://x.y?q", "http://b\u00fccher.example", "ws://x.y", "file:///x", "http://[::1",
-              "http://[:::]"]  # fmt: skip
+              "http://[:::]", "http://[1.2.3.4]"]  # fmt: skip
 NO_HOSTS = ["*", "", "*.x.y", "https://x.y", "x.y/path", "x y", "x.y,z", "b\u00fccher.example"]
 
 
@@ -5305,7 +5305,7 @@ NO_HOSTS = ["*", "", "*.x.y", "https://x.y", "x.y/path", "x y", "x.y,z", "b\u00f
 def test_an_origin_that_no_browser_sends_is_refused_where_it_is_given(
     engine: Engine, origin: str, refusal: Callable[..., Refusal]
 ) -> None:
-    with pytest.raises(ValueError, match=r"is no origin|IPv6"):
+    with pytest.raises(ValueError, match="is no origin"):
         Server(engine, allow_origin=["https://app.example", origin])
     status, sentence = refusal("--db", NOWHERE, "--allow-origin", origin)
     assert (status, "is no origin" in sentence, "--allow-origin" in sentence) == (2, True, True)
