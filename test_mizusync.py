@@ -7025,6 +7025,18 @@ def test_what_was_logged_before_an_end_in_order_is_written(tmp_path: Path) -> No
         assert (status, logged) == (0, [str(number) for number in range(500)])
 
 
+def test_an_exit_waits_for_what_was_logged_where_somebody_reads() -> None:
+    reader, writer = os.pipe()
+    handler = mizusync.LogWriter(writer)
+    for number in range(mizusync.LOG_LINES):  # more than a pipe holds
+        handler.handle(logging.makeLogRecord({"msg": f"{number} {'x' * 1000}"}))
+    with os.fdopen(reader, "rb") as output, ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(output.read)
+        handler.flush()  # which the logging module calls at exit
+        os.close(writer)
+        assert reading.result(PATIENCE).count(b"\n") == mizusync.LOG_LINES
+
+
 def test_a_log_that_is_read_again_says_how_much_of_it_was_dropped() -> None:
     reader, writer = os.pipe()
     handler = mizusync.LogWriter(writer)
