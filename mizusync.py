@@ -86,6 +86,7 @@ import hashlib
 import hmac
 import http
 import inspect
+import ipaddress
 import itertools
 import json
 import logging
@@ -3066,6 +3067,8 @@ class Session:
         self.websocket, self.hub, self.settings = websocket, hub, websocket.settings
         self.topics: dict[str, int] = {}  # the newest cursor that each was sent; it never goes down
         self.asked = time.monotonic()  # when on_auth was, last
+        self.failures = 0  # of on_auth in a row, when it was asked again
+        self.holds_scope = True  # whether it still may see the scope that it came with
         self._owed: set[str] = set()
         # The kernel holds a little for the peer, the transport nothing: so a slow reader shows.
         transport, size = websocket.connection.transport, self.settings.send_buffer
@@ -3073,6 +3076,13 @@ class Session:
         with contextlib.suppress(OSError, AttributeError):  # the peer may be gone, and the socket
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         websocket.connection.on_writable = self._pay
+
+    @property
+    def scopes(self) -> set[str]:
+        """The scopes that it may see, as on_auth last said."""
+        topics = [topic for topic in self.topics if topic.startswith(SYNC)]
+        subscribed = {topic.removeprefix(SYNC) for topic in topics}
+        return subscribed | {self.scope} if self.holds_scope else subscribed
 
     def send(self, topic: str, data: Any) -> None:
         """Send a message of the application's. Past `session_queue` unsent bytes: 1013."""
@@ -3113,10 +3123,29 @@ class Session:
         self._owed.discard(topic)
         self.hub.unsubscribe(topic, self)
 
+    def allow(self, scope: str, identity: Any) -> None:
+        """Take the identity that on_auth returned for the session's own scope."""
+        if scope == self.scope:
+            self.identity, self.holds_scope = identity, True
+
+    def forbid(self, scope: str, refusal: Forbidden) -> None:
+        """End the subscription to a scope, and tell the client so."""
+        if scope == self.scope:
+            self.holds_scope = False
+        self.leave(f"{SYNC}{scope}")
+        error = {"code": refusal.code, "error": str(refusal), "scope": scope}
+        self.send("error", error)
+
 
 # --- Gate ----------------------------------------------------------------------------------------
 # Who may. Host and Origin keep web pages of other sites out, the token and on_auth everybody else;
 # what is asked about is the parsed value that is then used.
+
+_AUTHORITY_OF_PAGE = r"(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[0-9]{1,5}))?/?"
+_HOST = re.compile(_AUTHORITY_OF_PAGE)
+# No page has an origin of ws: or file: (for the latter browsers send "null").
+_SCHEME = r"(?!wss?:|file:)(?P<scheme>[a-z][a-z0-9+.-]*)"
+_ORIGIN = re.compile(f"{_SCHEME}://{_AUTHORITY_OF_PAGE}")
 
 
 @dataclasses.dataclass
@@ -3132,9 +3161,10 @@ class Gate:
         """Host and Origin. Raises Forbidden."""
         host, origin = request.host, request.headers.get("origin")
         if self.hosts is not None and host and not is_loopback(host):
-            # A page elsewhere can make its own name lead here (DNS rebinding): it gets nothing.
+            # A page elsewhere can make its own name lead here (DNS rebinding): it gets
+            # nothing. That takes a name: an IP address can't be made to lead elsewhere.
             name = re.sub(":[0-9]*$", "", host)
-            if name not in self.hosts:
+            if name not in self.hosts and not is_address(name):
                 raise Forbidden(f"this server is not {name[:100]!r}: --allow-host can name it")
         if origin is not None and origin not in self.origins:
             scheme, _, authority = origin.lower().partition("://")
@@ -3164,7 +3194,12 @@ class Gate:
     async def identify(self, request: Request, scope: str) -> Any:
         """Who asks, for this scope: what on_auth returns. Raises Unauthorized, Forbidden."""
         self.check_token(request)
-        return await call_app(self.on_auth, request, scope) if self.on_auth else None
+        if self.on_auth is None:
+            return None
+        identity = await call_app(self.on_auth, request, scope)
+        if identity is False:  # many an application writes `return user_may(...)`
+            raise Forbidden("this scope is not allowed")
+        return identity
 
 
 async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -3192,20 +3227,99 @@ def is_loopback(host: str) -> bool:
     return bool(re.fullmatch(names, host))
 
 
+@functools.lru_cache(maxsize=100)
+def is_address(host: str) -> bool:
+    """Return whether this is an IP address, in brackets or without."""
+    try:
+        ipaddress.ip_address(re.sub(r"^\[(.*)\]$", r"\1", host))
+    except ValueError:
+        return False
+    return True
+
+
+def validate_token(token: str | None) -> None:
+    """Raise ValueError for a token that no client, or no browser, could show.
+
+    A browser's WebSocket offers it in the name of a subprotocol, which is a token of
+    RFC 9110 §5.6.2. An empty one is a mistake: a variable, say, that was never set.
+    """
+    if token is None:
+        return
+    if not isinstance(token, str):
+        raise TypeError(f"a token is a string, not {type(token).__name__}")
+    if not re.fullmatch(_TOKEN, token):  # which the sentence must not show
+        rule = "1 or more letters, digits and !#$%&'*+-.^_`|~"
+        raise ValueError(f"a token has {rule}, nothing else")
+
+
+def normalize_origins(origins: Iterable[str]) -> frozenset[str]:
+    """Return origins as browsers write them. Raise ValueError for what none sends.
+
+    "null" is refused, too: a sandboxed frame of any site can have that origin.
+    """
+    return frozenset(map(_normalize_origin, _each(origins, "an origin")))
+
+
+def normalize_hosts(hosts: Iterable[str]) -> frozenset[str]:
+    """Return hosts as Gate compares them. Raise ValueError for what is no host."""
+    return frozenset(map(_normalize_host, _each(hosts, "a host")))
+
+
+def _each(values: Iterable[str], noun: str) -> list[str]:
+    if isinstance(values, (str, bytes)):
+        raise TypeError(f"one string, {values!r}, is given for a list of them")
+    values = list(values)
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"{noun} is a string, not {value!r}")
+    return values
+
+
+def _normalize_origin(text: str) -> str:
+    advice = "https://example.org or http://localhost:5173, as browsers write it"
+    wrong = ValueError(f"{text[:100]!r} is no origin; one is {advice}")
+    parts = _ORIGIN.fullmatch(text.lower())
+    if not parts:
+        raise wrong
+    scheme, host, port = parts["scheme"], parts["host"], parts["port"]
+    if host.startswith("["):
+        try:
+            host = f"[{ipaddress.IPv6Address(host[1:-1])}]"
+        except ValueError:
+            raise wrong from None
+    if port is None or int(port) == {"http": 80, "https": 443}.get(scheme):
+        return f"{scheme}://{host}"
+    if not 0 < int(port) <= 65535:
+        raise wrong
+    return f"{scheme}://{host}:{int(port)}"
+
+
+def _normalize_host(text: str) -> str:
+    if is_address(text):
+        return text
+    parts = _HOST.fullmatch(text.lower())
+    if not parts:
+        raise ValueError(f"{text[:100]!r} is no host; sync.example would be one")
+    return parts["host"]  # the port of a Host field is not compared
+
+
 # --- Server --------------------------------------------------------------------------------------
 # Routes, sessions, life; and the one arrow between the two halves: the engine tells of a commit,
 # the hub tells the topic of each scope in it.
+
+MAX_AUTH_FAILURES = 3  # in a row, when on_auth is asked again about a session
 
 
 class Server:
     """HTTP and WebSocket over an engine.
 
-    `token`, `allow_origin` and `allow_host` mean what the command line's flags mean.
-    `on_auth(request, scope)` returns the identity of the one who asks; to refuse it raises
-    Unauthorized or Forbidden, for whatever it returns, None too, is a yes. `on_message(session,
-    topic, data)` gets the messages that are not the protocol's; `on_close(session, error)` hears
-    of each session's end. Each may be a function or a coroutine. `page` is an HTML file, which
-    `GET /` shows; raises OSError where it can't be read.
+    `token`, `allow_origin` and `allow_host` mean what the command line's flags mean;
+    what can never match raises ValueError. `on_auth(request, scope)` returns the
+    identity of the client. To refuse it raises Unauthorized or Forbidden; False means
+    Forbidden, and any other value, None too, is a yes. `on_message(session, topic,
+    data)` gets the messages that are not the protocol's; `on_close(session, error)`
+    hears of each session's end. Each may be a function or a coroutine. `page` is an
+    HTML file, which `GET /` shows; raises OSError where it can't be read.
     """
 
     def __init__(
@@ -3223,11 +3337,13 @@ class Server:
     ) -> None:
         self.engine, self.settings = engine, settings or engine.settings
         self.on_message, self.on_close = on_message, on_close
-        self.gate = Gate(token, None, frozenset(allow_origin), on_auth)
+        validate_token(token)
+        self.gate = Gate(token, None, normalize_origins(allow_origin), on_auth)
         self.hub = Hub(self.settings, functools.partial(encode_frame, TEXT))
         self.sessions: set[Session] = set()
         self._answers: Counter[int] = Counter()  # by the hundreds of their status
-        self._allow_host = frozenset(host.lower() for host in allow_host)
+        self._allow_host = normalize_hosts(allow_host)
+        self.beyond_loopback = False  # whether others reach it, once it listens
         self._connections: dict[Connection, WebSocket | None] = {}  # and what it became
         self._tasks: set[asyncio.Task[None]] = set()  # while there are any, it listens
         self._stopping = False
@@ -3555,20 +3671,37 @@ class Server:
             self.hub.tell(f"{SYNC}{scope}", session, await self.engine.head(scope))
 
     async def _ask_again(self, session: Session) -> None:
-        """Whether a session may still do what it does. What on_auth can't tell leaves it open."""
-        scopes = {topic.removeprefix(SYNC) for topic in session.topics if topic.startswith(SYNC)}
-        for scope in {session.scope, *scopes}:  # each by itself: none keeps another from its turn
+        """Ask on_auth about each scope of a session again, and obey the answers.
+
+        Where on_auth fails, all stays as it was; after three failures in a row the
+        session ends.
+        """
+        failed, reason = False, "no scope is left"
+        request = session.websocket.request
+        for scope in session.scopes:  # each by itself: none keeps another from its turn
             if session not in self.sessions:
                 return
             try:
-                async with asyncio.timeout(self.settings.auth_interval):  # or it is the last
-                    await self.gate.identify(session.websocket.request, scope)
-            except (Unauthorized, Forbidden) as refusal:
+                async with asyncio.timeout(self.settings.auth_interval):
+                    identity = await self.gate.identify(request, scope)
+            except Unauthorized as refusal:
                 session.close(1008, str(refusal))
-                break
+                return
+            except Forbidden as refusal:
+                session.forbid(scope, refusal)
+                reason = str(refusal)
             except Exception:
+                failed = True
                 complain(live_log, "on_auth failed for a session of %r", scope)
-        session.asked = time.monotonic()
+            else:
+                session.allow(scope, identity)
+        session.failures = session.failures + 1 if failed else 0
+        if not session.scopes:
+            session.close(1008, reason)
+        elif session.failures >= MAX_AUTH_FAILURES:
+            session.close(1011, "on_auth failed again and again")
+        else:
+            session.asked = time.monotonic()
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """A function or coroutine of the application's; what it raises hurts nobody else."""
@@ -3633,7 +3766,11 @@ class Server:
         listener.listen(1024)
         listener.setblocking(False)
         name, number = listener.getsockname()[:2]
+        self.beyond_loopback = not is_loopback(name)
         self.gate.hosts = self._allow_host if self._allow_host or is_loopback(name) else None
+        has_lock = self.gate.token is not None or self.gate.on_auth is not None
+        if self.beyond_loopback and not has_lock:
+            log.warning("without token and on_auth %s is open to anybody", name)
         self._stopping, unlisten = False, self.engine.listen(self.hub.notify)
         accepting, sweeping = self._spawn(self._accept(listener, ssl)), self._spawn(self._sweep())
         try:
@@ -3792,6 +3929,79 @@ def require_scope(request: Request, scope: str) -> None:
 
 PAGE = os.path.join(os.path.dirname(__file__), "demo.html")  # need not be there
 
+LOG_LINES = 1000  # that wait to be written; more are dropped, and counted
+LOG_FLUSH = 1.0  # seconds that an exit waits for them
+
+
+class LogWriter(logging.Handler):
+    """Write log lines from a daemon thread, so that nobody waits for their reader.
+
+    A terminal that is paused, or a full pipe, would otherwise stop the event loop.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        # Not a file object: a blocked write would hold its lock, which the exit takes.
+        self.descriptor = descriptor
+        self.dropped = 0
+        # A SimpleQueue: the collection of a task, which logs, may interrupt its put.
+        self.waiting: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if self.waiting.qsize() >= LOG_LINES:
+                self.dropped += 1
+                return
+            self.waiting.put(self.format(record))
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._write, daemon=True)
+                self.thread.start()
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Wait, but not for long, until all is written. `logging` calls it at exit."""
+        if self.thread:
+            written = threading.Event()
+            self.waiting.put(written)
+            written.wait(LOG_FLUSH)
+
+    def _write(self) -> None:
+        while True:
+            line = self.waiting.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            if self.dropped:
+                line += f"\n{self.dropped} log lines were dropped: nobody read them"
+                self.dropped = 0
+            data = f"{line}\n".encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # there is nobody to be told
+                while data:
+                    data = data[os.write(self.descriptor, data) :]
+
+
+def log_to_stderr(level: str) -> None:
+    """Set up logging for the program, unless its caller has done so."""
+    handler: logging.Handler
+    try:
+        handler = LogWriter(sys.stderr.fileno())
+    except (AttributeError, OSError):  # there is none, or it is no file
+        handler = logging.StreamHandler()
+    line = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    logging.basicConfig(format=line, level=level.upper(), handlers=[handler])
+
+
+def say(line: str) -> None:
+    """Print a line, whatever characters it has and whoever reads it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    shown = line.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(shown, flush=True)
+    except OSError:  # its reader has gone; the exit would fail on what is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     about = "A durable sync server with instant updates: the todo demo."
@@ -3801,7 +4011,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--port", type=int, default=8080, help="port; 0 takes a free one (%(default)s)")
     add("--db", default="mizusync.db", help="the database file (%(default)s)")
     add("--keep-changes", type=int, help="trim the log to about so many changes a scope")
-    add("--token", default=os.environ.get("MIZUSYNC_TOKEN") or None, help="what clients must show")
+    token = os.environ.get("MIZUSYNC_TOKEN")
+    add("--token", default=token, help="what clients must show")
     add("--allow-origin", action="append", default=[], help="a web origin that may use the server")
     add("--allow-host", action="append", default=[], help="a name that the server goes by")
     add("--certfile", help="a certificate chain, for TLS; with --keyfile")
@@ -3816,13 +4027,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--keep-changes {args.keep_changes}: at least the newest change stays")
     if bool(args.certfile) != bool(args.keyfile):
         parser.error("--certfile and --keyfile go together")
+    try:
+        validate_token(args.token)
+    except ValueError as error:
+        parser.error(f"--token, or MIZUSYNC_TOKEN of the environment: {error}")
+    try:
+        normalize_origins(args.allow_origin)
+        normalize_hosts(args.allow_host)
+    except ValueError as error:
+        parser.error(f"--allow-origin, --allow-host: {error}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the todo demo. The exit status: 0, 1 where it can't run, 2 for a bad command line."""
-    args, ssl, line = parse_args(argv), None, "%(asctime)s %(levelname)s %(name)s %(message)s"
-    logging.basicConfig(format=line, level=args.log_level.upper())
+    args, ssl = parse_args(argv), None
+    log_to_stderr(args.log_level)
     try:
         if args.certfile:
             ssl = tls.create_default_context(tls.Purpose.CLIENT_AUTH)
@@ -3837,8 +4057,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if page is None:
             advice = "It serves. Its page, demo.html, is not beside mizusync.py.\n"
             server.route("GET", "/")(lambda request: advice)
-        where = {"end": f" (data in {args.db})\n", "flush": True}
-        announce = functools.partial(print, f"mizusync {__version__}:", **where)
+
+        def announce(where: str) -> None:
+            say(f"mizusync {__version__}: {where} (data in {args.db})")
+            if args.token is None and server.beyond_loopback:
+                log.warning("without --token, %s is open to anybody", args.host)
+
         server.run(args.host, args.port, announce, ssl=ssl, reuse_port=args.reuse_port)
     except KeyboardInterrupt:
         return 130
