@@ -5,20 +5,25 @@
        ^
        +-- /proc/PID/stat before and after each part: the CPU time that the server took
 
-By hand: `python .ci/bench.py`, under 3 minutes; `--quick` is half of that. `--peers` adds what one
+By hand: `python .ci/bench.py`, under 4 minutes; `--quick` is half of that. `--peers` adds what one
 would write instead, bench_peers.py beside this file, for a Python that has the packages:
 `python -m venv lab && lab/bin/pip install aiohttp fastapi 'uvicorn[standard]'`, and then
 `lab/bin/python .ci/bench.py --peers`. Linux only.
 
-Trust "CPU us" most: the server's user and system time by the operation, which neither a slow client
-nor a busy machine changes much. Where waiting is the point there are wall-clock times, and in those
-this Python client has its share: some 20 us a request. Compare numbers of one run only. Every
-answer is checked; what was wrong stands below the table, and the exit status is 1.
+`--count` counts instructions instead, under valgrind: a table of its own, which a busy machine does
+not change. `python .ci/bench.py --count OTHER_mizusync.py` shows two versions of the file side by
+side.
+
+Of the times, trust "CPU us" most: the server's user and system time by the operation, which neither
+a slow client nor a busy machine changes much. Where waiting is the point there are wall-clock
+times, and in those this Python client has its share: some 20 us a request. Compare numbers of one
+run only. Every answer is checked; what was wrong stands below the table, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import functools
 import heapq
@@ -40,6 +45,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 HOST = "127.0.0.1"
 PATIENCE = 60.0  # seconds until what must happen counts as never
@@ -111,7 +117,7 @@ class Server:
         self.loop, self.own = loop, not db
         self.db = Path(db) if db else folder / f"{next(numbers)}.db"
         env = {name: value for name, value in os.environ.items() if name != "MIZUSYNC_TOKEN"}
-        words = [sys.executable, *command, "--port", "0", "--db", str(self.db)]
+        words = [*command, "--port", "0", "--db", str(self.db)]
         began = clock()
         self.popen = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
         if len(CORES) > 1:
@@ -126,7 +132,7 @@ class Server:
         self.port = int(found[1])
         self.ask(get("/sync/pull"))  # some announce themselves first, and load the rest then
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -156,12 +162,14 @@ class Server:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
-    def ask(self, request: bytes) -> bytearray:
-        """One request, alone."""
-        connection, answers = Connection(self), list[bytearray]()
-        connection.ask(request, lambda _, answer: answers.append(answer))
+    def ask(self, request: bytes, connection: Connection | None = None) -> bytearray:
+        """Return the answer to one request; without a connection, over one of its own."""
+        answers: list[bytearray] = []
+        used = connection or Connection(self)
+        used.ask(request, lambda _, answer: answers.append(answer))
         self.loop.until(lambda: answers, "an answer")
-        connection.close()
+        if not connection:
+            used.close()
         return answers[0]
 
 
@@ -206,6 +214,15 @@ def pushed(size: int = 1) -> Right:
         return is_ok(answer) and applied and answer.find(b'"duplicate"') < 0
 
     return right
+
+
+def cursor_of(answer: bytearray) -> int:
+    """Return the cursor in the answer to a push of one mutation."""
+    found = CURSOR.search(answer)
+    if not pushed()(answer) or not found:
+        wrong[answer[:200].decode(errors="replace")] += 1
+        return 0
+    return int(found[1])
 
 
 def paged(size: int, more: bool) -> Right:
@@ -373,11 +390,17 @@ class Audience:
                 follower.puller.close()
         self.loop.pause(0.2)  # for the server to see it, too
 
+    def wait(self, cursor: int) -> None:
+        """Wait until every follower has heard of this cursor, or of a later one."""
+        everybody = self.followers
+        self.loop.until(lambda: all(one.told >= cursor for one in everybody), "everybody knows")
+
 
 class Follower:
     def __init__(self, audience: Audience, pulls: bool) -> None:
         self.audience, self.buffer = audience, b""
         self.told, self.cursor, self.pulling = -1, 0, False
+        self.hints: list[tuple[int, float]] = []  # their cursors, which rise, and when they came
         self.puller = Connection(audience.server) if pulls else None
         self.sock = audience.server.connect()
         upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
@@ -394,6 +417,10 @@ class Follower:
         self.sock.sendall(bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text)  # masked with zeros
         self.sock.setblocking(False)
         audience.loop.add(self.sock, self._read)
+
+    def heard(self, cursor: int) -> float:
+        """Return when it first heard of this cursor, or of a later one."""
+        return self.hints[bisect.bisect_left(self.hints, (cursor, 0.0))][1]
 
     def _read(self) -> None:
         if not (data := self.sock.recv(1 << 16)):
@@ -420,6 +447,7 @@ class Follower:
             else:
                 audience.told += 1
                 audience.last = clock()
+                self.hints.append((cursor, audience.last))
             self.told = cursor
             after = re.search(rb'"after": ?(\d+)', message) if audience.changes else None
             if after and int(after[1]) <= self.cursor and not self.pulling:
@@ -465,6 +493,12 @@ def requests(start: Start, T: float) -> Iterator[Row]:
             yield name, "CPU us", (part.each(),)
             yield name, "p50 / p99 us", half_and_most(part.times, 1e6)
 
+        load = Load(server, 1, pushes("alone"), pushed(), pause=0.01)
+        part = load.measure(2 * T)
+        load.end()
+        name = "P1 push of one mutation, alone, 0.01 s after the last answer"
+        yield name, "p50 / p99 us", half_and_most(part.times, 1e6)
+
         batches = itertools.islice(pushes("log", 100), LOG // 100)
         part = measure(server, 4, batches, pushed(100), PATIENCE)
         yield "P2 push of 100, 4 connections", "CPU us a mutation", (part.each(100),)
@@ -489,6 +523,11 @@ def hints(start: Start, T: float, changes: bool) -> Iterator[Row]:
     with start() as server:
         with Audience(server, "told", 1000) as audience:
             times = list(one_by_one(audience, T, lambda: audience.told))
+        for size in (100, 1000):
+            with Audience(server, f"steady-{size}", size) as audience:
+                times = steady(audience, 20, 2 * T)
+            name = f"P4 {size} subscribers, 20 pushes a second: last notified"
+            yield name, "p50 / p99 ms", half_and_most(times, 1e3)
         name = "P4 1000 subscribers, one push: last "
         yield name + "notified", "p50 / p99 ms", half_and_most(times, 1e3)
         for number, (what, pulls, inside) in enumerate(kinds):
@@ -529,6 +568,25 @@ def one_by_one(audience: Audience, T: float, known: Callable[[], int]) -> Iterat
     connection.close()
     if known() != number * len(audience.followers):
         wrong["something was heard twice"] += 1
+
+
+def steady(audience: Audience, rate: int, seconds: float) -> list[float]:
+    """Push at a fixed rate; return how long after each push the last follower had heard of it."""
+    connection, source = Connection(audience.server), pushes(audience.scope)
+    sent: list[tuple[float, int]] = []  # when, and the cursor in the answer
+    began = clock()
+    for number in range(1, int(rate * seconds) + 1):
+        # As a client does, it waits for the answer, but for no subscriber.
+        cursor = cursor_of(audience.server.ask(next(source), connection))
+        sent.append((connection.began, cursor))
+        audience.loop.pause(began + number / rate - clock())
+    audience.wait(cursor)
+    connection.close()
+    # A hint stands for every push up to its cursor.
+    return [
+        max(follower.heard(cursor) for follower in audience.followers) - when
+        for when, cursor in sent[2:]  # the first ones warm up
+    ]
 
 
 def burst(audience: Audience, count: int) -> float:
@@ -585,6 +643,10 @@ def growth(start: Start, folder: Path, T: float) -> Iterator[Row]:
                 "ratio",
                 (big_cost / small_cost,),
             )
+            if what == "first page of 100":
+                part = measure(big, 1, itertools.repeat(pull("log", 0)), right, T)
+                name = f"P7 {what} at {BIG:,} changes, 1 connection"
+                yield name, "p50 / p99 us", half_and_most(part.times, 1e6)
         yield f"P7 memory of the server at {BIG:,} changes", "MiB", (big.memory() / 1024,)
     for db in files:
         remove(db)
@@ -668,6 +730,100 @@ def snapshots(start: Start, T: float, todos: int = 50_000) -> Iterator[Row]:
             yield f"{name}, {what}", "p50 / p99 / worst ms", times
 
 
+# --- Count ---------------------------------------------------------------------------------------
+# One client asks one thing at a time, so that the server does the same work in each run, in the
+# same order. Only HTTP and the command line are used: versions of the file differ in the rest.
+
+
+class CountedServer(Server):
+    """A server under valgrind, which counts the instructions of its process, not the kernel's."""
+
+    def __init__(self, file: str, loop: Loop, folder: Path) -> None:
+        self.dumps = folder / f"instructions-{next(numbers)}"
+        valgrind = ["valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={self.dumps}"]
+        slowed = [sys.executable, str(HERE / "bench_counted.py"), file]
+        super().__init__([*valgrind, *slowed], loop, folder)
+        self.parts = 0  # so many files that callgrind has written
+        self.connection = Connection(self)
+        idle = self.count(lambda: loop.pause(3))
+        if idle > 3 * 10_000:
+            # bench_counted.py has to slow a way to wait that it does not know.
+            wrong[f"timers take {idle // 3:,} instructions a second: no count is exact"] += 1
+
+    def count(self, work: Callable[[], None]) -> int:
+        """Return the instructions that the server needs for `work`."""
+        self.loop.pause(0.5)  # for it to end what it still does
+        self._dump()
+        work()
+        self.loop.pause(0.1)
+        return self._dump()
+
+    def _dump(self) -> int:
+        """Return the instructions since the last dump."""
+        dump = ["vgdb", f"--pid={self.popen.pid}", "dump"]
+        subprocess.run(dump, check=True, stderr=subprocess.DEVNULL)
+        self.parts += 1
+        file = Path(f"{self.dumps}.{self.parts}")
+        found = re.search(r"^totals: (\d+)$", file.read_text(), re.MULTILINE)
+        file.unlink()
+        assert found
+        return int(found[1])
+
+    def ask_all(self, requests: Iterable[bytes], right: Right) -> None:
+        for request in requests:
+            if not right(answer := self.ask(request, self.connection)):
+                wrong[answer[:200].decode(errors="replace")] += 1
+
+
+def instructions(server: CountedServer) -> Iterator[Row]:
+    """The script: what each kind of request costs. The log that pushes of 100 fill is read then."""
+    unit = "instructions"
+
+    def row(what: str, requests: Iterator[bytes], right: Right, size: int) -> Row:
+        warm_up = itertools.islice(requests, size)
+        server.ask_all(warm_up, right)
+        counted = itertools.islice(requests, size)
+        cost = server.count(lambda: server.ask_all(counted, right))
+        return what, unit, (cost / size,)
+
+    for mutations, scope, size in (1, "one", 150), (10, "ten", 40), (100, "log", 20):
+        yield row(f"push of {mutations}", pushes(scope, mutations), pushed(mutations), size)
+
+    changes = 2 * 20 * 100  # with those of the warm-up; memory keeps the newest 1000
+    first = int(json.loads(server.ask(pull("log", 0, 1)).partition(b"\r\n\r\n")[2])["cursor"])
+    last = first + changes - 1
+    # The reader's threads open their connections when several pulls need them at once.
+    measure(server, 16, itertools.repeat(pull("log", 0), 100), paged(TAIL, True), PATIENCE)
+    for what, request, right in (
+        ("empty pull", pull("log", last), paged(0, False)),
+        ("pull of 100 from memory", pull("log", last - TAIL), paged(TAIL, False)),
+        ("pull of 100 from disk", pull("log", first + changes // 2), paged(TAIL, True)),
+        ("first page of 100, from disk", pull("log", 0), paged(TAIL, True)),
+    ):
+        yield row(what, itertools.repeat(request), right, 100)
+
+    def whole(answer: bytearray) -> bool:
+        return is_ok(answer) and answer.count(b'"completed"') == 300
+
+    snapshot = get("/sync/snapshot?scope=one")
+    yield row("snapshot of 300 todos", itertools.repeat(snapshot), whole, 50)
+
+    size = 20
+    with Audience(server, "told", 20) as audience:
+        announce(audience, size)
+        cost = server.count(lambda: announce(audience, size))
+    yield "push of 1, and its hint to 20 subscribers", unit, (cost / size,)
+
+
+def announce(audience: Audience, size: int) -> None:
+    """Push `size` times, each time until every subscriber has heard of it."""
+    connection = Connection(audience.server)
+    for request in itertools.islice(pushes(audience.scope), size):
+        audience.wait(cursor_of(audience.server.ask(request, connection)))
+        audience.loop.pause(1)  # longer than a server may space its hints, even when slowed
+    connection.close()
+
+
 # --- Table ---------------------------------------------------------------------------------------
 
 
@@ -706,43 +862,76 @@ def syncs(folder: Path) -> Iterator[float]:
             yield clock() - began
 
 
+HERE = Path(__file__).resolve().parent
 CORES = sorted(os.sched_getaffinity(0))
 
 
+def measure_all(args: argparse.Namespace, folder: Path) -> None:
+    T, sessions = (0.8, 1000) if args.quick else (1.5, 3000)
+    commands = {"mizusync": [sys.executable, args.server]}
+    if args.peers:
+        peers = [sys.executable, str(HERE / "bench_peers.py")]
+        commands |= {name: [*peers, name] for name in ("aiohttp", "FastAPI")}
+    columns: dict[str, list[Row]] = {name: [] for name in commands}
+    loop = Loop()
+    for server, command in commands.items():
+        start = functools.partial(Server, command, loop, folder)
+        ours = server == "mizusync"
+        scenarios: list[Iterator[Row]] = [
+            requests(start, T), hints(start, T, ours), memory(start, sessions)
+        ]  # fmt: skip
+        if ours:
+            scenarios += growth(start, folder, T), fairness(start, T), snapshots(start, T)
+        columns[server] = told(server, itertools.chain.from_iterable(scenarios))
+    print(*table(columns), "", *about(folder, list(commands)[1:]), sep="\n")
+
+
+def count_all(files: Sequence[str], folder: Path) -> None:
+    """Count for each file; of two, show the second by the first."""
+    os.environ["PYTHONHASHSEED"] = "0"  # the servers inherit it, too
+    columns: dict[str, list[Row]] = {}
+    for file in files:
+        name = file if file not in columns else f"{file}, again"
+        with CountedServer(file, Loop(), folder) as server:
+            columns[name] = told(name, instructions(server))
+    if len(files) == 2:
+        old, new = columns.values()
+        columns["ratio"] = [
+            (*after[:2], (after[2][0] / before[2][0],))
+            for before, after in zip(old, new, strict=True)
+        ]
+    print(*table(columns), "", *about(folder, ()), sep="\n")
+
+
+def told(name: str, rows: Iterable[Row]) -> list[Row]:
+    """Return the rows; say each one as soon as it is there."""
+    began, known = clock(), list[Row]()
+    for row in rows:
+        print(f"{clock() - began:5.1f} {name}: {row}", file=sys.stderr)
+        known.append(row)
+    return known
+
+
 def main() -> int:
-    here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(
         description="Measure mizusync, and what one would use instead."
     )
     add = parser.add_argument
-    add("--server", default=str(here.parent / "mizusync.py"), help="the mizusync.py to measure")
+    add("--server", default=str(HERE.parent / "mizusync.py"), help="the mizusync.py to measure")
     add("--peers", action="store_true", help="measure aiohttp and FastAPI, too")
     add("--quick", action="store_true", help="shorter parts: for a first look")
+    help_count = "count instructions instead; beside those of OTHER, another mizusync.py"
+    add("--count", nargs="?", const="", metavar="OTHER", help=help_count)
     args = parser.parse_args()
     if len(CORES) > 1:
         os.sched_setaffinity(0, CORES[1:])
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the servers inherit it
-    T, sessions = (0.8, 1000) if args.quick else (1.5, 3000)
-
-    commands = {"mizusync": [args.server]}
-    if args.peers:
-        commands |= {name: [str(here / "bench_peers.py"), name] for name in ("aiohttp", "FastAPI")}
-    columns: dict[str, list[Row]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory(prefix="mizusync-bench-") as name:
-        folder, loop, began = Path(name), Loop(), clock()
-        for server, command in commands.items():
-            start = functools.partial(Server, command, loop, folder)
-            ours = server == "mizusync"
-            scenarios: list[Iterator[Row]] = [
-                requests(start, T), hints(start, T, ours), memory(start, sessions)
-            ]  # fmt: skip
-            if ours:
-                scenarios += growth(start, folder, T), fairness(start, T), snapshots(start, T)
-            for row in itertools.chain.from_iterable(scenarios):
-                columns[server].append(row)
-                print(f"{clock() - began:5.1f} {server}: {row}", file=sys.stderr)
-        print(*table(columns), "", *about(folder, list(commands)[1:]), sep="\n")
+        if args.count is None:
+            measure_all(args, Path(name))
+        else:
+            count_all([args.count, args.server] if args.count else [args.server], Path(name))
     for what, count in wrong.most_common(20):
         print(f"WRONG, {count} times: {what}")
     return 1 if wrong else 0
