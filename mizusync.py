@@ -1463,8 +1463,8 @@ class Engine:
     changes that it made: JSON values, or `Change`s. It refuses by raising InvalidMutation,
     NotFound, Conflict, Forbidden, or Unavailable. It may run again for one mutation,
     with the same args, if the transaction failed: what it does outside `db` may happen
-    twice. `snapshot(db, scope)` runs on a reader's thread and returns the whole state of
-    the scope: a JSON value, or `Json(text)`.
+    twice. `snapshot(db, scope)` runs on a reader's thread and returns the whole state
+    of the scope: a JSON value, or `Json(text)`.
 
     Its coroutines run on any loop; everything else may be called from any thread. After
     a fork only the parent may use it: in the child every call raises RuntimeError.
@@ -1520,8 +1520,8 @@ class Engine:
     async def push(self, mutations: Mutations) -> list[Result]:
         """Apply mutations, in order; each succeeds or fails alone. One Result each, in order.
 
-        Those that are ok are on disk. Raises Unavailable when the store refuses (nothing
-        of this push was applied), and InvalidMutation for a mapping that is no mutation,
+        Those that are ok are on disk. Raises Unavailable if the store refuses (nothing
+        of this push was applied), and InvalidMutation for a mapping that is no mutation
         or args that are not made of JSON values, tuples and bytes.
         """
         return await self._on_writer(self._steps_of(mutations))
@@ -1743,7 +1743,7 @@ class Engine:
             self._answer([(job, outcome)])
 
     def _run_step(self, step: Step, size: int) -> Any:
-        """Run one mutation in a transaction of its own; it fails where that fails.
+        """Run one mutation, or one trim, in a transaction of its own.
 
         Raises StoreRefused if the disk refuses. A disk's error that comes although an
         empty write works is the mutation's own: an AUTOINCREMENT at its end, say, has

@@ -554,7 +554,10 @@ def ledger(db: sqlite3.Connection, mutation: Mutation) -> Iterator[Change]:
         data = f"{mutation.id}.{number}"
         db.execute("INSERT INTO notes VALUES (?, ?)", (scope, json.dumps(data)))
         yield Change(data, scope=scope)
-    if failure == "internal_error":  # the worst: with it goes the whole transaction
+    if failure == "internal_error" and len(scopes) % 2:  # as if the disk were full
+        db.execute("CREATE TABLE ends (n INTEGER PRIMARY KEY AUTOINCREMENT)")
+        db.execute("INSERT INTO ends VALUES (9223372036854775807), (NULL)")
+    elif failure == "internal_error":  # the worst: with it goes the whole transaction
         db.execute("CREATE TABLE only (n UNIQUE ON CONFLICT ROLLBACK)")
         db.execute("INSERT INTO only VALUES (1), (1)")
     if failure:
