@@ -138,9 +138,23 @@ T = TypeVar("T")
 # bytes, times in seconds. Whatever a peer can make grow has a limit, here or where it stands.
 
 
+# These may be 0. The other whole numbers are 1 or more, the other times above 0.
+MAY_BE_ZERO = {
+    "pull_wait_max", "gzip_size", "linger", "hint_changes", "hint_size", "hint_gap",
+    "sessions", "shutdown_timeout", "commit_time", "tail_changes", "tail_size",
+    "busy_timeout",
+}  # fmt: skip
+# The system's own limits. For each new client the server tries whether the readers have
+# descriptors; a larger busy_timeout would overflow SQLite's milliseconds, and become 0.
+LARGEST = {"readers": 256, "send_buffer": 2**31 - 1, "busy_timeout": 10**6}
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The limits of a server and its engine. `Settings(sessions=100)` changes one."""
+    """The limits of a server and its engine. `Settings(sessions=100)` changes one.
+
+    Raises TypeError for a value of another type, ValueError for one out of range.
+    """
 
     # What one request may ask for.
     push_mutations: int = 100
@@ -187,6 +201,27 @@ class Settings:
     readers: int = 4  # threads that read the disk
     watch_interval: float = 0.05  # how often an idle writer looks for another process's commits
     busy_timeout: float = 5.0  # how long a commit waits for another process's
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            given = f"Settings({field.name}={value!r})"
+            whole = str(field.type).startswith("int")
+            kind = "a whole number" if whole else "a number of seconds"
+            number = isinstance(value, int if whole else (int, float))
+            if not number or isinstance(value, bool):
+                raise TypeError(f"{given}: it has to be {kind}")
+            largest = LARGEST.get(field.name, 10**15)
+            if field.name in MAY_BE_ZERO:
+                fits, least = 0 <= value <= largest, "0 or more"
+            elif whole:
+                fits, least = 1 <= value <= largest, "1 or more"
+            else:
+                fits, least = 0 < value <= largest, "above 0"
+            if not fits:  # as nothing compares with NaN, it does not fit
+                raise ValueError(f"{given}: it has to be {kind}, {least}, at most {largest:,}")
 
 
 # --- Errors --------------------------------------------------------------------------------------
