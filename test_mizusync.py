@@ -664,7 +664,7 @@ def test_any_bytes_are_a_json_value_or_an_invalid_request(data: bytes, depth: in
         *(b"True", b"[}", b'{"a"}', b'{"a":1,}', b'"\x01"', b'"\t"', b'"', b'"\\', b"\xc2\xa01"),
         *(b"1 /* one */", rb'"\x41"', b"  "),
         *(b"NaN", b"Infinity", b"-Infinity", b"[NaN]", b"1e400", b"-1e400", b'{"a": 1e999}'),
-        *(b"9223372036854775808", b"-9223372036854775809", b"1" * 5000, "\u0661".encode()),
+        *(b"1" * 310, b"-" + b"9" * 5000, "\u0661".encode()),
         *(rb'"\ud800"', rb'"\udc00"', rb'{"\ud800": 1}', rb'["\ud800\ud800"]', rb'"\udc00\ud800"'),
         *(b'"\xed\xa0\x80"', b'"\xc0\xaf"', b'"\xff"', b'"\xe9"', b"\xef\xbb\xbf1"),
         *("[1]".encode(code) for code in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")),
@@ -678,6 +678,23 @@ def test_what_is_not_strict_json_in_utf_8_is_an_invalid_request(data: bytes) -> 
 @pytest.mark.parametrize("number", [2**63 - 1, -(2**63), 2**53, 0])
 def test_integers_of_64_bits_are_read_exactly(number: int) -> None:
     assert mizusync.parse_json(b"[%d]" % number) == [number]
+
+
+@table(
+    "case",
+    {
+        "one too many": (b"9223372036854775808", 2.0**63),
+        "one too few": (b"-9223372036854775809", -(2.0**63)),
+        "1e20 as JavaScript writes it": (b"100000000000000000000", 1e20),
+        "the longest": (b"1" + b"0" * 308, 1e308),
+    },
+)
+def test_an_integer_that_does_not_fit_64_bits_is_read_as_a_float(
+    case: tuple[bytes, float],
+) -> None:
+    written, number = case
+    (value,) = mizusync.parse_json(b"[%b]" % written)
+    assert (value, type(value)) == (number, float)
 
 
 def test_a_pair_of_surrogates_is_one_character() -> None:
@@ -702,15 +719,34 @@ def test_brackets_inside_a_string_are_no_levels() -> None:
 
 @pytest.mark.parametrize(
     "piece",
-    [b'"', b'\\"', b'"\\', b"[", b'["', b'"[', b'{"a":', b"[]", b"[[]", b'"",', b"1", b"\\", b"1e"],
+    [
+        *(b'"', b'\\"', b'"\\', b"[", b'["', b'"[', b'{"a":', b"[]", b"[[]", b'"",'),
+        *(b"1", b"\\", b"1e", b"]", b",", b'",",', b'"[",', b'\\\\",'),
+    ],
 )
 def test_hostile_json_takes_time_by_its_size_alone(piece: bytes) -> None:
     # With time that grows as the square of the size, the larger one takes minutes.
     started = time.process_time()
     for prefix in (b"", b"[" * 65, b'["' + b"[" * 65):
-        with suppress(mizusync.InvalidRequest):
+        with suppress(mizusync.InvalidRequest, mizusync.TooLarge):
             mizusync.parse_json(prefix + piece * (2**19 // len(piece)))
     assert time.process_time() - started < PATIENCE / 4
+
+
+@pytest.mark.parametrize("value", [b"0", b'"a"', b'"\\\\"', b"[]", b"{}", b'[{"[,": "\\",["}]'])
+def test_json_of_more_values_than_the_limit_is_too_large(value: bytes) -> None:
+    # Each value takes one of `[`, `{` and `,`, but for the first in its array or object.
+    counted = len(re.findall(rb"[\[{]", re.sub(rb'"(\\.|[^"\\])*"', b"", value)))
+    most = 40 * (counted + 1)
+    mizusync.parse_json(b"[" + b",".join([value] * 40) + b"]", 64, most)
+    with pytest.raises(mizusync.TooLarge, match=f"{most} values"):
+        mizusync.parse_json(b"[" + b",".join([value] * 40) + b",0]", 64, most)
+
+
+@pytest.mark.parametrize("text", [",", "[", '\\",', "\\\\,{", "\\u005b,", "\u00e9,"])
+def test_what_stands_in_a_string_is_no_value(text: str) -> None:
+    many = '"%s"' % (text * 150_000)
+    assert mizusync.parse_json(many.encode()) == json.loads(many)
 
 
 @pytest.mark.parametrize("args", [None, 0, False, "", [], {}, {"a": [1]}])
@@ -3655,9 +3691,9 @@ BAD_JSON = {  # and all that parse_json refuses
     "bad UTF-8": mutation_with(b'"\xff"'),
     "UTF-16": BODY.decode().encode("utf-16-le"),
     "65 levels": mutation_with(b"[" * 63 + b"]" * 63),
-    "100,000 levels": mutation_with(b"[" * 100_000 + b"]" * 100_000),
-    "levels without an end": b"[" * 1_000_000,
-    "a number past 64 bits": mutation_with(b"18446744073709551616"),
+    "90,000 levels": mutation_with(b"[" * 90_000 + b"]" * 90_000),
+    "levels without an end": b"[" * 90_000,
+    "a number past a double": mutation_with(b"1" * 310),
     "no array": BODY[1:-1],
     "an object": b"{}",
     "a string": b'"[]"',
@@ -3671,6 +3707,47 @@ def test_a_push_that_is_no_json_array_of_mutations_is_refused(
     visitor: RawClient, body: bytes
 ) -> None:
     assert refused(visitor.request("POST", "/sync/push", body), 400)
+
+
+@table(
+    "body",
+    {
+        "a megabyte of lists": b"[]" * 2**19,
+        "a megabyte of brackets": b"[" * 2**20,
+        "a list in a mutation": mutation_with(b"[0%b]" % (b",0" * 100_000)),
+    },
+)
+def test_a_push_of_more_values_than_the_limit_is_too_large(visitor: RawClient, body: bytes) -> None:
+    assert refused(visitor.request("POST", "/sync/push", body), 413)
+    assert visitor.request("GET", "/healthz").status == 200
+
+
+def test_values_past_the_limit_are_too_large_in_a_push_a_message_and_a_route(
+    tmp_path: Path,
+) -> None:
+    def echo(request: mizusync.Request) -> Any:
+        return request.json
+
+    def prepare(server: Server) -> None:
+        server.route("POST", "/echo")(echo)
+
+    with serve(tmp_path, replace(SMALL, max_json_values=5), prepare=prepare) as live:
+        client, session = live.client(), live.socket()
+        for args, fits in (([], True), ([1, 2], False)):
+            body = json.dumps([note("a", args)]).encode()
+            assert client.request("POST", "/sync/push", body).status == (200 if fits else 413)
+        session.say("chat", [1, 2, 3, 4])
+        assert session.read_json()["data"]["code"] == "too_large"
+        session.say("chat", [1, 2])
+        assert session.read_json()["data"]["code"] == "unknown_topic"
+        assert refused(client.request("POST", "/echo", b"[0%b]" % (b",0" * 100_000)), 413)
+
+
+def test_a_number_beyond_64_bits_is_pushed_and_pulled_as_a_float(client: RawClient) -> None:
+    body = mutation_with(b"[100000000000000000000, -18446744073709551616, 1]")
+    (result,) = client.request("POST", "/sync/push", body).json
+    assert result["ok"]
+    assert [change["data"] for change in client.pull()["changes"]] == [[1e20, -(2.0**64), 1]]
 
 
 def test_json_comes_back_as_it_was(client: RawClient) -> None:
@@ -4796,7 +4873,7 @@ BAD_MESSAGES = {
     "a number that becomes infinite": b'{"topic": "x", "data": 1e400}',
     "a lone surrogate": b'{"topic": "\\ud800", "data": 1}',
     "65 levels": b'{"topic": "x", "data": ' + b"[" * 64 + b"]" * 64 + b"}",
-    "100,000 levels": b'{"topic": "x", "data": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "90,000 levels": b'{"topic": "x", "data": ' + b"[" * 90_000 + b"]" * 90_000 + b"}",
     "5,000 digits": b'{"topic": "x", "data": ' + b"9" * 5000 + b"}",
     "an empty scope": b'{"topic": "subscribe", "data": {"scope": ""}}',
     "a scope of 257": b'{"topic": "subscribe", "data": {"scope": "%b"}}' % (b"x" * 257),
