@@ -3047,6 +3047,9 @@ class Server:
             websocket = self._connections[connection] = WebSocket(connection, request)
             await self._converse(websocket, handler)
             return None
+        if handler in (self._push, self._pull, self._snapshot):
+            # Before the body: without the token nobody makes the server read or parse one.
+            self.gate.check_token(request)
         request.body = await connection.read_body(request)
         if handler is None or request.method == "OPTIONS":
             allow = {"Allow": ", ".join(sorted({*routes, "OPTIONS"}))}
@@ -3093,7 +3096,6 @@ class Server:
     # -- the protocol's endpoints
 
     async def _push(self, request: Request) -> Response:
-        self.gate.check_token(request)
         media_type = request.headers.get("content-type", "").partition(";")[0]
         if media_type.strip(" \t").lower() != "application/json":
             raise HTTPError(415, "a push is application/json")

@@ -5392,6 +5392,27 @@ def test_without_the_token_all_is_unauthorized(guarded: Live) -> None:
             assert b"s3cret" not in reply.body
 
 
+ANNOUNCED = b"Content-Length: 1000000"  # of a body that never comes
+
+
+@table(
+    "sent",
+    {
+        "a push": post(ANNOUNCED, body=b""),
+        "a push that waits for a word": post(ANNOUNCED, b"Expect: 100-continue", body=b""),
+        "a push in chunks": post(CHUNKED, body=b"10000\r\n["),
+        "a pull": get(b"/sync/pull", ANNOUNCED),
+        "a snapshot": get(b"/sync/snapshot", ANNOUNCED),
+    },
+)
+def test_without_the_token_a_body_is_not_even_read(guarded: Live, sent: bytes) -> None:
+    client = guarded.client()
+    client.send(sent)
+    assert refused(reply := client.response(), 401)
+    assert reply.headers["connection"] == "close"
+    assert client.ended()
+
+
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
 def test_with_the_token_all_is_open(guarded: Live, scheme: str) -> None:
     client, headers = guarded.client(), {"Authorization": f"{scheme} s3cret-token"}
