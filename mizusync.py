@@ -192,6 +192,7 @@ class Settings:
     # The whole server.
     sessions: int = 10_000
     connections: int = 12_000
+    max_unsent: int = 256 * 1024 * 1024  # bytes that wait for their readers; above it, 503
     shutdown_timeout: float = 8.0
     # The engine.
     commit_time: float = 0.02  # no mutation joins a transaction that is older than this
@@ -2902,6 +2903,8 @@ class Server:
         self.hub = Hub(self.settings, functools.partial(encode_frame, TEXT))
         self.sessions: set[Session] = set()
         self._answers: Counter[int] = Counter()  # by the hundreds of their status
+        self._unsent_answers = 0  # bytes of HTTP answers that are not sent yet
+        self._unsent_messages = 0  # bytes that WebSockets have to read; the sweep counts
         self._allow_host = frozenset(host.lower() for host in allow_host)
         self._connections: dict[Connection, WebSocket | None] = {}  # and what it became
         self._tasks: set[asyncio.Task[None]] = set()  # while there are any, it listens
@@ -2965,6 +2968,7 @@ class Server:
     def stats(self) -> dict[str, Any]:
         """What an operator asks: numbers of now, and since the start."""
         now = {"connections": len(self._connections), "sessions": len(self.sessions)}
+        now["unsent_bytes"] = self._unsent_answers + self._unsent_messages
         answers = {f"answers_{n}xx": self._answers[n] for n in (2, 3, 4, 5)}
         return {"version": __version__, **now, **self.engine.stats(), **answers, **self.hub.counts}
 
@@ -3035,11 +3039,37 @@ class Server:
         except Exception:  # our bug, or the application's: the log sees it, the client a bare 500
             complain(http_log, "failed on %s %s", request.method, request.path)
             response = Response.refusal(SyncError("the server failed on this request"))
-        return response is not None and await self._answer(connection, request, response)
+        if response is None:
+            return False
+        keep = request.keep_alive and not connection.unread and not self._stopping
+        with self._counted(len(response.body)):
+            data = await self._encode(request, response, keep)
+        del request, response  # while the peer reads, these bytes are all that is kept
+        with self._counted(len(data)):
+            await connection.send(data)
+        if self.engine.committing:
+            time.sleep(0)  # a busy loop never lets the writer's thread have the interpreter
+        return keep
+
+    @contextlib.contextmanager
+    def _counted(self, size: int) -> Iterator[None]:
+        """Count the bytes of an answer among the unsent ones while the block lasts."""
+        self._unsent_answers += size
+        try:
+            yield
+        finally:
+            self._unsent_answers -= size
+
+    def _check_unsent(self) -> None:
+        """Raise Unavailable while too many bytes wait for clients to read them."""
+        unsent = self._unsent_answers + self._unsent_messages
+        if unsent > self.settings.max_unsent:
+            raise Unavailable("too many answers wait for their clients to read them")
 
     async def _respond(self, connection: Connection, request: Request) -> Response | None:
         """What its route says; None: it was a WebSocket."""
         self.gate.check(request)
+        self._check_unsent()
         if (routes := self._routes.get(request.path)) is None:
             raise NotFound(f"there is nothing at {request.path[:100]}")
         handler, is_websocket = routes.get(request.method, (None, False))
@@ -3056,9 +3086,13 @@ class Server:
             if request.method == "OPTIONS":
                 return Response(204, headers=allow)
             raise HTTPError(405, f"{request.path} takes {allow['Allow']}", allow)
-        return Response.of(await call_app(handler, request))
+        response = Response.of(await call_app(handler, request))
+        if request.method in ("GET", "HEAD"):
+            self._check_unsent()  # many may have waited for the same change
+        return response
 
-    async def _answer(self, connection: Connection, request: Request, response: Response) -> bool:
+    async def _encode(self, request: Request, response: Response, keep: bool) -> bytes:
+        """Return the answer as bytes, with what the request lets it have: CORS, gzip."""
         http_log.debug("%s %r -> %s", request.method, request.path, response.status)
         self._answers[response.status // 100] += 1
         if cors := self.gate.cors(request, response.headers.get("Allow", "GET")):
@@ -3068,14 +3102,10 @@ class Server:
             response = Response(response.status, response.body, headers, response.content_type)
         if len(response.body) > self.settings.gzip_size and request.takes_gzip:
             response = await asyncio.to_thread(response.compress)
-        keep = request.keep_alive and not connection.unread and not self._stopping
         word = "" if keep else "close"
         if keep and request.version < (1, 1):
             word = "keep-alive"
-        await connection.send(response.encode(word, head_only=request.method == "HEAD"))
-        if self.engine.committing:
-            time.sleep(0)  # a busy loop never lets the writer's thread have the interpreter
-        return keep
+        return response.encode(word, head_only=request.method == "HEAD")
 
     async def _converse(self, websocket: WebSocket, handler: Callable[[Any], Any]) -> None:
         """A WebSocket's whole life. A SyncError before it was accepted is answered in HTTP."""
@@ -3376,6 +3406,11 @@ class Server:
                 await self._call(self._begin_anew)
 
     def _expire(self, now: float) -> None:
+        self._unsent_messages = sum(
+            connection.transport.get_write_buffer_size()
+            for connection, websocket in self._connections.items()
+            if websocket and connection.full
+        )
         interval = self.settings.auth_interval or math.inf
         for connection in [one for one in self._connections if one.deadline <= now]:
             connection.expire()

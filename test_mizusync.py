@@ -6075,6 +6075,85 @@ def test_more_connections_than_the_limit_are_unavailable(tmp_path: Path) -> None
         until(again)
 
 
+LARGE = 2**24  # bytes of a page: far more than the kernel takes for a client that does not read
+
+
+@contextmanager
+def unread(live: Live, count: int) -> Iterator[list[RawClient]]:
+    """Clients that each ask for a page of LARGE bytes, and do not read it."""
+    answered = live.server.stats()["answers_2xx"]
+    clients = [live.client(receive_buffer=4096) for _ in range(count)]
+    for client in clients:
+        client.send(get(b"/sync/pull"))
+    until(lambda: live.server.stats()["answers_2xx"] == answered + count)
+    yield clients
+    for client in clients:
+        client.reset()
+
+
+def test_an_answer_that_nobody_reads_takes_its_own_bytes_alone(tmp_path: Path) -> None:
+    with serve(tmp_path, Settings(tail_size=0)) as live:  # so each page is read from the disk
+        push(live.engine, note("a", "x" * LARGE))
+        tracemalloc.start()
+        try:
+            with unread(live, 3):
+                held = live.call(lambda: (gc.collect(), tracemalloc.get_traced_memory()[0])[1])
+        finally:
+            tracemalloc.stop()
+        assert 2 * LARGE < held < 4 * LARGE  # three answers, and once each of them twice
+
+
+def test_above_max_unsent_new_requests_are_unavailable_until_somebody_reads(
+    tmp_path: Path,
+) -> None:
+    def say(server: Server) -> None:
+        server.route("GET", "/it")(lambda request: b"it")
+
+    with serve(tmp_path, replace(SMALL, max_unsent=LARGE // 2), prepare=say) as live:
+        push(live.engine, note("a", "x" * LARGE))
+        session, client = live.socket(), live.client()
+        for _ in range(2):
+            assert client.request("GET", "/sync/pull").status == 200  # and is read
+            with unread(live, 1) as (slow,):
+                until(lambda: live.server.stats()["unsent_bytes"] > LARGE // 2)
+                for target in ("/sync/pull?cursor=1", "/it", "/healthz", "/nowhere"):
+                    assert refused(client.request("GET", target), 503)
+                assert refused(live.client().request("POST", "/sync/push", BODY), 503)
+                assert refused(live.client().upgrade(), 503)
+                assert session.quiet()  # who is there already stays
+                assert slow.response().status == 200
+                until(lambda: live.client().request("GET", "/it").status == 200)
+        until(lambda: live.server.stats()["unsent_bytes"] == 0)
+        assert [change["cursor"] for change in client.pull()["changes"]] == [1]
+
+
+@pytest.mark.parametrize("lines", [[], [b"Accept-Encoding: gzip"]], ids=["plain", "gzip"])
+def test_pulls_that_waited_together_are_answered_up_to_max_unsent(
+    tmp_path: Path, lines: list[bytes]
+) -> None:
+    with serve(tmp_path, replace(SMALL, max_unsent=LARGE, tail_size=4 * LARGE)) as live:
+        live.client().pull()  # from here on they are answered from memory: in one turn
+        waiting = [live.client(receive_buffer=4096) for _ in range(8)]
+        for client in waiting:
+            client.send(get(b"/sync/pull?wait=60", *lines))
+        until(lambda: live.server.stats()["pulls_from_memory"] == 8)
+        push(live.engine, note("a", "x" * LARGE))
+        statuses = [client.line().split()[1] for client in waiting]  # and no more is read
+        assert sorted(statuses) == [b"200"] + [b"503"] * 7
+
+
+def test_messages_that_sessions_do_not_read_count_as_unsent(tmp_path: Path) -> None:
+    small = replace(SMALL, send_buffer=4096, max_unsent=2**17)
+    with joined(tmp_path, small) as (live, join):
+        slow = live.socket(receive_buffer=4096)
+        join(slow)
+        for _ in range(6):
+            live.call(live.server.publish, "news", "x" * 2**16)
+        until(lambda: live.client().request("GET", "/healthz").status == 503)
+        slow.reset()
+        until(lambda: live.client().request("GET", "/healthz").status == 200)
+
+
 def test_an_end_closes_sessions_with_1001_and_answers_who_waits(tmp_path: Path) -> None:
     with serve(tmp_path) as live:
         session, waiting, idle = live.socket(), live.client(), live.client()
