@@ -367,17 +367,20 @@ class Mutation:
     identity: Any = None
 
     def __post_init__(self) -> None:
-        names = is_name(self.id, MAX_NAME) and is_name(self.name, MAX_NAME)
-        if not (names and is_name(self.scope, MAX_SCOPE)):
-            rule = f"an id and a name of 1 to {MAX_NAME} characters, a scope of 1 to {MAX_SCOPE}"
-            raise InvalidMutation(f"a mutation has {rule}")
+        if not is_name(self.id, MAX_NAME):
+            raise InvalidMutation(explain_name("id", self.id, MAX_NAME))
+        if not is_name(self.name, MAX_NAME):
+            raise InvalidMutation(explain_name("name", self.name, MAX_NAME))
+        if not is_name(self.scope, MAX_SCOPE):
+            raise InvalidMutation(explain_name("scope", self.scope, MAX_SCOPE))
 
     @classmethod
     def parse(cls, value: Any) -> Mutation:
         """The mutation that a JSON value holds. Raises InvalidMutation."""
-        given: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
-        scope = given.get("scope", DEFAULT_SCOPE)
-        return cls(given.get("id", ""), given.get("name", ""), given.get("args"), scope)
+        if not isinstance(value, Mapping):
+            raise InvalidMutation("a mutation has to be a JSON object")
+        scope = value.get("scope", DEFAULT_SCOPE)
+        return cls(value.get("id", ""), value.get("name", ""), value.get("args"), scope)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -465,6 +468,20 @@ def is_name(value: Any, longest: int) -> bool:
     return fits and (value.isascii() or not re.search("[\ud800-\udfff]", value))
 
 
+def explain_name(field: str, value: Any, longest: int) -> str:
+    """Return the sentence that tells a client why `is_name` refuses this value."""
+    if not isinstance(value, str):
+        fault = "is no string"
+    elif not value:
+        fault = "is empty or missing"
+    elif len(value) > longest:
+        fault = f"has {len(value)}"
+    else:
+        fault = "holds half a surrogate pair"
+    rule = f"has to be a string of 1 to {longest} characters"
+    return f"the {field} {rule}: this one {fault}"
+
+
 # Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without needless spaces.
 encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 # For the names of scopes and topics: the same few come again and again.
@@ -477,7 +494,7 @@ _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}  # levels up and
 def check_scope(value: Any) -> str:
     """The value, if it can name a scope. Raises InvalidRequest."""
     if not is_name(value, MAX_SCOPE):
-        raise InvalidRequest(f"a scope is a string of 1 to {MAX_SCOPE} characters")
+        raise InvalidRequest(explain_name("scope", value, MAX_SCOPE))
     return str(value)
 
 
@@ -2119,9 +2136,11 @@ def body_length(headers: Mapping[str, str], version: tuple[int, int]) -> int | N
         if not _LENGTH.fullmatch(length):
             raise InvalidRequest("the Content-Length is not a number")
         return int(length)
-    if "content-length" in headers or version < (1, 1):
+    if "content-length" in headers:
         # Both at once is how a request is smuggled past a proxy (§6.1): refuse, and close.
-        raise InvalidRequest("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
+        raise InvalidRequest("Transfer-Encoding beside Content-Length")
+    if version < (1, 1):
+        raise InvalidRequest("HTTP/1.0 has no Transfer-Encoding")
     if coding.lower() == "chunked":
         return None
     if coding.lower().rpartition(",")[2].strip(" \t") != "chunked":
@@ -3171,8 +3190,10 @@ class Server:
         scope, _ = await self._admit(request)
         cursor, limit = int(request.number("cursor", 0)), int(request.number("limit", 0))
         wait = request.number("wait", 0.0, r"[0-9]{1,9}(\.[0-9]{1,20})?")
-        if cursor > MAX_CURSOR or (limit < 1 and "limit" in request.query):
-            raise InvalidRequest("cursor is below 2**53, limit is 1 or more")
+        if cursor > MAX_CURSOR:
+            raise InvalidRequest("the cursor has to be below 2**53")
+        if limit < 1 and "limit" in request.query:
+            raise InvalidRequest("the limit has to be 1 or more")
         epoch, wait = request.query.get("epoch", ""), 0.0 if self._stopping else wait
         page = await self.engine.pull(scope, cursor, epoch=epoch, limit=limit, wait=wait)
         if wait:  # meanwhile permission may have ended

@@ -779,6 +779,30 @@ def test_what_is_no_mutation_is_an_invalid_mutation(value: Any) -> None:
         Mutation.parse(value)
 
 
+@table(
+    "case",
+    {
+        "no object": ([], "has to be a JSON object"),
+        "no id": ({"name": "n"}, "id .* 1 to 128 .* empty or missing"),
+        "an id of null": ({"id": None, "name": "n"}, "id .* no string"),
+        "a long id": ({"id": "x" * 129, "name": "n"}, "id .* 128 .* has 129"),
+        "half a surrogate pair": ({"id": "\ud800", "name": "n"}, "id .* surrogate"),
+        "a number as a name": ({"id": "1", "name": 5}, "name .* no string"),
+        "no name": ({"id": "1"}, "name .* 1 to 128 .* empty or missing"),
+        "an empty scope": ({"id": "1", "name": "n", "scope": ""}, "scope .* empty"),
+        "a long scope": ({"id": "1", "name": "n", "scope": "x" * 257}, "scope .* 256 .* has 257"),
+    },
+)
+def test_the_refusal_of_a_mutation_says_what_is_wrong_with_which_field(
+    case: tuple[Any, str],
+) -> None:
+    value, sentence = case
+    with pytest.raises(mizusync.InvalidMutation, match=sentence) as caught:
+        Mutation.parse(value)
+    named = re.findall(r"\b(?:id|name|scope)\b", str(caught.value))
+    assert len(set(named)) == (1 if value else 0)
+
+
 @settings(max_examples=15)
 @given(data=st.lists(json_values, min_size=1, max_size=3))
 def test_the_data_of_a_change_reaches_every_client_as_it_was_made(data: list[Any]) -> None:
@@ -3916,6 +3940,28 @@ BAD_QUERIES = {
 def test_a_malformed_parameter_is_refused(visitor: RawClient, query: str) -> None:
     assert refused(visitor.request("GET", f"/sync/pull?{query}"), 400)
     assert visitor.request("GET", "/healthz").status == 200
+
+
+@table(
+    "case",
+    {
+        "a cursor": (get(b"/sync/pull?cursor=9007199254740992"), {"cursor"}),
+        "a limit": (get(b"/sync/pull?limit=0"), {"limit"}),
+        "two lengths": (post(LENGTH, CHUNKED), {"transfer-encoding", "content-length"}),
+        "HTTP/1.0": (
+            post(CHUNKED, line=b"POST /sync/push HTTP/1.0"),
+            {"transfer-encoding", "http/1.0"},
+        ),
+    },
+)
+def test_a_refusal_names_what_is_wrong_and_nothing_else(
+    visitor: RawClient, case: tuple[bytes, set[str]]
+) -> None:
+    sent, named = case
+    visitor.send(sent)
+    assert refused(reply := visitor.response(), 400)
+    about = r"cursor|limit|transfer-encoding|content-length|http/1\.0"
+    assert set(re.findall(about, reply.json["error"].lower())) == named
 
 
 @table(
