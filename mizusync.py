@@ -72,6 +72,13 @@ To run the demo: `python mizusync.py`. To build on it: copy this file and write 
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - said before an import below fails
+    _found = ".".join(map(str, sys.version_info[:3]))
+    _sentence = "mizusync needs Python 3.11 or newer, and this is " + _found
+    raise SystemExit(_sentence) if __name__ == "__main__" else ImportError(_sentence)
+
 import argparse
 import asyncio
 import base64
@@ -99,7 +106,6 @@ import signal
 import socket
 import sqlite3
 import ssl as tls
-import sys
 import threading
 import time
 import urllib.parse
@@ -3473,7 +3479,7 @@ def apply_todo(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
     sql = "SELECT title, completed FROM todos WHERE scope = :scope AND id = :id"
     old = db.execute(sql, where).fetchone()
     # What is asked for, and what is there: each case has its line.
-    match mutation.name, old:
+    match mutation.name, old:  # mizusync needs Python 3.11 or newer: 3.9 stops here
         case "todo.create", None if title:
             new = {"title": title, "completed": False}
         case "todo.create", None:

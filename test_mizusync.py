@@ -6,6 +6,7 @@ of ours, so that no mistake cancels itself. Nothing sleeps to wait: a condition 
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import base64
 import copy
@@ -6758,6 +6759,35 @@ def test_the_program_takes_a_token_origins_and_hosts(path: Path, how: str) -> No
             assert reply.status == 200
             assert reply.headers["access-control-allow-origin"] == "https://app.example"
         assert "s3cret" not in running.end(signal.SIGTERM)[2]
+
+
+OLDER = [*Path.home().glob(".pyenv/versions/3.[89].*/bin/python"),
+         *Path.home().glob(".pyenv/versions/3.10.*/bin/python")]  # fmt: skip
+
+
+def test_a_python_that_is_too_old_is_told_so_in_one_sentence() -> None:
+    # The file has to parse there, or nothing of it runs.
+    ast.parse(PROGRAM.read_text(encoding="utf-8"), feature_version=(3, 10))
+    older = "import runpy, sys; sys.version_info = (3, 10, 13, 'final', 0)\n"
+    ways = {
+        f"runpy.run_path({str(PROGRAM)!r}, run_name='__main__')": "",
+        f"runpy.run_path({str(PROGRAM)!r})": "ImportError: ",
+    }
+    for way, kind in ways.items():
+        command = [sys.executable, "-c", older + way]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert (done.returncode, done.stdout) == (1, "")
+        sentence = faults(done.stderr).splitlines()[-1]
+        assert sentence.startswith(f"{kind}mizusync needs Python 3.11 or newer")
+        assert bool(kind) == ("Traceback" in done.stderr)
+
+
+@pytest.mark.parametrize("python", OLDER, ids=lambda python: python.parts[-3])
+def test_an_older_python_is_told_which_one_is_needed(python: Path) -> None:
+    command = [str(python), str(PROGRAM)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "3.11 or newer" in done.stderr
 
 
 def test_the_program_tells_its_version() -> None:
