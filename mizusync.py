@@ -3320,7 +3320,15 @@ class Server:
         """Serve until SIGTERM, SIGINT or `stop`; then end gently, and close the engine. Blocks.
 
         `announce` is told where to open the page; the options are listen's, and what it raises.
+        Raises RuntimeError where a loop is running already.
         """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass  # as it should be
+        else:
+            advice = "async with server.listen(host, port): ..."
+            raise RuntimeError(f"a loop is running here, as in Jupyter: use `{advice}`")
 
         async def serve() -> None:
             loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)

@@ -5798,6 +5798,18 @@ def test_a_server_in_a_thread_ends_in_order_when_it_is_told_to_stop(engine: Engi
     assert refuses(lambda: engine.submit([note("1")]))
 
 
+def test_a_server_does_not_run_where_a_loop_runs_and_leaves_the_engine_open(
+    engine: Engine,
+) -> None:
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match="listen"):
+            Server(engine).run("127.0.0.1", 0)
+        async with Server(engine).listen("127.0.0.1", 0):
+            assert (await engine.push([note("1")]))[0].ok
+
+    ask(main())
+
+
 def test_a_server_that_is_told_to_stop_before_it_runs_does_so_at_once(engine: Engine) -> None:
     server = Server(engine)
     server.stop()
