@@ -2955,7 +2955,8 @@ class Server:
         """`@server.route("GET", "/path")`: from a Request to a Response, text, bytes or JSON.
 
         A function or a coroutine. One for GET answers HEAD as well. Host and Origin were checked;
-        who asks is for it to ask: `await server.gate.identify(request, scope)`.
+        who asks is for it to ask: `await server.gate.identify(request, scope)`. Raises ValueError
+        for a path that can never match, and for one that is taken.
         """
         return functools.partial(self._register, path, method.upper(), False)
 
@@ -2970,10 +2971,20 @@ class Server:
     def _register(self, path: str, method: str, websocket: bool, handler: Any) -> Any:
         if not path.startswith("/"):
             raise ValueError(f"the path {path!r} does not begin with a slash")
-        routes = self._routes.setdefault(path, {})
-        routes[method] = handler, websocket
-        if method == "GET" and not websocket:
-            routes["HEAD"] = routes["GET"]
+        if re.search(r"[{}<>*?#%]|/:", path):
+            rule = "a path is literal, without patterns, query and escapes"
+            raise ValueError(f"the path {path!r} would never match: {rule}")
+        if not re.fullmatch(_TOKEN, method):
+            raise ValueError(f"{method!r} is not the name of a method")
+        if method == "OPTIONS":
+            raise ValueError(f"the server itself answers OPTIONS {path}")
+        taken = self._routes.get(path, {})
+        methods = ("GET", "HEAD") if method == "GET" and not websocket else (method,)
+        for name in methods:
+            if name in taken:
+                raise ValueError(f"{name} {path} has a handler already")
+        for name in methods:
+            self._routes.setdefault(path, {})[name] = handler, websocket
         return handler
 
     def publish(self, topic: str, data: Any) -> None:

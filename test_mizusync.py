@@ -5880,6 +5880,71 @@ def test_a_route_that_wants_json_refuses_what_is_none(tmp_path: Path, body: byte
         assert live.client().request("POST", "/keys", b'{"a": [1]}').json == ["a"]
 
 
+@table(
+    "case",
+    {
+        "a parameter in braces": ("GET", "/x/{id}", "literal"),
+        "a parameter in angle brackets": ("GET", "/x/<id>", "literal"),
+        "a parameter with a colon": ("GET", "/x/:id", "literal"),
+        "any rest": ("GET", "/x/*", "literal"),
+        "a query": ("GET", "/x?scope=a", "literal"),
+        "a fragment": ("GET", "/x#a", "literal"),
+        "an escape": ("GET", "/caf%C3%A9", "literal"),
+        "no slash": ("GET", "x", "slash"),
+        "path and method in the wrong order": ("/x", "GET", "slash"),
+        "no method": ("GET POST", "/x", "method"),
+        "an empty method": ("", "/x", "method"),
+        "what the server itself answers": ("OPTIONS", "/x", "OPTIONS"),
+        "the push": ("POST", "/sync/push", "POST /sync/push"),
+        "the pull": ("GET", "/sync/pull", "GET /sync/pull"),
+        "the same in lower case": ("get", "/sync/pull", "GET /sync/pull"),
+        "the pull's HEAD": ("HEAD", "/sync/pull", "HEAD /sync/pull"),
+        "the sessions": ("GET", "/ws", "GET /ws"),
+        "the page": ("GET", "/", "GET /"),
+        "one of its own": ("PUT", "/twice", "PUT /twice"),
+        "the GET of its own HEAD": ("GET", "/head", "HEAD /head"),
+    },
+)
+def test_a_route_that_would_never_match_or_is_taken_is_refused(
+    tmp_path: Path, engine: Engine, case: tuple[str, str, str]
+) -> None:
+    (tmp_path / "page.html").touch()
+    method, path, words = case
+    server = Server(engine, page=tmp_path / "page.html")
+    server.route("PUT", "/twice")(len)
+    server.route("HEAD", "/head")(len)
+    with pytest.raises(ValueError, match=words):
+        server.route(method, path)(print)
+
+
+@pytest.mark.parametrize("target", ["/sync/pull", "/ws", "/socket", "/rooms/{id}", "socket"])
+def test_a_websocket_that_would_never_match_or_is_taken_is_refused(
+    engine: Engine, target: str
+) -> None:
+    server = Server(engine)
+    server.websocket("/socket")(echo)
+    with pytest.raises(ValueError, match=re.escape(target)):
+        server.websocket(target)(echo)
+
+
+def test_a_refused_route_leaves_all_as_it_was(tmp_path: Path) -> None:
+    def prepare(server: Server) -> None:
+        for method, path in (("GET", "/sync/pull"), ("OPTIONS", "/other"), ("G T", "/other")):
+            with suppress(ValueError):
+                server.route(method, path)(lambda request: b"another")
+        for path in ("/literal/(id)", "/caf\u00e9 $1", "/a:b"):
+            server.route("GET", path)(lambda request: request.path)
+        server.route("PUT", "/sync/pull")(lambda request: b"put")
+
+    with serve(tmp_path, prepare=prepare) as live:
+        client = live.client()
+        assert client.pull()["changes"] == []
+        assert refused(client.request("GET", "/other"), 404)
+        assert client.request("PUT", "/sync/pull", b"").body == b"put"
+        for target in ("/literal/(id)", "/caf%C3%A9%20$1", "/a:b"):
+            assert client.request("GET", target).status == 200
+
+
 class Odd(mizusync.SyncError, status=499, code="odd"):
     """A refusal of an application's own, of whose status HTTP says nothing."""
 
