@@ -2848,6 +2848,7 @@ class Gate:
         headers = {"Vary": "Origin"} if self.origins else {}
         if (origin := request.headers.get("origin", "")) in self.origins:
             headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = "Retry-After"
             if "access-control-request-method" in request.headers:
                 headers["Access-Control-Allow-Methods"] = methods
                 headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"

@@ -5416,6 +5416,21 @@ def test_an_origin_like_an_allowed_one_is_forbidden(tmp_path: Path) -> None:
             assert refused(live.client().upgrade(headers=headers), 403)
 
 
+def test_a_page_of_an_allowed_origin_may_read_when_to_come_back(tmp_path: Path) -> None:
+    def busy(server: Server) -> None:
+        server.route("GET", "/busy")(failing(Unavailable("come back later")))
+
+    ours, other = {"Origin": "https://app.example"}, {"Origin": "https://other.example"}
+    with serve(tmp_path, prepare=busy, allow_origin=["https://app.example"]) as live:
+        client = live.client()
+        assert refused(reply := client.request("GET", "/busy", headers=ours), 503)
+        exposed = reply.headers["access-control-expose-headers"]
+        assert "retry-after" in exposed.lower().split(", ")
+        for headers in (other, {}):
+            reply = client.request("GET", "/busy", headers=headers)
+            assert "access-control-expose-headers" not in reply.headers
+
+
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[Live]:
     with serve(tmp_path, token="s3cret-token") as live:
