@@ -1,21 +1,24 @@
 # mizusync - Copyright (c) 2026 the mizusync authors. MIT License:
 #
-# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-# associated documentation files (the "Software"), to deal in the Software without restriction,
-# including without limitation the rights to use, copy, modify, merge, publish, distribute,
-# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
-# furnished to do so, subject to the following conditions: the above copyright notice and this
-# permission notice shall be included in all copies or substantial portions of the Software.
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this
+# software and associated documentation files (the "Software"), to deal in the Software
+# without restriction, including without limitation the rights to use, copy, modify,
+# merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+# permit persons to whom the Software is furnished to do so, subject to the following
+# conditions: the above copyright notice and this permission notice shall be included in
+# all copies or substantial portions of the Software.
 #
-# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
-# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
-# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
-# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""mizusync: a durable sync server with instant updates, in one file, on the standard library.
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+# INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A
+# PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+# HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+# CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
+# OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""mizusync: a durable sync server with instant updates, in one file, on the standard
+library.
 
-A sync client normally polls. Here a sync engine (push, pull, snapshot) is joined to a live server
-(topics over WebSocket) by one arrow, notify:
+A sync client normally polls. Here a sync engine (push, pull, snapshot) is joined to a
+live server (topics over WebSocket) by one arrow, notify:
 
     client A                                                                      client B
        |                                                                             ^
@@ -23,11 +26,13 @@ A sync client normally polls. Here a sync engine (push, pull, snapshot) is joine
        v                                                                         v   | change 42
     +------------------- the truth -------------------+        +----- the accelerator ------+
     | Engine: one writer thread, one transaction:     | notify | Hub: one frame, written to |
-    | apply() + dedupe mark + changes -> log on disk  |------->| every session of the topic |
+    | apply() + dedupe mark + changes -> log on disk  |------->| every session of the
+    topic |
     +-------------------------------------------------+        +----------------------------+
 
-The left half alone is a complete sync server: a client that polls misses nothing. The right half
-alone is a live server: it tells, keeps nothing, and may lose a hint without harm.
+The left half alone is a complete sync server: a client that polls misses nothing. The
+right half alone is a live server: it tells, keeps nothing, and may lose a hint without
+harm.
 
 The life of one change, and where each step stands in this file:
 
@@ -56,14 +61,17 @@ Contents, each section using only what stands above it:
     Todo            the demo, as an application would write it
     Command line    python mizusync.py
 
-Where to add: a limit in Settings; a refusal in Errors, and in Engine._apply if `apply` may raise
-it; a number in COUNTED; a column in LOG_SCHEMA, with FORMAT and Row; an endpoint where Server is
-made; what is one client's in Session, undone where Server._live ends.
+Where to add: a limit in Settings; a refusal in Errors, and in Engine._apply if `apply`
+may raise it; a number in COUNTED; a column in LOG_SCHEMA, with FORMAT and Row; an
+endpoint where Server is made; what is one client's in Session, undone where
+Server._live ends.
 
-To run the demo: `python mizusync.py`. To build on it: copy this file and write an `apply` function:
+To run the demo: `python mizusync.py`. To build on it: copy this file and write an
+`apply` function:
 
     def apply(db, mutation):                  # inside the transaction: all of it, or nothing
-        db.execute("INSERT INTO notes VALUES (?, ?)", (mutation.id, mutation.args["text"]))
+        db.execute("INSERT INTO notes VALUES (?, ?)", (mutation.id,
+        mutation.args["text"]))
         return [{"note": mutation.args["text"]}]      # what every client of the scope will see
 
     engine = mizusync.Engine("notes.db", apply=apply, schema=SCHEMA)
@@ -113,7 +121,14 @@ import time
 import urllib.parse
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -136,14 +151,17 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger("mizusync")  # without a handler: the application decides
-store_log, engine_log, http_log, live_log = map(log.getChild, ("store", "engine", "http", "live"))
+store_log, engine_log, http_log, live_log = map(
+    log.getChild, ("store", "engine", "http", "live")
+)
 
 T = TypeVar("T")
 
 
-# --- Settings ------------------------------------------------------------------------------------
-# Every limit that an operator may want to move, and every time-out, is a line here. Sizes are in
-# bytes, times in seconds. Whatever a peer can make grow has a limit, here or where it stands.
+# --- Settings -------------------------------------------------------------------------
+# Every limit that an operator may want to move, and every time-out, is a line here.
+# Sizes are in bytes, times in seconds. Whatever a peer can make grow has a limit, here
+# or where it stands.
 
 
 # These may be 0. The other whole numbers are 1 or more, the other times above 0.
@@ -170,25 +188,35 @@ class Settings:
     pull_limit: int = 100  # changes a page, when the client names no number
     pull_limit_max: int = 1000
     pull_wait_max: float = 60.0
-    page_size: int = 4 * 1024 * 1024  # bytes of a page, about; what is left is the next one's
+    page_size: int = (
+        4 * 1024 * 1024
+    )  # bytes of a page, about; what is left is the next one's
     # HTTP/1.1.
     target_size: int = 8 * 1024
     head_size: int = 64 * 1024
     head_fields: int = 100
     body_size: int = 1024 * 1024
-    json_depth: int = 64  # levels; json.loads has a limit of its own, another in each version
+    json_depth: int = (
+        64  # levels; json.loads has a limit of its own, another in each version
+    )
     max_json_values: int = 100_000  # a megabyte of "[]" would hold the loop for 0.3 s
     head_timeout: float = 10.0  # from the first byte of a head to its last
     body_timeout: float = 30.0  # for the whole body
     idle_timeout: float = 60.0  # between requests
     send_timeout: float = 30.0  # without progress, while the peer has an answer to read
     gzip_size: int = 16 * 1024  # a smaller answer is sent as it is
-    linger: float = 2.0  # after a refusal, for the peer to read it before the socket goes
+    linger: float = (
+        2.0  # after a refusal, for the peer to read it before the socket goes
+    )
     # WebSocket.
     message_size: int = 1024 * 1024
     session_topics: int = 1000
-    session_queue: int = 1024 * 1024  # unsent bytes of messages that may not be merged; then 1013
-    send_buffer: int = 64 * 1024  # SO_SNDBUF of a session: what the kernel holds for a slow reader
+    session_queue: int = (
+        1024 * 1024
+    )  # unsent bytes of messages that may not be merged; then 1013
+    send_buffer: int = (
+        64 * 1024
+    )  # SO_SNDBUF of a session: what the kernel holds for a slow reader
     ping_interval: float = 20.0  # common proxies drop a quiet connection after 60
     ping_timeout: float = 60.0  # without a byte after a ping: dead
     close_timeout: float = 5.0  # for the peer's half of the closing handshake
@@ -200,7 +228,9 @@ class Settings:
     # The whole server.
     sessions: int = 10_000
     connections: int = 12_000
-    max_unsent: int = 256 * 1024 * 1024  # bytes that wait for their readers; above it, 503
+    max_unsent: int = (
+        256 * 1024 * 1024
+    )  # bytes that wait for their readers; above it, 503
     shutdown_timeout: float = 8.0
     # The engine.
     commit_time: float = 0.02  # no mutation joins a transaction that is older than this
@@ -209,7 +239,9 @@ class Settings:
     tail_changes: int = 1000  # of one scope, in memory
     tail_size: int = 16 * 1024 * 1024  # of all scopes together
     readers: int = 4  # threads that read the disk
-    watch_interval: float = 0.05  # how often an idle writer looks for another process's commits
+    watch_interval: float = (
+        0.05  # how often an idle writer looks for another process's commits
+    )
     busy_timeout: float = 5.0  # how long a commit waits for another process's
 
     def __post_init__(self) -> None:
@@ -231,21 +263,27 @@ class Settings:
             else:
                 fits, least = 0 < value <= largest, "above 0"
             if not fits:  # as nothing compares with NaN, it does not fit
-                raise ValueError(f"{given}: it has to be {kind}, {least}, at most {largest:,}")
+                raise ValueError(
+                    f"{given}: it has to be {kind}, {least}, at most {largest:,}"
+                )
 
 
-# --- Errors --------------------------------------------------------------------------------------
-# A SyncError is a refusal that the client may see: an HTTP status, a code of the protocol, a
-# sentence. Any other exception is our mistake or the application's: the log sees it whole, the
-# client a bare internal_error. Server turns both into answers, Engine into results of mutations.
+# --- Errors ---------------------------------------------------------------------------
+# A SyncError is a refusal that the client may see: an HTTP status, a code of the
+# protocol, a sentence. Any other exception is our mistake or the application's: the log
+# sees it whole, the client a bare internal_error. Server turns both into answers,
+# Engine into results of mutations.
 
 
 class SyncError(Exception):
-    """A refusal that the client may see. By itself: our mistake, without a word of the inside."""
+    """A refusal that the client may see. By itself: our mistake, without a word of the
+    inside."""
 
     status: int = 500
     code: str = "internal_error"
-    headers: Mapping[str, str] = {}  # field lines that belong to the status (RFC 9110 §15)
+    headers: Mapping[
+        str, str
+    ] = {}  # field lines that belong to the status (RFC 9110 §15)
 
     def __init_subclass__(cls, status: int | None = None, code: str = "") -> None:
         # What is not named is that of the class above.
@@ -279,7 +317,8 @@ class Conflict(SyncError, status=409, code="conflict"):
 
 
 class CursorTooOld(SyncError, status=410, code="cursor_too_old"):
-    """The changes after this cursor were trimmed: take a snapshot and go on from there."""
+    """The changes after this cursor were trimmed: take a snapshot and go on from
+    there."""
 
 
 class CursorUnknown(SyncError, status=410, code="cursor_unknown"):
@@ -304,11 +343,13 @@ class StoreRefused(Unavailable):
 
 
 class TransactionLost(StoreRefused):
-    """An application ended the transaction: what was in it has to be done again, without that."""
+    """An application ended the transaction: what was in it has to be done again,
+    without that."""
 
 
 class HTTPError(SyncError):
-    """A refusal that belongs to HTTP alone; the protocol's code follows from the status."""
+    """A refusal that belongs to HTTP alone; the protocol's code follows from the
+    status."""
 
     CODES: ClassVar = {
         405: "method_not_allowed", 408: "request_timeout", 414: "uri_too_long",
@@ -316,17 +357,21 @@ class HTTPError(SyncError):
         501: "not_implemented", 505: "version_not_supported",
     }  # fmt: skip
 
-    def __init__(self, status: int, sentence: str, headers: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self, status: int, sentence: str, headers: Mapping[str, str] = {}
+    ) -> None:
         super().__init__(sentence)
         self.status, self.code, self.headers = status, self.CODES[status], headers
 
 
 class StoreError(Exception):
-    """The database can't be used at all: another program's, a newer format, no database."""
+    """The database can't be used at all: another program's, a newer format, no
+    database."""
 
 
 class ProtocolError(Exception):
-    """The peer broke a rule of RFC 6455: `code` is what to close with, the text is the reason."""
+    """The peer broke a rule of RFC 6455: `code` is what to close with, the text is the
+    reason."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -334,25 +379,30 @@ class ProtocolError(Exception):
 
 
 def complain(log: logging.Logger, *words: Any, traceback: bool = True) -> None:
-    """Log an error. A filter of the application's that fails then shall not be one more."""
+    """Log an error. A filter of the application's that fails then shall not be one
+    more."""
     with contextlib.suppress(Exception):
         log.error(*words, exc_info=traceback)
 
 
-# --- Values --------------------------------------------------------------------------------------
-# The protocol's words. What comes from outside is checked here, once; after that the types are
-# true and nobody asks again. A change is encoded once on its way in: the log, the answers, the
-# pages from memory and the hints are joined from these encoded bytes, the *fragments*.
+# --- Values ---------------------------------------------------------------------------
+# The protocol's words. What comes from outside is checked here, once; after that the
+# types are true and nobody asks again. A change is encoded once on its way in: the log,
+# the answers, the pages from memory and the hints are joined from these encoded bytes,
+# the *fragments*.
 
 DEFAULT_SCOPE = "_default"
-MAX_CURSOR = 2**53 - 1  # the last integer that every JSON reader holds exactly (RFC 8259 §6)
+MAX_CURSOR = (
+    2**53 - 1
+)  # the last integer that every JSON reader holds exactly (RFC 8259 §6)
 MAX_SCOPE = 256  # characters
 MAX_NAME = 128  # characters of a mutation's id and of its name
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Json:
-    """JSON text that is encoded already (by `json_group_array`, say) and is sent as it is."""
+    """JSON text that is encoded already (by `json_group_array`, say) and is sent as it
+    is."""
 
     text: str
 
@@ -365,8 +415,8 @@ class Json:
 class Mutation:
     """What a client asks for. `id` names it for ever within its scope: it applies once.
 
-    `args` is any JSON value. `identity` is what `on_auth` returned for the one who asks.
-    """
+    `args` is any JSON value. `identity` is what `on_auth` returned for the one who
+    asks."""
 
     id: str
     name: str
@@ -395,8 +445,8 @@ class Mutation:
 class Change:
     """What became of a mutation, as every client of the scope sees it.
 
-    An application makes `Change(data)`, or `Change(data, scope="another")`; without a scope it is
-    the mutation's own. Cursor and time (RFC 3339, UTC) come from the log.
+    An application makes `Change(data)`, or `Change(data, scope="another")`; without a
+    scope it is the mutation's own. Cursor and time (RFC 3339, UTC) come from the log.
     """
 
     data: Any
@@ -420,13 +470,17 @@ class Result(NamedTuple):
     error: str = ""
 
     @classmethod
-    def applied(cls, cursor: int, fragments: Sequence[bytes] | None, again: bool = False) -> Result:
+    def applied(
+        cls, cursor: int, fragments: Sequence[bytes] | None, again: bool = False
+    ) -> Result:
         """Return the result of an applied mutation, with its changes in its own scope.
 
         `fragments` is None where they are left out: some change of the mutation was
         trimmed, or the answer to the push is large already.
         """
-        changes = b"" if fragments is None else b',"changes":[%b]' % b",".join(fragments)
+        changes = (
+            b"" if fragments is None else b',"changes":[%b]' % b",".join(fragments)
+        )
         duplicate = b',"duplicate":true' if again else b""
         encoded = b'{"ok":true,"cursor":%d%b%b}' % (cursor, changes, duplicate)
         return cls(encoded, True, cursor, again)
@@ -440,7 +494,9 @@ class Result(NamedTuple):
 
     @property
     def changes(self) -> list[Change]:
-        return [Change(**change) for change in json.loads(self.encoded).get("changes", ())]
+        return [
+            Change(**change) for change in json.loads(self.encoded).get("changes", ())
+        ]
 
 
 class Page(NamedTuple):
@@ -498,8 +554,11 @@ def explain_name(field: str, value: Any, longest: int) -> str:
     return f"the {field} {rule}: this one {fault}"
 
 
-# Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without needless spaces.
-encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+# Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without needless
+# spaces.
+encode_json = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":")
+).encode
 # For the names of scopes and topics: the same few come again and again.
 encode_name = functools.lru_cache(maxsize=1000)(encode_json)
 
@@ -517,12 +576,12 @@ def check_scope(value: Any) -> str:
 def parse_json(raw: bytes, depth: int = 64, most: int = 100_000) -> Any:
     """Read strict JSON (RFC 8259): UTF-8, of duplicate keys the last.
 
-    An integer that does not fit 64 bits (SQLite's limit) becomes a float, as in JavaScript.
-    Raises TooLarge for more than `most` values. Raises InvalidRequest for the rest: more than
-    `depth` levels, NaN and Infinity, a number that became infinite, half a surrogate pair.
-    """
-    # Measured before anything is built or recurses. Both counts are too high where strings
-    # hold such characters, and only then are the strings taken out.
+    An integer that does not fit 64 bits (SQLite's limit) becomes a float, as in
+    JavaScript. Raises TooLarge for more than `most` values. Raises InvalidRequest for
+    the rest: more than `depth` levels, NaN and Infinity, a number that became infinite,
+    half a surrogate pair."""
+    # Measured before anything is built or recurses. Both counts are too high where
+    # strings hold such characters, and only then are the strings taken out.
     openings = raw.count(b"[") + raw.count(b"{")
     if openings > depth or openings + raw.count(b",") > most:
         check_structure(without_strings(raw), depth, most)
@@ -539,9 +598,9 @@ def parse_json(raw: bytes, depth: int = 64, most: int = 100_000) -> Any:
 def without_strings(raw: bytes) -> bytes:
     """Return JSON text without its strings; one that never ends goes to the end.
 
-    A backslash outside a string may confuse this, but reading fails there anyway. Each step
-    takes time by the size alone. A regular expression would take four times as long.
-    """
+    A backslash outside a string may confuse this, but reading fails there anyway. Each
+    step takes time by the size alone. A regular expression would take four times as
+    long."""
     # Pairs of backslashes first: a quote is escaped by an odd number of them.
     unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     return b"".join(unescaped.split(b'"')[::2])
@@ -555,8 +614,8 @@ def check_structure(bare: bytes, depth: int, most: int) -> None:
     openings = bare.count(b"[") + bare.count(b"{")
     if openings + bare.count(b",") > most:
         raise TooLarge(f"the JSON has more than {most} values")
-    # As many brackets close as open. So reading fails before it comes to more of them, or to
-    # what is not balanced and may count as less deep.
+    # As many brackets close as open. So reading fails before it comes to more of them,
+    # or to what is not balanced and may count as less deep.
     brackets = bare.translate(None, _NOT_BRACKETS)[: 2 * openings]
     levels = itertools.accumulate(map(_STEPS.__getitem__, brackets))
     if max(levels, default=0) > depth:
@@ -576,20 +635,23 @@ def _finite(text: str) -> float:
     return number
 
 
-_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+_DECODER = json.JSONDecoder(
+    parse_int=_integer, parse_float=_finite, parse_constant=_finite
+)
 
 
-# --- Store ---------------------------------------------------------------------------------------
-# The change log on disk. A row a change; AUTOINCREMENT keeps a cursor once given out from coming
-# back, also after a trim or a restart (https://sqlite.org/autoinc.html). A row a mutation that was
-# applied, its dedupe mark, is kept for ever. There is one writer at a time, so cursors are handed
-# out in commit order: a reader that is at N has everything up to N. All of this blocks.
+# --- Store ----------------------------------------------------------------------------
+# The change log on disk. A row a change; AUTOINCREMENT keeps a cursor once given out
+# from coming back, also after a trim or a restart (https://sqlite.org/autoinc.html). A
+# row a mutation that was applied, its dedupe mark, is kept for ever. There is one
+# writer at a time, so cursors are handed out in commit order: a reader that is at N has
+# everything up to N. All of this blocks.
 #
-# An epoch names a stretch of the history: (name, head when it began). The first commit of each
-# opening begins one, so two copies of a file that went different ways differ by their epochs.
-# (epoch, cursor) belongs to this history if the epoch is there and the cursor is not above the
-# place where the next epoch begins. No clock is asked, and opening a file writes nothing into it
-# but the application's schema.
+# An epoch names a stretch of the history: (name, head when it began). The first commit
+# of each opening begins one, so two copies of a file that went different ways differ by
+# their epochs. (epoch, cursor) belongs to this history if the epoch is there and the
+# cursor is not above the place where the next epoch begins. No clock is asked, and
+# opening a file writes nothing into it but the application's schema.
 
 
 class Position(NamedTuple):
@@ -601,7 +663,8 @@ class Position(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A change in the log. `first` is its mutation's first cursor: a page ends where it changes."""
+    """A change in the log. `first` is its mutation's first cursor: a page ends where it
+    changes."""
 
     cursor: int
     first: int
@@ -628,46 +691,75 @@ class Mark(NamedTuple):
 
 
 class Store(Protocol):
-    """What the engine needs of a database: a few steps, each of which may raise StoreRefused.
+    """What the engine needs of a database: a few steps, each of which may raise
+    StoreRefused.
 
-    `db` is whatever the database's own connection is; `apply` and `snapshot` get it as it is.
-    """
+    `db` is whatever the database's own connection is; `apply` and `snapshot` get it as
+    it is."""
 
     # On any thread.
-    def look(self) -> Position: ...  # where the last commit put it, whoever made that; in no time
-    def read(self, work: Callable[[Any], T]) -> T: ...  # work(db), with a db that sees one moment
+    def look(
+        self,
+    ) -> Position: ...  # where the last commit put it, whoever made that; in no time
+    def read(
+        self, work: Callable[[Any], T]
+    ) -> T: ...  # work(db), with a db that sees one moment
     def close(self) -> None: ...
 
     # On any thread, with a db that is in a transaction.
     def position(self, db: Any) -> Position: ...
-    def current(self, db: Any, scope: str) -> int: ...  # its newest cursor, also after a trim
-    def nth_newest(self, db: Any, scope: str, n: int) -> int: ...  # its cursor; 0: there is none
-    def trimmed(self, db: Any, scope: str) -> int: ...  # the highest cursor that a trim removed
-    def epoch_end(self, db: Any, epoch: str) -> int | None: ...  # its highest; None: not known
-    def changes(self, db: Any, scope: str, after: int) -> Iterator[Row]: ...  # read as one asks
+    def current(
+        self, db: Any, scope: str
+    ) -> int: ...  # its newest cursor, also after a trim
+    def nth_newest(
+        self, db: Any, scope: str, n: int
+    ) -> int: ...  # its cursor; 0: there is none
+    def trimmed(
+        self, db: Any, scope: str
+    ) -> int: ...  # the highest cursor that a trim removed
+    def epoch_end(
+        self, db: Any, epoch: str
+    ) -> int | None: ...  # its highest; None: not known
+    def changes(
+        self, db: Any, scope: str, after: int
+    ) -> Iterator[Row]: ...  # read as one asks
     def between(self, db: Any, first: int, last: int) -> list[Row]: ...  # of all scopes
-    def touched(self, db: Any, since: Position) -> dict[str, int]: ...  # scopes, newest cursors
+    def touched(
+        self, db: Any, since: Position
+    ) -> dict[str, int]: ...  # scopes, newest cursors
     def find(self, db: Any, scope: str, id: str) -> Mark | None: ...
 
     # On the writer's thread, from begin to commit or rollback.
-    def begin(self) -> tuple[Any, Position]: ...  # waits for other processes, but not for ever
-    def attempt(self, work: Callable[[Any], T]) -> T: ...  # if work(db) raises, it left no trace
-    def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None: ...  # numbered by engine
-    def trim(self, db: Any, scope: str, before: int, limit: int) -> int: ...  # how many went
+    def begin(
+        self,
+    ) -> tuple[Any, Position]: ...  # waits for other processes, but not for ever
+    def attempt(
+        self, work: Callable[[Any], T]
+    ) -> T: ...  # if work(db) raises, it left no trace
+    def append(
+        self, rows: Sequence[Row], marks: Sequence[Mark]
+    ) -> None: ...  # numbered by engine
+    def trim(
+        self, db: Any, scope: str, before: int, limit: int
+    ) -> int: ...  # how many went
     def probe(self, db: Any) -> None: ...  # write something, and take it back
     def commit(self) -> None: ...  # on disk when this returns
     def rollback(self) -> None: ...  # never raises: what it can't undo, it abandons
 
 
 FORMAT = 1  # of the tables below; a file with a higher one is refused
-APPLICATION_ID = 0x6D697A75  # "mizu" (https://sqlite.org/pragma.html#pragma_application_id)
+APPLICATION_ID = (
+    0x6D697A75  # "mizu" (https://sqlite.org/pragma.html#pragma_application_id)
+)
 
-# The columns stand in the order of Row and Mark (SELECT *, VALUES), and no statement holds a
-# semicolon. Whoever raises FORMAT writes into _prepare what makes an older file a newer one.
+# The columns stand in the order of Row and Mark (SELECT *, VALUES), and no statement
+# holds a semicolon. Whoever raises FORMAT writes into _prepare what makes an older file
+# a newer one.
 #
-# `first` in changes: cursor of the first change of the same mutation. mutations: the dedupe marks.
-# trims: the low-water marks, the highest cursor that was removed. epochs: the head when each began.
-# With their rows from the start, the head (in sqlite_sequence) and an epoch are always there.
+# `first` in changes: cursor of the first change of the same mutation. mutations: the
+# dedupe marks. trims: the low-water marks, the highest cursor that was removed. epochs:
+# the head when each began. With their rows from the start, the head (in
+# sqlite_sequence) and an epoch are always there.
 LOG_SCHEMA = f"""
     CREATE TABLE mizusync_format (format INTEGER NOT NULL);
     INSERT INTO mizusync_format VALUES ({FORMAT});
@@ -684,23 +776,35 @@ LOG_SCHEMA = f"""
     INSERT INTO mizusync_epochs VALUES (1, hex(randomblob(9)), 0);
 """
 
-WAL_SIZE = 64 * 1024 * 1024  # bytes; SQLite itself keeps it near 4 MiB, unless reads overlap
-# Seconds between two looks at it. After a stat of a file Linux (6.13 and newer) gives its next
-# write an exact time, which the sync then has to write too: each commit took 80 us longer.
+WAL_SIZE = (
+    64 * 1024 * 1024
+)  # bytes; SQLite itself keeps it near 4 MiB, unless reads overlap
+# Seconds between two looks at it. After a stat of a file Linux (6.13 and newer) gives
+# its next write an exact time, which the sync then has to write too: each commit took
+# 80 us longer.
 WAL_LOOK = 1.0
 
 StrPath = str | os.PathLike[str]
 
-# SQLite's result codes (https://sqlite.org/rescode.html) when the disk is in the way, the file, or
-# another process: the statement itself was right, and may work later, there or on a mended file.
-_DISK = sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CORRUPT
+# SQLite's result codes (https://sqlite.org/rescode.html) when the disk is in the way,
+# the file, or another process: the statement itself was right, and may work later,
+# there or on a mended file.
+_DISK = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_CORRUPT,
+)
 _REFUSED = (*_DISK, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL,
             sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB)  # fmt: skip
 
 # What apply may not do to the engine's transaction; and what it may only read.
 _DENIED = sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_PRAGMA
 _OURS = "mizusync_", "sqlite_sequence"  # as names begin, of tables and all else
-_ASKED = ("data_version", None), ("page_size", None)  # as a pragma, by full-text search and R*Trees
+_ASKED = (
+    ("data_version", None),
+    ("page_size", None),
+)  # as a pragma, by full-text search and R*Trees
 
 
 def primary_code(error: BaseException | None) -> int:
@@ -724,11 +828,14 @@ def refusals() -> Iterator[None]:
         raise
 
 
-_PREFIX = "/* mizusync */ "  # what a statement of the engine's own begins with, and no other
+_PREFIX = (
+    "/* mizusync */ "  # what a statement of the engine's own begins with, and no other
+)
 
 
 def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
-    """All rows of a statement of the engine's own, past the guard. Raises StoreRefused."""
+    """All rows of a statement of the engine's own, past the guard. Raises
+    StoreRefused."""
     try:
         return sqlite3.Connection.execute(db, _PREFIX + sql, parameters).fetchall()
     except sqlite3.Error:
@@ -737,12 +844,17 @@ def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
 
 
 class GuardedCursor(sqlite3.Cursor):
-    """Writes nothing outside the engine's transaction, and notes when the disk was in the way."""
+    """Writes nothing outside the engine's transaction, and notes when the disk was in
+    the way."""
 
     def _guarded(self, method: Callable[..., Any], statement: Sequence[Any]) -> Any:
         db: Any = self.connection
-        if db.lent and not db.in_transaction:  # SQLITE_FULL, say, has rolled it all back
-            raise sqlite3.OperationalError("the transaction is lost: this would commit by itself")
+        if (
+            db.lent and not db.in_transaction
+        ):  # SQLITE_FULL, say, has rolled it all back
+            raise sqlite3.OperationalError(
+                "the transaction is lost: this would commit by itself"
+            )
         try:
             return method(*statement)
         except sqlite3.Error as error:  # which the application may catch
@@ -760,19 +872,20 @@ class GuardedCursor(sqlite3.Cursor):
 
 
 class GuardedConnection(sqlite3.Connection):
-    """The connection that `apply` and `snapshot` get: theirs for everything but the transaction.
+    """The connection that `apply` and `snapshot` get: theirs for everything but the
+    transaction.
 
-    While it is lent, an authorizer refuses what would end the engine's transaction, leave the
-    file, or change the log's tables (or sqlite_sequence, which holds the head); and every cursor
-    that was opened is closed afterwards: a half-read INSERT ... RETURNING makes a later COMMIT
-    fail, and a half-read SELECT keeps an old state of the file in use. At any time,
-    also for the application's schema, the authorizer refuses to create things in TEMP.
+    While it is lent, an authorizer refuses what would end the engine's transaction,
+    leave the file, or change the log's tables (or sqlite_sequence, which holds the
+    head); and every cursor that was opened is closed afterwards: a half-read INSERT ...
+    RETURNING makes a later COMMIT fail, and a half-read SELECT keeps an old state of
+    the file in use. At any time, also for the application's schema, the authorizer
+    refuses to create things in TEMP.
 
-    An authorizer is asked only when a statement is prepared, so what the engine itself runs is
-    spelled as no application spells it: an application's COMMIT must not find ours in the cache
-    (`cached_statements` in the sqlite3 module's documentation). executescript begins with a COMMIT
-    of Python's own, so `apply` can't use it.
-    """
+    An authorizer is asked only when a statement is prepared, so what the engine itself
+    runs is spelled as no application spells it: an application's COMMIT must not find
+    ours in the cache (`cached_statements` in the sqlite3 module's documentation).
+    executescript begins with a COMMIT of Python's own, so `apply` can't use it."""
 
     def __init__(self, path: str, mode: str, timeout: float) -> None:
         # Every byte is quoted: a name need not be UTF-8, and a URI that begins with two
@@ -783,7 +896,9 @@ class GuardedConnection(sqlite3.Connection):
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
         super().__init__(uri, timeout=timeout, uri=True, **options)
         self.lent, self.refused, self._writes = False, False, mode != "ro"
-        self._opened: list[weakref.ref[Any]] = []  # cursors and blobs; one that is dropped closes
+        self._opened: list[
+            weakref.ref[Any]
+        ] = []  # cursors and blobs; one that is dropped closes
         super().set_authorizer(self._authorize)
 
     def _authorize(self, action: int, *names: str | None) -> int:
@@ -800,7 +915,9 @@ class GuardedConnection(sqlite3.Connection):
     def set_authorizer(self, *callback: Any) -> None:
         raise sqlite3.ProgrammingError("the engine has set its own authorizer")
 
-    def cursor(self, factory: Any = None) -> Any:  # whatever is asked for: another has no guard
+    def cursor(
+        self, factory: Any = None
+    ) -> Any:  # whatever is asked for: another has no guard
         opened = super().cursor(GuardedCursor)
         self._opened.append(weakref.ref(opened))
         return opened
@@ -823,7 +940,9 @@ class GuardedConnection(sqlite3.Connection):
         return opened
 
     def backup(self, *target: Any, **options: Any) -> None:
-        if self.lent and self._writes:  # it would wait for its own transaction, for ever
+        if (
+            self.lent and self._writes
+        ):  # it would wait for its own transaction, for ever
             raise sqlite3.ProgrammingError("no backup inside apply: take one in a read")
         super().backup(*target, **options)
 
@@ -833,10 +952,11 @@ class GuardedConnection(sqlite3.Connection):
         super().close()
 
     def lend(self, work: Callable[[Any], T]) -> T:
-        """`work(self)` in the application's hands, under a savepoint; afterwards all is as before.
+        """`work(self)` in the application's hands, under a savepoint; afterwards all is
+        as before.
 
-        If the application raises, it left no trace. Where there is no transaction yet, the
-        savepoint is one, of one moment (https://sqlite.org/lang_savepoint.html).
+        If the application raises, it left no trace. Where there is no transaction yet,
+        the savepoint is one, of one moment (https://sqlite.org/lang_savepoint.html).
         """
         _run(self, "SAVEPOINT mizusync_lent")
         self.lent, self.refused = True, False
@@ -844,9 +964,13 @@ class GuardedConnection(sqlite3.Connection):
             result = work(self)
         except BaseException as error:
             if primary_code(error) == sqlite3.SQLITE_AUTH:
-                error.add_note("in the engine's transaction none may end it, use PRAGMA or ATTACH,")
+                error.add_note(
+                    "in the engine's transaction none may end it, use PRAGMA or ATTACH,"
+                )
                 error.add_note("create things in TEMP, change what is named")
-                error.add_note("mizusync_*, rename a table, or drop one with AUTOINCREMENT")
+                error.add_note(
+                    "mizusync_*, rename a table, or drop one with AUTOINCREMENT"
+                )
             self._take_back(error)
             raise
         self._take_back(None)
@@ -855,13 +979,14 @@ class GuardedConnection(sqlite3.Connection):
     def _take_back(self, failure: BaseException | None) -> None:
         """The connection is ours again, what failed is undone.
 
-        Raises StoreRefused where the disk was in the way, TransactionLost where the application
-        ended the transaction.
-        """
+        Raises StoreRefused where the disk was in the way, TransactionLost where the
+        application ended the transaction."""
         self.lent, self.row_factory, self.text_factory = False, None, str
         self.set_progress_handler(None, 0)
         while self._opened:
-            with contextlib.suppress(sqlite3.Error):  # a thread of the application's may be in it
+            with contextlib.suppress(
+                sqlite3.Error
+            ):  # a thread of the application's may be in it
                 if opened := self._opened.pop()():
                     opened.close()
         refused = self.refused or primary_code(failure) in _DISK
@@ -870,17 +995,21 @@ class GuardedConnection(sqlite3.Connection):
                 _run(self, "ROLLBACK TO mizusync_lent")
             _run(self, "RELEASE mizusync_lent")
         except (sqlite3.Error, StoreRefused):
-            # No savepoint: the whole transaction was rolled back. By SQLite, where the disk was in
-            # the way (SQLITE_FULL), although the application may have caught that and gone on; or
-            # else by the application itself (RAISE(ROLLBACK)).
+            # No savepoint: the whole transaction was rolled back. By SQLite, where the
+            # disk was in the way (SQLITE_FULL), although the application may have
+            # caught that and gone on; or else by the application itself
+            # (RAISE(ROLLBACK)).
             if not refused:
-                raise TransactionLost("the application ended the transaction") from failure
+                raise TransactionLost(
+                    "the application ended the transaction"
+                ) from failure
         if refused:
             raise StoreRefused("the database gave up the transaction") from failure
 
 
 class SQLStore(Store):
-    """What a Store reads alike in every SQL database: tables with the columns of LOG_SCHEMA."""
+    """What a Store reads alike in every SQL database: tables with the columns of
+    LOG_SCHEMA."""
 
     def run(self, db: Any, sql: str, *parameters: Any) -> list[Any]:
         """All rows of a statement, with question marks for its parameters."""
@@ -899,10 +1028,14 @@ class SQLStore(Store):
         return self.one(db, f"{sql} LIMIT 1 OFFSET ?", scope, n - 1) or 0
 
     def trimmed(self, db: Any, scope: str) -> int:
-        return self.one(db, "SELECT cursor FROM mizusync_trims WHERE scope = ?", scope) or 0
+        return (
+            self.one(db, "SELECT cursor FROM mizusync_trims WHERE scope = ?", scope)
+            or 0
+        )
 
     def epoch_end(self, db: Any, epoch: str) -> int | None:
-        # Within one file starts never fall, so the least of those behind it is the next one's.
+        # Within one file starts never fall, so the least of those behind it is the next
+        # one's.
         next_start = "SELECT min(start) FROM mizusync_epochs WHERE number > this.number"
         sql = f"SELECT coalesce(({next_start}), ?) FROM mizusync_epochs AS this WHERE epoch = ?"
         end: int | None = self.one(db, sql, self.position(db).head, epoch)
@@ -925,9 +1058,10 @@ class SQLStore(Store):
 
     def trim(self, db: Any, scope: str, before: int, limit: int) -> int:
         changes = "FROM mizusync_changes WHERE scope = ?"
-        # Mutations go whole. The one in which the limit falls is the last that may go. The first
-        # that stays is the one behind it, or an earlier one with a change that `before` protects:
-        # of one with the changes 5 to 8, before=7 removes nothing.
+        # Mutations go whole. The one in which the limit falls is the last that may go.
+        # The first that stays is the one behind it, or an earlier one with a change
+        # that `before` protects: of one with the changes 5 to 8, before=7 removes
+        # nothing.
         at_limit = f"SELECT first {changes} ORDER BY cursor LIMIT 1 OFFSET ?"
         last = self.one(db, at_limit, scope, limit - 1) or before
         stays = f"SELECT first {changes} AND (cursor >= ? OR first > ?) ORDER BY cursor LIMIT 1"
@@ -1035,7 +1169,11 @@ class SQLiteStore(SQLStore):
     """
 
     def __init__(
-        self, path: StrPath, schema: str = "", adopt: bool = False, busy_timeout: float = 5.0
+        self,
+        path: StrPath,
+        schema: str = "",
+        adopt: bool = False,
+        busy_timeout: float = 5.0,
     ) -> None:
         try:
             can_exist = b"\0" not in os.fsencode(path)
@@ -1043,19 +1181,37 @@ class SQLiteStore(SQLStore):
             can_exist = False
         if not can_exist:
             raise StoreError(f"no file can be named {os.fspath(path)!r}")
-        self.path, self.schema, self.busy_timeout = os.path.abspath(path), schema, busy_timeout
-        self._connect = functools.partial(GuardedConnection, self.path, timeout=busy_timeout)
-        self._db: Any = None  # the writer's connection; None: begin() has to open it anew
+        self.path, self.schema, self.busy_timeout = (
+            os.path.abspath(path),
+            schema,
+            busy_timeout,
+        )
+        self._connect = functools.partial(
+            GuardedConnection, self.path, timeout=busy_timeout
+        )
+        self._db: Any = (
+            None  # the writer's connection; None: begin() has to open it anew
+        )
         self._looker: GuardedConnection | None = None
         self._looking = threading.Lock()
-        self._seen: tuple[int, Position] = 0, Position(0, "", 0)  # the last look's version
+        self._seen: tuple[int, Position] = (
+            0,
+            Position(0, "", 0),
+        )  # the last look's version
         self._idle: list[GuardedConnection] = []  # readers that nobody uses now
         self._turnstile = threading.Lock()  # held: no read begins
-        self._wal_path = f"{os.path.realpath(self.path)}-wal"  # SQLite follows links, too
-        self._wal_limit, self._wal_size, self._wal_look = WAL_SIZE, 0, 0.0  # the next look's time
-        # The highest head that we know of. A transaction that finds a lower one stands on a copy
-        # that was restored: it begins an epoch. Until our first commit this is above any head, so
-        # that one begins an epoch as well; but 0 in a file that we just made, which has its first.
+        self._wal_path = (
+            f"{os.path.realpath(self.path)}-wal"  # SQLite follows links, too
+        )
+        self._wal_limit, self._wal_size, self._wal_look = (
+            WAL_SIZE,
+            0,
+            0.0,
+        )  # the next look's time
+        # The highest head that we know of. A transaction that finds a lower one stands
+        # on a copy that was restored: it begins an epoch. Until our first commit this
+        # is above any head, so that one begins an epoch as well; but 0 in a file that
+        # we just made, which has its first.
         self._known_head = self._next_head = MAX_CURSOR + 1
         # Whether to look for other writers; the writer's data_version at its opening.
         self._warns_of_others = has_wal_reset_bug(sqlite3.sqlite_version_info)
@@ -1070,9 +1226,12 @@ class SQLiteStore(SQLStore):
             if os.path.exists(self._wal_path):
                 if not os.path.exists(self.path):
                     advice = "put that back; or, to begin anew, remove its -wal and -shm as well"
-                    raise StoreError(f"{self._wal_path} is there without {self.path}: {advice}")
-                # A crash left it, of another program perhaps, and to open it for writing would move
-                # it into the file. So this looks first, and leaves a foreign file as it is.
+                    raise StoreError(
+                        f"{self._wal_path} is there without {self.path}: {advice}"
+                    )
+                # A crash left it, of another program perhaps, and to open it for
+                # writing would move it into the file. So this looks first, and leaves a
+                # foreign file as it is.
                 with contextlib.closing(self._connect("ro")) as db:
                     self._has_log(db, adopt)
             self._db = self._connect("rwc")
@@ -1094,7 +1253,9 @@ class SQLiteStore(SQLStore):
     def _prepare(self, db: GuardedConnection, adopt: bool) -> None:
         """Make the file ours, and this connection its writer. Raises StoreError."""
         _run(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
-        _run(db, "PRAGMA fullfsync = ON")  # on macOS fsync leaves the data in the drive's cache
+        _run(
+            db, "PRAGMA fullfsync = ON"
+        )  # on macOS fsync leaves the data in the drive's cache
         if not self._has_log(db, adopt):
             timeout = self.one(db, "PRAGMA busy_timeout")
             _run(db, "PRAGMA busy_timeout = 0")  # _insist waits better
@@ -1168,9 +1329,9 @@ class SQLiteStore(SQLStore):
     def _insist(self, db: GuardedConnection, sql: str) -> None:
         """Run what takes a lock, until another process gives it back.
 
-        SQLite's own busy handler pauses up to 100 ms between two tries: beside a busy writer of
-        another process it would never get its turn. And journal_mode does not ask it at all.
-        """
+        SQLite's own busy handler pauses up to 100 ms between two tries: beside a busy
+        writer of another process it would never get its turn. And journal_mode does not
+        ask it at all."""
         deadline = time.monotonic() + self.busy_timeout
         while True:
             try:
@@ -1182,7 +1343,8 @@ class SQLiteStore(SQLStore):
             time.sleep(0.0002)
 
     def _has_log(self, db: GuardedConnection, adopt: bool) -> bool:
-        """Whether the log is there. Raises StoreError for another program's, a newer format."""
+        """Whether the log is there. Raises StoreError for another program's, a newer
+        format."""
         if (encoding := self.one(db, "PRAGMA encoding")) != "UTF-8":
             # There SQLite makes U+FFFD of U+FFFE and U+FFFF, so it would merge scopes.
             why = f"it is in {encoding}, the log needs UTF-8"
@@ -1193,19 +1355,28 @@ class SQLiteStore(SQLStore):
         if made:
             if (found := self.one(db, "SELECT format FROM mizusync_format")) <= FORMAT:
                 return True
-            raise StoreError(f"the database {self.path} has format {found}: use a newer mizusync")
+            raise StoreError(
+                f"the database {self.path} has format {found}: use a newer mizusync"
+            )
         marked = self.one(db, "PRAGMA application_id") not in (0, APPLICATION_ID)
         if (objects or marked) and not adopt:
-            advice = "name another file, or open it with adopt=True to add the log to it"
-            raise StoreError(f"the database {self.path} belongs to another program: {advice}")
+            advice = (
+                "name another file, or open it with adopt=True to add the log to it"
+            )
+            raise StoreError(
+                f"the database {self.path} belongs to another program: {advice}"
+            )
         return False
 
     def _stat(self, path: str, known: os.stat_result) -> os.stat_result:
-        """What is there: a file that was unlinked or replaced takes commits, and they are lost."""
+        """What is there: a file that was unlinked or replaced takes commits, and they
+        are lost."""
         with contextlib.suppress(OSError):
             if os.path.samestat(found := os.stat(path), known):
                 return found
-        raise StoreRefused(f"the database {path} was removed or replaced: restart the server")
+        raise StoreRefused(
+            f"the database {path} was removed or replaced: restart the server"
+        )
 
     def _check_wal(self) -> None:
         """The WAL stays as long as anyone has the file open."""
@@ -1224,7 +1395,9 @@ class SQLiteStore(SQLStore):
                 raise StoreRefused("the database is closed")
             # Half the price of the position, and any commit moves it, whoever makes it
             # (https://sqlite.org/pragma.html#pragma_data_version).
-            if (version := self.one(self._looker, "PRAGMA data_version")) != self._seen[0]:
+            if (version := self.one(self._looker, "PRAGMA data_version")) != self._seen[
+                0
+            ]:
                 self._seen = version, self.position(self._looker)
                 if self._known_head <= MAX_CURSOR:  # others' commits count, too
                     self._known_head = max(self._known_head, self._seen[1].head)
@@ -1244,7 +1417,9 @@ class SQLiteStore(SQLStore):
         except BaseException as error:
             db.close()
             if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY:
-                raise RuntimeError("only apply may write") from error  # it is not the disk's fault
+                raise RuntimeError(
+                    "only apply may write"
+                ) from error  # it is not the disk's fault
             raise
         self._idle.append(db)
         return result
@@ -1258,7 +1433,9 @@ class SQLiteStore(SQLStore):
 
     def changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
         sql = "SELECT * FROM mizusync_changes WHERE scope = ? AND cursor > ? ORDER BY cursor"
-        with contextlib.closing(sqlite3.Connection.execute(db, sql, (scope, after))) as rows:
+        with contextlib.closing(
+            sqlite3.Connection.execute(db, sql, (scope, after))
+        ) as rows:
             yield from map(Row._make, rows)
 
     # -- writing
@@ -1313,20 +1490,30 @@ class SQLiteStore(SQLStore):
         _run(self._db, "COMMIT")
         self._known_head = self._next_head
         if self._wal_size > self._wal_limit:
-            with contextlib.suppress(sqlite3.Error, StoreRefused):  # it is committed already
+            with contextlib.suppress(
+                sqlite3.Error, StoreRefused
+            ):  # it is committed already
                 self._empty_wal()
 
     def _empty_wal(self) -> None:
-        """Let no read begin until those under way have ended: the WAL begins anew only then.
+        """Let no read begin until those under way have ended: the WAL begins anew only
+        then.
 
         Reads that overlap without a gap would let it grow for ever
         (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
         """
-        deadline, self._wal_size = time.monotonic() + 1, 0  # until it is looked at again
-        self._wal_limit += WAL_SIZE  # if one takes long: others shall not wait at each commit
+        deadline, self._wal_size = (
+            time.monotonic() + 1,
+            0,
+        )  # until it is looked at again
+        self._wal_limit += (
+            WAL_SIZE  # if one takes long: others shall not wait at each commit
+        )
         with self._turnstile:
             while time.monotonic() < deadline:
-                if not self.one(self._db, "PRAGMA wal_checkpoint(TRUNCATE)"):  # busy: 0 or 1
+                if not self.one(
+                    self._db, "PRAGMA wal_checkpoint(TRUNCATE)"
+                ):  # busy: 0 or 1
                     self._wal_limit = WAL_SIZE
                     return
                 time.sleep(0.001)
@@ -1349,9 +1536,12 @@ class SQLiteStore(SQLStore):
         return sizes
 
     def close(self) -> None:
-        """Close every connection; the last one out writes the WAL back into the file."""
+        """Close every connection; the last one out writes the WAL back into the
+        file."""
         if self._db:
-            with contextlib.suppress(sqlite3.Error, StoreRefused):  # a reader may hold it back
+            with contextlib.suppress(
+                sqlite3.Error, StoreRefused
+            ):  # a reader may hold it back
                 _run(self._db, "PRAGMA wal_checkpoint(TRUNCATE)")
         with self._looking:
             for db in filter(None, (*self._idle, self._looker, self._db)):
@@ -1359,13 +1549,15 @@ class SQLiteStore(SQLStore):
             self._idle, self._looker, self._db = [], None, None
 
 
-# --- Engine --------------------------------------------------------------------------------------
-# The truth: push, pull, snapshot. One thread writes; it takes everything that waits and commits it
-# as one transaction, each mutation under a savepoint of its own: one fsync serves all, and a
-# failure spoils no other. The mark, the application's writes and the changes commit together.
+# --- Engine ---------------------------------------------------------------------------
+# The truth: push, pull, snapshot. One thread writes; it takes everything that waits and
+# commits it as one transaction, each mutation under a savepoint of its own: one fsync
+# serves all, and a failure spoils no other. The mark, the application's writes and the
+# changes commit together.
 #
-# What is in memory is a copy of the log's end, a *tail* a scope, and is believed only while the
-# file stands where the memory does: another process may write to the same file.
+# What is in memory is a copy of the log's end, a *tail* a scope, and is believed only
+# while the file stands where the memory does: another process may write to the same
+# file.
 
 COUNTED = ("pushes", "pushes_failed", "applied", "duplicate", "invalid_mutation", "not_found",
            "conflict", "forbidden", "unavailable", "internal_error", "commits", "changes", "trims",
@@ -1395,15 +1587,17 @@ Call = tuple[Loop | None, Callable[[Any], None], Any]  # where, what, with what
 class Tail:
     """The newest changes of one scope, encoded: all those above `after`.
 
-    Memory has one for each scope that is in use; a transaction makes one of what it adds.
-    """
+    Memory has one for each scope that is in use; a transaction makes one of what it
+    adds."""
 
     after: int
     cursors: list[int] = dataclasses.field(default_factory=list)
     firsts: list[int] = dataclasses.field(default_factory=list)
     fragments: list[bytes] = dataclasses.field(default_factory=list)
     size: int = 0  # bytes of memory, about
-    trimmed: int = 0  # of a transaction's: the highest cursor that it removed from the log
+    trimmed: int = (
+        0  # of a transaction's: the highest cursor that it removed from the log
+    )
 
     @property
     def current(self) -> int:
@@ -1419,7 +1613,8 @@ class Tail:
         return fragment
 
     def extend(self, newer: Tail, keep: int) -> None:
-        """Follow a transaction; forget all but the newest `keep` once there are twice as many."""
+        """Follow a transaction; forget all but the newest `keep` once there are twice
+        as many."""
         self.forget(newer.trimmed)
         self.cursors += newer.cursors
         self.firsts += newer.firsts
@@ -1430,7 +1625,10 @@ class Tail:
 
     def forget(self, cursor: int) -> None:
         """Forget the changes up to this one."""
-        self.after, drop = max(self.after, cursor), bisect.bisect_right(self.cursors, cursor)
+        self.after, drop = (
+            max(self.after, cursor),
+            bisect.bisect_right(self.cursors, cursor),
+        )
         self.size -= sum(map(len, self.fragments[:drop])) + 200 * drop
         del self.cursors[:drop], self.firsts[:drop], self.fragments[:drop]
 
@@ -1444,18 +1642,23 @@ class Tail:
             stop = start + max(1, sum(1 for so_far in sizes if so_far <= size))
         while stop < length and self.firsts[stop] == self.firsts[stop - 1]:
             stop += 1  # a page never ends inside a mutation
-        return Page(self.fragments[start:stop], self.cursors[stop - 1], epoch, stop < length)
+        return Page(
+            self.fragments[start:stop], self.cursors[stop - 1], epoch, stop < length
+        )
 
 
 class Batch:
-    """One transaction while it is being made: rows and marks that are not in the log yet."""
+    """One transaction while it is being made: rows and marks that are not in the log
+    yet."""
 
     def __init__(self, store: Store, db: Any, position: Position) -> None:
         self.store, self.db, self.position = store, db, position
         self.time = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
-        self.grown: dict[str, Tail] = {}  # of each touched scope: where it stood, and these rows
+        self.grown: dict[
+            str, Tail
+        ] = {}  # of each touched scope: where it stood, and these rows
         self.counts: Counter[str] = Counter(commits=1)
 
     def tail(self, scope: str) -> Tail:
@@ -1485,7 +1688,10 @@ class Batch:
         Without changes, their rows are not even read.
         """
         self.counts["duplicate"] += 1
-        first, last = mark.first or mark.last + 1, mark.last  # without changes: an empty range
+        first, last = (
+            mark.first or mark.last + 1,
+            mark.last,
+        )  # without changes: an empty range
         if not with_changes:
             return Result.applied(last, None, again=True)
         if first > (start := self.position.head):
@@ -1501,7 +1707,10 @@ class Batch:
         """What to tell, once it is in the log."""
         epoch = self.position.epoch
         told = {scope: tail for scope, tail in self.grown.items() if tail.fragments}
-        return {s: Hint(t.current, epoch, t.after, tuple(t.fragments)) for s, t in told.items()}
+        return {
+            s: Hint(t.current, epoch, t.after, tuple(t.fragments))
+            for s, t in told.items()
+        }
 
 
 class Step(NamedTuple):
@@ -1539,15 +1748,15 @@ def answer_size(result: Any) -> int:
 class Engine:
     """The log and the application's `apply` function: a sync server without a network.
 
-    `store` is the path of a SQLite file, or a Store of one's own. `schema` and `adopt` are
-    SQLiteStore's. Raises StoreError where the file can't be used.
+    `store` is the path of a SQLite file, or a Store of one's own. `schema` and `adopt`
+    are SQLiteStore's. Raises StoreError where the file can't be used.
 
-    `apply(db, mutation)` runs on the writer's thread, inside the transaction, and returns the
-    changes that it made: JSON values, or `Change`s. It refuses by raising InvalidMutation,
-    NotFound, Conflict, Forbidden, or Unavailable. It may run again for one mutation,
-    with the same args, if the transaction failed: what it does outside `db` may happen
-    twice. `snapshot(db, scope)` runs on a reader's thread and returns the whole state
-    of the scope: a JSON value, or `Json(text)`.
+    `apply(db, mutation)` runs on the writer's thread, inside the transaction, and
+    returns the changes that it made: JSON values, or `Change`s. It refuses by raising
+    InvalidMutation, NotFound, Conflict, Forbidden, or Unavailable. It may run again for
+    one mutation, with the same args, if the transaction failed: what it does outside
+    `db` may happen twice. `snapshot(db, scope)` runs on a reader's thread and returns
+    the whole state of the scope: a JSON value, or `Json(text)`.
 
     Its coroutines run on any loop; everything else may be called from any thread. After
     a fork only the parent may use it: in the child every call raises RuntimeError.
@@ -1565,28 +1774,41 @@ class Engine:
     ) -> None:
         self.settings = settings or Settings()
         if snapshot is None and self.settings.keep_changes is not None:
-            raise ValueError("keep_changes: who is behind a trim needs a snapshot function")
+            raise ValueError(
+                "keep_changes: who is behind a trim needs a snapshot function"
+            )
         if isinstance(store, (str, os.PathLike)):
             store = SQLiteStore(store, schema, adopt, self.settings.busy_timeout)
         self.store: Store = store
         self.counts = Counter(dict.fromkeys(COUNTED, 0))
-        self.committing = False  # the writer is at work, and wants the interpreter's lock at times
+        self.committing = (
+            False  # the writer is at work, and wants the interpreter's lock at times
+        )
         self._apply_function, self._snapshot_function = apply, snapshot
         self._closed = False
         self._process = os.getpid()
         self.rewinds = 0  # how often an older copy of the log was restored into it
-        self._overfull: dict[str, None] = {}  # scopes to trim, the one that waits longest first
+        self._overfull: dict[
+            str, None
+        ] = {}  # scopes to trim, the one that waits longest first
         self._looked_this_turn: dict[Loop, Position] = {}  # of this turn of each loop
-        # Over _position, the tails, the listeners and _closed; held for microseconds. Reentrant: on
-        # a thread that holds it the garbage collector may end a lost pull, which calls unlisten.
+        # Over _position, the tails, the listeners and _closed; held for microseconds.
+        # Reentrant: on a thread that holds it the garbage collector may end a lost
+        # pull, which calls unlisten.
         self._lock = threading.RLock()
         self._position = store.look()
-        self._tails: OrderedDict[str, Tail] = OrderedDict()  # the least recently used first
+        self._tails: OrderedDict[str, Tail] = (
+            OrderedDict()
+        )  # the least recently used first
         self._tails_size = 0
-        self._listeners: dict[str | None, dict[object, tuple[Loop | None, Listener]]] = {}
+        self._listeners: dict[
+            str | None, dict[object, tuple[Loop | None, Listener]]
+        ] = {}
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None: look up
         self._readers = ThreadPoolExecutor(self.settings.readers, "mizusync-reader")
-        self._writer = threading.Thread(target=self._write, name="mizusync-writer", daemon=True)
+        self._writer = threading.Thread(
+            target=self._write, name="mizusync-writer", daemon=True
+        )
         self._writer.start()
 
     def _check_process(self) -> None:
@@ -1601,7 +1823,8 @@ class Engine:
     # -- push
 
     async def push(self, mutations: Mutations) -> list[Result]:
-        """Apply mutations, in order; each succeeds or fails alone. One Result each, in order.
+        """Apply mutations, in order; each succeeds or fails alone. One Result each, in
+        order.
 
         Those that are ok are on disk. Raises Unavailable if the store refuses (nothing
         of this push was applied), and InvalidMutation for a mapping that is no mutation
@@ -1610,9 +1833,11 @@ class Engine:
         return await self._on_writer(self._steps_of(mutations))
 
     def submit(self, mutations: Mutations) -> Future[list[Result]]:
-        """The same for a thread that has no loop: `engine.submit(mutations).result()`."""
+        """The same for a thread that has no loop:
+        `engine.submit(mutations).result()`."""
         future: Future[list[Result]] = Future()
-        future.set_running_or_notify_cancel()  # it is pushed, whatever becomes of who asks
+        # it is pushed, whatever becomes of who asks
+        future.set_running_or_notify_cancel()
         self._enqueue(Job(self._steps_of(mutations), future))
         return future
 
@@ -1673,8 +1898,15 @@ class Engine:
             raise
         except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
             refusal: SyncError = error  # each of these is a count in COUNTED, too
-        except BaseException:  # SystemExit too: it is the application's, not this thread's
-            complain(engine_log, "apply failed on %r, %r of %r", mutation.name, *reversed(key))
+        except (
+            BaseException
+        ):  # SystemExit too: it is the application's, not this thread's
+            complain(
+                engine_log,
+                "apply failed on %r, %r of %r",
+                mutation.name,
+                *reversed(key),
+            )
             refusal = SyncError("the server failed on this mutation")
         else:
             return batch.add(mutation, made)
@@ -1682,34 +1914,48 @@ class Engine:
         return Result.refused(refusal)
 
     def _rows_of(self, mutation: Mutation, db: Any, batch: Batch) -> list[Row]:
-        """What the application makes of a mutation, checked and numbered: data as JSON."""
+        """What the application makes of a mutation, checked and numbered: data as
+        JSON."""
         made: Any = self._apply_function(db, mutation)
         if isinstance(made, (str, bytes, Mapping, Change, sqlite3.Cursor)):
-            raise TypeError(f"apply returns an iterable of changes, not one {type(made).__name__}")
-        first, most = batch.position.head + len(batch.rows) + 1, self.settings.mutation_changes
+            raise TypeError(
+                f"apply returns an iterable of changes, not one {type(made).__name__}"
+            )
+        first, most = (
+            batch.position.head + len(batch.rows) + 1,
+            self.settings.mutation_changes,
+        )
         rows: list[Row] = []
         try:
             for change in () if made is None else made:
                 data, scope = change, mutation.scope
                 if isinstance(change, Change):
-                    data, scope = change.data, scope if change.scope is None else change.scope
+                    data, scope = (
+                        change.data,
+                        scope if change.scope is None else change.scope,
+                    )
                     if not is_name(scope, MAX_SCOPE):
-                        raise ValueError(f"apply made a change for {scope!r}: that names no scope")
+                        raise ValueError(
+                            f"apply made a change for {scope!r}: that names no scope"
+                        )
                 text = data.text if isinstance(data, Json) else encode_json(data)
-                text.encode()  # half a surrogate pair fails here, where it can still be undone
+                # half a surrogate pair fails here, where it can still be undone
+                text.encode()
                 rows.append(Row(first + len(rows), first, scope, batch.time, text))
                 if len(rows) > most:
                     raise InvalidMutation(f"it makes over {most} changes")
         finally:
             if inspect.isgenerator(made):
-                made.close()  # what it does at its end can be undone here, and not later
+                # what it does at its end can be undone here, and not later
+                made.close()
             made = None  # the same for one that another iterator holds
         return rows
 
     # -- the writer's thread
 
     def _write(self) -> None:
-        """Commit what waits, until closed. Nothing that goes wrong in here may end the thread."""
+        """Commit what waits, until closed. Nothing that goes wrong in here may end the
+        thread."""
         watch = min(max(0.001, self.settings.watch_interval), threading.TIMEOUT_MAX)
         while not (self._closed and self._jobs.empty()):
             job: Job | None = None
@@ -1720,7 +1966,9 @@ class Engine:
                     self._commit([job] if job else [])
                 elif self.store.look() != self._position:
                     # Another process has committed, while there was nothing to write.
-                    self.store.read(lambda db: self._catch_up(db, self.store.position(db)))
+                    self.store.read(
+                        lambda db: self._catch_up(db, self.store.position(db))
+                    )
             except BaseException as error:
                 if not isinstance(error, StoreRefused):  # a push will tell of that
                     complain(engine_log, "the writer's thread goes on after this")
@@ -1886,29 +2134,37 @@ class Engine:
         self._tell(news or {}, calls)
 
     def _retain(self, batch: Batch) -> None:
-        """Trim some of the scopes that grew past `keep_changes`: in each commit a little."""
+        """Trim some of the scopes that grew past `keep_changes`: in each commit a
+        little."""
         if (keep := self.settings.keep_changes) is None:
             return
-        # Twice what comes in goes, and no more: no push waits for the trims of many scopes.
+        # Twice what comes in goes, and no more: no push waits for the trims of many
+        # scopes.
         for scope in list(itertools.islice(self._overfull, 1 + len(batch.rows) // 100)):
-            if not self._trim(batch, scope, self.store.nth_newest(batch.db, scope, keep)):
+            if not self._trim(
+                batch, scope, self.store.nth_newest(batch.db, scope, keep)
+            ):
                 del self._overfull[scope]
-        # To find the change where a trim ends takes `keep` steps, so it is done some ten times in
-        # as many changes, by chance: that needs no memory, and no pattern of pushes evades it.
+        # To find the change where a trim ends takes `keep` steps, so it is done some
+        # ten times in as many changes, by chance: that needs no memory, and no pattern
+        # of pushes evades it.
         for scope, tail in batch.grown.items():
             if random.random() * keep < 10 * len(tail.fragments):
                 self._overfull[scope] = None
 
     def _trim(self, batch: Batch, scope: str, before: int) -> int:
         # So few at a time that no push waits long behind them.
-        if removed := self.store.trim(batch.db, scope, min(before, MAX_CURSOR + 1), 200):
+        if removed := self.store.trim(
+            batch.db, scope, min(before, MAX_CURSOR + 1), 200
+        ):
             batch.counts["trims"] += 1
             batch.tail(scope).trimmed = self.store.trimmed(batch.db, scope)
             batch.position = self.store.position(batch.db)
         return removed
 
     def _keep_tail(self, scope: str, newer: Tail) -> None:
-        """Extend a tail and put it last, at the cost of the least recently used. Under the lock."""
+        """Extend a tail and put it last, at the cost of the least recently used. Under
+        the lock."""
         tail = self._drop_tail(scope) or Tail(newer.after)
         tail.extend(newer, self.settings.tail_changes)
         self._tails[scope] = tail
@@ -1923,7 +2179,8 @@ class Engine:
         return tail
 
     def _catch_up(self, db: Any, position: Position) -> None:
-        """Forget what memory has of scopes that another process wrote to, and tell of them."""
+        """Forget what memory has of scopes that another process wrote to, and tell of
+        them."""
         known, touched = self._position.head, self.store.touched(db, self._position)
         # An older copy was restored into it, and may have grown again since.
         end = self.store.epoch_end(db, self._position.epoch)
@@ -1933,11 +2190,16 @@ class Engine:
             for scope in list(self._tails) if went_back else touched:
                 self._drop_tail(scope)
             self._position = position
-        newer = {scope: cursor for scope, cursor in touched.items() if cursor > known}  # not trims
-        self._tell({scope: Hint(cursor, position.epoch) for scope, cursor in newer.items()})
+        newer = {
+            scope: cursor for scope, cursor in touched.items() if cursor > known
+        }  # not trims
+        self._tell(
+            {scope: Hint(cursor, position.epoch) for scope, cursor in newer.items()}
+        )
 
     def _tell(self, news: News, answers: Iterable[Call] = ()) -> None:
-        """Answer, then call who listens to these scopes: each on its loop, in one hop to each."""
+        """Answer, then call who listens to these scopes: each on its loop, in one hop
+        to each."""
         with self._lock:
             scopes = (None, *news) if news else ()
             heard = [list(self._listeners.get(scope, {}).values()) for scope in scopes]
@@ -1946,9 +2208,13 @@ class Engine:
             of_loop.setdefault(call[0], []).append(call)
         for loop, calls in of_loop.items():
             if loop is None:
-                call_here(calls, BaseException)  # SystemExit, too, is not for this thread
+                call_here(
+                    calls, BaseException
+                )  # SystemExit, too, is not for this thread
             else:
-                with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits there
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # a closed loop: nobody waits there
                     loop.call_soon_threadsafe(call_here, calls)
 
     # -- pull
@@ -1962,21 +2228,28 @@ class Engine:
         limit: int | None = None,
         wait: float = 0.0,
     ) -> Page:
-        """The scope's changes above `cursor`, in order: `limit` of them, then to a mutation's end.
+        """The scope's changes above `cursor`, in order: `limit` of them, then to a
+        mutation's end.
 
-        `wait` (seconds) holds an empty page back until there is a change. `epoch` is the one that
-        the cursor was read in, if known. Raises CursorTooOld, CursorUnknown, Unavailable.
-        """
+        `wait` (seconds) holds an empty page back until there is a change. `epoch` is
+        the one that the cursor was read in, if known. Raises CursorTooOld,
+        CursorUnknown, Unavailable."""
         self._check_process()
-        limit = min(max(1, limit or self.settings.pull_limit), self.settings.pull_limit_max)
+        limit = min(
+            max(1, limit or self.settings.pull_limit), self.settings.pull_limit_max
+        )
         if wait <= 0:
             return await self._page(scope, cursor, epoch, limit)
-        # The listener stands before the page is looked at: no commit can fall between the two.
+        # The listener stands before the page is looked at: no commit can fall between
+        # the two.
         changed = asyncio.Event()
 
         def hear(news: News) -> None:
-            # Of another process's commit the watcher tells late: it may be in the page already.
-            if not news or news[scope].cursor > cursor:  # without any it is wake() that calls
+            # Of another process's commit the watcher tells late: it may be in the page
+            # already.
+            if (
+                not news or news[scope].cursor > cursor
+            ):  # without any it is wake() that calls
                 changed.set()
 
         unlisten = self.listen(hear, scope)
@@ -1994,33 +2267,43 @@ class Engine:
             unlisten()
 
     def wake(self) -> None:
-        """End every pull that waits, now: a listener of one scope is called with no news at all."""
+        """End every pull that waits, now: a listener of one scope is called with no
+        news at all."""
         self._check_process()
         with self._lock:
-            of_scopes = [to for scope, to in list(self._listeners.items()) if scope is not None]
-            calls: list[Call] = [(*to, {}) for one in of_scopes for to in list(one.values())]
+            of_scopes = [
+                to for scope, to in list(self._listeners.items()) if scope is not None
+            ]
+            calls: list[Call] = [
+                (*to, {}) for one in of_scopes for to in list(one.values())
+            ]
         self._tell({}, calls)
 
     async def _page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:
         if scope in self._tails:
             position = self._look()
             with self._lock:
-                # Where the file stands elsewhere, it has commits that memory does not hold yet; and
-                # only the file knows how far an older epoch goes.
+                # Where the file stands elsewhere, it has commits that memory does not
+                # hold yet; and only the file knows how far an older epoch goes.
                 known = position == self._position and epoch in ("", position.epoch)
                 tail = self._tails.get(scope)
                 if known and tail and tail.after <= cursor <= position.head:
                     self._tails.move_to_end(scope)
                     self.counts["pulls_from_memory"] += 1
-                    return tail.page(cursor, limit, self.settings.page_size, position.epoch)
+                    return tail.page(
+                        cursor, limit, self.settings.page_size, position.epoch
+                    )
         self.counts["pulls_from_disk"] += 1
-        return await self.read(lambda db: self._page_on_disk(db, scope, cursor, epoch, limit))
+        return await self.read(
+            lambda db: self._page_on_disk(db, scope, cursor, epoch, limit)
+        )
 
     def _look(self) -> Position:
-        """Where the file stands: while that is where memory stands, asked once a turn of the loop.
+        """Where the file stands: while that is where memory stands, asked once a turn
+        of the loop.
 
-        One look serves all pulls of the turn: asyncio reads the sockets once a turn, so these were
-        asked before it, and what comes after it is handled after the pop.
+        One look serves all pulls of the turn: asyncio reads the sockets once a turn, so
+        these were asked before it, and what comes after it is handled after the pop.
         """
         loop = asyncio.get_running_loop()
         if self._looked_this_turn.get(loop) != self._position:
@@ -2028,15 +2311,21 @@ class Engine:
             loop.call_soon(self._looked_this_turn.pop, loop, None)
         return self._looked_this_turn[loop]
 
-    def _page_on_disk(self, db: Any, scope: str, cursor: int, epoch: str, limit: int) -> Page:
+    def _page_on_disk(
+        self, db: Any, scope: str, cursor: int, epoch: str, limit: int
+    ) -> Page:
         position = self.store.position(db)
         trimmed = self.store.trimmed(db, scope)
         newest = epoch in ("", position.epoch)
         end = position.head if newest else self.store.epoch_end(db, epoch)
         if end is None or cursor > end:
-            raise CursorUnknown(f"this history never gave out cursor {cursor}: take a snapshot")
+            raise CursorUnknown(
+                f"this history never gave out cursor {cursor}: take a snapshot"
+            )
         if cursor < trimmed:
-            raise CursorTooOld(f"changes {cursor} to {trimmed} were trimmed: take a snapshot")
+            raise CursorTooOld(
+                f"changes {cursor} to {trimmed} were trimmed: take a snapshot"
+            )
         tail, room = Tail(cursor), self.settings.page_size
         for row in self.store.changes(db, scope, cursor):
             full = len(tail.cursors) >= limit or room < len(row.data)
@@ -2053,7 +2342,8 @@ class Engine:
         return Page(tail.fragments, max(cursor, tail.current), position.epoch)
 
     async def read(self, work: Callable[[Any], T]) -> T:
-        """`work(db)` on a reader's thread, in a transaction of its own: all of one moment.
+        """`work(db)` on a reader's thread, in a transaction of its own: all of one
+        moment.
 
         Raises Unavailable, and what `work` raises.
         """
@@ -2080,8 +2370,8 @@ class Engine:
     async def snapshot(self, scope: str = DEFAULT_SCOPE) -> Snapshot:
         """The scope's whole state, and its cursor at the same moment.
 
-        Raises NotFound where the application has no snapshot function, and what that raises.
-        """
+        Raises NotFound where the application has no snapshot function, and what that
+        raises."""
         self._check_process()
         take = self._snapshot_function
         if take is None:
@@ -2115,23 +2405,31 @@ class Engine:
         now = {"cursor": self._position.head, "pushes_waiting": self._jobs.qsize()}
         return {**now, **getattr(self.store, "stats", dict)(), **self.counts}
 
-    async def follow(self, scope: str = DEFAULT_SCOPE, cursor: int = 0) -> AsyncIterator[Change]:
-        """Every change of the scope above `cursor`, then each new one as it comes, without end."""
+    async def follow(
+        self, scope: str = DEFAULT_SCOPE, cursor: int = 0
+    ) -> AsyncIterator[Change]:
+        """Every change of the scope above `cursor`, then each new one as it comes,
+        without end."""
         epoch = ""
         while True:
-            page = await self.pull(scope, cursor, epoch=epoch, wait=self.settings.pull_wait_max)
+            page = await self.pull(
+                scope, cursor, epoch=epoch, wait=self.settings.pull_wait_max
+            )
             for change in page.changes:
                 yield change
             cursor, epoch = page.cursor, page.epoch
-            if not page.fragments:  # where pulls may not wait, it would keep the loop to itself
+            if (
+                not page.fragments
+            ):  # where pulls may not wait, it would keep the loop to itself
                 await asyncio.sleep(0.05)
 
-    def listen(self, callback: Listener, scope: str | None = None) -> Callable[[], None]:
+    def listen(
+        self, callback: Listener, scope: str | None = None
+    ) -> Callable[[], None]:
         """Call `callback(news)` after each commit (to `scope`).
 
-        On this loop, or where none runs on the writer's thread: it must be quick. Returns the
-        function that ends it.
-        """
+        On this loop, or where none runs on the writer's thread: it must be quick.
+        Returns the function that ends it."""
         self._check_process()
         key, loop = object(), None
         with contextlib.suppress(RuntimeError):
@@ -2141,13 +2439,18 @@ class Engine:
 
         def unlisten() -> None:
             with self._lock:
-                if (others := self._listeners.get(scope)) and others.pop(key, None) and not others:
+                if (
+                    (others := self._listeners.get(scope))
+                    and others.pop(key, None)
+                    and not others
+                ):
                     del self._listeners[scope]
 
         return unlisten
 
     def catch_up(self) -> None:
-        """Look at once, not only each `watch_interval`, whether another process has committed.
+        """Look at once, not only each `watch_interval`, whether another process has
+        committed.
 
         For a store that is told of it. From any thread; it never blocks.
         """
@@ -2156,11 +2459,11 @@ class Engine:
             self._jobs.put(None)
 
     async def trim(self, scope: str, before: int) -> int:
-        """Remove the scope's changes with cursors below `before`, whole mutations; how many.
+        """Remove the scope's changes with cursors below `before`, whole mutations; how
+        many.
 
-        Who is behind then gets CursorTooOld and takes a snapshot: so it raises NotFound where the
-        application has no snapshot function. Raises Unavailable.
-        """
+        Who is behind then gets CursorTooOld and takes a snapshot: so it raises NotFound
+        where the application has no snapshot function. Raises Unavailable."""
         self._check_process()
         if self._snapshot_function is None:
             raise NotFound("without a snapshot function the log is never trimmed")
@@ -2203,11 +2506,12 @@ def call_here(calls: Iterable[Call], caught: type[BaseException] = Exception) ->
             complain(engine_log, "a listener failed")
 
 
-# --- Hub -----------------------------------------------------------------------------------------
-# The accelerator: topics, and who follows them. It knows names, numbers and bytes, and keeps
-# nothing: a hint that is lost does no harm, for the follower pulls, or hears the next one. Hints of
-# a topic merge, and are paced: the first leaves at once, the next no sooner than a small multiple
-# of what that fan-out took. A burst of pushes costs a follower few frames, and the loop a share.
+# --- Hub ------------------------------------------------------------------------------
+# The accelerator: topics, and who follows them. It knows names, numbers and bytes, and
+# keeps nothing: a hint that is lost does no harm, for the follower pulls, or hears the
+# next one. Hints of a topic merge, and are paced: the first leaves at once, the next no
+# sooner than a small multiple of what that fan-out took. A burst of pushes costs a
+# follower few frames, and the loop a share.
 
 
 HANDFUL = 500  # followers that are told before the loop goes round: some 5 ms
@@ -2215,21 +2519,27 @@ SYNC = "sync:"  # what the engine's topics begin with; clients know it
 
 
 class Subscriber(Protocol):
-    """Whoever follows topics: a Session here, a socket of another framework elsewhere."""
+    """Whoever follows topics: a Session here, a socket of another framework
+    elsewhere."""
 
-    def hint(self, topic: str, cursor: int, message: bytes) -> None: ...  # may skip to the newest
+    def hint(
+        self, topic: str, cursor: int, message: bytes
+    ) -> None: ...  # may skip to the newest
     def message(self, message: bytes) -> None: ...  # may skip none
 
 
 @dataclasses.dataclass(slots=True)
 class Topic:
-    """Followers (and whether they want items in their hints), and what they are to hear."""
+    """Followers (and whether they want items in their hints), and what they are to
+    hear."""
 
     spoke: float  # when it last did,
     ready: float = 0.0  # and when it may again
     cursor: int = -1  # the newest that was told; -1: none yet
     speaking: bool = False  # a hint goes round, and its end looks at `pending`
-    pending: Hint | None = None  # what a timer is going to tell, or the end of that round
+    pending: Hint | None = (
+        None  # what a timer is going to tell, or the end of that round
+    )
     followers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
 
     @property
@@ -2238,7 +2548,8 @@ class Topic:
 
 
 class Hub:
-    """Topics of one event loop. `encode` makes a transport's message of JSON, once for all."""
+    """Topics of one event loop. `encode` makes a transport's message of JSON, once for
+    all."""
 
     def __init__(self, settings: Settings, encode: Callable[[bytes], bytes]) -> None:
         self.settings, self.encode = settings, encode
@@ -2246,7 +2557,9 @@ class Hub:
         self.counts = Counter(hints_sent=0, hints_merged=0)
 
     def subscribe(self, name: str, subscriber: Subscriber, items: bool = False) -> None:
-        self.topics.setdefault(name, Topic(time.monotonic())).followers[subscriber] = items
+        self.topics.setdefault(name, Topic(time.monotonic())).followers[subscriber] = (
+            items
+        )
 
     def unsubscribe(self, name: str, subscriber: Subscriber) -> None:
         if topic := self.topics.get(name):
@@ -2265,23 +2578,34 @@ class Hub:
                     complain(live_log, "a follower of %s failed", name)
 
     def _message(self, name: str, data: bytes) -> bytes:
-        return self.encode(b'{"topic":%b,"data":%b}' % (encode_name(name).encode(), data))
+        return self.encode(
+            b'{"topic":%b,"data":%b}' % (encode_name(name).encode(), data)
+        )
 
     def notify(self, news: Mapping[str, Hint]) -> None:
-        """The arrow, `engine.listen(hub.notify)`: a hint to the followers of each scope."""
+        """The arrow, `engine.listen(hub.notify)`: a hint to the followers of each
+        scope."""
         for scope, hint in news.items():
             self.hint(f"{SYNC}{scope}", hint)
 
     def hint(self, name: str, hint: Hint) -> None:
-        """Tell of a newer cursor: now, or merged with others when the topic may speak again."""
+        """Tell of a newer cursor: now, or merged with others when the topic may speak
+        again."""
         if (topic := self.topics.get(name)) is None:
             return
-        # Two that follow on are one with the items of both; of others only the newer cursor stays.
+        # Two that follow on are one with the items of both; of others only the newer
+        # cursor stays.
         older, items, most = topic.pending, hint.items, self.settings.hint_changes
         if older and older.items and items and hint.after == older.cursor:
             both = older.items + items
-            if len(items) <= most < len(both) and topic.wants_items and not topic.speaking:
-                self._fan_out(name, topic)  # now, while they fit: to pull them would cost more
+            if (
+                len(items) <= most < len(both)
+                and topic.wants_items
+                and not topic.speaking
+            ):
+                self._fan_out(
+                    name, topic
+                )  # now, while they fit: to pull them would cost more
             else:
                 hint = hint._replace(after=older.after, items=both)
         elif older:
@@ -2290,7 +2614,9 @@ class Hub:
             hint = hint._replace(items=None)
         self.counts["hints_merged"] += topic.pending is not None
         topic.pending = hint
-        if older is None:  # else the timer that was set for that tells this one, or a round's end
+        if (
+            older is None
+        ):  # else the timer that was set for that tells this one, or a round's end
             self._plan(name, topic)
 
     def _plan(self, name: str, topic: Topic) -> None:
@@ -2325,8 +2651,9 @@ class Hub:
                 return
             topic.speaking = False
             self.counts["hints_sent"] += len(followers)
-            # So hints take a fifth of the loop; or a 17th, where each follower comes and pulls
-            # then, which costs more than its frame. More only where hint_gap ends the pause before.
+            # So hints take a fifth of the loop; or a 17th, where each follower comes
+            # and pulls then, which costs more than its frame. More only where hint_gap
+            # ends the pause before.
             now, pause = time.monotonic(), 4 if topic.wants_items else 16
             topic.ready = now + min(pause * (now - topic.spoke), self.settings.hint_gap)
             if topic.pending:
@@ -2335,15 +2662,21 @@ class Hub:
         tell_some(0)
 
     def tell(self, name: str, subscriber: Subscriber, cursor: int = 0) -> None:
-        """Send one follower the newest cursor: `cursor`, or one that the topic had since."""
+        """Send one follower the newest cursor: `cursor`, or one that the topic had
+        since."""
         if (topic := self.topics.get(name)) and subscriber in topic.followers:
             topic.cursor = cursor = max(cursor, topic.cursor)
-            subscriber.hint(name, cursor, self._message(name, b'{"cursor":%d}' % cursor))
+            subscriber.hint(
+                name, cursor, self._message(name, b'{"cursor":%d}' % cursor)
+            )
 
     def beat(self, now: float) -> None:
-        """Send again what topics said last that have been silent for long: a lost hint heals."""
+        """Send again what topics said last that have been silent for long: a lost hint
+        heals."""
         limit = now - self.settings.heartbeat
-        silent = itertools.takewhile(lambda item: item[1].spoke <= limit, self.topics.items())
+        silent = itertools.takewhile(
+            lambda item: item[1].spoke <= limit, self.topics.items()
+        )
         for name, topic in list(silent):
             if topic.followers:  # who was told of another may have left this one
                 topic.spoke = now
@@ -2352,16 +2685,26 @@ class Hub:
                     self.hint(name, Hint(topic.cursor))
 
 
-# --- HTTP/1.1 ------------------------------------------------------------------------------------
-# Bytes to requests, responses to bytes (RFC 9110, RFC 9112); nothing here waits. One rule above
-# all: a message that two parsers could read differently is refused, and the connection closed.
+# --- HTTP/1.1 -------------------------------------------------------------------------
+# Bytes to requests, responses to bytes (RFC 9110, RFC 9112); nothing here waits. One
+# rule above all: a message that two parsers could read differently is refused, and the
+# connection closed.
 
 _SINGLE = {  # fields that a second line makes ambiguous, not longer
     "authorization", "content-length", "content-type", "host", "origin", "sec-websocket-key",
     "sec-websocket-version", "transfer-encoding",
 }  # fmt: skip
-_SENT_BY_ITSELF = {"connection", "content-length", "content-type", "date", "transfer-encoding"}
-_TOKEN, _VALUE = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++", r"[\t -~\x80-\xff]*+"  # (RFC 9110 §5.5, §5.6.2)
+_SENT_BY_ITSELF = {
+    "connection",
+    "content-length",
+    "content-type",
+    "date",
+    "transfer-encoding",
+}
+_TOKEN, _VALUE = (
+    r"[!#$%&'*+.^_`|~0-9A-Za-z-]++",
+    r"[\t -~\x80-\xff]*+",
+)  # (RFC 9110 §5.5, §5.6.2)
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _FIELD = re.compile(rf"({_TOKEN}):({_VALUE})")
 _HEAD_END = re.compile(rb"\n\r\n|(?<!\r)\n")  # or what shows that it is none
@@ -2373,12 +2716,15 @@ _AUTHORITY = re.compile(f"(?:(?:{_REG_NAME}|{_ADDRESS})(?::[0-9]{{0,5}})?)?")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)/?(.*)", re.IGNORECASE)
 _PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 # One second's answers have one date.
-_http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
+_http_date = functools.lru_cache(maxsize=1)(
+    functools.partial(email.utils.formatdate, usegmt=True)
+)
 
 
 @dataclasses.dataclass
 class Request:
-    """A request (RFC 9110 §3.4). Field names are in lower case; lines of one name are joined."""
+    """A request (RFC 9110 §3.4). Field names are in lower case; lines of one name are
+    joined."""
 
     method: str
     target: str  # as it came
@@ -2391,7 +2737,8 @@ class Request:
 
     @functools.cached_property
     def query(self) -> dict[str, str]:
-        """The parameters, as HTML forms write them. Raises InvalidRequest: also for one twice."""
+        """The parameters, as HTML forms write them. Raises InvalidRequest: also for one
+        twice."""
         query: dict[str, str] = {}
         for pair in filter(None, self.target.partition("?")[2].split("&")):
             name, _, value = pair.replace("+", " ").partition("=")
@@ -2429,8 +2776,8 @@ class Request:
     def bearer(self) -> str:
         """The token that it shows (RFC 6750 §2.1), or "".
 
-        A browser's WebSocket can't send headers: it offers `bearer.TOKEN` among its subprotocols.
-        """
+        A browser's WebSocket can't send headers: it offers `bearer.TOKEN` among its
+        subprotocols."""
         scheme, _, token = self.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             return token.strip(" ")
@@ -2439,7 +2786,8 @@ class Request:
 
     @property
     def takes_gzip(self) -> bool:
-        """Whether the answer may be compressed: gzip, without a weight of 0 (RFC 9110 §12.5.3)."""
+        """Whether the answer may be compressed: gzip, without a weight of 0 (RFC 9110
+        §12.5.3)."""
         weight = r"[ \t]*;[ \t]*q=(1(\.0*+)?|0\.0*+[1-9][0-9]*+)"
         codings = self.tokens("accept-encoding")
         return any(re.fullmatch(f"gzip({weight})?", coding) for coding in codings)
@@ -2448,17 +2796,22 @@ class Request:
     def keep_alive(self) -> bool:
         """Whether the peer would send another request here (RFC 9112 §9.3)."""
         options = self.tokens("connection")
-        return "close" not in options and (self.version >= (1, 1) or "keep-alive" in options)
+        return "close" not in options and (
+            self.version >= (1, 1) or "keep-alive" in options
+        )
 
 
 def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
-    """Take a request's head off the front of `buffer`; None, and nothing taken, until it is whole.
+    """Take a request's head off the front of `buffer`; None, and nothing taken, until
+    it is whole.
 
-    Raises SyncError with the status to answer; then nothing behind it can be read as a request.
-    Judged in the order of the bytes, so any way of cutting them gives the same (RFC 9112 §2, §3).
-    """
+    Raises SyncError with the status to answer; then nothing behind it can be read as a
+    request. Judged in the order of the bytes, so any way of cutting them gives the same
+    (RFC 9112 §2, §3)."""
     skip_empty_lines(buffer)
-    find_line(buffer, b"\r\n", 0, settings.target_size + 64, 414)  # has a limit of its own
+    find_line(
+        buffer, b"\r\n", 0, settings.target_size + 64, 414
+    )  # has a limit of its own
     end = find_line(buffer, b"\r\n\r\n", 0, settings.head_size, 431)
     if end < 0:
         return None
@@ -2470,18 +2823,28 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     if version[0] != 1:
         raise HTTPError(505, "this server speaks HTTP/1.1")
     if len(target) > settings.target_size:
-        raise HTTPError(414, f"the request target is longer than {settings.target_size} bytes")
+        raise HTTPError(
+            414, f"the request target is longer than {settings.target_size} bytes"
+        )
     if len(fields) > settings.head_fields:
         raise HTTPError(431, f"the head has more than {settings.head_fields} fields")
     headers = parse_fields(fields)
-    host = headers.get("host", "" if version < (1, 1) else "?")  # 1.1 has to send it (§3.2)
-    valid = _AUTHORITY.fullmatch(host)  # also where the absolute form overrides it (§3.2.2)
+    host = headers.get(
+        "host", "" if version < (1, 1) else "?"
+    )  # 1.1 has to send it (§3.2)
+    valid = _AUTHORITY.fullmatch(
+        host
+    )  # also where the absolute form overrides it (§3.2.2)
     if absolute := _ABSOLUTE_FORM.fullmatch(target):
         host, target = absolute[1], "/" + absolute[2]
         valid = valid and _AUTHORITY.fullmatch(host or "?")
     if not valid:
         raise InvalidRequest("the request needs one valid Host")
-    if "#" in target or not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+    if (
+        "#" in target
+        or not target.startswith("/")
+        and (method, target) != ("OPTIONS", "*")
+    ):
         raise InvalidRequest("the request target has to be a path, without a fragment")
     path, length = unquote(target.partition("?")[0]), body_length(headers, version)
     del buffer[: end + 4]  # one that is refused stays: to HEAD the refusal has no body
@@ -2489,16 +2852,20 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
 
 
 def skip_empty_lines(buffer: bytearray) -> None:
-    while buffer.startswith(b"\r\n"):  # some clients end a body with one (RFC 9112 §2.2)
+    while buffer.startswith(
+        b"\r\n"
+    ):  # some clients end a body with one (RFC 9112 §2.2)
         del buffer[:2]
 
 
-def find_line(buffer: bytearray, mark: bytes, start: int, limit: int, status: int) -> int:
+def find_line(
+    buffer: bytearray, mark: bytes, start: int, limit: int, status: int
+) -> int:
     """Where `mark`, an end of lines, begins; -1 while it may still come.
 
-    Raises HTTPError with `status` once it can't come within `limit` bytes, and InvalidRequest for
-    LF alone before it: who takes that for a line's end would see other lines (RFC 9112 §2.2).
-    """
+    Raises HTTPError with `status` once it can't come within `limit` bytes, and
+    InvalidRequest for LF alone before it: who takes that for a line's end would see
+    other lines (RFC 9112 §2.2)."""
     end = buffer.find(mark, start, limit)
     stop = end if end >= 0 else limit
     if buffer.count(b"\n", start, stop) != buffer.count(b"\r\n", start, stop):
@@ -2509,11 +2876,14 @@ def find_line(buffer: bytearray, mark: bytes, start: int, limit: int, status: in
 
 
 def parse_fields(lines: Iterable[str]) -> dict[str, str]:
-    """Field lines by name (RFC 9112 §5). A folded one begins with a space: its name is no token."""
+    """Field lines by name (RFC 9112 §5). A folded one begins with a space: its name is
+    no token."""
     fields: dict[str, str] = {}
     for line in lines:
         if not (words := _FIELD.fullmatch(line)):
-            raise InvalidRequest("a header line is not: name, colon, value without controls")
+            raise InvalidRequest(
+                "a header line is not: name, colon, value without controls"
+            )
         key, text = words[1].lower(), words[2].strip(" \t")
         if key in fields:
             if key in _SINGLE:
@@ -2525,20 +2895,26 @@ def parse_fields(lines: Iterable[str]) -> dict[str, str]:
 
 def body_length(headers: Mapping[str, str], version: tuple[int, int]) -> int | None:
     """How a body is framed: its length, or None for chunked (RFC 9112 §6.3)."""
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
+    coding, length = (
+        headers.get("transfer-encoding"),
+        headers.get("content-length", "0"),
+    )
     if coding is None:
         if not _LENGTH.fullmatch(length):
             raise InvalidRequest("the Content-Length is not a number")
         return int(length)
     if "content-length" in headers:
-        # Both at once is how a request is smuggled past a proxy (§6.1): refuse, and close.
+        # Both at once is how a request is smuggled past a proxy (§6.1): refuse, and
+        # close.
         raise InvalidRequest("Transfer-Encoding beside Content-Length")
     if version < (1, 1):
         raise InvalidRequest("HTTP/1.0 has no Transfer-Encoding")
     if coding.lower() == "chunked":
         return None
     if coding.lower().rpartition(",")[2].strip(" \t") != "chunked":
-        raise InvalidRequest("a body whose last transfer coding is not chunked has no end")
+        raise InvalidRequest(
+            "a body whose last transfer coding is not chunked has no end"
+        )
     raise HTTPError(501, "of the transfer codings only chunked is implemented")
 
 
@@ -2563,13 +2939,18 @@ class ChunkedBody:
         self.framing = 0
 
     def take(self, buffer: bytearray) -> bool:
-        """Take what is whole off the front of `buffer`; True when the body is. Raises SyncError."""
-        longest = self.settings.target_size  # bytes of a line; of the last chunk with its trailers
+        """Take what is whole off the front of `buffer`; True when the body is. Raises
+        SyncError."""
+        longest = (
+            self.settings.target_size
+        )  # bytes of a line; of the last chunk with its trailers
         while (end := find_line(buffer, b"\r\n", 0, longest, 431)) >= 0:
             if not (digits := _CHUNK_SIZE.fullmatch(buffer[:end].decode("latin-1"))):
                 raise InvalidRequest("a chunk does not begin with its size")
             if len(self.body) + (size := int(digits[1], 16)) > self.settings.body_size:
-                raise TooLarge(f"the body is longer than {self.settings.body_size} bytes")
+                raise TooLarge(
+                    f"the body is longer than {self.settings.body_size} bytes"
+                )
             if size == 0:
                 if (end := find_line(buffer, b"\r\n\r\n", end, longest, 431)) < 0:
                     return False
@@ -2586,17 +2967,19 @@ class ChunkedBody:
             del buffer[: stop + 2]
             self.framing += end + 4
             if self.framing > self.settings.head_size:
-                raise TooLarge("the chunked body has more framing than a head may have bytes")
+                raise TooLarge(
+                    "the chunked body has more framing than a head may have bytes"
+                )
         return False
 
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """A response (RFC 9110 §3.4). Date, Content-Length and Connection are added as it is sent.
+    """A response (RFC 9110 §3.4). Date, Content-Length and Connection are added as it
+    is sent.
 
-    So is `Cache-Control: no-store`, where it has no Cache-Control of its own. What is checked here
-    can't be changed afterwards. Raises TypeError, ValueError.
-    """
+    So is `Cache-Control: no-store`, where it has no Cache-Control of its own. What is
+    checked here can't be changed afterwards. Raises TypeError, ValueError."""
 
     status: int = 200
     body: bytes = b""
@@ -2605,8 +2988,11 @@ class Response:
 
     def __post_init__(self) -> None:
         if not isinstance(self.body, bytes):
-            raise TypeError(f"a response's body is bytes, not {type(self.body).__name__}")
-        # A line break in a value would begin a field, or a response, of somebody else's making.
+            raise TypeError(
+                f"a response's body is bytes, not {type(self.body).__name__}"
+            )
+        # A line break in a value would begin a field, or a response, of somebody else's
+        # making.
         values = "".join((self.content_type, *self.headers.values()))
         if not (values.isascii() and values.isprintable()):
             raise ValueError(f"a response header has to be printable ASCII: {values!r}")
@@ -2615,7 +3001,10 @@ class Response:
                 raise ValueError(f"a response header's name is a token, not {name!r}")
             if name.lower() in _SENT_BY_ITSELF:
                 raise ValueError(f"the server itself sends {name}")
-        if not (200 <= self.status < 600 or (self.status == 101 and "Upgrade" in self.headers)):
+        if not (
+            200 <= self.status < 600
+            or (self.status == 101 and "Upgrade" in self.headers)
+        ):
             raise ValueError(f"{self.status} is not the status of a last response")
         object.__setattr__(self, "headers", MappingProxyType(dict(self.headers)))
 
@@ -2633,30 +3022,46 @@ class Response:
     @classmethod
     def refusal(cls, error: SyncError) -> Response:
         """The one envelope of all errors."""
-        body = encode_json({"code": error.code, "error": str(error)}).encode(errors="replace")
+        body = encode_json({"code": error.code, "error": str(error)}).encode(
+            errors="replace"
+        )
         return cls(error.status, body, error.headers)
 
     @classmethod
     def page(cls, html: bytes) -> Response:
-        """An HTML page whose own script and style may run, and nothing else (CSP Level 3)."""
+        """An HTML page whose own script and style may run, and nothing else (CSP Level
+        3)."""
         # What a browser sees: no element in a comment, and of line ends LF alone.
-        comment, attributes = rb"<!--(?:-?>|.*?--!?>)", rb"\b(?:\"[^\"]*\"|'[^']*'|[^>\"'])*+"
+        comment, attributes = (
+            rb"<!--(?:-?>|.*?--!?>)",
+            rb"\b(?:\"[^\"]*\"|'[^']*'|[^>\"'])*+",
+        )
         element = rb"(?si)%b|<(script|style)%b>(.*?)</\1" % (comment, attributes)
-        sources = {b"": "", b"script": "", b"style": ""}  # of a comment too, for nothing
+        sources = {
+            b"": "",
+            b"script": "",
+            b"style": "",
+        }  # of a comment too, for nothing
         for tag, text in re.findall(element, re.sub(rb"\r\n?", b"\n", html)):
             digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
             sources[tag.lower()] += f" 'sha256-{digest}'"
-        policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
+        policy = (
+            "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
+        )
         policy += " form-action 'none'; frame-ancestors 'none';"
         policy += f" script-src{sources[b'script']}; style-src{sources[b'style']}"
-        headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+        headers = {
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+        }
         return cls(200, html, headers, "text/html; charset=utf-8")
 
     def _has(self, name: str) -> bool:
         return name in map(str.lower, self.headers)
 
     def compress(self) -> Response:
-        """The same, compressed (RFC 9110 §8.4.1.3): if it is text, and not encoded already."""
+        """The same, compressed (RFC 9110 §8.4.1.3): if it is text, and not encoded
+        already."""
         is_text = self.content_type.startswith(("application/json", "text/"))
         if not is_text or self.status == 206 or self._has("content-encoding"):
             return self
@@ -2667,12 +3072,16 @@ class Response:
         return Response(self.status, body, headers, self.content_type)
 
     def encode(self, connection: str = "", head_only: bool = False) -> bytes:
-        """As bytes. `connection` is the Connection field, where there is something to say."""
+        """As bytes. `connection` is the Connection field, where there is something to
+        say."""
         head = f"HTTP/1.1 {int(self.status)} {_PHRASES.get(self.status, '')}\r\n"
         head += f"Date: {_http_date(int(time.time()))}\r\n"
         if not self._has("cache-control"):
             head += "Cache-Control: no-store\r\n"
-        bodiless = self.status < 200 or self.status in (204, 304)  # (RFC 9112 §6.3, 9110 §8.6)
+        bodiless = self.status < 200 or self.status in (
+            204,
+            304,
+        )  # (RFC 9112 §6.3, 9110 §8.6)
         if not bodiless:
             head += f"Content-Type: {self.content_type}\r\nContent-Length: {len(self.body)}\r\n"
         if self._has("upgrade"):  # a field of this connection alone (RFC 9110 §7.8)
@@ -2685,13 +3094,20 @@ class Response:
         return whole if head_only or bodiless else whole + self.body
 
 
-# --- WebSocket -----------------------------------------------------------------------------------
-# RFC 6455, server side: the handshake, frames, messages; nothing here waits. What breaks a rule
-# raises ProtocolError with the code to close with (§7.4.1): 1002 protocol error, 1003 data of a
-# kind that is not taken, 1007 not UTF-8, 1009 too big. Others are 1000 normal, 1001 going away,
-# 1008 policy, 1011 our fault, 1013 try again later.
+# --- WebSocket ------------------------------------------------------------------------
+# RFC 6455, server side: the handshake, frames, messages; nothing here waits. What
+# breaks a rule raises ProtocolError with the code to close with (§7.4.1): 1002 protocol
+# error, 1003 data of a kind that is not taken, 1007 not UTF-8, 1009 too big. Others are
+# 1000 normal, 1001 going away, 1008 policy, 1011 our fault, 1013 try again later.
 
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA  # opcodes (§11.8)
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = (
+    0x0,
+    0x1,
+    0x2,
+    0x8,
+    0x9,
+    0xA,
+)  # opcodes (§11.8)
 MAX_CONTROL_PAYLOAD = 125  # bytes (§5.5)
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # (§1.3)
 
@@ -2705,13 +3121,14 @@ class Frame(NamedTuple):
 
 
 def parse_frame(buffer: bytearray, max_payload: int) -> Frame | None:
-    """Take one client frame off the front of `buffer`; None, and nothing taken, until more comes.
+    """Take one client frame off the front of `buffer`; None, and nothing taken, until
+    more comes.
 
-    It has one byte with FIN, three reserved bits and the opcode; one with MASK and a length, where
-    126 and 127 mean that the length follows in 2 or 8 bytes; 4 bytes of key; and its payload.
-    Raises ProtocolError: 1002 for a frame that breaks a rule, 1009 for one of more than
-    `max_payload` bytes (§5.2, §7.4.1); as soon as the bytes that show it are there.
-    """
+    It has one byte with FIN, three reserved bits and the opcode; one with MASK and a
+    length, where 126 and 127 mean that the length follows in 2 or 8 bytes; 4 bytes of
+    key; and its payload. Raises ProtocolError: 1002 for a frame that breaks a rule,
+    1009 for one of more than `max_payload` bytes (§5.2, §7.4.1); as soon as the bytes
+    that show it are there."""
     if len(buffer) < 2:
         return None
     fin, opcode, size = bool(buffer[0] & 0x80), buffer[0] & 0x0F, buffer[1] & 0x7F
@@ -2736,8 +3153,11 @@ def parse_frame(buffer: bytearray, max_payload: int) -> Frame | None:
     start += 4  # behind the masking key
     if len(buffer) < start + size:
         return None
-    # XOR with the repeated key (§5.3), as two long numbers: byte by byte takes 50 times as long.
-    mask = int.from_bytes((buffer[start - 4 : start] * (size // 4 + 1))[:size], "little")
+    # XOR with the repeated key (§5.3), as two long numbers: byte by byte takes 50 times
+    # as long.
+    mask = int.from_bytes(
+        (buffer[start - 4 : start] * (size // 4 + 1))[:size], "little"
+    )
     payload = int.from_bytes(buffer[start : start + size], "little") ^ mask
     del buffer[: start + size]
     return Frame(opcode, payload.to_bytes(size, "little"), fin)
@@ -2753,13 +3173,16 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
 
 
 class Assembler:
-    """Data frames to messages (§5.4); text is judged as its frames come, not at its end (§8.1)."""
+    """Data frames to messages (§5.4); text is judged as its frames come, not at its end
+    (§8.1)."""
 
     def __init__(self, max_size: int) -> None:
         self.room = max_size  # bytes that the message under way may still have
         self._judge = codecs.getincrementaldecoder("utf-8")().decode
         self._opcode = CONTINUATION  # of the message under way, if there is one
-        self._data = bytearray()  # its frames so far: one by one they would take 40 times as much
+        self._data = (
+            bytearray()
+        )  # its frames so far: one by one they would take 40 times as much
 
     def add(self, frame: Frame) -> str | bytes | None:
         """The message, when this frame was its last. Raises ProtocolError."""
@@ -2782,14 +3205,19 @@ class Assembler:
 
 
 def is_close_code(code: int) -> bool:
-    return 1000 <= code <= 1014 and code not in (1004, 1005, 1006) or 3000 <= code <= 4999
+    return (
+        1000 <= code <= 1014 and code not in (1004, 1005, 1006) or 3000 <= code <= 4999
+    )
 
 
 def parse_close(payload: bytes) -> tuple[int, str]:
-    """A close frame's code and reason; 1005: it has none (§5.5.1, §7.4). Raises ProtocolError."""
+    """A close frame's code and reason; 1005: it has none (§5.5.1, §7.4). Raises
+    ProtocolError."""
     if not payload:
         return 1005, ""
-    code = int.from_bytes(payload[:2], "big")  # of a single byte, which is refused: below 256
+    code = int.from_bytes(
+        payload[:2], "big"
+    )  # of a single byte, which is refused: below 256
     if not is_close_code(code):
         raise ProtocolError(1002, "the close code is not one to be sent")
     try:
@@ -2799,7 +3227,8 @@ def parse_close(payload: bytes) -> tuple[int, str]:
 
 
 def handshake(request: Request) -> Response:
-    """The answer to a handshake (§4.2); extensions it declines by naming none. Raises SyncError."""
+    """The answer to a handshake (§4.2); extensions it declines by naming none. Raises
+    SyncError."""
     upgrade, connection = request.tokens("upgrade"), request.tokens("connection")
     version = request.headers.get("sec-websocket-version")
     if "websocket" not in upgrade or "upgrade" not in connection or version != "13":
@@ -2809,7 +3238,9 @@ def handshake(request: Request) -> Response:
     if not re.fullmatch("[A-Za-z0-9+/]{21}[AQgw]==", key):
         raise InvalidRequest("the Sec-WebSocket-Key is not 16 bytes in Base64")
     if request.length != 0 or request.version < (1, 1):
-        raise InvalidRequest("a WebSocket begins with a request of HTTP/1.1, without a body")
+        raise InvalidRequest(
+            "a WebSocket begins with a request of HTTP/1.1, without a body"
+        )
     digest = base64.b64encode(hashlib.sha1(key.encode() + _GUID).digest()).decode()
     headers = {"Upgrade": "websocket", "Sec-WebSocket-Accept": digest}
     if "mizusync" in request.elements("sec-websocket-protocol"):  # in its own case
@@ -2817,13 +3248,16 @@ def handshake(request: Request) -> Response:
     return Response(101, headers=headers)
 
 
-# --- Connection ----------------------------------------------------------------------------------
-# A socket: bytes in, bytes out. One place reads, and hands what it has to the parsers above. Each
-# phase has one deadline, a number that the server's sweep looks at: a timer for each read would
-# cost more than the read, and would let a peer live for ever on a byte a minute. (On a WebSocket a
-# peer that sends anything is alive, see WebSocket._ping, and a message's size is its limit.)
+# --- Connection -----------------------------------------------------------------------
+# A socket: bytes in, bytes out. One place reads, and hands what it has to the parsers
+# above. Each phase has one deadline, a number that the server's sweep looks at: a timer
+# for each read would cost more than the read, and would let a peer live for ever on a
+# byte a minute. (On a WebSocket a peer that sends anything is alive, see
+# WebSocket._ping, and a message's size is its limit.)
 
-READ_SIZE = 64 * 1024  # bytes; also what may wait for the peer to read before we wait for it
+READ_SIZE = (
+    64 * 1024
+)  # bytes; also what may wait for the peer to read before we wait for it
 
 
 class ConnectionLost(ConnectionError):
@@ -2831,17 +3265,24 @@ class ConnectionLost(ConnectionError):
 
 
 class Connection(asyncio.Protocol):
-    """One accepted socket. `deadline` is the end of its phase, `expire` what then happens."""
+    """One accepted socket. `deadline` is the end of its phase, `expire` what then
+    happens."""
 
     def __init__(self, settings: Settings, on_lost: Callable[[], None]) -> None:
         self.settings, self.on_lost = settings, on_lost
         self.transport: Any = None
         self.buffer = bytearray()  # what came, and nobody has taken yet
         self.heard = 0.0  # when bytes came last
-        self.full: asyncio.Event | None = None  # while more waits for the peer to read than should
-        self.on_writable: Callable[[], None] = lambda: None  # the peer has read what waited
+        self.full: asyncio.Event | None = (
+            None  # while more waits for the peer to read than should
+        )
+        self.on_writable: Callable[[], None] = lambda: (
+            None
+        )  # the peer has read what waited
         self.lingering = False  # all is said, and what still comes is dropped
-        self.unread = False  # a body that nobody took off the buffer: nothing can follow it
+        self.unread = (
+            False  # a body that nobody took off the buffer: nothing can follow it
+        )
         self.end: Exception | None = None  # why nothing more will come
         self._arrival: asyncio.Future[None] | None = None  # of what somebody waits for
         self.give(math.inf, self.abort)
@@ -2899,14 +3340,22 @@ class Connection(asyncio.Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether it waits and nothing has come: no byte of a head, no head before a body."""
+        """Whether it waits and nothing has come: no byte of a head, no head before a
+        body."""
         shaking_hands = self.transport is None  # in TLS
-        return shaking_hands or self._arrival is not None and not (self.buffer or self.unread)
+        return (
+            shaking_hands
+            or self._arrival is not None
+            and not (self.buffer or self.unread)
+        )
 
     def _time_out(self) -> None:
-        # This only wakes who reads; Server._serve then calls `finish`. A bare close() would wait
-        # for ever for a peer that does not read its answer, and a second one breaks TLS.
-        if self._arrival and not self._arrival.done():  # else bytes came in this very turn
+        # This only wakes who reads; Server._serve then calls `finish`. A bare close()
+        # would wait for ever for a peer that does not read its answer, and a second one
+        # breaks TLS.
+        if (
+            self._arrival and not self._arrival.done()
+        ):  # else bytes came in this very turn
             late = HTTPError(408, "the request did not arrive in time")
             self._fail(ConnectionError("no request came") if self.idle else late)
 
@@ -2929,13 +3378,16 @@ class Connection(asyncio.Protocol):
         """Read on if the peer has gone: over TLS its end shows only to who reads."""
         if self.transport.is_reading() or self.transport.can_write_eof():
             return
-        gone = contextlib.suppress(OSError, AttributeError)  # nothing came; the socket is gone
+        gone = contextlib.suppress(
+            OSError, AttributeError
+        )  # nothing came; the socket is gone
         with gone, self.transport.get_extra_info("socket").dup() as sock:
             if not sock.recv(1, socket.MSG_PEEK):
                 self.transport.resume_reading()  # what came before the end, and the end
 
     async def next_request(self) -> Request:
-        """The next head. Raises SyncError for a bad or late one, OSError when none comes."""
+        """The next head. Raises SyncError for a bad or late one, OSError when none
+        comes."""
         settings, buffer = self.settings, self.buffer
         self.give(settings.idle_timeout, self._time_out)
         self.glance()
@@ -2946,12 +3398,14 @@ class Connection(asyncio.Protocol):
         self.give(settings.head_timeout, self._time_out)
         start = limit = 0
         while True:
-            # Parsed only when an empty line, a bare LF or its limit may end it: at each byte anew,
-            # a slow sender would cost more than a fast one.
+            # Parsed only when an empty line, a bare LF or its limit may end it: at each
+            # byte anew, a slow sender would cost more than a fast one.
             if len(buffer) >= limit or _HEAD_END.search(buffer, start):
                 if request := parse_request(buffer, settings):
                     break
-                limit = settings.head_size if b"\n" in buffer else settings.target_size + 64
+                limit = (
+                    settings.head_size if b"\n" in buffer else settings.target_size + 64
+                )
             start = max(0, len(buffer) - 2)
             await self.receive()
         if self.transport.is_closing():  # a pipeline whose answers nobody will read
@@ -2960,7 +3414,8 @@ class Connection(asyncio.Protocol):
         return request
 
     async def read_body(self, request: Request) -> bytes:
-        """The whole body, or SyncError: one that did not arrive whole is never looked at."""
+        """The whole body, or SyncError: one that did not arrive whole is never looked
+        at."""
         if (size := request.length) == 0:
             return b""
         if size and size > self.settings.body_size:
@@ -2970,7 +3425,9 @@ class Connection(asyncio.Protocol):
         self.give(self.settings.body_timeout, self._time_out)
         chunked = ChunkedBody(self.settings)
         try:
-            while not (chunked.take(self.buffer) if size is None else len(self.buffer) >= size):
+            while not (
+                chunked.take(self.buffer) if size is None else len(self.buffer) >= size
+            ):
                 await self.receive()
         except OSError:
             raise InvalidRequest("the body ended before its length") from None
@@ -2982,11 +3439,15 @@ class Connection(asyncio.Protocol):
     # -- out
 
     async def send(self, data: bytes) -> None:
-        """Write, and wait while the peer has much to read: who does not read is not read from."""
-        # In pieces: what TLS has handed to the socket's transport, it does not see any more.
+        """Write, and wait while the peer has much to read: who does not read is not
+        read from."""
+        # In pieces: what TLS has handed to the socket's transport, it does not see any
+        # more.
         for start in range(0, len(data), READ_SIZE):
             if start:
-                await asyncio.sleep(0)  # after a turn TLS knows, too, whether the peer is gone
+                await asyncio.sleep(
+                    0
+                )  # after a turn TLS knows, too, whether the peer is gone
             if self.transport.is_closing():
                 raise ConnectionLost("the peer is gone")
             self.transport.write(data[start : start + READ_SIZE])
@@ -3006,13 +3467,15 @@ class Connection(asyncio.Protocol):
         self.give(self.settings.send_timeout, functools.partial(self._press, still))
 
     async def finish(self) -> None:
-        """Close so that the peer can read our last words: half now, the rest when it has.
+        """Close so that the peer can read our last words: half now, the rest when it
+        has.
 
-        A close with unread bytes in the socket would reset it, and the reset overtakes the answer
-        (RFC 9112 §9.6).
-        """
+        A close with unread bytes in the socket would reset it, and the reset overtakes
+        the answer (RFC 9112 §9.6)."""
         if not self.transport.is_closing():
-            self.transport.set_write_buffer_limits(1, 0)  # TLS takes 0 for "always full"
+            self.transport.set_write_buffer_limits(
+                1, 0
+            )  # TLS takes 0 for "always full"
         self._press()
         await self.drain()  # until all that we said is the kernel's
         self.lingering = True
@@ -3030,17 +3493,26 @@ class Connection(asyncio.Protocol):
 
 
 class WebSocket:
-    """A WebSocket's server side: `async for message in websocket`, `await websocket.send(message)`.
+    """A WebSocket's server side: `async for message in websocket`, `await
+    websocket.send(message)`.
 
-    Text is str, binary is bytes. Until `accept` (or the first message) a SyncError that is raised
-    still becomes an HTTP answer. Pings are answered, and sent, by themselves.
+    Text is str, binary is bytes. Until `accept` (or the first message) a SyncError that
+    is raised still becomes an HTTP answer. Pings are answered, and sent, by themselves.
     """
 
     def __init__(self, connection: Connection, request: Request) -> None:
-        self.connection, self.request, self.settings = connection, request, connection.settings
-        # In this order: the handshake is answered, we send nothing more, we read nothing more.
+        self.connection, self.request, self.settings = (
+            connection,
+            request,
+            connection.settings,
+        )
+        # In this order: the handshake is answered, we send nothing more, we read
+        # nothing more.
         self.accepted = self.closing = self.over = False
-        self.name, self.reason = request.path, ""  # for the log: who it is, why it was closed
+        self.name, self.reason = (
+            request.path,
+            "",
+        )  # for the log: who it is, why it was closed
         self.error: Exception | None = None  # what went wrong, if anything did
         self._response = handshake(request)
         self._assembler = Assembler(self.settings.message_size)
@@ -3053,9 +3525,12 @@ class WebSocket:
             self._ping()
 
     async def send(self, message: str | bytes) -> None:
-        """Send a message, waiting while the peer has much to read. Raises ConnectionLost."""
+        """Send a message, waiting while the peer has much to read. Raises
+        ConnectionLost."""
         self.accept()
-        frame = (TEXT, message.encode()) if isinstance(message, str) else (BINARY, message)
+        frame = (
+            (TEXT, message.encode()) if isinstance(message, str) else (BINARY, message)
+        )
         self.write(encode_frame(*frame))
         await self.connection.drain()
         self.connection.glance()
@@ -3064,18 +3539,24 @@ class WebSocket:
             raise ConnectionLost("the peer is gone, or going")
 
     def write(self, frame: bytes) -> None:
-        # asyncio warns of writes to a socket that is gone, and a peer can make us owe it many.
+        # asyncio warns of writes to a socket that is gone, and a peer can make us owe
+        # it many.
         if not self.closing and not self.connection.transport.is_closing():
             self.connection.transport.write(frame)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Begin the closing handshake; it ends when the peer answers, or after close_timeout."""
+        """Begin the closing handshake; it ends when the peer answers, or after
+        close_timeout."""
         if code != 1005 and not is_close_code(code):
             raise ValueError(f"{code} is no close code to be sent (RFC 6455 §7.4)")
         if not self.closing:
             self.accept()
             self.reason = self.reason or f"{code} {reason}"
-            words = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore").encode()
+            words = (
+                reason.encode()[: MAX_CONTROL_PAYLOAD - 2]
+                .decode(errors="ignore")
+                .encode()
+            )
             payload = b"" if code == 1005 else code.to_bytes(2, "big") + words
             self.write(encode_frame(CLOSE, payload))
             self.closing = True
@@ -3091,8 +3572,12 @@ class WebSocket:
         buffer = self.connection.buffer
         try:
             while not self.over:
-                if buffer:  # of many frames that came together each lets others have a turn,
-                    await asyncio.sleep(0)  # before it is taken: who gives up here loses none
+                if (
+                    buffer
+                ):  # of many frames that came together each lets others have a turn,
+                    await asyncio.sleep(
+                        0
+                    )  # before it is taken: who gives up here loses none
                 while (frame := parse_frame(buffer, self._assembler.room)) is None:
                     await self.connection.receive()
                 if frame.opcode == CLOSE:
@@ -3104,27 +3589,36 @@ class WebSocket:
                     self.write(encode_frame(PONG, frame.payload))
                     await self.connection.drain()  # who does not read is not read from
                 elif frame.opcode == PONG or self.closing:
-                    pass  # a pong shows life by itself; after our close nothing else counts
+                    # a pong shows life by itself; after our close nothing else counts
+                    pass
                 elif (message := self._assembler.add(frame)) is not None:
                     return message
         except (ProtocolError, OSError) as error:
             self.error = self.error or error
             if isinstance(error, ProtocolError):  # else there is nobody to tell
-                self.connection.unread = True  # it may still be sending, and shall hear why
+                self.connection.unread = (
+                    True  # it may still be sending, and shall hear why
+                )
                 self.close(error.code, str(error))
         self.closing = self.over = True
         return None
 
     def _ping(self, pinged: float = math.inf, unsent: int = 0) -> None:
-        """Ping after some silence, and give up a peer without a sign of life in ping_timeout.
+        """Ping after some silence, and give up a peer without a sign of life in
+        ping_timeout.
 
-        `pinged` is when an answer was asked for, `unsent` how much it had to read before that.
-        """
-        connection, transport, now = self.connection, self.connection.transport, time.monotonic()
+        `pinged` is when an answer was asked for, `unsent` how much it had to read
+        before that."""
+        connection, transport, now = (
+            self.connection,
+            self.connection.transport,
+            time.monotonic(),
+        )
         interval, timeout = self.settings.ping_interval, self.settings.ping_timeout
         still, deaf = transport.get_write_buffer_size(), not transport.is_reading()
-        # A slow reader answers late, a dead one never: does it still take bytes? While we do not
-        # read from it, and wait for nothing to be sent, its answer can't be heard: no judgement.
+        # A slow reader answers late, a dead one never: does it still take bytes? While
+        # we do not read from it, and wait for nothing to be sent, its answer can't be
+        # heard: no judgement.
         if still < unsent or (deaf and not still) or connection.heard > pinged:
             pinged = math.inf
         connection.glance()
@@ -3137,32 +3631,46 @@ class WebSocket:
             if pinged > now:
                 pinged = now
                 self.write(encode_frame(PING, b""))
-            pause = min(interval, pinged + timeout - now)  # who answered is pinged in time again
+            pause = min(
+                interval, pinged + timeout - now
+            )  # who answered is pinged in time again
             connection.give(pause, functools.partial(self._ping, pinged, still))
 
 
-# --- Session -------------------------------------------------------------------------------------
-# One live client of the protocol. While its socket is full it is owed one cursor a topic, the
-# newest: a slow reader costs a set of names, not a queue.
+# --- Session --------------------------------------------------------------------------
+# One live client of the protocol. While its socket is full it is owed one cursor a
+# topic, the newest: a slow reader costs a set of names, not a queue.
 
 
 class Session:
     """One client that is connected to /ws. A Subscriber of the hub."""
 
-    def __init__(self, websocket: WebSocket, hub: Hub, scope: str, identity: Any) -> None:
+    def __init__(
+        self, websocket: WebSocket, hub: Hub, scope: str, identity: Any
+    ) -> None:
         self.id = secrets.token_urlsafe(9)
-        self.scope, self.identity = scope, identity  # that it came with, and what on_auth returned
+        self.scope, self.identity = (
+            scope,
+            identity,
+        )  # that it came with, and what on_auth returned
         self.websocket, self.hub, self.settings = websocket, hub, websocket.settings
-        self.topics: dict[str, int] = {}  # the newest cursor that each was sent; it never goes down
+        self.topics: dict[
+            str, int
+        ] = {}  # the newest cursor that each was sent; it never goes down
         self.asked = time.monotonic()  # when on_auth was, last
         self.failures = 0  # of on_auth in a row, when it was asked again
         self.holds_scope = True  # whether it still may see the scope that it came with
         self._owed: set[str] = set()
-        # The kernel holds a little for the peer, the transport nothing: so a slow reader shows.
+        # The kernel holds a little for the peer, the transport nothing: so a slow
+        # reader shows.
         transport, size = websocket.connection.transport, self.settings.send_buffer
         transport.set_write_buffer_limits(1, 0)
-        with contextlib.suppress(OSError, AttributeError):  # the peer may be gone, and the socket
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        with contextlib.suppress(
+            OSError, AttributeError
+        ):  # the peer may be gone, and the socket
+            transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDBUF, size
+            )
         websocket.connection.on_writable = self._pay
 
     @property
@@ -3173,8 +3681,11 @@ class Session:
         return subscribed | {self.scope} if self.holds_scope else subscribed
 
     def send(self, topic: str, data: Any) -> None:
-        """Send a message of the application's. Past `session_queue` unsent bytes: 1013."""
-        self.message(encode_frame(TEXT, encode_json({"topic": topic, "data": data}).encode()))
+        """Send a message of the application's. Past `session_queue` unsent bytes:
+        1013."""
+        self.message(
+            encode_frame(TEXT, encode_json({"topic": topic, "data": data}).encode())
+        )
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Close with a code of RFC 6455 §7.4."""
@@ -3201,8 +3712,13 @@ class Session:
 
     def follow(self, topic: str, items: bool = False) -> None:
         """Subscribe. Raises TooLarge past `session_topics`."""
-        if topic not in self.topics and len(self.topics) >= self.settings.session_topics:
-            raise TooLarge(f"a session has at most {self.settings.session_topics} topics")
+        if (
+            topic not in self.topics
+            and len(self.topics) >= self.settings.session_topics
+        ):
+            raise TooLarge(
+                f"a session has at most {self.settings.session_topics} topics"
+            )
         self.topics.setdefault(topic, 0)
         self.hub.subscribe(topic, self, items)
 
@@ -3225,9 +3741,9 @@ class Session:
         self.send("error", error)
 
 
-# --- Gate ----------------------------------------------------------------------------------------
-# Who may. Host and Origin keep web pages of other sites out, the token and on_auth everybody else;
-# what is asked about is the parsed value that is then used.
+# --- Gate -----------------------------------------------------------------------------
+# Who may. Host and Origin keep web pages of other sites out, the token and on_auth
+# everybody else; what is asked about is the parsed value that is then used.
 
 _AUTHORITY_OF_PAGE = r"(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[0-9]{1,5}))?/?"
 _HOST = re.compile(_AUTHORITY_OF_PAGE)
@@ -3253,15 +3769,20 @@ class Gate:
             # nothing. That takes a name: an IP address can't be made to lead elsewhere.
             name = re.sub(":[0-9]*$", "", host)
             if name not in self.hosts and not is_address(name):
-                raise Forbidden(f"this server is not {name[:100]!r}: --allow-host can name it")
+                raise Forbidden(
+                    f"this server is not {name[:100]!r}: --allow-host can name it"
+                )
         if origin is not None and origin not in self.origins:
             scheme, _, authority = origin.lower().partition("://")
             port = {"http": ":80", "https": ":443"}.get(scheme)
             if not port or host not in (authority, authority + port):
-                raise Forbidden("pages of this origin may not use this server: see --allow-origin")
+                raise Forbidden(
+                    "pages of this origin may not use this server: see --allow-origin"
+                )
 
     def cors(self, request: Request, methods: str) -> dict[str, str]:
-        """What lets a page of an allowed origin read the answer (the Fetch standard, §3.2)."""
+        """What lets a page of an allowed origin read the answer (the Fetch standard,
+        §3.2)."""
         headers = {"Vary": "Origin"} if self.origins else {}
         if (origin := request.headers.get("origin", "")) in self.origins:
             headers["Access-Control-Allow-Origin"] = origin
@@ -3281,7 +3802,8 @@ class Gate:
             raise Unauthorized("this server wants a token: Authorization: Bearer ...")
 
     async def identify(self, request: Request, scope: str) -> Any:
-        """Who asks, for this scope: what on_auth returns. Raises Unauthorized, Forbidden."""
+        """Who asks, for this scope: what on_auth returns. Raises Unauthorized,
+        Forbidden."""
         self.check_token(request)
         if self.on_auth is None:
             return None
@@ -3294,11 +3816,13 @@ class Gate:
 async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function or a coroutine of the application's gives. Raises what it raises.
 
-    Its own end, as SystemExit or by what it waited for and was cancelled, is a RuntimeError here.
-    """
+    Its own end, as SystemExit or by what it waited for and was cancelled, is a
+    RuntimeError here."""
     try:
         result = function(*arguments)
-        quick = result is None or not inspect.isawaitable(result)  # which takes a while to look
+        quick = result is None or not inspect.isawaitable(
+            result
+        )  # which takes a while to look
         return result if quick else await result
     except BaseException as error:
         if isinstance(error, (Exception, KeyboardInterrupt, GeneratorExit)):
@@ -3311,7 +3835,8 @@ async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @functools.lru_cache(maxsize=100)  # every request asks, and most for the same
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address, and perhaps a port, means this machine (RFC 6761 §6.3)."""
+    """Whether a name or an address, and perhaps a port, means this machine (RFC 6761
+    §6.3)."""
     names = r"((.*\.)?localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?)(:[0-9]*)?"
     return bool(re.fullmatch(names, host))
 
@@ -3392,9 +3917,9 @@ def _normalize_host(text: str) -> str:
     return parts["host"]  # the port of a Host field is not compared
 
 
-# --- Server --------------------------------------------------------------------------------------
-# Routes, sessions, life; and the one arrow between the two halves: the engine tells of a commit,
-# the hub tells the topic of each scope in it.
+# --- Server ---------------------------------------------------------------------------
+# Routes, sessions, life; and the one arrow between the two halves: the engine tells of
+# a commit, the hub tells the topic of each scope in it.
 
 MAX_AUTH_FAILURES = 3  # in a row, when on_auth is asked again about a session
 
@@ -3432,7 +3957,9 @@ class Server:
         self.sessions: set[Session] = set()
         self._answers: Counter[int] = Counter()  # by the hundreds of their status
         self._unsent_answers = 0  # bytes of HTTP answers that are not sent yet
-        self._unsent_messages = 0  # bytes that WebSockets have to read; the sweep counts
+        self._unsent_messages = (
+            0  # bytes that WebSockets have to read; the sweep counts
+        )
         self._allow_host = normalize_hosts(allow_host)
         self.beyond_loopback = False  # whether others reach it, once it listens
         self._connections: dict[Connection, WebSocket | None] = {}  # and what it became
@@ -3456,20 +3983,21 @@ class Server:
     # -- endpoints and topics of the application's own
 
     def route(self, method: str, path: str) -> Callable[[T], T]:
-        """`@server.route("GET", "/path")`: from a Request to a Response, text, bytes or JSON.
+        """`@server.route("GET", "/path")`: from a Request to a Response, text, bytes or
+        JSON.
 
-        A function or a coroutine. One for GET answers HEAD as well. Host and Origin were checked;
-        who asks is for it to ask: `await server.gate.identify(request, scope)`. Raises ValueError
-        for a path that can never match, and for one that is taken.
-        """
+        A function or a coroutine. One for GET answers HEAD as well. Host and Origin
+        were checked; who asks is for it to ask: `await server.gate.identify(request,
+        scope)`. Raises ValueError for a path that can never match, and for one that is
+        taken."""
         return functools.partial(self._register, path, method.upper(), False)
 
     def websocket(self, path: str) -> Callable[[T], T]:
         """`@server.websocket("/path")`: a coroutine that has a WebSocket to itself.
 
-        Who asks is for it to ask, before it accepts: `gate.identify(websocket.request, scope)`.
-        That the peer has gone it hears when it reads or sends, and at no other time.
-        """
+        Who asks is for it to ask, before it accepts: `gate.identify(websocket.request,
+        scope)`. That the peer has gone it hears when it reads or sends, and at no other
+        time."""
         return functools.partial(self._register, path, "GET", True)
 
     def _register(self, path: str, method: str, websocket: bool, handler: Any) -> Any:
@@ -3492,13 +4020,17 @@ class Server:
         return handler
 
     def publish(self, topic: str, data: Any) -> None:
-        """Send a message to all sessions that follow a topic of the application's. On the loop."""
+        """Send a message to all sessions that follow a topic of the application's. On
+        the loop."""
         if topic.startswith(SYNC):
-            raise ValueError(f"{topic!r}: topics that begin with sync: are the engine's")
+            raise ValueError(
+                f"{topic!r}: topics that begin with sync: are the engine's"
+            )
         self.hub.publish(topic, encode_json(data).encode())
 
     def subscribe(self, session: Session, topic: str) -> None:
-        """Let a session follow a topic, while it lives. Raises TooLarge past `session_topics`."""
+        """Let a session follow a topic, while it lives. Raises TooLarge past
+        `session_topics`."""
         if session in self.sessions:
             session.follow(topic)
 
@@ -3510,7 +4042,13 @@ class Server:
         now = {"connections": len(self._connections), "sessions": len(self.sessions)}
         now["unsent_bytes"] = self._unsent_answers + self._unsent_messages
         answers = {f"answers_{n}xx": self._answers[n] for n in (2, 3, 4, 5)}
-        return {"version": __version__, **now, **self.engine.stats(), **answers, **self.hub.counts}
+        return {
+            "version": __version__,
+            **now,
+            **self.engine.stats(),
+            **answers,
+            **self.hub.counts,
+        }
 
     # -- the life of a connection, and of a request
 
@@ -3522,7 +4060,9 @@ class Server:
         def on_lost() -> None:
             websocket = self._connections.pop(connection, None)
             if websocket and websocket.accepted:
-                live_log.info("%s ended: %r", websocket.name, websocket.reason or connection.end)
+                live_log.info(
+                    "%s ended: %r", websocket.name, websocket.reason or connection.end
+                )
             elif task:  # by HTTP there is nobody left to answer, whatever it is at
                 http_log.debug("no more requests: %r", connection.end)
                 task.cancel()
@@ -3530,15 +4070,24 @@ class Server:
         connection = Connection(self.settings, on_lost)
         self._connections[connection] = None
         if task:
-            connection.give(math.inf, task.cancel)  # TLS's handshake has a time-out of its own
+            connection.give(
+                math.inf, task.cancel
+            )  # TLS's handshake has a time-out of its own
         try:
-            # asyncio does so only to a socket that names its protocol, and an accepted one doesn't.
+            # asyncio does so only to a socket that names its protocol, and an accepted
+            # one doesn't.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Without limits, a peer that does not answer TLS's handshake would hold its socket for
-            # 60 s, one that does not answer its close for 30 s.
+            # Without limits, a peer that does not answer TLS's handshake would hold its
+            # socket for 60 s, one that does not answer its close for 30 s.
             begin, end = self.settings.head_timeout, self.settings.linger
-            limits = {"ssl_handshake_timeout": begin, "ssl_shutdown_timeout": end} if ssl else {}
-            await loop.connect_accepted_socket(lambda: connection, sock, ssl=ssl, **limits)
+            limits = (
+                {"ssl_handshake_timeout": begin, "ssl_shutdown_timeout": end}
+                if ssl
+                else {}
+            )
+            await loop.connect_accepted_socket(
+                lambda: connection, sock, ssl=ssl, **limits
+            )
             await self._take_requests(connection, crowded)
             await connection.finish()
         except OSError as error:
@@ -3556,9 +4105,13 @@ class Server:
             if crowded:
                 raise Unavailable("the server has too many connections")
             while await self._exchange(connection):
-                if connection.buffer:  # requests that came together: others have their turn
+                if (
+                    connection.buffer
+                ):  # requests that came together: others have their turn
                     await asyncio.sleep(0)
-        except SyncError as refusal:  # what came is no request, so nothing can follow it
+        except (
+            SyncError
+        ) as refusal:  # what came is no request, so nothing can follow it
             http_log.debug("no request: %r", refusal)
             self._answers[refusal.status // 100] += 1
             connection.unread = True
@@ -3569,14 +4122,17 @@ class Server:
             pass  # none came; on_lost will say why
 
     async def _exchange(self, connection: Connection) -> bool:
-        """One request and its answer. Whether another may follow; raises what next_request does."""
+        """One request and its answer. Whether another may follow; raises what
+        next_request does."""
         request = await connection.next_request()
         try:
             try:
                 response = await self._respond(connection, request)
             except SyncError as refusal:  # the client sees it
                 response = Response.refusal(refusal)
-        except Exception:  # our bug, or the application's: the log sees it, the client a bare 500
+        except (
+            Exception
+        ):  # our bug, or the application's: the log sees it, the client a bare 500
             complain(http_log, "failed on %s %s", request.method, request.path)
             response = Response.refusal(SyncError("the server failed on this request"))
         if response is None:
@@ -3588,7 +4144,9 @@ class Server:
         with self._counted(len(data)):
             await connection.send(data)
         if self.engine.committing:
-            time.sleep(0)  # a busy loop never lets the writer's thread have the interpreter
+            time.sleep(
+                0
+            )  # a busy loop never lets the writer's thread have the interpreter
         return keep
 
     @contextlib.contextmanager
@@ -3606,7 +4164,9 @@ class Server:
         if unsent > self.settings.max_unsent:
             raise Unavailable("too many answers wait for their clients to read them")
 
-    async def _respond(self, connection: Connection, request: Request) -> Response | None:
+    async def _respond(
+        self, connection: Connection, request: Request
+    ) -> Response | None:
         """What its route says; None: it was a WebSocket."""
         self.gate.check(request)
         self._check_unsent()
@@ -3618,7 +4178,8 @@ class Server:
             await self._converse(websocket, handler)
             return None
         if handler in (self._push, self._pull, self._snapshot):
-            # Before the body: without the token nobody makes the server read or parse one.
+            # Before the body: without the token nobody makes the server read or parse
+            # one.
             self.gate.check_token(request)
         request.body = await connection.read_body(request)
         if handler is None or request.method == "OPTIONS":
@@ -3632,14 +4193,17 @@ class Server:
         return response
 
     async def _encode(self, request: Request, response: Response, keep: bool) -> bytes:
-        """Return the answer as bytes, with what the request lets it have: CORS, gzip."""
+        """Return the answer as bytes, with what the request lets it have: CORS,
+        gzip."""
         http_log.debug("%s %r -> %s", request.method, request.path, response.status)
         self._answers[response.status // 100] += 1
         if cors := self.gate.cors(request, response.headers.get("Allow", "GET")):
             if vary := response.headers.get("Vary"):  # the application's own stays
                 cors["Vary"] = f"{vary}, Origin"
             headers = {**response.headers, **cors}
-            response = Response(response.status, response.body, headers, response.content_type)
+            response = Response(
+                response.status, response.body, headers, response.content_type
+            )
         if len(response.body) > self.settings.gzip_size and request.takes_gzip:
             response = await asyncio.to_thread(response.compress)
         word = "" if keep else "close"
@@ -3647,20 +4211,27 @@ class Server:
             word = "keep-alive"
         return response.encode(word, head_only=request.method == "HEAD")
 
-    async def _converse(self, websocket: WebSocket, handler: Callable[[Any], Any]) -> None:
-        """A WebSocket's whole life. A SyncError before it was accepted is answered in HTTP."""
+    async def _converse(
+        self, websocket: WebSocket, handler: Callable[[Any], Any]
+    ) -> None:
+        """A WebSocket's whole life. A SyncError before it was accepted is answered in
+        HTTP."""
         try:
             await call_app(handler, websocket)
             websocket.close()
         except Exception as error:
             websocket.error = error
             is_lost = websocket.closing or websocket.connection.transport.is_closing()
-            if not (isinstance(error, ConnectionLost) and is_lost):  # it may be another's loss
+            if not (
+                isinstance(error, ConnectionLost) and is_lost
+            ):  # it may be another's loss
                 if not websocket.accepted:
                     raise
                 complain(live_log, "the WebSocket at %s failed", websocket.request.path)
                 websocket.close(1011, "the server failed")
-        with contextlib.suppress(RuntimeError):  # a task that the handler left reads it already
+        with contextlib.suppress(
+            RuntimeError
+        ):  # a task that the handler left reads it already
             await websocket.receive()  # the peer's half of the closing handshake
 
     # -- the protocol's endpoints
@@ -3676,7 +4247,9 @@ class Server:
             raise TooLarge(f"a push has at most {most} mutations")
         mutations: list[Mutation] = []
         refused: dict[int, Result] = {}  # by their place in the push
-        identities: dict[str, Any] = {}  # of each scope, or its refusal: permission is asked once
+        identities: dict[
+            str, Any
+        ] = {}  # of each scope, or its refusal: permission is asked once
         for place, value in enumerate(values):
             try:
                 mutation = Mutation.parse(value)
@@ -3709,14 +4282,19 @@ class Server:
 
     async def _pull(self, request: Request) -> Response:
         scope, _ = await self._admit(request)
-        cursor, limit = int(request.number("cursor", 0)), int(request.number("limit", 0))
+        cursor, limit = (
+            int(request.number("cursor", 0)),
+            int(request.number("limit", 0)),
+        )
         wait = request.number("wait", 0.0, r"[0-9]{1,9}(\.[0-9]{1,20})?")
         if cursor > MAX_CURSOR:
             raise InvalidRequest("the cursor has to be below 2**53")
         if limit < 1 and "limit" in request.query:
             raise InvalidRequest("the limit has to be 1 or more")
         epoch, wait = request.query.get("epoch", ""), 0.0 if self._stopping else wait
-        page = await self.engine.pull(scope, cursor, epoch=epoch, limit=limit, wait=wait)
+        page = await self.engine.pull(
+            scope, cursor, epoch=epoch, limit=limit, wait=wait
+        )
         if wait:  # meanwhile permission may have ended
             await self.gate.identify(request, scope)
         return Response(body=page.encode())
@@ -3746,7 +4324,8 @@ class Server:
         work: asyncio.Task[None] | None = None
         try:
             async for message in websocket:
-                # One at a time, in order. One more is read ahead, so that pings are answered.
+                # One at a time, in order. One more is read ahead, so that pings are
+                # answered.
                 if not await self._finish(work, websocket):
                     break
                 work = await self._handle(session, message)
@@ -3761,37 +4340,56 @@ class Server:
             if self.on_close:
                 await self._call(self.on_close, session, websocket.error)
 
-    async def _finish(self, work: asyncio.Task[None] | None, websocket: WebSocket) -> bool:
-        """Whether the application is done with it; if the peer has gone, it may never be."""
+    async def _finish(
+        self, work: asyncio.Task[None] | None, websocket: WebSocket
+    ) -> bool:
+        """Whether the application is done with it; if the peer has gone, it may never
+        be."""
         while work and not work.done():
             await asyncio.wait([work], timeout=self.settings.close_timeout)
             if websocket.connection.transport.is_closing():
                 break
         return work is None or work.done()
 
-    async def _handle(self, session: Session, raw: str | bytes) -> asyncio.Task[None] | None:
-        """One message of a client. A task where the application goes on working on it."""
+    async def _handle(
+        self, session: Session, raw: str | bytes
+    ) -> asyncio.Task[None] | None:
+        """One message of a client. A task where the application goes on working on
+        it."""
         try:
             if isinstance(raw, bytes):
                 session.close(1003, "messages are text")
                 return None
             message = await self._parse(raw.encode())
-            if not isinstance(message, dict) or not isinstance(topic := message.get("topic"), str):
+            if not isinstance(message, dict) or not isinstance(
+                topic := message.get("topic"), str
+            ):
                 raise InvalidRequest('a message is {"topic": "...", "data": ...}')
             if topic in ("subscribe", "unsubscribe"):
                 await self._subscribe(session, topic, message.get("data", {}))
             elif self.on_message and not topic.startswith(SYNC):
-                return self._spawn(self._call(self.on_message, session, topic, message.get("data")))
+                return self._spawn(
+                    self._call(self.on_message, session, topic, message.get("data"))
+                )
             else:
-                error = {"code": "unknown_topic", "error": f"nothing listens to {topic[:100]!r}"}
+                error = {
+                    "code": "unknown_topic",
+                    "error": f"nothing listens to {topic[:100]!r}",
+                }
                 session.send("error", error)
         except SyncError as refusal:
-            code = "invalid_message" if isinstance(refusal, InvalidRequest) else refusal.code
+            code = (
+                "invalid_message"
+                if isinstance(refusal, InvalidRequest)
+                else refusal.code
+            )
             session.send("error", {"code": code, "error": str(refusal)})
         return None
 
     async def _subscribe(self, session: Session, verb: str, wish: Any) -> None:
-        scope = check_scope(wish.get("scope", session.scope) if isinstance(wish, dict) else None)
+        scope = check_scope(
+            wish.get("scope", session.scope) if isinstance(wish, dict) else None
+        )
         if verb == "unsubscribe":
             session.leave(f"{SYNC}{scope}")
         else:
@@ -3838,7 +4436,8 @@ class Server:
             session.asked = time.monotonic()
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """A function or coroutine of the application's; what it raises hurts nobody else."""
+        """A function or coroutine of the application's; what it raises hurts nobody
+        else."""
         try:
             await call_app(function, *arguments)
         except Exception:
@@ -3847,13 +4446,17 @@ class Server:
     # -- life
 
     def run(
-        self, host: str, port: int, announce: Callable[[str], None] = log.info, **options: Any
+        self,
+        host: str,
+        port: int,
+        announce: Callable[[str], None] = log.info,
+        **options: Any,
     ) -> None:
-        """Serve until SIGTERM, SIGINT or `stop`; then end gently, and close the engine. Blocks.
+        """Serve until SIGTERM, SIGINT or `stop`; then end gently, and close the engine.
+        Blocks.
 
-        `announce` is told where to open the page; the options are listen's, and what it raises.
-        Raises RuntimeError where a loop is running already.
-        """
+        `announce` is told where to open the page; the options are listen's, and what it
+        raises. Raises RuntimeError where a loop is running already."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -3867,13 +4470,16 @@ class Server:
         async def serve() -> None:
             nonlocal deadline
             loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
-            # Neither a thread other than the first nor Windows can have signal handlers here.
+            # Neither a thread other than the first nor Windows can have signal handlers
+            # here.
             with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
                 for one in signals:
                     loop.add_signal_handler(one, self.stop)
             async with self.listen(host, port, **options) as (name, number):
                 name = f"[{name}]" if ":" in name else name
-                announce(f"open {'https' if options.get('ssl') else 'http'}://{name}:{number}/")
+                announce(
+                    f"open {'https' if options.get('ssl') else 'http'}://{name}:{number}/"
+                )
                 await asyncio.wrap_future(self._stop)
                 deadline = time.monotonic() + self.settings.shutdown_timeout
                 with contextlib.suppress(NotImplementedError):
@@ -3894,41 +4500,64 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def listen(
-        self, host: str, port: int, *, ssl: tls.SSLContext | None = None, reuse_port: bool = False
+        self,
+        host: str,
+        port: int,
+        *,
+        ssl: tls.SSLContext | None = None,
+        reuse_port: bool = False,
     ) -> AsyncIterator[tuple[str, int]]:
-        """Serve on the running loop while the block lasts; gives the address. Port 0: a free one.
+        """Serve on the running loop while the block lasts; gives the address. Port 0: a
+        free one.
 
         Raises OSError where the address can't be had.
         """
         if self._tasks:
             raise RuntimeError("this server is listening already")
         kind = socket.SOCK_STREAM
-        family, *_, address = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(address[:2], family=family, reuse_port=reuse_port)
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=kind, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.create_server(
+            address[:2], family=family, reuse_port=reuse_port
+        )
         listener.listen(1024)
         listener.setblocking(False)
         name, number = listener.getsockname()[:2]
         self.beyond_loopback = not is_loopback(name)
-        self.gate.hosts = self._allow_host if self._allow_host or is_loopback(name) else None
+        self.gate.hosts = (
+            self._allow_host if self._allow_host or is_loopback(name) else None
+        )
         has_lock = self.gate.token is not None or self.gate.on_auth is not None
         if self.beyond_loopback and not has_lock:
             log.warning("without token and on_auth %s is open to anybody", name)
         self._stopping, unlisten = False, self.engine.listen(self.hub.notify)
-        accepting, sweeping = self._spawn(self._accept(listener, ssl)), self._spawn(self._sweep())
+        accepting, sweeping = (
+            self._spawn(self._accept(listener, ssl)),
+            self._spawn(self._sweep()),
+        )
         try:
             yield name, number
         finally:
-            # Finish what was begun: answer pushes, end long polls, close sockets with 1001.
-            self._stopping, latest = True, time.monotonic() + self.settings.shutdown_timeout
+            # Finish what was begun: answer pushes, end long polls, close sockets with
+            # 1001.
+            self._stopping, latest = (
+                True,
+                time.monotonic() + self.settings.shutdown_timeout,
+            )
             with contextlib.suppress(NotImplementedError):  # Windows has no readers
                 # An accept that is due already would run after the close,
                 asyncio.get_running_loop().remove_reader(listener)
             try:
-                await asyncio.sleep(0)  # and who was accepted in this very turn would be forgotten.
+                await asyncio.sleep(
+                    0
+                )  # and who was accepted in this very turn would be forgotten.
                 accepting.cancel()
                 listener.close()
                 self.engine.wake()
-                while (self._tasks - {sweeping} or self._connections) and time.monotonic() < latest:
+                while (
+                    self._tasks - {sweeping} or self._connections
+                ) and time.monotonic() < latest:
                     for connection, websocket in list(self._connections.items()):
                         if websocket and websocket.accepted:
                             websocket.close(1001, "the server is stopping")
@@ -3939,19 +4568,23 @@ class Server:
                 unlisten()
                 for connection in list(self._connections):
                     connection.abort()
-                for _ in range(2):  # an on_close that the first cancel began may hang, too
+                for _ in range(
+                    2
+                ):  # an on_close that the first cancel began may hang, too
                     for task in self._tasks:
                         task.cancel()
                     if self._tasks:
                         await asyncio.wait(self._tasks, timeout=self.settings.linger)
 
-    async def _accept(self, listener: socket.socket, ssl: tls.SSLContext | None) -> None:
+    async def _accept(
+        self, listener: socket.socket, ssl: tls.SSLContext | None
+    ) -> None:
         """Our own accept loop: asyncio's logs without end when descriptors run out."""
         loop, silent = asyncio.get_running_loop(), 0.0  # until when
         while not self._stopping:
             try:
-                # What the store's readers may have to open, tried and given back: no client is
-                # taken at whose cost they would fail.
+                # What the store's readers may have to open, tried and given back: no
+                # client is taken at whose cost they would fail.
                 with contextlib.ExitStack() as spare:
                     for _ in range(2 * self.engine.settings.readers + 2):
                         spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
@@ -3963,7 +4596,9 @@ class Server:
                 await asyncio.sleep(0.1)
             else:
                 self._spawn(self._serve(sock, ssl))
-                await asyncio.sleep(0)  # an accept that never waits would keep the loop to itself
+                await asyncio.sleep(
+                    0
+                )  # an accept that never waits would keep the loop to itself
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -3997,7 +4632,8 @@ class Server:
         self.hub.beat(now)
 
     def _begin_anew(self) -> None:
-        """Cursors went down, and no hint may: each client comes back, pulls, and finds out."""
+        """Cursors went down, and no hint may: each client comes back, pulls, and finds
+        out."""
         for topic in self.hub.topics.values():
             topic.cursor, topic.pending = -1, None
         for session in self.sessions:
@@ -4005,7 +4641,7 @@ class Server:
         self.engine.wake()  # who polls is told at once
 
 
-# --- Todo ----------------------------------------------------------------------------------------
+# --- Todo -----------------------------------------------------------------------------
 # The demo, as an application would write it: its tables, its apply, its snapshot.
 
 TODO_SCHEMA = """
@@ -4015,8 +4651,10 @@ TODO_SCHEMA = """
 
 
 def apply_todo(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-    """todo.create, todo.update, todo.toggle, todo.delete; in each scope a list of its own."""
-    # What comes from outside is checked first. Whatever is raised undoes this mutation alone.
+    """todo.create, todo.update, todo.toggle, todo.delete; in each scope a list of its
+    own."""
+    # What comes from outside is checked first. Whatever is raised undoes this mutation
+    # alone.
     args = mutation.args if isinstance(mutation.args, dict) else {}
     key, title, completed = args.get("id"), args.get("title"), args.get("completed")
     if not isinstance(key, str) or not 1 <= len(key) <= 128:
@@ -4039,7 +4677,10 @@ def apply_todo(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
         case "todo.update" | "todo.toggle" | "todo.delete", None:
             raise NotFound("this todo is not there")
         case "todo.update", (text, done):
-            new = {"title": args.get("title", text), "completed": args.get("completed", bool(done))}
+            new = {
+                "title": args.get("title", text),
+                "completed": args.get("completed", bool(done)),
+            }
         case "todo.toggle", (text, done):
             new = {"title": text, "completed": not done}
         case "todo.delete", _:
@@ -4057,7 +4698,8 @@ def apply_todo(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
 
 
 def snapshot_todos(db: sqlite3.Connection, scope: str) -> Json:
-    """All todos of a scope. SQLite writes the JSON: fast, and without the interpreter's lock."""
+    """All todos of a scope. SQLite writes the JSON: fast, and without the interpreter's
+    lock."""
     sql = """
         SELECT json_group_array(json_object('id', id, 'title', title, 'completed',
                                 json(CASE WHEN completed THEN 'true' ELSE 'false' END)))
@@ -4072,7 +4714,7 @@ def require_scope(request: Request, scope: str) -> None:
         raise Unauthorized("name a scope: /ws?scope=...")
 
 
-# --- Command line --------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------
 
 PAGE = os.path.join(os.path.dirname(__file__), "demo.html")  # need not be there
 
@@ -4157,11 +4799,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=8080, help="port; 0 takes a free one (%(default)s)")
     add("--db", default="mizusync.db", help="the database file (%(default)s)")
-    add("--keep-changes", type=int, help="trim the log to about so many changes a scope")
+    add(
+        "--keep-changes", type=int, help="trim the log to about so many changes a scope"
+    )
     token = os.environ.get("MIZUSYNC_TOKEN")
     add("--token", default=token, help="what clients must show")
-    add("--allow-origin", action="append", default=[], help="a web origin that may use the server")
-    add("--allow-host", action="append", default=[], help="a name that the server goes by")
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        help="a web origin that may use the server",
+    )
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        help="a name that the server goes by",
+    )
     add("--certfile", help="a certificate chain, for TLS; with --keyfile")
     add("--keyfile", help="the certificate's key")
     add("--reuse-port", action="store_true", help="share the port with other processes")
@@ -4171,7 +4825,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if not 0 <= args.port <= 65535:
         parser.error(f"--port {args.port}: a port is a number from 0 to 65535")
     if args.keep_changes is not None and args.keep_changes < 1:
-        parser.error(f"--keep-changes {args.keep_changes}: at least the newest change stays")
+        parser.error(
+            f"--keep-changes {args.keep_changes}: at least the newest change stays"
+        )
     if bool(args.certfile) != bool(args.keyfile):
         parser.error("--certfile and --keyfile go together")
     try:
@@ -4187,7 +4843,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve the todo demo. The exit status: 0, 1 where it can't run, 2 for a bad command line."""
+    """Serve the todo demo. The exit status: 0, 1 where it can't run, 2 for a bad
+    command line."""
     args, ssl = parse_args(argv), None
     log_to_stderr(args.log_level)
     try:
@@ -4213,7 +4870,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.run(args.host, args.port, announce, ssl=ssl, reuse_port=args.reuse_port)
     except KeyboardInterrupt:
         return 130
-    except (StoreError, OSError, UnicodeError) as error:  # the last: of what can't be a host
+    except (
+        StoreError,
+        OSError,
+        UnicodeError,
+    ) as error:  # the last: of what can't be a host
         print(f"mizusync: {args.host}:{args.port}, {args.db}: {error}", file=sys.stderr)
         return 1
     return 0

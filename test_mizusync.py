@@ -1,8 +1,9 @@
-"""Tests of mizusync, in the order of its sections: each name is a promise, in the protocol's words.
+"""Tests of mizusync, in the order of its sections: each name is a promise, in the
+protocol's words.
 
-What goes over a socket goes through RawClient, which is written from the RFCs and imports no parser
-of ours, so that no mistake cancels itself. Nothing sleeps to wait: a condition has a deadline.
-"""
+What goes over a socket goes through RawClient, which is written from the RFCs and
+imports no parser of ours, so that no mistake cancels itself. Nothing sleeps to wait: a
+condition has a deadline."""
 
 from __future__ import annotations
 
@@ -95,8 +96,9 @@ OBLIGED = {401: "www-authenticate", 405: "allow", 426: "upgrade", 503: "retry-af
 T = TypeVar("T")
 
 
-# --- Helpers --------------------------------------------------------------------------------
-# An application of a few lines, a server in a thread, and a client that knows the RFCs alone.
+# --- Helpers --------------------------------------------------------------------------
+# An application of a few lines, a server in a thread, and a client that knows the RFCs
+# alone.
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS notes (scope TEXT, data TEXT);"
 REFUSALS: dict[str, type[mizusync.SyncError]] = {
@@ -111,7 +113,9 @@ def apply(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
     """The tests' application: one mutation for each thing that can become of one."""
     match mutation.name, mutation.args:
         case "note", data:
-            db.execute("INSERT INTO notes VALUES (?, ?)", (mutation.scope, json.dumps(data)))
+            db.execute(
+                "INSERT INTO notes VALUES (?, ?)", (mutation.scope, json.dumps(data))
+            )
             return [data]
         case "notes", int(count):
             return list(range(count))
@@ -169,7 +173,11 @@ def masked(opcode: int, payload: bytes, fin: bool = True, rsv: int = 0) -> bytes
         head += b"\xff" + len(payload).to_bytes(8, "big")
     key = b"\x37\xfa\x21\x3d"
     pad = int.from_bytes((key * (len(payload) // 4 + 1))[: len(payload)], "big")
-    return bytes(head) + key + (int.from_bytes(payload, "big") ^ pad).to_bytes(len(payload), "big")
+    return (
+        bytes(head)
+        + key
+        + (int.from_bytes(payload, "big") ^ pad).to_bytes(len(payload), "big")
+    )
 
 
 def pieces(data: bytes, cuts: Iterable[int]) -> list[bytes]:
@@ -195,7 +203,8 @@ class Frame(NamedTuple):
 
 
 class RawClient:
-    """A blocking socket that speaks HTTP/1.1 and WebSocket, and checks what it is told."""
+    """A blocking socket that speaks HTTP/1.1 and WebSocket, and checks what it is
+    told."""
 
     def __init__(self, address: tuple[str, int], receive_buffer: int = 0) -> None:
         self.address, self.buffer = address, bytearray()
@@ -215,7 +224,9 @@ class RawClient:
 
     def reset(self) -> None:
         """Go without a word, and without reading what was said."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
         self.sock.close()
 
     def send(self, data: bytes) -> None:
@@ -252,8 +263,14 @@ class RawClient:
     ) -> Reply:
         fields = {"Host": "{}:{}".format(*self.address)} | dict(headers or {})
         if body is not None:
-            fields = {"Content-Type": "application/json", "Content-Length": str(len(body))} | fields
-        lines = [f"{method} {target} HTTP/1.1", *(f"{k}: {v}" for k, v in fields.items())]
+            fields = {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+            } | fields
+        lines = [
+            f"{method} {target} HTTP/1.1",
+            *(f"{k}: {v}" for k, v in fields.items()),
+        ]
         self.send(raw(*(line.encode() for line in lines), body=body or b""))
         return self.response(bodiless=method == "HEAD")
 
@@ -272,8 +289,12 @@ class RawClient:
         size = 0 if bodiless else int(headers["content-length"])
         return Reply(int(status), headers, self.take(size))
 
-    def push(self, *mutations: Any, headers: Mapping[str, str] | None = None) -> list[Any]:
-        reply = self.request("POST", "/sync/push", json.dumps(mutations).encode(), headers)
+    def push(
+        self, *mutations: Any, headers: Mapping[str, str] | None = None
+    ) -> list[Any]:
+        reply = self.request(
+            "POST", "/sync/push", json.dumps(mutations).encode(), headers
+        )
         assert reply.status == 200, reply
         results: list[Any] = reply.json
         return results
@@ -283,10 +304,18 @@ class RawClient:
         assert reply.status == 200, reply
         return reply.json
 
-    def upgrade(self, target: str = "/ws", headers: Mapping[str, str] | None = None) -> Reply:
+    def upgrade(
+        self, target: str = "/ws", headers: Mapping[str, str] | None = None
+    ) -> Reply:
         key, value = KEY.decode().split(": ")
-        fields = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-        return self.request("GET", target, headers=fields | {key: value} | dict(headers or {}))
+        fields = {
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Version": "13",
+        }
+        return self.request(
+            "GET", target, headers=fields | {key: value} | dict(headers or {})
+        )
 
     def send_frame(self, opcode: int, payload: bytes, fin: bool = True) -> None:
         self.send(masked(opcode, payload, fin))
@@ -310,7 +339,8 @@ class RawClient:
         return json.loads(frame.payload.decode())
 
     def read_close(self) -> int:
-        """The code of the server's close frame, which is answered; then nothing but the end."""
+        """The code of the server's close frame, which is answered; then nothing but the
+        end."""
         while (frame := self.read_frame()).opcode != CLOSE:
             pass
         self.send_frame(CLOSE, frame.payload)
@@ -338,17 +368,24 @@ class Records(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         # asyncio's warnings are about slow machines, its errors about our faults.
-        self.addFilter(lambda record: "mizusync" in record.name or record.levelno >= logging.ERROR)
+        self.addFilter(
+            lambda record: "mizusync" in record.name or record.levelno >= logging.ERROR
+        )
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(logging.Formatter("%(levelname)s %(name)s: %(message)s").format(record))
+        self.texts.append(
+            logging.Formatter("%(levelname)s %(name)s: %(message)s").format(record)
+        )
 
 
 @contextmanager
 def recorded() -> Iterator[Records]:
     """All that is logged meanwhile, down to the last request."""
-    everything, loggers = Records(), list(map(logging.getLogger, ("mizusync", "asyncio")))
+    everything, loggers = (
+        Records(),
+        list(map(logging.getLogger, ("mizusync", "asyncio"))),
+    )
     everything.setLevel(logging.DEBUG)
     with ExitStack() as stack:
         for logger in loggers:
@@ -375,14 +412,17 @@ class Live:
             self.loop = asyncio.get_running_loop()
             self.address = (host, port)
             await self.stopping.wait()
-        self.left = {repr(task) for task in asyncio.all_tasks() - {asyncio.current_task()}}
+        self.left = {
+            repr(task) for task in asyncio.all_tasks() - {asyncio.current_task()}
+        }
 
     def stop(self) -> None:
         with suppress(RuntimeError):  # its loop is closed: a test has stopped it before
             self.loop.call_soon_threadsafe(self.stopping.set)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What the function or coroutine function gives, called in the server's loop."""
+        """What the function or coroutine function gives, called in the server's
+        loop."""
 
         async def called() -> Any:
             value = function(*arguments)
@@ -394,10 +434,15 @@ class Live:
         return int(self.call(lambda: len(asyncio.all_tasks())))
 
     def client(self, receive_buffer: int = 0) -> RawClient:
-        return self.clients.enter_context(closing(RawClient(self.address, receive_buffer)))
+        return self.clients.enter_context(
+            closing(RawClient(self.address, receive_buffer))
+        )
 
     def socket(
-        self, target: str = "/ws", headers: Mapping[str, str] | None = None, receive_buffer: int = 0
+        self,
+        target: str = "/ws",
+        headers: Mapping[str, str] | None = None,
+        receive_buffer: int = 0,
     ) -> RawClient:
         client = self.client(receive_buffer)
         assert client.upgrade(target, headers).status == 101
@@ -417,7 +462,8 @@ def serving(
     may_log: str = "$^",
     **options: Any,
 ) -> Iterator[Live]:
-    """A server on this engine; both end with it, without a task or an unexpected record left."""
+    """A server on this engine; both end with it, without a task or an unexpected record
+    left."""
     with closing(engine), ExitStack() as stack:
         live = Live(engine, Server(engine, **options))
         prepare(live.server)
@@ -450,7 +496,9 @@ def serve(
 ) -> Iterator[Live]:
     """A server on a file in this folder, and the tests' application on it."""
     path = folder / "log.db"
-    engine = Engine(path, apply=apply, snapshot=snapshot, schema=SCHEMA, settings=settings)
+    engine = Engine(
+        path, apply=apply, snapshot=snapshot, schema=SCHEMA, settings=settings
+    )
     with serving(engine, **options) as live:
         yield live
 
@@ -474,7 +522,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 @pytest.fixture
 def visitor(shared: Live) -> Iterator[RawClient]:
-    """A client of one server for all that is only refused: nothing is applied, nothing logged."""
+    """A client of one server for all that is only refused: nothing is applied, nothing
+    logged."""
     shared.records.texts.clear()
     with closing(RawClient(shared.address)) as client:
         yield client
@@ -485,7 +534,8 @@ def visitor(shared: Live) -> Iterator[RawClient]:
 
 
 def refused(reply: Reply, *statuses: int, code: str = "") -> bool:
-    """Whether this is one of these refusals, whole: code, sentence, and the fields it needs."""
+    """Whether this is one of these refusals, whole: code, sentence, and the fields it
+    needs."""
     assert reply.status in statuses, reply
     assert list(reply.json) == ["code", "error"]
     assert reply.json["code"] == (code or CODES[reply.status])
@@ -513,23 +563,31 @@ def open_log(path: Path, **options: Any) -> Engine:
 def ask(coroutine: Coroutine[Any, Any, T], debug: bool | None = None) -> T:
     """What a coroutine gives, in a loop of its own.
 
-    asyncio's debug mode writes down where each call comes from: without it, what is asked a
-    thousand times takes a fourth of the time.
-    """
+    asyncio's debug mode writes down where each call comes from: without it, what is
+    asked a thousand times takes a fourth of the time."""
     return asyncio.run(asyncio.wait_for(coroutine, PATIENCE), debug=debug)
 
 
 def push(engine: Engine, *mutations: Any) -> list[Any]:
     """The results, as a client reads them."""
-    return [json.loads(result.encoded) for result in engine.submit(mutations).result(PATIENCE)]
+    return [
+        json.loads(result.encoded)
+        for result in engine.submit(mutations).result(PATIENCE)
+    ]
 
 
-def pull(engine: Engine, cursor: int = 0, scope: str = DEFAULT, **parameters: Any) -> Any:
+def pull(
+    engine: Engine, cursor: int = 0, scope: str = DEFAULT, **parameters: Any
+) -> Any:
     """A page, as a client reads it."""
-    return json.loads(ask(engine.pull(scope, cursor, **parameters), debug=False).encode())
+    return json.loads(
+        ask(engine.pull(scope, cursor, **parameters), debug=False).encode()
+    )
 
 
-def pages(engine: Engine, cursor: int = 0, scope: str = DEFAULT, limit: int = 1000) -> list[Any]:
+def pages(
+    engine: Engine, cursor: int = 0, scope: str = DEFAULT, limit: int = 1000
+) -> list[Any]:
     """Every page from here on."""
     found = [pull(engine, cursor, scope, limit=limit)]
     while found[-1]["hasMore"]:
@@ -538,7 +596,9 @@ def pages(engine: Engine, cursor: int = 0, scope: str = DEFAULT, limit: int = 10
 
 
 def whole_log(engine: Engine, scope: str = DEFAULT, limit: int = 1000) -> list[Any]:
-    return [change for page in pages(engine, 0, scope, limit) for change in page["changes"]]
+    return [
+        change for page in pages(engine, 0, scope, limit) for change in page["changes"]
+    ]
 
 
 def fold(changes: Iterable[Any]) -> list[Any]:
@@ -547,7 +607,8 @@ def fold(changes: Iterable[Any]) -> list[Any]:
 
 
 def ledger(db: sqlite3.Connection, mutation: Mutation) -> Iterator[Change]:
-    """An application whose snapshot is the fold of its changes, and that may fail when all is done.
+    """An application whose snapshot is the fold of its changes, and that may fail when
+    all is done.
 
     `args` is a list of scopes, and the code to fail with at the end or null.
     """
@@ -566,7 +627,9 @@ def ledger(db: sqlite3.Connection, mutation: Mutation) -> Iterator[Change]:
         raise REFUSALS[failure]("a reason")
 
 
-def entry(key: str, *scopes: str, fail: str | None = None, scope: str = DEFAULT) -> dict[str, Any]:
+def entry(
+    key: str, *scopes: str, fail: str | None = None, scope: str = DEFAULT
+) -> dict[str, Any]:
     """A mutation of `ledger`: one change in each of these scopes."""
     return {"id": key, "scope": scope, "name": "entry", "args": [list(scopes), fail]}
 
@@ -596,13 +659,24 @@ def engine(path: Path) -> Iterator[Engine]:
         yield engine
 
 
-# --- Settings -------------------------------------------------------------------------------
+# --- Settings -------------------------------------------------------------------------
 # Whoever makes them wrong is told at once, and by name.
 
 
 @pytest.mark.parametrize("name", list(asdict(Settings())))
 def test_a_setting_that_is_no_number_in_its_range_is_refused_by_name(name: str) -> None:
-    wrong: list[Any] = ["5", [], True, b"5", 1j, -1, -0.5, math.nan, math.inf, -math.inf]
+    wrong: list[Any] = [
+        "5",
+        [],
+        True,
+        b"5",
+        1j,
+        -1,
+        -0.5,
+        math.nan,
+        math.inf,
+        -math.inf,
+    ]
     wrong += [10**400]
     wrong += [] if getattr(Settings(), name) is None else [None]
     wrong += [2.5] if isinstance(getattr(Settings(), name), int) else []
@@ -625,8 +699,12 @@ def test_a_setting_that_is_no_number_in_its_range_is_refused_by_name(name: str) 
         "a close_timeout of 0": {"close_timeout": 0.0},
     },
 )
-def test_a_setting_with_which_nothing_could_work_is_refused(value: dict[str, Any]) -> None:
-    with pytest.raises((TypeError, ValueError), match="=".join(map(str, *value.items()))):
+def test_a_setting_with_which_nothing_could_work_is_refused(
+    value: dict[str, Any],
+) -> None:
+    with pytest.raises(
+        (TypeError, ValueError), match="=".join(map(str, *value.items()))
+    ):
         replace(SMALL, **value)
 
 
@@ -644,7 +722,7 @@ def test_with_every_setting_at_nothing_that_may_be_pushes_and_pulls_work(
         assert client.pull()["changes"] == result["changes"]
 
 
-# --- Values ---------------------------------------------------------------------------------
+# --- Values ---------------------------------------------------------------------------
 
 json_values = st.recursive(
     st.none()
@@ -653,11 +731,14 @@ json_values = st.recursive(
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
     lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=8), inner, max_size=4)
     ),
     max_leaves=12,
 )
-almost_json = st.text('[]{}",:\\ud8f0123456789eE+-. \ntrualsNIf\u00e9\U0001f600').map(str.encode)
+almost_json = st.text('[]{}",:\\ud8f0123456789eE+-. \ntrualsNIf\u00e9\U0001f600').map(
+    str.encode
+)
 
 
 @given(value=json_values, ascii_only=st.booleans(), indent=st.sampled_from([None, 2]))
@@ -670,22 +751,65 @@ def test_any_json_value_is_read_as_it_was_written(
 
 @settings(max_examples=300)
 @given(data=st.binary() | almost_json, depth=st.integers(1, 64))
-def test_any_bytes_are_a_json_value_or_an_invalid_request(data: bytes, depth: int) -> None:
+def test_any_bytes_are_a_json_value_or_an_invalid_request(
+    data: bytes, depth: int
+) -> None:
     with suppress(mizusync.InvalidRequest):
-        json.dumps(mizusync.parse_json(data, depth), ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(
+            mizusync.parse_json(data, depth), ensure_ascii=False, allow_nan=False
+        ).encode()
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        *(b"", b" ", b"[1,]", b"{'a': 1}", b"[1] 2", b"01", b"+1", b".5", b"1.", b"0x1", b"nul"),
-        *(b"True", b"[}", b'{"a"}', b'{"a":1,}', b'"\x01"', b'"\t"', b'"', b'"\\', b"\xc2\xa01"),
+        *(
+            b"",
+            b" ",
+            b"[1,]",
+            b"{'a': 1}",
+            b"[1] 2",
+            b"01",
+            b"+1",
+            b".5",
+            b"1.",
+            b"0x1",
+            b"nul",
+        ),
+        *(
+            b"True",
+            b"[}",
+            b'{"a"}',
+            b'{"a":1,}',
+            b'"\x01"',
+            b'"\t"',
+            b'"',
+            b'"\\',
+            b"\xc2\xa01",
+        ),
         *(b"1 /* one */", rb'"\x41"', b"  "),
-        *(b"NaN", b"Infinity", b"-Infinity", b"[NaN]", b"1e400", b"-1e400", b'{"a": 1e999}'),
+        *(
+            b"NaN",
+            b"Infinity",
+            b"-Infinity",
+            b"[NaN]",
+            b"1e400",
+            b"-1e400",
+            b'{"a": 1e999}',
+        ),
         *(b"1" * 310, b"-" + b"9" * 5000, "\u0661".encode()),
-        *(rb'"\ud800"', rb'"\udc00"', rb'{"\ud800": 1}', rb'["\ud800\ud800"]', rb'"\udc00\ud800"'),
+        *(
+            rb'"\ud800"',
+            rb'"\udc00"',
+            rb'{"\ud800": 1}',
+            rb'["\ud800\ud800"]',
+            rb'"\udc00\ud800"',
+        ),
         *(b'"\xed\xa0\x80"', b'"\xc0\xaf"', b'"\xff"', b'"\xe9"', b"\xef\xbb\xbf1"),
-        *("[1]".encode(code) for code in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")),
+        *(
+            "[1]".encode(code)
+            for code in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")
+        ),
     ],
 )
 def test_what_is_not_strict_json_in_utf_8_is_an_invalid_request(data: bytes) -> None:
@@ -722,7 +846,9 @@ def test_a_pair_of_surrogates_is_one_character() -> None:
 @pytest.mark.parametrize(
     ("opening", "closing"), [(b"[", b"]"), (b'{"[":', b"}"), (b'[{"\\"}":', b"}]")]
 )
-def test_json_is_read_to_64_levels_and_no_deeper(opening: bytes, closing: bytes) -> None:
+def test_json_is_read_to_64_levels_and_no_deeper(
+    opening: bytes, closing: bytes
+) -> None:
     times = 64 // (opening.count(b"[{") + 1)
     mizusync.parse_json(opening * times + b"1" + closing * times)
     mizusync.parse_json(b"[" + b",".join([opening + b"1" + closing] * 100) + b"]")
@@ -751,9 +877,12 @@ def test_hostile_json_takes_time_by_its_size_alone(piece: bytes) -> None:
     assert time.process_time() - started < PATIENCE / 4
 
 
-@pytest.mark.parametrize("value", [b"0", b'"a"', b'"\\\\"', b"[]", b"{}", b'[{"[,": "\\",["}]'])
+@pytest.mark.parametrize(
+    "value", [b"0", b'"a"', b'"\\\\"', b"[]", b"{}", b'[{"[,": "\\",["}]']
+)
 def test_json_of_more_values_than_the_limit_is_too_large(value: bytes) -> None:
-    # Each value takes one of `[`, `{` and `,`, but for the first in its array or object.
+    # Each value takes one of `[`, `{` and `,`, but for the first in its array or
+    # object.
     counted = len(re.findall(rb"[\[{]", re.sub(rb'"(\\.|[^"\\])*"', b"", value)))
     most = 40 * (counted + 1)
     mizusync.parse_json(b"[" + b",".join([value] * 40) + b"]", 64, most)
@@ -769,7 +898,9 @@ def test_what_stands_in_a_string_is_no_value(text: str) -> None:
 
 @pytest.mark.parametrize("args", [None, 0, False, "", [], {}, {"a": [1]}])
 def test_the_args_of_a_mutation_are_any_json_value(args: Any) -> None:
-    parsed = Mutation.parse({"id": "1", "name": "n", "args": args, "unknown": "ignored"})
+    parsed = Mutation.parse(
+        {"id": "1", "name": "n", "args": args, "unknown": "ignored"}
+    )
     assert parsed == Mutation("1", "n", args, DEFAULT)
 
 
@@ -808,7 +939,10 @@ def test_what_is_no_mutation_is_an_invalid_mutation(value: Any) -> None:
         "a number as a name": ({"id": "1", "name": 5}, "name .* no string"),
         "no name": ({"id": "1"}, "name .* 1 to 128 .* empty or missing"),
         "an empty scope": ({"id": "1", "name": "n", "scope": ""}, "scope .* empty"),
-        "a long scope": ({"id": "1", "name": "n", "scope": "x" * 257}, "scope .* 256 .* has 257"),
+        "a long scope": (
+            {"id": "1", "name": "n", "scope": "x" * 257},
+            "scope .* 256 .* has 257",
+        ),
     },
 )
 def test_the_refusal_of_a_mutation_says_what_is_wrong_with_which_field(
@@ -823,10 +957,14 @@ def test_the_refusal_of_a_mutation_says_what_is_wrong_with_which_field(
 
 @settings(max_examples=15)
 @given(data=st.lists(json_values, min_size=1, max_size=3))
-def test_the_data_of_a_change_reaches_every_client_as_it_was_made(data: list[Any]) -> None:
+def test_the_data_of_a_change_reaches_every_client_as_it_was_made(
+    data: list[Any],
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "log.db"
-        with closing(open_log(file, apply=lambda db, mutation: mutation.args)) as engine:
+        with closing(
+            open_log(file, apply=lambda db, mutation: mutation.args)
+        ) as engine:
             (result,) = push(engine, {"id": "1", "name": "n", "args": data})
             assert fold(result["changes"]) == data
             assert whole_log(engine) == result["changes"]
@@ -841,13 +979,19 @@ def test_answers_have_their_fields_in_the_order_of_the_protocol(engine: Engine) 
     assert list(bad) == ["ok", "code", "error"]
     assert list(good["changes"][0]) == ["cursor", "scope", "time", "data"]
     assert list(pull(engine)) == ["changes", "cursor", "epoch", "hasMore"]
-    assert list(json.loads(ask(engine.snapshot()).encode())) == ["data", "cursor", "epoch"]
+    assert list(json.loads(ask(engine.snapshot()).encode())) == [
+        "data",
+        "cursor",
+        "epoch",
+    ]
 
 
 def test_a_change_has_its_time_in_utc(engine: Engine) -> None:
     before = time.gmtime(time.time() - 1)
     (result,) = push(engine, note("1"))
-    moment = time.strptime(result["changes"][0]["time"].split(".")[0], "%Y-%m-%dT%H:%M:%S")
+    moment = time.strptime(
+        result["changes"][0]["time"].split(".")[0], "%Y-%m-%dT%H:%M:%S"
+    )
     assert result["changes"][0]["time"].endswith("Z")
     assert before <= moment <= time.gmtime()
 
@@ -860,7 +1004,9 @@ def test_a_reason_that_has_no_utf_8_is_shown_as_far_as_it_goes(path: Path) -> No
         assert push(engine, note("1"), note("2"))[1]["code"] == "invalid_mutation"
 
 
-def test_a_snapshot_function_that_writes_is_a_fault_and_not_a_refusal(path: Path) -> None:
+def test_a_snapshot_function_that_writes_is_a_fault_and_not_a_refusal(
+    path: Path,
+) -> None:
     def write(db: sqlite3.Connection, scope: str) -> Any:
         db.execute("INSERT INTO notes VALUES ('n', '1')")
 
@@ -870,12 +1016,16 @@ def test_a_snapshot_function_that_writes_is_a_fault_and_not_a_refusal(path: Path
         assert ask(engine.head()) == 0
 
 
-# --- Store ----------------------------------------------------------------------------------
+# --- Store ----------------------------------------------------------------------------
 # The file: what it is refused for, what opening it does, what stands in it.
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".db-shm"}
+    return {
+        file.name: file.read_bytes()
+        for file in folder.iterdir()
+        if file.suffix != ".db-shm"
+    }
 
 
 def make_database(path: Path, *statements: str) -> None:
@@ -902,8 +1052,12 @@ def test_another_programs_database_is_refused_and_unchanged(
     assert content(tmp_path) == before
 
 
-def test_another_programs_unfinished_write_ahead_log_is_left_to_it(tmp_path: Path) -> None:
-    make_database(tmp_path / "its.db", "PRAGMA journal_mode = WAL", "CREATE TABLE invoices (n)")
+def test_another_programs_unfinished_write_ahead_log_is_left_to_it(
+    tmp_path: Path,
+) -> None:
+    make_database(
+        tmp_path / "its.db", "PRAGMA journal_mode = WAL", "CREATE TABLE invoices (n)"
+    )
     (tmp_path / "crashed").mkdir()
     with closing(sqlite3.connect(tmp_path / "its.db", isolation_level=None)) as db:
         db.execute("INSERT INTO invoices VALUES (1)")
@@ -916,7 +1070,13 @@ def test_another_programs_unfinished_write_ahead_log_is_left_to_it(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "data", [b"no database at all", b"text " * 4000, b"SQLite format 3\0" + bytes(200), bytes(4096)]
+    "data",
+    [
+        b"no database at all",
+        b"text " * 4000,
+        b"SQLite format 3\0" + bytes(200),
+        bytes(4096),
+    ],
 )
 def test_a_file_that_is_no_database_is_refused_and_unchanged(
     tmp_path: Path, path: Path, data: bytes
@@ -1128,7 +1288,10 @@ def test_an_empty_database_in_utf_16_is_refused(path: Path) -> None:
         "END": ("CREATE TABLE t (n); END", "leave out END"),
         "ROLLBACK": ("CREATE TABLE t (n); ROLLBACK;", "leave out ROLLBACK"),
         "VACUUM": ("CREATE TABLE t (n); VACUUM;", "cannot VACUUM from within"),
-        "a constraint": ("CREATE TABLE t (n CHECK (n)); REPLACE INTO t SELECT 0", "CHECK"),
+        "a constraint": (
+            "CREATE TABLE t (n CHECK (n)); REPLACE INTO t SELECT 0",
+            "CHECK",
+        ),
         "before a PRAGMA": ("CREATE TABLE t (n); NO; PRAGMA foreign_keys = ON", "NO"),
     },
 )
@@ -1363,7 +1526,9 @@ def test_every_table_of_ours_is_named_mizusync(path: Path) -> None:
         names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
         assert db.execute("PRAGMA user_version").fetchone() == (0,)
         assert db.execute("PRAGMA application_id").fetchone() != (0,)
-    assert {name for name in names if not name.startswith(("mizusync_", "sqlite_"))} == {"notes"}
+    assert {
+        name for name in names if not name.startswith(("mizusync_", "sqlite_"))
+    } == {"notes"}
 
 
 def test_opening_and_reading_write_nothing(path: Path) -> None:
@@ -1385,12 +1550,18 @@ def test_a_closed_log_is_one_file_and_sound(tmp_path: Path, path: Path) -> None:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_what_was_acknowledged_is_in_the_file_before_the_answer(engine: Engine, path: Path) -> None:
+def test_what_was_acknowledged_is_in_the_file_before_the_answer(
+    engine: Engine, path: Path
+) -> None:
     with closing(sqlite3.connect(path)) as db:
         for number in range(10):
             push(engine, note(str(number)))
             count = db.execute("SELECT count(*) FROM mizusync_changes").fetchone()
-            assert count == db.execute("SELECT count(*) FROM notes").fetchone() == (number + 1,)
+            assert (
+                count
+                == db.execute("SELECT count(*) FROM notes").fetchone()
+                == (number + 1,)
+            )
 
 
 def test_reads_that_overlap_do_not_let_the_write_ahead_log_grow(
@@ -1404,14 +1575,19 @@ def test_reads_that_overlap_do_not_let_the_write_ahead_log_grow(
         db.execute("SELECT * FROM notes LIMIT 1").fetchone()
         reads[0] = mine = reads[0] + 1
         deadline = time.monotonic() + 0.02
-        while reads[0] == mine and time.monotonic() < deadline:  # until the next has begun
+        while (
+            reads[0] == mine and time.monotonic() < deadline
+        ):  # until the next has begun
             time.sleep(0.0005)
 
     async def read_on(engine: Engine) -> None:
         while not reads[1]:
             await engine.snapshot()
 
-    with closing(open_log(path, snapshot=overlapping)) as engine, ThreadPoolExecutor(2) as pool:
+    with (
+        closing(open_log(path, snapshot=overlapping)) as engine,
+        ThreadPoolExecutor(2) as pool,
+    ):
         readers = [pool.submit(asyncio.run, read_on(engine)) for _ in range(2)]
         until(lambda: reads[0] > 2)
         sizes = []
@@ -1437,7 +1613,10 @@ def test_a_read_that_takes_long_delays_few_pushes(
         entered.set()
         release.wait(PATIENCE)
 
-    with closing(open_log(path, snapshot=slow)) as engine, ThreadPoolExecutor(1) as pool:
+    with (
+        closing(open_log(path, snapshot=slow)) as engine,
+        ThreadPoolExecutor(1) as pool,
+    ):
         reading = pool.submit(ask, engine.snapshot())
         assert entered.wait(PATIENCE)
         for number in range(200):
@@ -1448,10 +1627,12 @@ def test_a_read_that_takes_long_delays_few_pushes(
             times.append(time.monotonic() - started)
         release.set()
         reading.result(PATIENCE)
-        assert 1 <= sum(took > 0.5 for took in times) <= 3  # each by the machine's chance, else all
+        assert (
+            1 <= sum(took > 0.5 for took in times) <= 3
+        )  # each by the machine's chance, else all
 
 
-# --- Engine ---------------------------------------------------------------------------------
+# --- Engine ---------------------------------------------------------------------------
 # Push: once, whole, or not at all.
 
 
@@ -1478,7 +1659,9 @@ def test_cursors_strictly_increase_and_are_never_used_again(events: list[Any]) -
                     assert change["cursor"] > newest
                     newest = change["cursor"]
             elif what == "fail":
-                assert not push(engine, entry(str(number), *detail, fail="conflict"))[0]["ok"]
+                assert not push(engine, entry(str(number), *detail, fail="conflict"))[
+                    0
+                ]["ok"]
             elif what == "trim":
                 ask(engine.trim(detail, newest + 1))
             else:
@@ -1489,7 +1672,9 @@ def test_cursors_strictly_increase_and_are_never_used_again(events: list[Any]) -
 
 @settings(max_examples=25)
 @given(
-    sends=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=1, max_size=12),
+    sends=st.lists(
+        st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=1, max_size=12
+    ),
     wait=st.lists(st.booleans(), min_size=12, max_size=12),
     reopen=st.integers(0, 12),
 )
@@ -1556,19 +1741,27 @@ def test_one_id_in_two_scopes_names_two_mutations(engine: Engine) -> None:
     assert ["duplicate" in result for result in results] == [False, False]
 
 
-def test_a_retry_gets_its_first_answer_after_others_pushed_and_after_a_restart(path: Path) -> None:
+def test_a_retry_gets_its_first_answer_after_others_pushed_and_after_a_restart(
+    path: Path,
+) -> None:
     with closing(open_log(path)) as engine:
         (first,) = push(engine, {"id": "1", "name": "notes", "args": 3})
         push(engine, *(note(str(number)) for number in range(2, 9)))
-        assert push(engine, {"id": "1", "name": "notes", "args": 3}) == [first | DUPLICATE]
+        assert push(engine, {"id": "1", "name": "notes", "args": 3}) == [
+            first | DUPLICATE
+        ]
     with closing(open_log(path)) as engine:
-        assert push(engine, {"id": "1", "name": "notes", "args": 3}) == [first | DUPLICATE]
+        assert push(engine, {"id": "1", "name": "notes", "args": 3}) == [
+            first | DUPLICATE
+        ]
 
 
 DUPLICATE = {"duplicate": True}
 
 
-def test_a_retry_after_a_trim_gets_its_first_answer_without_changes(engine: Engine) -> None:
+def test_a_retry_after_a_trim_gets_its_first_answer_without_changes(
+    engine: Engine,
+) -> None:
     share = {"id": "1", "name": "share", "args": ["a", "b"]}
     (first,) = push(engine, share)
     ask(engine.trim("a", first["cursor"]))  # one of its two changes
@@ -1600,8 +1793,15 @@ def test_a_change_is_found_in_the_scope_that_it_names(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_result_shows_only_changes_in_its_own_scope(path: Path, restart: bool) -> None:
-    share = {"id": "1", "scope": "mine", "name": "share", "args": ["a", "mine", "b", "mine"]}
+def test_a_result_shows_only_changes_in_its_own_scope(
+    path: Path, restart: bool
+) -> None:
+    share = {
+        "id": "1",
+        "scope": "mine",
+        "name": "share",
+        "args": ["a", "mine", "b", "mine"],
+    }
     engine = open_log(path)
     (first,) = engine.submit([share]).result(PATIENCE)
     (again,) = engine.submit([share]).result(PATIENCE)
@@ -1631,16 +1831,22 @@ class CountingStore(mizusync.SQLiteStore):
         return super().between(db, first, last)
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["of the log", "of the push itself"])
+@pytest.mark.parametrize(
+    "known", [True, False], ids=["of the log", "of the push itself"]
+)
 def test_repeats_in_a_push_that_is_large_already_are_answered_without_changes(
     path: Path, known: bool
 ) -> None:
     store, large = CountingStore(path, SCHEMA), note("1", "x" * 1000)
-    with closing(Engine(store, apply=apply, settings=Settings(page_size=5000))) as engine:
+    with closing(
+        Engine(store, apply=apply, settings=Settings(page_size=5000))
+    ) as engine:
         if known:
             push(engine, large)
         *repeats, new = push(engine, *[large] * 50, note("new", "y"))
-        whole = 5000 // len(json.dumps(repeats[0])) + 1  # with the one that passes the limit
+        whole = (
+            5000 // len(json.dumps(repeats[0])) + 1
+        )  # with the one that passes the limit
         assert all("changes" in result for result in repeats[:whole])
         brief = {"ok": True, "cursor": repeats[0]["cursor"], **DUPLICATE}
         assert repeats[whole:] == [brief] * (50 - whole)
@@ -1650,10 +1856,14 @@ def test_repeats_in_a_push_that_is_large_already_are_answered_without_changes(
 
 
 @pytest.mark.parametrize("code", [*REFUSALS, "internal_error"])
-def test_a_mutation_that_failed_left_no_trace_and_may_be_sent_again(path: Path, code: str) -> None:
+def test_a_mutation_that_failed_left_no_trace_and_may_be_sent_again(
+    path: Path, code: str
+) -> None:
     with closing(open_log(path, apply=ledger)) as engine:
         bad = entry("bad", DEFAULT, "other", fail=code)
-        good, failed, next_one = push(engine, entry("1", DEFAULT), bad, entry("2", DEFAULT))
+        good, failed, next_one = push(
+            engine, entry("1", DEFAULT), bad, entry("2", DEFAULT)
+        )
         assert (failed["ok"], failed["code"]) == (False, code)
         assert next_one["cursor"] == good["cursor"] + 1
         assert whole_log(engine) == good["changes"] + next_one["changes"]
@@ -1671,7 +1881,9 @@ def test_the_mutations_of_one_push_share_one_transaction(engine: Engine) -> None
 
 def test_all_that_waits_is_one_commit(path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
-    with closing(open_log(path, apply=gated(entered, release), settings=SLOW)) as engine:
+    with closing(
+        open_log(path, apply=gated(entered, release), settings=SLOW)
+    ) as engine:
         futures = [engine.submit([note("gate")])]
         assert entered.wait(PATIENCE)
         futures += [engine.submit([note(str(number))]) for number in range(50)]
@@ -1696,7 +1908,9 @@ def gated(entered: threading.Event, release: threading.Event) -> Callable[..., A
     return apply_gated
 
 
-def stalled(entered: threading.Event, release: threading.Event) -> Callable[..., list[Any]]:
+def stalled(
+    entered: threading.Event, release: threading.Event
+) -> Callable[..., list[Any]]:
     """An application in which every mutation stays until it is released."""
 
     def apply_stalled(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
@@ -1709,7 +1923,9 @@ def stalled(entered: threading.Event, release: threading.Event) -> Callable[...,
 
 def test_a_listener_that_ends_its_thread_keeps_no_answer_back(path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
-    with closing(open_log(path, apply=gated(entered, release), settings=SLOW)) as engine:
+    with closing(
+        open_log(path, apply=gated(entered, release), settings=SLOW)
+    ) as engine:
         engine.listen(lambda news: raising(SystemExit(1)))
         first = engine.submit([note("gate")])
         assert entered.wait(PATIENCE)
@@ -1724,9 +1940,13 @@ def test_a_listener_that_ends_its_thread_keeps_no_answer_back(path: Path) -> Non
         assert first.result(PATIENCE)[0].ok
 
 
-def test_a_log_filter_that_fails_keeps_no_answer_back_and_ends_no_thread(path: Path) -> None:
+def test_a_log_filter_that_fails_keeps_no_answer_back_and_ends_no_thread(
+    path: Path,
+) -> None:
     def fail(record: logging.LogRecord) -> bool:
-        raise LookupError("outside of a request")  # as a filter that asks a web framework does
+        raise LookupError(
+            "outside of a request"
+        )  # as a filter that asks a web framework does
 
     handler = logging.NullHandler()
     handler.handle = fail  # type: ignore[method-assign]
@@ -1741,7 +1961,9 @@ def test_a_log_filter_that_fails_keeps_no_answer_back_and_ends_no_thread(path: P
         assert [result["ok"] for result in results] == [True, False, True]
 
 
-def test_a_lost_pull_that_is_collected_amid_a_wake_stops_nothing(engine: Engine) -> None:
+def test_a_lost_pull_that_is_collected_amid_a_wake_stops_nothing(
+    engine: Engine,
+) -> None:
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(lambda loop, context: None)  # which would tell of each
 
@@ -1753,7 +1975,9 @@ def test_a_lost_pull_that_is_collected_amid_a_wake_stops_nothing(engine: Engine)
 
     def wake() -> None:
         gc.collect(0)  # not of what is lost, which is older
-        gc.set_threshold(5, 0, 1000)  # but so it is collected when wake() has made its first list
+        gc.set_threshold(
+            5, 0, 1000
+        )  # but so it is collected when wake() has made its first list
         gc.enable()
         engine.wake()
 
@@ -1778,7 +2002,9 @@ def test_a_lost_pull_that_is_collected_amid_a_wake_stops_nothing(engine: Engine)
 
 
 @pytest.mark.parametrize("interval", [1e-9, 1e15])
-def test_no_interval_of_looks_ends_the_writers_thread(path: Path, interval: float) -> None:
+def test_no_interval_of_looks_ends_the_writers_thread(
+    path: Path, interval: float
+) -> None:
     with closing(open_log(path, settings=Settings(watch_interval=interval))) as engine:
         assert push(engine, note("1"))[0]["ok"]
 
@@ -1876,8 +2102,18 @@ def test_a_closed_engine_answers_everything_with_unavailable(engine: Engine) -> 
     with pytest.raises(Unavailable):
         engine.submit([note("2")])
     for question in (
-        *(lambda: engine.push([]), engine.pull, lambda: engine.pull("other"), engine.snapshot),
-        *(engine.head, lambda: engine.head("other"), engine.position, lambda: engine.read(id)),
+        *(
+            lambda: engine.push([]),
+            engine.pull,
+            lambda: engine.pull("other"),
+            engine.snapshot,
+        ),
+        *(
+            engine.head,
+            lambda: engine.head("other"),
+            engine.position,
+            lambda: engine.read(id),
+        ),
         lambda: engine.trim(DEFAULT, 2),
     ):
         with pytest.raises(Unavailable):
@@ -1904,11 +2140,14 @@ def test_too_many_waiting_pushes_are_unavailable_and_leave_no_trace(path: Path) 
 
 def test_threads_and_loops_push_to_one_engine(engine: Engine) -> None:
     async def in_a_loop() -> None:
-        await asyncio.gather(*(engine.push([note(f"loop {number}")]) for number in range(20)))
+        await asyncio.gather(
+            *(engine.push([note(f"loop {number}")]) for number in range(20))
+        )
 
     threads = [threading.Thread(target=lambda: ask(in_a_loop()))]
     threads += [
-        threading.Thread(target=lambda key=str(n): push(engine, note(key))) for n in range(20)
+        threading.Thread(target=lambda key=str(n): push(engine, note(key)))
+        for n in range(20)
     ]
     for thread in threads:
         thread.start()
@@ -2058,7 +2297,9 @@ MISUSES: dict[str, Callable[[sqlite3.Connection], Any]] = {
     "with db": with_db,
     "commit": lambda db: db.commit(),
     "rollback": lambda db: db.rollback(),
-    "executescript": lambda db: db.executescript("INSERT INTO notes VALUES ('n', '1');"),
+    "executescript": lambda db: db.executescript(
+        "INSERT INTO notes VALUES ('n', '1');"
+    ),
     "isolation_level": lambda db: setattr(db, "isolation_level", None),
     "close": lambda db: db.close(),
     "ROLLBACK on conflict": rolled_back,
@@ -2070,7 +2311,9 @@ MISUSES: dict[str, Callable[[sqlite3.Connection], Any]] = {
     "a cursor that a thread is in": given_up,
     "an authorizer of its own": lambda db: db.set_authorizer(None),
     "a backup": backed_up,
-    "a blob of the log": lambda db: db.blobopen("mizusync_changes", "data", 1).write(b"9"),
+    "a blob of the log": lambda db: db.blobopen("mizusync_changes", "data", 1).write(
+        b"9"
+    ),
     "Json without text": lambda db: [Json("")],
     "a savepoint left open by a failure": released,
     "the engine's own words": lambda db: db.execute(
@@ -2104,15 +2347,36 @@ MISUSES: dict[str, Callable[[sqlite3.Connection], Any]] = {
 } | {
     sql: lambda db, sql=sql: [*db.execute(sql), "done"]
     for sql in (
-        *("COMMIT", "ROLLBACK", "END", "commit", "BEGIN", "COMMIT TRANSACTION", "VACUUM"),
-        *("PRAGMA journal_mode = DELETE", "PRAGMA synchronous = OFF", "PRAGMA user_version = 3"),
+        *(
+            "COMMIT",
+            "ROLLBACK",
+            "END",
+            "commit",
+            "BEGIN",
+            "COMMIT TRANSACTION",
+            "VACUUM",
+        ),
+        *(
+            "PRAGMA journal_mode = DELETE",
+            "PRAGMA synchronous = OFF",
+            "PRAGMA user_version = 3",
+        ),
         *("PRAGMA query_only = ON", "ATTACH ':memory:' AS other", "DETACH main"),
         *("ROLLBACK TO mizusync_mutation", "RELEASE mizusync_mutation"),
         *("RELEASE MIZUSYNC_MUTATION", 'ROLLBACK TO "Mizusync_Mutation"'),
         *("DELETE FROM mizusync_changes", "UPDATE mizusync_changes SET data = '1'"),
-        *("INSERT INTO mizusync_epochs VALUES (9, 'x', 0)", "DELETE FROM MIZUSYNC_MUTATIONS"),
-        *("REPLACE INTO mizusync_trims VALUES ('_default', 99)", "DROP TABLE mizusync_epochs"),
-        *("ALTER TABLE mizusync_trims RENAME TO trims", "DROP INDEX mizusync_changes_of_scope"),
+        *(
+            "INSERT INTO mizusync_epochs VALUES (9, 'x', 0)",
+            "DELETE FROM MIZUSYNC_MUTATIONS",
+        ),
+        *(
+            "REPLACE INTO mizusync_trims VALUES ('_default', 99)",
+            "DROP TABLE mizusync_epochs",
+        ),
+        *(
+            "ALTER TABLE mizusync_trims RENAME TO trims",
+            "DROP INDEX mizusync_changes_of_scope",
+        ),
         "ALTER TABLE mizusync_changes ADD COLUMN mine",
         "CREATE TRIGGER t AFTER INSERT ON mizusync_changes BEGIN DELETE FROM notes; END",
         "CREATE TEMP TRIGGER t AFTER INSERT ON mizusync_changes BEGIN DELETE FROM notes; END",
@@ -2130,7 +2394,9 @@ ALLOWED: dict[str, Callable[[sqlite3.Connection], Any]] = {
     "None": lambda db: None,
     "a generator": lambda db: (data for data in ("fine",)),
     "a tuple": lambda db: ("fine",),
-    "reading the log": lambda db: db.execute("SELECT cursor FROM mizusync_changes").fetchall(),
+    "reading the log": lambda db: db.execute(
+        "SELECT cursor FROM mizusync_changes"
+    ).fetchall(),
     "a thousand changes": lambda db: range(1000),
     "a table of its own": lambda db: [db.execute("CREATE TABLE mine (n)") and "fine"],
 }
@@ -2139,14 +2405,24 @@ ALLOWED: dict[str, Callable[[sqlite3.Connection], Any]] = {
 def careless(db: sqlite3.Connection, mutation: Mutation) -> Any:
     """The tests' application, but for what it does wrong once it has written."""
     made = apply(db, mutation)
-    return (MISUSES | ALLOWED)[mutation.id](db) if mutation.id in MISUSES | ALLOWED else made
+    return (
+        (MISUSES | ALLOWED)[mutation.id](db)
+        if mutation.id in MISUSES | ALLOWED
+        else made
+    )
 
 
 @pytest.fixture(scope="module")
-def misused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
-    """One engine that goes on through every misuse, and another on its file that reads from it."""
+def misused(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Engine, Engine]]:
+    """One engine that goes on through every misuse, and another on its file that reads
+    from it."""
     path = tmp_path_factory.mktemp("misused") / "log.db"
-    with closing(open_log(path, apply=careless)) as engine, closing(open_log(path)) as other:
+    with (
+        closing(open_log(path, apply=careless)) as engine,
+        closing(open_log(path)) as other,
+    ):
         push(engine, note("0"))
         yield engine, other
 
@@ -2157,7 +2433,9 @@ def test_a_misuse_of_apply_spoils_that_mutation_alone(
 ) -> None:
     engine, other = misused
     start, data = ask(engine.head()), ask(engine.snapshot()).data
-    first, bad, last = push(engine, note(f"{what} 1", 1), note(what, "a trace"), note(f"{what} 2"))
+    first, bad, last = push(
+        engine, note(f"{what} 1", 1), note(what, "a trace"), note(f"{what} 2")
+    )
     assert (first["ok"], bad["ok"], last["ok"]) == (True, False, True)
     assert bad["code"] in ("internal_error", "invalid_mutation", "conflict")
     (good,) = push(engine, note(f"{what} 3", 3))
@@ -2171,12 +2449,16 @@ def test_a_misuse_of_apply_spoils_that_mutation_alone(
 
 
 @pytest.mark.parametrize("what", ALLOWED)
-def test_what_an_application_may_do_does_not_hinder_the_next(path: Path, what: str) -> None:
+def test_what_an_application_may_do_does_not_hinder_the_next(
+    path: Path, what: str
+) -> None:
     with closing(open_log(path, apply=careless)) as engine:
         results = push(engine, note("1", 1), note(what, None), note("2", 2))
         results += push(engine, note("3", 3))
         assert [result["ok"] for result in results] == [True] * 4
-        assert push(engine, note("1", 1)) == [results[0] | DUPLICATE]  # read from the file
+        assert push(engine, note("1", 1)) == [
+            results[0] | DUPLICATE
+        ]  # read from the file
         made = [change for result in results for change in result["changes"]]
         assert whole_log(engine) == made
     with closing(open_log(path)) as engine:
@@ -2229,17 +2511,26 @@ def test_an_apply_that_ends_the_transaction_spoils_no_other_push(path: Path) -> 
         assert entered.wait(PATIENCE)
         bad = {"id": "bad", "name": "end", "args": None}
         for number in range(5):
-            futures += [engine.submit([note(f"{number}"), bad, bad | {"id": f"worse {number}"}])]
+            futures += [
+                engine.submit([note(f"{number}"), bad, bad | {"id": f"worse {number}"}])
+            ]
             futures += [engine.submit([note(f"{number} too")])]
         release.set()
         results = [result for future in futures for result in future.result(PATIENCE)]
-        assert [result.ok for result in results] == [True, *[True, False, False, True] * 5]
+        assert [result.ok for result in results] == [
+            True,
+            *[True, False, False, True] * 5,
+        ]
         assert {result.code for result in results} == {"", "internal_error"}
-        assert whole_log(engine) == [asdict(c) for result in results for c in result.changes]
+        assert whole_log(engine) == [
+            asdict(c) for result in results for c in result.changes
+        ]
         assert len(ask(engine.snapshot()).data) == 11
 
 
-def test_a_constraint_that_is_checked_at_the_commit_fails_that_mutation_alone(path: Path) -> None:
+def test_a_constraint_that_is_checked_at_the_commit_fails_that_mutation_alone(
+    path: Path,
+) -> None:
     entered, release = threading.Event(), threading.Event()
     gate = gated(entered, release)
     orders = "orders (n INTEGER PRIMARY KEY, of REFERENCES orders DEFERRABLE INITIALLY DEFERRED)"
@@ -2250,14 +2541,23 @@ def test_a_constraint_that_is_checked_at_the_commit_fails_that_mutation_alone(pa
             db.execute("INSERT INTO orders VALUES (1, 999)")
         return gate(db, mutation)
 
-    with closing(open_log(path, apply=ordering, schema=schema, settings=SLOW)) as engine:
+    with closing(
+        open_log(path, apply=ordering, schema=schema, settings=SLOW)
+    ) as engine:
         futures = [engine.submit([note("gate", "gate")])]
         assert entered.wait(PATIENCE)
         keys = [["1"], ["2", "bad", "3"], ["4"]]
         futures += [engine.submit([note(key, key) for key in push]) for push in keys]
         release.set()
         results = [result for future in futures for result in future.result(PATIENCE)]
-        assert [result.code for result in results] == ["", "", "", "internal_error", "", ""]
+        assert [result.code for result in results] == [
+            "",
+            "",
+            "",
+            "internal_error",
+            "",
+            "",
+        ]
         assert fold(whole_log(engine)) == ["gate", "1", "2", "3", "4"]
         assert ask(engine.snapshot()).data == ["gate", "1", "2", "3", "4"]
 
@@ -2284,22 +2584,32 @@ def test_a_mutation_whose_own_error_has_the_code_of_a_disk_fails_alone(
 
     def faulty(db: sqlite3.Connection, mutation: Mutation) -> Any:
         if mutation.id == "bad":
-            with suppress(sqlite3.Error if mutation.args == "caught" else ZeroDivisionError):
+            with suppress(
+                sqlite3.Error if mutation.args == "caught" else ZeroDivisionError
+            ):
                 db.execute(statement)
         return gate(db, mutation)
 
     with closing(open_log(path, apply=faulty, schema=schema, settings=SLOW)) as engine:
         futures = [engine.submit([note("gate", "gate")])]
         assert entered.wait(PATIENCE)
-        futures += [engine.submit([note(str(number), str(number))]) for number in range(3)]
+        futures += [
+            engine.submit([note(str(number), str(number))]) for number in range(3)
+        ]
         futures += [engine.submit([note("3", "3"), note("bad"), note("4", "4")])]
         futures += [engine.submit([note("bad", "caught", scope="caught")])]
         futures += [engine.submit([note("5", "5")])]
         release.set()
-        results = [[result.code for result in future.result(PATIENCE)] for future in futures]
+        results = [
+            [result.code for result in future.result(PATIENCE)] for future in futures
+        ]
         failed = "internal_error"
         assert results == [[""], [""], [""], [""], ["", failed, ""], [failed], [""]]
-        assert fold(whole_log(engine)) == ["gate", *"012345"] == ask(engine.snapshot()).data
+        assert (
+            fold(whole_log(engine))
+            == ["gate", *"012345"]
+            == ask(engine.snapshot()).data
+        )
         assert (engine.counts["pushes_failed"], engine.counts[failed]) == (0, 2)
 
 
@@ -2317,7 +2627,13 @@ def test_each_run_of_apply_gets_the_args_as_they_came(path: Path) -> None:
             return ["done"]
         return gate(db, mutation)
 
-    args = {"title": "t", "list": [[1]], "tuple": (1.5, [None]), "bytes": b"\0", "large": 2**70}
+    args = {
+        "title": "t",
+        "list": [[1]],
+        "tuple": (1.5, [None]),
+        "bytes": b"\0",
+        "large": 2**70,
+    }
     before = copy.deepcopy(args)
     with closing(open_log(path, apply=greedy, settings=SLOW)) as engine:
         engine.submit([note("gate")])
@@ -2325,7 +2641,10 @@ def test_each_run_of_apply_gets_the_args_as_they_came(path: Path) -> None:
         future = engine.submit([note("greedy", args), note("end")])
         args["title"] = "changed while it waits"
         release.set()
-        assert [result.code for result in future.result(PATIENCE)] == ["", "internal_error"]
+        assert [result.code for result in future.result(PATIENCE)] == [
+            "",
+            "internal_error",
+        ]
     assert len(seen) > 1
     assert seen == [before] * len(seen)
     assert args == before | {"title": "changed while it waits"}
@@ -2401,7 +2720,9 @@ def test_a_cursor_that_apply_returns_is_no_list_of_changes(path: Path) -> None:
 
 def test_too_many_changes_are_an_invalid_mutation(path: Path) -> None:
     with closing(open_log(path, settings=Settings(mutation_changes=3))) as engine:
-        results = push(engine, *({"id": str(n), "name": "notes", "args": n} for n in (3, 4)))
+        results = push(
+            engine, *({"id": str(n), "name": "notes", "args": n} for n in (3, 4))
+        )
     assert (results[0]["ok"], results[1]["code"]) == (True, "invalid_mutation")
 
 
@@ -2420,7 +2741,9 @@ def limited(engine: Engine, kept: list[sqlite3.Connection]) -> Iterator[None]:
 
 
 def insert_much(db: sqlite3.Connection) -> None:
-    db.execute("INSERT INTO notes VALUES ('_default', printf('\"%.*c\"', 1000000, 'x'))")
+    db.execute(
+        "INSERT INTO notes VALUES ('_default', printf('\"%.*c\"', 1000000, 'x'))"
+    )
 
 
 def swallow(db: sqlite3.Connection) -> None:
@@ -2443,7 +2766,11 @@ def swallow_and_go_on_with_a_cursor(db: sqlite3.Connection) -> None:
     cursor, trace = db.cursor(), "INSERT INTO notes VALUES ('_default', '\"a trace\"')"
     cursor.execute(trace)  # so that it is prepared
     swallow(db)
-    for write in (cursor.execute, cursor.executescript, lambda sql: cursor.executemany(sql, [()])):
+    for write in (
+        cursor.execute,
+        cursor.executescript,
+        lambda sql: cursor.executemany(sql, [()]),
+    ):
         with suppress(sqlite3.Error):
             write(trace)
 
@@ -2488,8 +2815,12 @@ def full_disk(path: Path) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
-def test_a_refused_first_transaction_is_not_taken_for_a_restored_copy(path: Path) -> None:
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs a limit on the size of files"
+)
+def test_a_refused_first_transaction_is_not_taken_for_a_restored_copy(
+    path: Path,
+) -> None:
     with closing(open_log(path)) as before, closing(open_log(path)) as engine:
         push(before, note("1", "x" * 100_000))
         looked, look = threading.Semaphore(0), engine.store.look
@@ -2510,7 +2841,9 @@ def test_a_refused_first_transaction_is_not_taken_for_a_restored_copy(path: Path
         assert engine.rewinds == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs a limit on the size of files"
+)
 def test_a_disk_that_refuses_a_write_is_unavailable_and_later_works_again(
     engine: Engine, path: Path
 ) -> None:
@@ -2562,7 +2895,9 @@ def test_all_that_waits_for_a_lock_in_vain_is_refused_together(path: Path) -> No
         assert [result.get("duplicate") for result in results] == [None] * 12
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs a limit on the size of files"
+)
 def test_once_the_disk_refuses_what_is_left_is_unavailable_untried(path: Path) -> None:
     entered, release, runs = threading.Event(), threading.Event(), list[str]()
     gate, full = gated(entered, release), ExitStack()
@@ -2586,11 +2921,18 @@ def test_once_the_disk_refuses_what_is_left_is_unavailable_untried(path: Path) -
         for future in futures[1:]:
             assert isinstance(future.exception(PATIENCE), mizusync.StoreRefused)
         assert runs == ["gate", "full", "1", "2", "3", "gate", "full"]
-        counts = [engine.counts[name] for name in ("pushes", "pushes_failed", "unavailable")]
+        counts = [
+            engine.counts[name] for name in ("pushes", "pushes_failed", "unavailable")
+        ]
         assert counts == [1, 2, 2]
         full.close()
         again = push(engine, note("gate"), note("1"), note("2"), note("3"))
-        assert ["duplicate" in result for result in again] == [True, False, False, False]
+        assert ["duplicate" in result for result in again] == [
+            True,
+            False,
+            False,
+            False,
+        ]
         assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 4
 
 
@@ -2604,7 +2946,11 @@ def test_a_file_that_was_removed_or_replaced_is_unavailable(
         path.with_name("copy.db").replace(path)
     else:
         path.unlink()
-    for question in (lambda: engine.push([note("2")]), engine.position, engine.snapshot):
+    for question in (
+        lambda: engine.push([note("2")]),
+        engine.position,
+        engine.snapshot,
+    ):
         with pytest.raises(Unavailable):
             ask(asked(question))
 
@@ -2623,7 +2969,9 @@ def test_without_its_write_ahead_log_it_is_unavailable_and_keeps_what_was_acknow
         assert len(whole_log(engine)) == 1
 
 
-def test_a_write_ahead_log_that_was_replaced_before_the_first_push_is_noticed(path: Path) -> None:
+def test_a_write_ahead_log_that_was_replaced_before_the_first_push_is_noticed(
+    path: Path,
+) -> None:
     open_log(path).close()
     with closing(open_log(path)) as engine:
         ask(engine.position())
@@ -2664,7 +3012,9 @@ def test_a_file_that_became_no_database_is_unavailable(path: Path) -> None:
 
 @settings(max_examples=20)
 @given(
-    sizes=st.lists(st.lists(st.sampled_from("ab"), max_size=5), min_size=1, max_size=12),
+    sizes=st.lists(
+        st.lists(st.sampled_from("ab"), max_size=5), min_size=1, max_size=12
+    ),
     limit=st.integers(1, 7),
     tail=st.sampled_from([1, 3, 1000]),
 )
@@ -2674,7 +3024,9 @@ def test_a_client_that_pulls_pages_of_any_size_has_exactly_the_log(
     with tempfile.TemporaryDirectory() as folder:
         file, few = Path(folder) / "log.db", Settings(tail_changes=tail)
         with closing(open_log(file, apply=ledger, settings=few)) as engine:
-            results = push(engine, *(entry(str(n), *scopes) for n, scopes in enumerate(sizes)))
+            results = push(
+                engine, *(entry(str(n), *scopes) for n, scopes in enumerate(sizes))
+            )
             from_memory = {scope: pages(engine, 0, scope, limit) for scope in "ab"}
         with closing(open_log(file, apply=ledger, settings=few)) as engine:
             from_disk = {scope: pages(engine, 0, scope, limit) for scope in "ab"}
@@ -2686,9 +3038,13 @@ def test_a_client_that_pulls_pages_of_any_size_has_exactly_the_log(
                 assert [c for page in found for c in page["changes"]] == list(
                     itertools.chain(*made)
                 )
-                assert {page["cursor"] for page in found} <= ends  # never inside a mutation
+                assert {
+                    page["cursor"] for page in found
+                } <= ends  # never inside a mutation
                 assert all(len(page["changes"]) >= limit for page in found[:-1])
-                assert [page["hasMore"] for page in found] == [True] * (len(found) - 1) + [False]
+                assert [page["hasMore"] for page in found] == [True] * (
+                    len(found) - 1
+                ) + [False]
 
 
 def in_scope(scope: str, changes: list[Any]) -> list[Any]:
@@ -2705,7 +3061,10 @@ def test_a_page_never_ends_inside_a_mutation(path: Path, restart: bool) -> None:
     with closing(engine):
         assert [len(page["changes"]) for page in pages(engine, limit=2)] == [8, 1]
         assert [len(page["changes"]) for page in pages(engine, limit=1)] == [1, 7, 1]
-        memory, disk = engine.counts["pulls_from_memory"], engine.counts["pulls_from_disk"]
+        memory, disk = (
+            engine.counts["pulls_from_memory"],
+            engine.counts["pulls_from_disk"],
+        )
         assert (disk > 0) if restart else (memory and not disk)
 
 
@@ -2722,10 +3081,15 @@ def test_a_page_has_about_as_many_bytes_as_it_may_and_at_least_one_mutation(
 
     with tempfile.TemporaryDirectory() as folder:
         opened = functools.partial(
-            open_log, Path(folder) / "log.db", apply=apply_sizes, settings=Settings(page_size=room)
+            open_log,
+            Path(folder) / "log.db",
+            apply=apply_sizes,
+            settings=Settings(page_size=room),
         )
         with closing(opened()) as engine:
-            results = push(engine, *(note(f"{n} ", sizes) for n, sizes in enumerate(made)))
+            results = push(
+                engine, *(note(f"{n} ", sizes) for n, sizes in enumerate(made))
+            )
             from_memory = pages(engine)
             assert engine.counts["pulls_from_disk"] == 0
         with closing(opened()) as engine:
@@ -2792,7 +3156,8 @@ def test_no_push_falls_between_a_waiting_pull_and_its_wait(engine: Engine) -> No
     ask(race())
 
 
-# In a process of its own: a connection that is closed while another thread reads on it is a crash.
+# In a process of its own: a connection that is closed while another thread reads on it
+# is a crash.
 CLOSER = """
 import asyncio, sys, mizusync
 
@@ -2838,7 +3203,10 @@ def test_closing_ends_a_follower_though_a_reader_is_still_at_work(path: Path) ->
             async for _ in engine.follow():
                 pass
 
-        following, reading = asyncio.create_task(follow()), asyncio.create_task(engine.snapshot())
+        following, reading = (
+            asyncio.create_task(follow()),
+            asyncio.create_task(engine.snapshot()),
+        )
         while not (entered.is_set() and engine.counts["pulls_from_memory"]):
             await asyncio.sleep(0)
         closing_it = asyncio.create_task(asyncio.to_thread(engine.close))
@@ -2869,7 +3237,9 @@ def test_follow_gives_every_change_once_and_then_each_new_one(engine: Engine) ->
         async for change in engine.follow():
             found.append(change.data)
             if len(found) == 3:
-                asyncio.get_running_loop().create_task(engine.push([note("3", 3), note("4", 4)]))
+                asyncio.get_running_loop().create_task(
+                    engine.push([note("3", 3), note("4", 4)])
+                )
             if len(found) == 5:
                 return found
         return found
@@ -2928,11 +3298,13 @@ def test_a_head_is_its_scopes_current_cursor(path: Path) -> None:
             assert ask(engine.head("never")) == 0
 
 
-def test_an_application_reads_its_own_tables_and_can_not_write_there(engine: Engine) -> None:
+def test_an_application_reads_its_own_tables_and_can_not_write_there(
+    engine: Engine,
+) -> None:
     push(engine, note("1", "milk"))
-    assert ask(engine.read(lambda db: db.execute("SELECT data FROM notes").fetchall())) == [
-        ('"milk"',)
-    ]
+    assert ask(
+        engine.read(lambda db: db.execute("SELECT data FROM notes").fetchall())
+    ) == [('"milk"',)]
     with pytest.raises(RuntimeError, match="only apply may write"):
         ask(engine.read(lambda db: db.execute("DELETE FROM notes")))
 
@@ -2940,7 +3312,9 @@ def test_an_application_reads_its_own_tables_and_can_not_write_there(engine: Eng
 # Snapshot, trim, epochs: who may go on from where.
 
 
-def test_a_snapshot_is_of_the_moment_of_its_cursor_while_pushes_pour_in(path: Path) -> None:
+def test_a_snapshot_is_of_the_moment_of_its_cursor_while_pushes_pour_in(
+    path: Path,
+) -> None:
     stop = threading.Event()
 
     def pour(engine: Engine, name: str) -> None:
@@ -2951,7 +3325,9 @@ def test_a_snapshot_is_of_the_moment_of_its_cursor_while_pushes_pour_in(path: Pa
 
     async def take(engine: Engine) -> list[Any]:
         taken = [await engine.snapshot() for _ in range(20)]
-        while taken[-1].cursor == taken[0].cursor:  # a commit may take longer than all of them
+        while (
+            taken[-1].cursor == taken[0].cursor
+        ):  # a commit may take longer than all of them
             taken.append(await engine.snapshot())
         return taken
 
@@ -2963,11 +3339,17 @@ def test_a_snapshot_is_of_the_moment_of_its_cursor_while_pushes_pour_in(path: Pa
         assert all(future.result(PATIENCE) is None for future in pouring)
         log = whole_log(engine)
         for one in [*taken, ask(engine.snapshot())]:
-            assert one.data == fold(change for change in log if change["cursor"] <= one.cursor)
+            assert one.data == fold(
+                change for change in log if change["cursor"] <= one.cursor
+            )
 
 
-@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, SystemExit, StopIteration])
-def test_whatever_a_snapshot_function_raises_is_told(path: Path, kind: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    "kind", [asyncio.CancelledError, GeneratorExit, SystemExit, StopIteration]
+)
+def test_whatever_a_snapshot_function_raises_is_told(
+    path: Path, kind: type[Exception]
+) -> None:
     fails = open_log(path, snapshot=lambda db, scope: raising(kind()))
     with closing(fails) as engine, pytest.raises(RuntimeError):
         ask(engine.snapshot())
@@ -2975,19 +3357,27 @@ def test_whatever_a_snapshot_function_raises_is_told(path: Path, kind: type[Exce
 
 def test_a_cursor_that_an_application_drops_is_closed_at_once(path: Path) -> None:
     def look_up(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        dropped = weakref.ref(db.execute("SELECT 1 UNION SELECT 2"))  # which is half read
-        return [dropped() is None]  # or a thousand of them would take time as their square
+        dropped = weakref.ref(
+            db.execute("SELECT 1 UNION SELECT 2")
+        )  # which is half read
+        return [
+            dropped() is None
+        ]  # or a thousand of them would take time as their square
 
     with closing(open_log(path, apply=look_up)) as engine:
         assert push(engine, note("1"))[0]["changes"][0]["data"] is True
 
 
 def test_a_snapshot_of_encoded_json_is_sent_as_it_is(path: Path) -> None:
-    with closing(open_log(path, snapshot=lambda db, scope: Json('{"a": 1.50}'))) as engine:
+    with closing(
+        open_log(path, snapshot=lambda db, scope: Json('{"a": 1.50}'))
+    ) as engine:
         assert b'"data":{"a": 1.50}' in ask(engine.snapshot()).encode()
 
 
-def test_a_snapshot_function_that_misuses_its_connection_hurts_nobody(path: Path) -> None:
+def test_a_snapshot_function_that_misuses_its_connection_hurts_nobody(
+    path: Path,
+) -> None:
     misuse = [
         *("COMMIT", "PRAGMA query_only = OFF", "DELETE FROM notes"),
         *("DELETE FROM mizusync_changes", "ATTACH ':memory:' AS x"),
@@ -3030,7 +3420,9 @@ def test_a_trim_removes_whole_mutations_and_410_begins_exactly_there(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         engine = open_log(Path(folder) / "log.db", apply=ledger)
-        results = push(engine, *(entry(str(n), *["a", "b"] * k) for n, k in enumerate(sizes)))
+        results = push(
+            engine, *(entry(str(n), *["a", "b"] * k) for n, k in enumerate(sizes))
+        )
         scopes = [["a", "b"] * k for k in sizes]
         every = list(map(functools.partial(made_by, engine), results, scopes))
         made = [in_scope("a", changes) for changes in every]
@@ -3049,18 +3441,24 @@ def test_a_trim_removes_whole_mutations_and_410_begins_exactly_there(
                     left = [c for c in itertools.chain(*made) if c["cursor"] > cursor]
                     assert pull(engine, cursor, "a")["changes"] == left
             assert ask(engine.head("a")) == made[-1][-1]["cursor"]
-            assert whole_log(engine, "b") == [c for m in every for c in in_scope("b", m)]
+            assert whole_log(engine, "b") == [
+                c for m in every for c in in_scope("b", m)
+            ]
 
 
 @pytest.mark.parametrize("before", [11, 12, 1000, 2**53 - 1])
-def test_a_snapshot_after_a_trim_of_everything_is_not_too_old(engine: Engine, before: int) -> None:
+def test_a_snapshot_after_a_trim_of_everything_is_not_too_old(
+    engine: Engine, before: int
+) -> None:
     push(engine, *(note(str(number)) for number in range(10)))
     assert ask(engine.trim(DEFAULT, before)) == 10
     taken = ask(engine.snapshot())
     assert (taken.cursor, len(taken.data)) == (10, 10)
     assert pull(engine, taken.cursor, epoch=taken.epoch)["changes"] == []
     assert ask(engine.head()) == 10
-    assert push(engine, {"id": "nothing", "name": "notes", "args": 0})[0]["cursor"] == 10
+    assert (
+        push(engine, {"id": "nothing", "name": "notes", "args": 0})[0]["cursor"] == 10
+    )
     (more,) = push(engine, note("more"))
     assert pull(engine, taken.cursor, epoch=taken.epoch)["changes"] == more["changes"]
 
@@ -3073,7 +3471,9 @@ def test_a_large_trim_leaves_whole_mutations(engine: Engine) -> None:
         pull(engine, 2399)
 
 
-def test_a_log_that_keeps_few_changes_keeps_the_newest_of_each_scope(path: Path) -> None:
+def test_a_log_that_keeps_few_changes_keeps_the_newest_of_each_scope(
+    path: Path,
+) -> None:
     with closing(open_log(path, settings=Settings(keep_changes=5))) as engine:
         many = {"scope": "quiet", "name": "notes", "args": 100}
         push(engine, *({"id": str(number)} | many for number in range(9)))
@@ -3085,11 +3485,19 @@ def test_a_log_that_keeps_few_changes_keeps_the_newest_of_each_scope(path: Path)
             assert seen[-1] == result["changes"][-1]  # who keeps up misses nothing
         sql = "SELECT count(*), max(cursor) FROM mizusync_changes GROUP BY scope"
         with closing(sqlite3.connect(path)) as db:
-            until(lambda: all(5 <= count < 5 + 4 or count == 100 for count, _ in db.execute(sql)))
+            until(
+                lambda: all(
+                    5 <= count < 5 + 4 or count == 100 for count, _ in db.execute(sql)
+                )
+            )
             assert [last for _, last in db.execute(sql)] == [cursor_of(seen[-1]), 900]
         assert fold(seen) == [n for number in range(30) for n in range(1 + number % 4)]
         assert pull(engine, cursor_of(seen[-6]))["changes"] == seen[-5:]
-        for cursor, scope in ((0, DEFAULT), (cursor_of(seen[-12]), DEFAULT), (799, "quiet")):
+        for cursor, scope in (
+            (0, DEFAULT),
+            (cursor_of(seen[-12]), DEFAULT),
+            (799, "quiet"),
+        ):
             with pytest.raises(mizusync.CursorTooOld):
                 pull(engine, cursor, scope)
         (last,) = push(engine, note("last"))  # and the memory forgot what the file did
@@ -3099,14 +3507,17 @@ def test_a_log_that_keeps_few_changes_keeps_the_newest_of_each_scope(path: Path)
 
 
 def test_the_file_of_a_log_that_keeps_few_changes_stops_growing(path: Path) -> None:
-    """But for the marks, of some 80 bytes each; the application's own tables are its own affair."""
+    """But for the marks, of some 80 bytes each; the application's own tables are its
+    own affair."""
 
     def application(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
         return [mutation.args]
 
     sizes: list[int] = []
     for opening in range(4):
-        few = Settings(keep_changes=10)  # so few that each commit trims: no chance is in it
+        few = Settings(
+            keep_changes=10
+        )  # so few that each commit trims: no chance is in it
         with closing(open_log(path, apply=application, settings=few)) as engine:
             for number in range(40):
                 push(engine, note(f"{opening} {number}", "x" * 4000))
@@ -3118,12 +3529,17 @@ def test_the_file_of_a_log_that_keeps_few_changes_stops_growing(path: Path) -> N
 def test_the_trims_of_many_scopes_are_spread_over_many_commits(path: Path) -> None:
     scopes = [str(number) for number in range(20)]
     with closing(open_log(path)) as engine:
-        push(engine, *(note(f"{scope} {n}", scope=scope) for scope in scopes for n in range(9)))
+        push(
+            engine,
+            *(note(f"{scope} {n}", scope=scope) for scope in scopes for n in range(9)),
+        )
     with closing(open_log(path, settings=Settings(keep_changes=2))) as engine:
         push(engine, *(note("more", scope=scope) for scope in scopes))
         sql = "SELECT max(count) FROM (SELECT count(*) count FROM mizusync_changes GROUP BY scope)"
         with closing(sqlite3.connect(path)) as db:
-            until(lambda: db.execute(sql).fetchone() == (2,))  # though nothing is pushed any more
+            until(
+                lambda: db.execute(sql).fetchone() == (2,)
+            )  # though nothing is pushed any more
         until(lambda: len(scopes) <= engine.counts["trims"] <= engine.counts["commits"])
 
 
@@ -3134,7 +3550,9 @@ def test_keep_changes_wants_a_snapshot_function(path: Path) -> None:
 
 def test_a_trim_with_a_senseless_number_spoils_no_push(path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
-    with closing(open_log(path, apply=gated(entered, release), settings=SLOW)) as engine:
+    with closing(
+        open_log(path, apply=gated(entered, release), settings=SLOW)
+    ) as engine:
         first = engine.submit([note("gate")])
         assert entered.wait(PATIENCE)
 
@@ -3149,7 +3567,9 @@ def test_a_trim_with_a_senseless_number_spoils_no_push(path: Path) -> None:
         assert first.result(PATIENCE)[0].ok
 
 
-def test_a_trim_in_another_process_is_told_of_where_its_changes_were_never_seen(path: Path) -> None:
+def test_a_trim_in_another_process_is_told_of_where_its_changes_were_never_seen(
+    path: Path,
+) -> None:
     blind = Settings(watch_interval=PATIENCE * 6)  # it looks around only when it writes
     with (
         closing(open_log(path, settings=blind)) as engine,
@@ -3167,7 +3587,9 @@ def test_a_trim_in_another_process_is_told_of_where_its_changes_were_never_seen(
             pull(engine, old["cursor"])
 
 
-def test_a_trim_in_another_process_is_told_of_where_memory_holds_its_changes(path: Path) -> None:
+def test_a_trim_in_another_process_is_told_of_where_memory_holds_its_changes(
+    path: Path,
+) -> None:
     with closing(open_log(path)) as engine, closing(open_log(path)) as other:
         push(other, note("so that only the trim is new", scope="elsewhere"))
         (old, new) = push(engine, note("1"), note("2"))
@@ -3189,7 +3611,9 @@ def test_no_listener_hears_a_cursor_go_down_by_another_engines_trim(path: Path) 
         assert heard == sorted(heard)
 
 
-def test_who_follows_leaves_others_their_turn_where_pulls_may_not_wait(path: Path) -> None:
+def test_who_follows_leaves_others_their_turn_where_pulls_may_not_wait(
+    path: Path,
+) -> None:
     with closing(open_log(path, settings=Settings(pull_wait_max=0))) as engine:
         push(engine, note("1"))
 
@@ -3255,12 +3679,19 @@ def back_up(path: Path) -> Path:
 
 def restore(path: Path, backup: Path) -> None:
     """Into the open file, page by page."""
-    with closing(sqlite3.connect(path)) as db, closing(sqlite3.connect(backup)) as copied:
+    with (
+        closing(sqlite3.connect(path)) as db,
+        closing(sqlite3.connect(backup)) as copied,
+    ):
         copied.backup(db)
 
 
-@pytest.mark.parametrize("grown", [0, 3, 20], ids=["as it was", "less", "past the client"])
-@pytest.mark.parametrize("restart", [False, True], ids=["same opening", "later opening"])
+@pytest.mark.parametrize(
+    "grown", [0, 3, 20], ids=["as it was", "less", "past the client"]
+)
+@pytest.mark.parametrize(
+    "restart", [False, True], ids=["same opening", "later opening"]
+)
 def test_a_restored_older_copy_knows_the_cursors_that_it_gave_out_and_no_later_ones(
     path: Path, grown: int, restart: bool
 ) -> None:
@@ -3285,7 +3716,9 @@ def test_a_restored_older_copy_knows_the_cursors_that_it_gave_out_and_no_later_o
         assert ask(engine.snapshot()).cursor == 5 + grown
 
 
-def test_an_older_copy_restored_into_the_open_file_is_noticed(engine: Engine, path: Path) -> None:
+def test_an_older_copy_restored_into_the_open_file_is_noticed(
+    engine: Engine, path: Path
+) -> None:
     push(engine, note("1"))
     backup = back_up(path)
     push(engine, *(note(f"lost {number}") for number in range(3)))
@@ -3301,8 +3734,12 @@ def test_an_older_copy_restored_into_the_open_file_is_noticed(engine: Engine, pa
         pull(engine, late["cursor"], epoch=late["epoch"])
 
 
-def test_a_restored_copy_that_grew_past_the_memory_before_it_looked_is_noticed(path: Path) -> None:
-    with closing(open_log(path, settings=Settings(watch_interval=PATIENCE * 6))) as engine:
+def test_a_restored_copy_that_grew_past_the_memory_before_it_looked_is_noticed(
+    path: Path,
+) -> None:
+    with closing(
+        open_log(path, settings=Settings(watch_interval=PATIENCE * 6))
+    ) as engine:
         push(engine, note("1", "old"))
         backup = back_up(path)
         push(engine, note("2", "lost"), note("3", "lost"))
@@ -3314,7 +3751,9 @@ def test_a_restored_copy_that_grew_past_the_memory_before_it_looked_is_noticed(p
         assert fold(whole_log(engine)) == ["old"]
 
 
-def test_a_restored_copy_begins_an_epoch_whoever_commits_to_it_first(path: Path) -> None:
+def test_a_restored_copy_begins_an_epoch_whoever_commits_to_it_first(
+    path: Path,
+) -> None:
     with closing(open_log(path)) as engine, closing(open_log(path)) as other:
         push(engine, note("1"))
         push(other, note("2"))
@@ -3338,7 +3777,11 @@ def test_two_engines_on_one_file_are_one_log(path: Path) -> None:
         for number in range(15):
             writer, reader = (one, two) if number % 3 else (two, one)
             cursors += [push(writer, note(str(number), number))[0]["cursor"]]
-            assert fold(whole_log(reader)) == fold(whole_log(writer)) == list(range(number + 1))
+            assert (
+                fold(whole_log(reader))
+                == fold(whole_log(writer))
+                == list(range(number + 1))
+            )
             assert push(reader, note(str(number)))[0]["duplicate"]
             assert ask(reader.head()) == cursors[-1]
         assert cursors == sorted(set(cursors))
@@ -3349,7 +3792,12 @@ def test_an_engine_hears_of_another_ones_commits(path: Path) -> None:
         heard: list[tuple[str, Hint]] = []
         one.listen(lambda news: heard.extend(news.items()))
         (result,) = push(two, note("1", scope="a"))
-        until(lambda: ("a", result["cursor"]) in [(scope, hint.cursor) for scope, hint in heard])
+        until(
+            lambda: (
+                ("a", result["cursor"])
+                in [(scope, hint.cursor) for scope, hint in heard]
+            )
+        )
 
 
 def test_a_waiting_pull_is_woken_by_another_engines_commit(path: Path) -> None:
@@ -3390,8 +3838,11 @@ engine.close()
 """
 
 
-def start_worker(path: Path, name: str, starts: list[int], count: int) -> subprocess.Popen[bytes]:
-    """A process that pushes from some threads, and says what was acknowledged, a line each."""
+def start_worker(
+    path: Path, name: str, starts: list[int], count: int
+) -> subprocess.Popen[bytes]:
+    """A process that pushes from some threads, and says what was acknowledged, a line
+    each."""
     words = (str(path), name, json.dumps(starts), str(len(starts)), str(count))
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, *words],
@@ -3409,7 +3860,9 @@ def test_processes_that_write_to_one_file_make_one_log(path: Path) -> None:
         while len(seen) < 120 + len(own) or not own:
             assert time.monotonic() < started + PATIENCE * 3, "a worker failed"
             own += [push(engine, note(str(len(own))))[0]["cursor"]]
-            seen += pull(engine, seen[-1]["cursor"] if seen else 0, limit=1000)["changes"]
+            seen += pull(engine, seen[-1]["cursor"] if seen else 0, limit=1000)[
+                "changes"
+            ]
             assert own[-1] in map(cursor_of, seen)
         said = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]
         lines = [json.loads(line) for text in said for line in text.splitlines()]
@@ -3427,7 +3880,10 @@ def head_after_more(engine: Engine) -> int:
 
 
 def test_a_process_gets_its_turn_beside_a_busy_one(path: Path) -> None:
-    waited, count = 0, 30  # in changes of the other: what a slow disk costs, it costs both
+    waited, count = (
+        0,
+        30,
+    )  # in changes of the other: what a slow disk costs, it costs both
     with closing(open_log(path)) as engine, ThreadPoolExecutor(1) as pool:
         worker = start_worker(path, "busy", [0] * 4, 100_000)
         said = pool.submit(worker.communicate)
@@ -3437,11 +3893,14 @@ def test_a_process_gets_its_turn_beside_a_busy_one(path: Path) -> None:
         assert worker.poll() is None
         worker.kill()
         said.result(PATIENCE)
-    # About 8 each, 30 on a machine that is busy; with SQLite's own busy handler 140 to 550.
+    # About 8 each, 30 on a machine that is busy; with SQLite's own busy handler 140 to
+    # 550.
     assert waited < count * 60
 
 
-def test_a_wait_is_not_ended_by_another_engines_commit_that_was_pulled(path: Path) -> None:
+def test_a_wait_is_not_ended_by_another_engines_commit_that_was_pulled(
+    path: Path,
+) -> None:
     with closing(open_log(path)) as one, closing(open_log(path)) as two:
         push(two, note("1"))
 
@@ -3454,7 +3913,9 @@ def test_a_wait_is_not_ended_by_another_engines_commit_that_was_pulled(path: Pat
         assert ask(wait()) >= MOMENT * 0.9
 
 
-def test_an_engine_that_is_told_to_catch_up_does_not_wait_for_its_next_look(path: Path) -> None:
+def test_an_engine_that_is_told_to_catch_up_does_not_wait_for_its_next_look(
+    path: Path,
+) -> None:
     blind = Settings(watch_interval=PATIENCE * 6)
     with closing(open_log(path, settings=blind)) as one, closing(open_log(path)) as two:
         heard = threading.Event()
@@ -3475,7 +3936,7 @@ def test_a_new_file_may_be_opened_by_several_at_once(tmp_path: Path) -> None:
         assert list(pool.map(open_and_close, range(40))) == [None] * 40
 
 
-# --- Hub ------------------------------------------------------------------------------------
+# --- Hub ------------------------------------------------------------------------------
 # Topics, numbers and bytes; its messages are plain JSON here.
 
 
@@ -3538,7 +3999,9 @@ def test_the_changes_are_in_the_hints_of_those_who_asked_for_them() -> None:
     hub.subscribe("sync:a", asking, items=True)
     hub.hint("sync:a", news(5, "x", "y"))
     assert plain.data == [{"cursor": 5}]
-    assert asking.data == [{"cursor": 5, "epoch": "e", "after": 3, "changes": ["x", "y"]}]
+    assert asking.data == [
+        {"cursor": 5, "epoch": "e", "after": 3, "changes": ["x", "y"]}
+    ]
 
 
 def test_the_last_subscribe_decides_on_changes() -> None:
@@ -3551,8 +4014,11 @@ def test_the_last_subscribe_decides_on_changes() -> None:
     assert len(follower.heard) == 2
 
 
-def burst(hints: list[Hint], at_once: int = 1, items: bool = True, **limits: Any) -> list[Any]:
-    """What a follower hears of hints that come at once, when the first was slow to tell."""
+def burst(
+    hints: list[Hint], at_once: int = 1, items: bool = True, **limits: Any
+) -> list[Any]:
+    """What a follower hears of hints that come at once, when the first was slow to
+    tell."""
 
     async def all_at_once() -> list[Any]:
         hub, follower = make_hub(hint_gap=1.0, **limits), Follower(pause=0.03)
@@ -3632,8 +4098,12 @@ def test_a_merged_hint_never_hides_a_gap() -> None:
 
 
 @settings(max_examples=40)
-@given(commits=st.lists(st.integers(0, 4), min_size=1, max_size=30), few=st.integers(1, 12))
-def test_hints_with_changes_have_no_gap_and_end_at_the_newest(commits: list[int], few: int) -> None:
+@given(
+    commits=st.lists(st.integers(0, 4), min_size=1, max_size=30), few=st.integers(1, 12)
+)
+def test_hints_with_changes_have_no_gap_and_end_at_the_newest(
+    commits: list[int], few: int
+) -> None:
     async def follow() -> list[Any]:
         hub, follower, cursor = make_hub(hint_changes=few), Follower(), 0
         hub.subscribe("sync:a", follower, items=True)
@@ -3694,10 +4164,18 @@ def test_only_the_topics_that_were_silent_are_sent_again() -> None:
     hub.hint("first", Hint(2))
     late = time.monotonic()
     hub.beat(early + 100)
-    assert [follower.cursors for follower in followers.values()] == [[1, 2], [1, 1], [1, 1]]
+    assert [follower.cursors for follower in followers.values()] == [
+        [1, 2],
+        [1, 1],
+        [1, 1],
+    ]
     until(lambda: time.monotonic() > late)
     hub.beat(late + 100)
-    assert [follower.cursors for follower in followers.values()] == [[1, 2, 2], [1, 1], [1, 1]]
+    assert [follower.cursors for follower in followers.values()] == [
+        [1, 2, 2],
+        [1, 1],
+        [1, 1],
+    ]
 
 
 def test_a_topic_that_never_had_a_hint_has_no_heartbeat() -> None:
@@ -3778,7 +4256,9 @@ def test_who_leaves_everything_when_it_is_told_ends_no_heartbeat() -> None:
 def test_who_leaves_when_it_is_told_at_once_what_has_no_room_is_told_no_more() -> None:
     async def leave() -> None:
         failed: list[Any] = []
-        asyncio.get_running_loop().set_exception_handler(lambda loop, what: failed.append(what))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, what: failed.append(what)
+        )
         hub = make_hub(hint_changes=2, hint_gap=0.02)
         leaver = Leaver(hub, last=2)
         hub.subscribe("sync:a", leaver, items=True)
@@ -3804,9 +4284,10 @@ def test_a_follower_that_fails_hurts_no_other() -> None:
     assert last.cursors == [1, 2]
 
 
-# --- HTTP/1.1 -------------------------------------------------------------------------------
+# --- HTTP/1.1 -------------------------------------------------------------------------
 # First the parser alone, then what goes over a socket. Whatever two parsers could read
-# differently is refused, the connection closed, and nothing behind it read as a request.
+# differently is refused, the connection closed, and nothing behind it read as a
+# request.
 
 HOST, EVIL = b"Host: localhost", b"Host: evil.example"
 VERSION = b"Sec-WebSocket-Version: 13"
@@ -3821,7 +4302,9 @@ def get(target: bytes, *lines: bytes, host: bytes = HOST, body: bytes = b"") -> 
     return raw(b"GET %b HTTP/1.1" % target, host, *lines, body=body)
 
 
-def post(*lines: bytes, line: bytes = PUSH, host: bytes = HOST, body: bytes = BODY) -> bytes:
+def post(
+    *lines: bytes, line: bytes = PUSH, host: bytes = HOST, body: bytes = BODY
+) -> bytes:
     return raw(line, host, JSON, *lines, body=body)
 
 
@@ -3852,7 +4335,9 @@ def spoiled_heads(draw: st.DrawFn) -> bytes:
         b"\r\nTransfer-Encoding: chunked",
         b"HTTP/1.0",
     ]
-    stuff = st.sampled_from([*framing, *b"\r|\n|\r\n|\0| |\t|:|,|%|\x0b|\xa0|\xff".split(b"|")])
+    stuff = st.sampled_from(
+        [*framing, *b"\r|\n|\r\n|\0| |\t|:|,|%|\x0b|\xa0|\xff".split(b"|")]
+    )
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(head)))
         head[at : at + draw(st.integers(0, 3))] = draw(stuff | st.binary(max_size=3))
@@ -3860,7 +4345,8 @@ def spoiled_heads(draw: st.DrawFn) -> bytes:
 
 
 def read_heads(parts: Iterable[bytes]) -> list[Any]:
-    """The requests in these bytes, and the code of the refusal that ended them, if one did."""
+    """The requests in these bytes, and the code of the refusal that ended them, if one
+    did."""
     buffer, found = bytearray(), list[Any]()
     try:
         for part in parts:
@@ -3933,7 +4419,9 @@ BAD_HEADS = {
     "a raw byte in the target": raw(b"GET /h\xe9althz HTTP/1.1", HOST),
     "a TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
     "no host": raw(b"GET /healthz HTTP/1.1"),
-    "a percent sign alone in the host": raw(b"GET /healthz HTTP/1.1", b"Host: %zz.localhost"),
+    "a percent sign alone in the host": raw(
+        b"GET /healthz HTTP/1.1", b"Host: %zz.localhost"
+    ),
     "no address in brackets": raw(b"GET /healthz HTTP/1.1", b"Host: [:]"),
     "a port without a host": raw(b"GET /healthz HTTP/1.1", b"Host: :80"),
     "a whole address without a host": raw(b"GET http://:80/healthz HTTP/1.1", HOST),
@@ -3967,7 +4455,9 @@ def test_a_head_request_that_is_refused_unread_gets_no_body(
 ) -> None:
     visitor.send(before[:1])
     with closing(RawClient(visitor.address)) as other:
-        assert other.request("GET", "/healthz").status == 200  # by now the first byte has arrived
+        assert (
+            other.request("GET", "/healthz").status == 200
+        )  # by now the first byte has arrived
     visitor.send(before[1:] + raw(b"HEAD /healthz#part HTTP/1.1", HOST))
     assert visitor.response(bodiless=True).status == 400
     assert visitor.ended()
@@ -4029,13 +4519,17 @@ def test_a_body_that_two_parsers_could_read_differently_is_refused(
     assert visitor.ended()
 
 
-def test_an_http_1_0_request_with_a_transfer_coding_is_refused(visitor: RawClient) -> None:
+def test_an_http_1_0_request_with_a_transfer_coding_is_refused(
+    visitor: RawClient,
+) -> None:
     visitor.send(post(CHUNKED, line=b"POST /sync/push HTTP/1.0", body=chunked(BODY)))
     assert refused(visitor.response(), 400)
     assert visitor.ended()
 
 
-def test_a_transfer_coding_that_the_server_lacks_is_not_implemented(visitor: RawClient) -> None:
+def test_a_transfer_coding_that_the_server_lacks_is_not_implemented(
+    visitor: RawClient,
+) -> None:
     visitor.send(post(b"Transfer-Encoding: gzip, chunked", body=chunked(BODY)))
     assert refused(visitor.response(), 501)
     assert visitor.ended()
@@ -4110,7 +4604,9 @@ def test_a_head_that_comes_too_slowly_is_timed_out(tmp_path: Path) -> None:
         assert refused(client.response(), 408)
 
 
-def test_a_body_that_comes_too_slowly_is_timed_out_and_never_applied(tmp_path: Path) -> None:
+def test_a_body_that_comes_too_slowly_is_timed_out_and_never_applied(
+    tmp_path: Path,
+) -> None:
     with serve(tmp_path, replace(SMALL, body_timeout=MOMENT)) as live:
         client = live.client()
         client.send(post(LENGTH, body=BODY[:-1]))
@@ -4141,7 +4637,10 @@ def test_an_empty_line_after_a_body_begins_no_request(tmp_path: Path) -> None:
 def test_connections_are_kept_alive(client: RawClient) -> None:
     for _ in range(3):
         reply = client.request("GET", "/healthz")
-        assert (reply.status, reply.headers.get("connection")) in ((200, None), (200, "keep-alive"))
+        assert (reply.status, reply.headers.get("connection")) in (
+            (200, None),
+            (200, "keep-alive"),
+        )
 
 
 def test_a_request_that_says_close_is_the_last(client: RawClient) -> None:
@@ -4211,12 +4710,21 @@ BAD_CHUNKS = {
     "a space before": b" " + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
     "a vertical tab": SIZE + b"\x0b\r\n" + BODY + b"\r\n0\r\n\r\n",
     "a size past 64 bits": b"1" + b"0" * 16 + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "a size of a thousand digits": b"0" * 1000 + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "a size of a thousand digits": b"0" * 1000
+    + SIZE
+    + b"\r\n"
+    + BODY
+    + b"\r\n0\r\n\r\n",
     "an LF behind the size": SIZE + b"\n" + BODY + b"\r\n0\r\n\r\n",
     "a CR in the extension": SIZE + b";a\rb\r\n" + BODY + b"\r\n0\r\n\r\n",
     "an LF in the extension": SIZE + b";a\nb\r\n" + BODY + b"\r\n0\r\n\r\n",
     "a NUL in the extension": SIZE + b";a\0\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "an extension without an end": SIZE + b";" + b"a" * 200_000 + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "an extension without an end": SIZE
+    + b";"
+    + b"a" * 200_000
+    + b"\r\n"
+    + BODY
+    + b"\r\n0\r\n\r\n",
     "data that is too long": SIZE + b"\r\n" + BODY + b"!\r\n0\r\n\r\n",
     "an LF behind the data": SIZE + b"\r\n" + BODY + b"\n0\r\n\r\n",
     "no line behind the data": SIZE + b"\r\n" + BODY + b"0\r\n\r\n",
@@ -4224,7 +4732,9 @@ BAD_CHUNKS = {
     "a folded trailer": chunked(BODY, trailer=b"X-A: 1\r\n 2\r\n"),
     "a trailer without a colon": chunked(BODY, trailer=b"X-A\r\n"),
     "a trailer that ends in LF": chunked(BODY, trailer=b"X-A: 1\n"),
-    "a trailer past its bytes": chunked(BODY, trailer=b"X-A: " + b"a" * 200_000 + b"\r\n"),
+    "a trailer past its bytes": chunked(
+        BODY, trailer=b"X-A: " + b"a" * 200_000 + b"\r\n"
+    ),
     "trailers past their number": chunked(BODY, trailer=b"X-A: 1\r\n" * 20_000),
 }
 
@@ -4246,7 +4756,9 @@ def test_a_broken_chunk_is_refused_and_nothing_behind_it_is_read(
         "no end of the trailers": post(CHUNKED, body=chunked(BODY)[:-2]),
     },
 )
-def test_a_body_that_did_not_arrive_whole_is_never_applied(visitor: RawClient, sent: bytes) -> None:
+def test_a_body_that_did_not_arrive_whole_is_never_applied(
+    visitor: RawClient, sent: bytes
+) -> None:
     visitor.send(sent)
     visitor.half_close()
     with pytest.raises(EOFError):  # 400 may be said first
@@ -4254,7 +4766,9 @@ def test_a_body_that_did_not_arrive_whole_is_never_applied(visitor: RawClient, s
     assert b"200 OK" not in visitor.buffer
 
 
-def test_the_end_of_what_a_client_sends_is_not_the_end_of_its_answer(client: RawClient) -> None:
+def test_the_end_of_what_a_client_sends_is_not_the_end_of_its_answer(
+    client: RawClient,
+) -> None:
     client.send(post(LENGTH))
     client.half_close()
     assert client.response().json[0]["ok"]
@@ -4274,7 +4788,9 @@ def test_a_body_that_would_be_refused_is_not_asked_for(visitor: RawClient) -> No
     assert visitor.ended()
 
 
-def test_http_1_0_is_answered_and_closed_and_never_told_to_continue(client: RawClient) -> None:
+def test_http_1_0_is_answered_and_closed_and_never_told_to_continue(
+    client: RawClient,
+) -> None:
     client.send(post(LENGTH, b"Expect: 100-continue", line=b"POST /sync/push HTTP/1.0"))
     assert client.response().json[0]["ok"]
     assert client.ended()
@@ -4284,7 +4800,10 @@ def test_http_1_0_is_kept_alive_if_both_say_so(client: RawClient) -> None:
     for _ in range(2):
         client.send(raw(b"GET /healthz HTTP/1.0", HOST, b"Connection: Keep-Alive"))
         reply = client.response()
-        assert (reply.status, reply.headers["connection"].lower()) == (200, "keep-alive")
+        assert (reply.status, reply.headers["connection"].lower()) == (
+            200,
+            "keep-alive",
+        )
 
 
 def test_a_target_may_be_a_whole_address(client: RawClient) -> None:
@@ -4293,7 +4812,9 @@ def test_a_target_may_be_a_whole_address(client: RawClient) -> None:
     assert client.request("GET", f"{here}/sync/pull?cursor=0").json["changes"] == []
 
 
-@pytest.mark.parametrize("target", ["/healthz", "/sync/pull?scope=a", "/sync/snapshot", "/nowhere"])
+@pytest.mark.parametrize(
+    "target", ["/healthz", "/sync/pull?scope=a", "/sync/snapshot", "/nowhere"]
+)
 def test_head_is_get_without_its_body(visitor: RawClient, target: str) -> None:
     got, head = visitor.request("GET", target), visitor.request("HEAD", target)
     for name in ("content-length", "content-type", "cache-control"):
@@ -4311,9 +4832,14 @@ def test_head_is_get_without_its_body(visitor: RawClient, target: str) -> None:
         "healthz": ("/healthz", {"GET", "HEAD", "OPTIONS"}),
     },
 )
-def test_allow_names_what_an_endpoint_can(visitor: RawClient, case: tuple[str, set[str]]) -> None:
+def test_allow_names_what_an_endpoint_can(
+    visitor: RawClient, case: tuple[str, set[str]]
+) -> None:
     target, methods = case
-    options, delete = visitor.request("OPTIONS", target), visitor.request("DELETE", target)
+    options, delete = (
+        visitor.request("OPTIONS", target),
+        visitor.request("DELETE", target),
+    )
     assert options.status == 204
     assert refused(delete, 405)
     for reply in (options, delete):
@@ -4325,22 +4851,36 @@ def test_options_of_the_server_itself_are_answered(client: RawClient) -> None:
     assert (reply.status, "GET" in reply.headers["allow"]) == (204, True)
 
 
-@pytest.mark.parametrize("line", [b"CONNECT localhost:80", b"GET *", b"TRACE /healthz", b"BREW /"])
-def test_a_method_that_nobody_serves_is_refused(visitor: RawClient, line: bytes) -> None:
+@pytest.mark.parametrize(
+    "line", [b"CONNECT localhost:80", b"GET *", b"TRACE /healthz", b"BREW /"]
+)
+def test_a_method_that_nobody_serves_is_refused(
+    visitor: RawClient, line: bytes
+) -> None:
     visitor.send(raw(line + b" HTTP/1.1", HOST))
     assert refused(visitor.response(), 400, 405, 404)
 
 
 def test_every_answer_has_a_date_a_length_and_no_store(client: RawClient) -> None:
-    for target in ("/sync/pull", "/sync/snapshot", "/healthz", "/nowhere", "/sync/pull?limit=x"):
+    for target in (
+        "/sync/pull",
+        "/sync/snapshot",
+        "/healthz",
+        "/nowhere",
+        "/sync/pull?limit=x",
+    ):
         headers = client.request("GET", target).headers
         assert headers["cache-control"] == "no-store"
-        assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", headers["date"])
+        assert re.fullmatch(
+            r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", headers["date"]
+        )
         said = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
         assert abs(time.time() - said) < PATIENCE
 
 
-def test_a_body_past_the_limit_is_too_large_and_the_answer_is_heard(client: RawClient) -> None:
+def test_a_body_past_the_limit_is_too_large_and_the_answer_is_heard(
+    client: RawClient,
+) -> None:
     length = b"Content-Length: %d" % (3 * 2**20)
     client.send(post(length, body=b" " * (3 * 2**20)))  # all of it, before reading
     assert refused(client.response(), 413)
@@ -4361,16 +4901,27 @@ def test_chunks_past_the_limit_are_too_large(client: RawClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "json"]
+    "kind",
+    [
+        "",
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "application/jsonp",
+        "json",
+    ],
 )
 def test_push_wants_json(visitor: RawClient, kind: str) -> None:
     reply = visitor.request("POST", "/sync/push", BODY, {"Content-Type": kind})
     assert refused(reply, 415)
 
 
-@pytest.mark.parametrize("kind", ["APPLICATION/Json", "application/json; charset=utf-8"])
+@pytest.mark.parametrize(
+    "kind", ["APPLICATION/Json", "application/json; charset=utf-8"]
+)
 def test_push_takes_json_however_it_is_spelt(client: RawClient, kind: str) -> None:
-    assert client.request("POST", "/sync/push", BODY, {"Content-Type": kind}).status == 200
+    assert (
+        client.request("POST", "/sync/push", BODY, {"Content-Type": kind}).status == 200
+    )
 
 
 def mutation_with(args: bytes) -> bytes:
@@ -4412,7 +4963,9 @@ def test_a_push_that_is_no_json_array_of_mutations_is_refused(
         "a list in a mutation": mutation_with(b"[0%b]" % (b",0" * 100_000)),
     },
 )
-def test_a_push_of_more_values_than_the_limit_is_too_large(visitor: RawClient, body: bytes) -> None:
+def test_a_push_of_more_values_than_the_limit_is_too_large(
+    visitor: RawClient, body: bytes
+) -> None:
     assert refused(visitor.request("POST", "/sync/push", body), 413)
     assert visitor.request("GET", "/healthz").status == 200
 
@@ -4430,31 +4983,47 @@ def test_values_past_the_limit_are_too_large_in_a_push_a_message_and_a_route(
         client, session = live.client(), live.socket()
         for args, fits in (([], True), ([1, 2], False)):
             body = json.dumps([note("a", args)]).encode()
-            assert client.request("POST", "/sync/push", body).status == (200 if fits else 413)
+            assert client.request("POST", "/sync/push", body).status == (
+                200 if fits else 413
+            )
         session.say("chat", [1, 2, 3, 4])
         assert session.read_json()["data"]["code"] == "too_large"
         session.say("chat", [1, 2])
         assert session.read_json()["data"]["code"] == "unknown_topic"
-        assert refused(client.request("POST", "/echo", b"[0%b]" % (b",0" * 100_000)), 413)
+        assert refused(
+            client.request("POST", "/echo", b"[0%b]" % (b",0" * 100_000)), 413
+        )
 
 
-def test_a_number_beyond_64_bits_is_pushed_and_pulled_as_a_float(client: RawClient) -> None:
+def test_a_number_beyond_64_bits_is_pushed_and_pulled_as_a_float(
+    client: RawClient,
+) -> None:
     body = mutation_with(b"[100000000000000000000, -18446744073709551616, 1]")
     (result,) = client.request("POST", "/sync/push", body).json
     assert result["ok"]
-    assert [change["data"] for change in client.pull()["changes"]] == [[1e20, -(2.0**64), 1]]
+    assert [change["data"] for change in client.pull()["changes"]] == [
+        [1e20, -(2.0**64), 1]
+    ]
 
 
 def test_json_comes_back_as_it_was(client: RawClient) -> None:
     written = [
-        *(b"[" * 62 + b"]" * 62, b'"' + b"[{" * 100 + b'"', b'"\\"' + b"[" * 100 + b'\\\\"'),
+        *(
+            b"[" * 62 + b"]" * 62,
+            b'"' + b"[{" * 100 + b'"',
+            b'"\\"' + b"[" * 100 + b'\\\\"',
+        ),
         *(b'"\\ud83d\\ude00 \xf0\x9f\x98\x80"', b'"\\u0000"', b'"\\u2028\\u2029"'),
         *(b"9007199254740991", b"-0.5e-3", b'{"a": 1, "a": 2}'),
     ]
-    mutations = [b'{"id": "%d", "name": "note", "args": %b}' % one for one in enumerate(written)]
+    mutations = [
+        b'{"id": "%d", "name": "note", "args": %b}' % one for one in enumerate(written)
+    ]
     results = client.request("POST", "/sync/push", b"[%b]" % b",".join(mutations)).json
     changes = [change for result in results for change in result["changes"]]
-    assert [change["data"] for change in changes] == [json.loads(args) for args in written]
+    assert [change["data"] for change in changes] == [
+        json.loads(args) for args in written
+    ]
     assert client.pull()["changes"] == changes
 
 
@@ -4484,7 +5053,9 @@ def test_a_change_has_its_four_fields(client: RawClient) -> None:
     assert list(change) == ["cursor", "scope", "time", "data"]
     assert (change["cursor"], change["scope"]) == (result["cursor"], "list")
     assert change["data"] == {"x": [1, None, "\u00e9"]}
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", change["time"])
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", change["time"]
+    )
 
 
 def test_the_scope_is_default_when_none_is_named(client: RawClient) -> None:
@@ -4505,14 +5076,31 @@ def test_a_fault_of_apply_is_an_internal_error_that_tells_nothing(
     server: Live, client: RawClient
 ) -> None:
     failed, after = client.push({"id": "a", "name": "crash"}, note("b"))
-    assert (failed["ok"], failed["code"], after["ok"]) == (False, "internal_error", True)
+    assert (failed["ok"], failed["code"], after["ok"]) == (
+        False,
+        "internal_error",
+        True,
+    )
     assert "secret" not in failed["error"]
     server.logged("a secret of the inside")
 
 
 def test_malformed_mutations_among_good_ones_fail_alone(client: RawClient) -> None:
-    bad = [None, 1, [note("a")], {}, {"name": "note"}, note(""), note("x" * 129), {"id": "a"}]
-    bad += [{"id": None, "name": "note"}, {"id": "a", "name": ["note"]}, note("a", scope="")]
+    bad = [
+        None,
+        1,
+        [note("a")],
+        {},
+        {"name": "note"},
+        note(""),
+        note("x" * 129),
+        {"id": "a"},
+    ]
+    bad += [
+        {"id": None, "name": "note"},
+        {"id": "a", "name": ["note"]},
+        note("a", scope=""),
+    ]
     before, *failed, after = client.push(note("one"), *bad, note("two"))
     assert [result["code"] for result in failed] == ["invalid_mutation"] * len(bad)
     assert {tuple(result) for result in failed} == {("ok", "code", "error")}
@@ -4524,23 +5112,32 @@ def test_unknown_fields_are_ignored(client: RawClient) -> None:
     assert len(client.pull(colour="red")["changes"]) == 1
 
 
-def test_a_push_of_a_hundred_is_taken_and_of_more_is_too_large(client: RawClient) -> None:
+def test_a_push_of_a_hundred_is_taken_and_of_more_is_too_large(
+    client: RawClient,
+) -> None:
     many = [note(f"n{number}") for number in range(101)]
     assert refused(client.request("POST", "/sync/push", json.dumps(many).encode()), 413)
     assert client.pull()["changes"] == []
     assert all(result["ok"] for result in client.push(*many[:100]))
 
 
-def test_pull_gives_the_changes_of_one_scope_above_the_cursor(client: RawClient) -> None:
+def test_pull_gives_the_changes_of_one_scope_above_the_cursor(
+    client: RawClient,
+) -> None:
     one, _, three = client.push(note("a", 1), note("b", 2, scope="other"), note("c", 3))
     page = client.pull()
     assert list(page) == ["changes", "cursor", "epoch", "hasMore"]
     assert page["changes"] == one["changes"] + three["changes"]
     assert (page["cursor"], page["hasMore"]) == (three["cursor"], False)
-    assert client.pull(cursor=one["cursor"], epoch=page["epoch"])["changes"] == three["changes"]
+    assert (
+        client.pull(cursor=one["cursor"], epoch=page["epoch"])["changes"]
+        == three["changes"]
+    )
 
 
-def test_pull_gives_at_most_the_limit_and_says_whether_there_is_more(client: RawClient) -> None:
+def test_pull_gives_at_most_the_limit_and_says_whether_there_is_more(
+    client: RawClient,
+) -> None:
     client.push(*(note(f"n{number}", number) for number in range(5)))
     cursor, found = 0, []
     for more in (True, True, False):
@@ -4552,13 +5149,17 @@ def test_pull_gives_at_most_the_limit_and_says_whether_there_is_more(client: Raw
 
 
 def test_a_page_has_100_changes_unasked_and_1000_at_most(client: RawClient) -> None:
-    client.push(*({"id": f"n{number}", "name": "notes", "args": 20} for number in range(51)))
+    client.push(
+        *({"id": f"n{number}", "name": "notes", "args": 20} for number in range(51))
+    )
     assert len(client.pull()["changes"]) == 100
     assert len(client.pull(limit=1001)["changes"]) == 1000
     assert client.pull(limit=5000)["hasMore"]
 
 
-def test_a_pull_that_waits_is_answered_by_a_push(server: Live, client: RawClient) -> None:
+def test_a_pull_that_waits_is_answered_by_a_push(
+    server: Live, client: RawClient
+) -> None:
     client.send(get(b"/sync/pull?wait=60&scope=s"))
     server.client().push(note("a", scope="other"))
     (result,) = server.client().push(note("b", scope="s"))
@@ -4591,7 +5192,9 @@ def test_a_client_that_gives_up_waiting_is_forgotten(server: Live) -> None:
     until(lambda: server.tasks() <= before)
 
 
-BAD_NUMBERS = "%2B1 1_0 %D9%A3 %C2%B2 -1 -0 %201 1%20 1%0B +1 0x1 1e1 null nan inf 1.2.3 ."
+BAD_NUMBERS = (
+    "%2B1 1_0 %D9%A3 %C2%B2 -1 -0 %201 1%20 1%0B +1 0x1 1e1 null nan inf 1.2.3 ."
+)
 BAD_ESCAPES = "%zz % %4 a%FF %ED%A0%80 %C0%AF"
 BAD_QUERIES = {
     *(
@@ -4602,7 +5205,12 @@ BAD_QUERIES = {
     *(f"cursor={value}" for value in ("1.5", 2**53, "9" * 30, "9" * 5000)),
     *("limit=0", "limit=1.5", "limit=ten"),
     *(f"scope={scope}" for scope in ["", "x" * 257, *BAD_ESCAPES.split()]),
-    *("scope=a&scope=a", "scope=a&cursor=0&scope=b", "scope=a&%73cope=b", "cursor=0&cursor=0"),
+    *(
+        "scope=a&scope=a",
+        "scope=a&cursor=0&scope=b",
+        "scope=a&%73cope=b",
+        "cursor=0&cursor=0",
+    ),
     *("limit=1&limit=2", "wait=0&wait=0", "epoch=&epoch="),
 }
 
@@ -4679,7 +5287,9 @@ def test_an_epoch_that_is_not_known_makes_the_cursor_unknown(client: RawClient) 
     assert client.pull(cursor=result["cursor"], epoch="")["changes"] == []
 
 
-def test_a_cursor_before_a_trim_is_too_old_also_0(server: Live, client: RawClient) -> None:
+def test_a_cursor_before_a_trim_is_too_old_also_0(
+    server: Live, client: RawClient
+) -> None:
     cursors = [client.push(note(f"n{number}"))[0]["cursor"] for number in range(4)]
     epoch = client.pull()["epoch"]
     assert server.call(server.engine.trim, "_default", cursors[2]) == 2
@@ -4689,13 +5299,17 @@ def test_a_cursor_before_a_trim_is_too_old_also_0(server: Live, client: RawClien
             f"cursor={cursor}&epoch={epoch}",
             f"cursor={cursor}&wait=9",
         ):
-            assert refused(client.request("GET", f"/sync/pull?{query}"), 410, code="cursor_too_old")
+            assert refused(
+                client.request("GET", f"/sync/pull?{query}"), 410, code="cursor_too_old"
+            )
     assert len(client.pull(cursor=cursors[1], epoch=epoch)["changes"]) == 2
     assert client.pull(scope="other")["changes"] == []
 
 
 def test_a_snapshot_is_the_state_at_a_cursor(client: RawClient) -> None:
-    client.push(note("a", 1, scope="s"), note("b", 2, scope="other"), note("c", 3, scope="s"))
+    client.push(
+        note("a", 1, scope="s"), note("b", 2, scope="other"), note("c", 3, scope="s")
+    )
     taken = client.request("GET", "/sync/snapshot?scope=s").json
     assert list(taken) == ["data", "cursor", "epoch"]
     assert taken["data"] == [1, 3]
@@ -4710,11 +5324,15 @@ def test_without_a_snapshot_function_a_snapshot_is_not_found(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("query", ["scope=", "scope=a&scope=a", "scope=%zz"])
-def test_a_snapshot_of_a_malformed_scope_is_refused(visitor: RawClient, query: str) -> None:
+def test_a_snapshot_of_a_malformed_scope_is_refused(
+    visitor: RawClient, query: str
+) -> None:
     assert refused(visitor.request("GET", f"/sync/snapshot?{query}"), 400)
 
 
-@pytest.mark.parametrize("fault", [RuntimeError, StopIteration, SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "fault", [RuntimeError, StopIteration, SystemExit, KeyboardInterrupt]
+)
 def test_a_fault_of_the_snapshot_function_is_an_internal_error_that_tells_nothing(
     tmp_path: Path, fault: type[BaseException]
 ) -> None:
@@ -4753,7 +5371,13 @@ def test_large_answers_are_compressed_for_who_accepts_gzip(tmp_path: Path) -> No
     with serve(tmp_path, page=PROGRAM.with_name("demo.html")) as live:
         client = live.client()
         client.push(note("a", "x" * 20_000))
-        for target in ("/sync/pull", "/sync/snapshot", "/", "/sync/pull?cursor=1", "/healthz"):
+        for target in (
+            "/sync/pull",
+            "/sync/snapshot",
+            "/",
+            "/sync/pull?cursor=1",
+            "/healthz",
+        ):
             plain = client.request("GET", target)
             assert "content-encoding" not in plain.headers
             for codings, accepted in GZIP.items():
@@ -4771,12 +5395,21 @@ def test_large_answers_are_compressed_for_who_accepts_gzip(tmp_path: Path) -> No
 
 
 def test_an_unknown_path_is_not_found(visitor: RawClient) -> None:
-    for target in ("/nowhere", "/sync/push/", "/sync", "//healthz", "/SYNC/PULL", "/healthz/../x"):
+    for target in (
+        "/nowhere",
+        "/sync/push/",
+        "/sync",
+        "//healthz",
+        "/SYNC/PULL",
+        "/healthz/../x",
+    ):
         assert refused(visitor.request("GET", target), 404)
     assert refused(visitor.request("POST", "/nowhere", b"{}"), 404)
 
 
-def test_what_the_writer_has_no_room_for_is_unavailable_and_not_applied(tmp_path: Path) -> None:
+def test_what_the_writer_has_no_room_for_is_unavailable_and_not_applied(
+    tmp_path: Path,
+) -> None:
     entered, release = threading.Event(), threading.Event()
     slow = stalled(entered, release)
     with serve(tmp_path, replace(SMALL, pending_pushes=1), apply=slow) as live:
@@ -4790,7 +5423,9 @@ def test_what_the_writer_has_no_room_for_is_unavailable_and_not_applied(tmp_path
         finally:
             release.set()
         assert clients[0].response().json[0]["ok"]
-        assert "n3" not in [change["data"] for change in live.client().pull()["changes"]]
+        assert "n3" not in [
+            change["data"] for change in live.client().pull()["changes"]
+        ]
 
 
 def test_a_database_that_was_taken_away_is_unavailable(tmp_path: Path) -> None:
@@ -4854,7 +5489,9 @@ def test_a_method_in_another_case_is_another_method(visitor: RawClient) -> None:
 @pytest.mark.parametrize(
     "last", [get(b"/healthz", b"Connection: , close"), raw(b"GET /healthz HTTP/1.0")]
 )
-def test_a_push_behind_the_last_request_is_never_applied(visitor: RawClient, last: bytes) -> None:
+def test_a_push_behind_the_last_request_is_never_applied(
+    visitor: RawClient, last: bytes
+) -> None:
     visitor.send(last + post(LENGTH))  # RFC 9112 §9.6; the fixture pulls
     assert visitor.response().status == 200
     assert visitor.ended()
@@ -4866,7 +5503,9 @@ def test_the_refusal_of_a_head_has_no_content(visitor: RawClient) -> None:
     assert visitor.ended()
 
 
-def test_a_body_in_chunks_is_asked_for_where_the_client_expects_it(client: RawClient) -> None:
+def test_a_body_in_chunks_is_asked_for_where_the_client_expects_it(
+    client: RawClient,
+) -> None:
     client.send(post(CHUNKED, b"Expect: 100-continue", body=b""))
     assert client.response().status == 100
     client.send(chunked(BODY))
@@ -4881,11 +5520,15 @@ def answering(**response: Any) -> Callable[[Server], None]:
 
 
 @pytest.mark.parametrize("status", [204, 304])
-def test_an_answer_that_can_have_no_content_has_none(tmp_path: Path, status: int) -> None:
+def test_an_answer_that_can_have_no_content_has_none(
+    tmp_path: Path, status: int
+) -> None:
     with serve(tmp_path, prepare=answering(status=status, body=b"content")) as live:
         client = live.client()
         client.send(get(b"/it") + HEALTHZ)
-        reply = client.response()  # RFC 9112 §6.3; which also looks for a Content-Length
+        reply = (
+            client.response()
+        )  # RFC 9112 §6.3; which also looks for a Content-Length
         assert (reply.status, "date" in reply.headers) == (status, True)
         assert client.response().json["status"] == "ok"
 
@@ -4896,11 +5539,15 @@ def test_a_hostile_weight_takes_time_by_its_size_alone() -> None:
     assert request is not None
     started = time.process_time()
     assert not request.takes_gzip
-    assert time.process_time() - started < PATIENCE / 4  # as the square of the size it took 19 s
+    assert (
+        time.process_time() - started < PATIENCE / 4
+    )  # as the square of the size it took 19 s
 
 
 @pytest.mark.parametrize("origins", [[], ["https://app.example"]])
-def test_a_compressed_answer_is_not_for_every_cache(tmp_path: Path, origins: list[str]) -> None:
+def test_a_compressed_answer_is_not_for_every_cache(
+    tmp_path: Path, origins: list[str]
+) -> None:
     route = answering(body=b" " * 20_000, headers={"Cache-Control": "max-age=60"})
     with serve(tmp_path, prepare=route, allow_origin=origins) as live:
         reply = live.client().request("GET", "/it", headers={"Accept-Encoding": "gzip"})
@@ -4911,17 +5558,31 @@ def test_a_compressed_answer_is_not_for_every_cache(tmp_path: Path, origins: lis
 
 def test_nothing_of_a_request_comes_back_in_a_header(visitor: RawClient) -> None:
     mark = "reflected"
-    names = "Origin", "Cookie", "Accept", "X-Request-Id", "Access-Control-Request-Headers"
+    names = (
+        "Origin",
+        "Cookie",
+        "Accept",
+        "X-Request-Id",
+        "Access-Control-Request-Headers",
+    )
     fields = dict.fromkeys(names, mark) | {"Sec-WebSocket-Protocol": mark}
     for method in ("GET", "OPTIONS", "DELETE", mark):
-        for target in (f"/{mark}", f"/healthz?{mark}=%0d%0a{mark}:", f"/sync/pull?scope={mark}"):
-            for headers in (fields, {name: mark for name in fields if name != "Origin"}):
+        for target in (
+            f"/{mark}",
+            f"/healthz?{mark}=%0d%0a{mark}:",
+            f"/sync/pull?scope={mark}",
+        ):
+            for headers in (
+                fields,
+                {name: mark for name in fields if name != "Origin"},
+            ):
                 reply = visitor.request(method, target, headers=headers)
                 assert mark not in str(reply.headers).lower()
 
 
-# --- WebSocket ------------------------------------------------------------------------------
-# RFC 6455 §4 to §8: again the parser alone, then the handshake, then frames over a socket.
+# --- WebSocket ------------------------------------------------------------------------
+# RFC 6455 §4 to §8: again the parser alone, then the handshake, then frames over a
+# socket.
 
 UPGRADE = [b"Connection: Upgrade", b"Upgrade: websocket", VERSION]
 
@@ -4930,16 +5591,21 @@ frames = st.builds(
     st.sampled_from([0, 1, 2]),
     st.binary(max_size=200) | st.binary(min_size=126),
     st.booleans(),
-) | st.builds(Frame, st.sampled_from([CLOSE, PING, PONG]), st.binary(max_size=125), st.just(True))
+) | st.builds(
+    Frame, st.sampled_from([CLOSE, PING, PONG]), st.binary(max_size=125), st.just(True)
+)
 
 
 def read_frames(parts: Iterable[bytes], max_payload: int = 2**20) -> list[Any]:
-    """The frames in these bytes, and the code of the close that ended them, if one did."""
+    """The frames in these bytes, and the code of the close that ended them, if one
+    did."""
     buffer, found = bytearray(), list[Any]()
     try:
         for part in parts:
             buffer += part
-            while (frame := mizusync.parse_frame(buffer, max_payload=max_payload)) is not None:
+            while (
+                frame := mizusync.parse_frame(buffer, max_payload=max_payload)
+            ) is not None:
                 found.append(Frame(int(frame.opcode), bytes(frame.payload), frame.fin))
     except mizusync.ProtocolError as error:
         found.append(int(error.code))
@@ -4947,13 +5613,17 @@ def read_frames(parts: Iterable[bytes], max_payload: int = 2**20) -> list[Any]:
 
 
 @given(st.lists(frames, max_size=4), st.lists(st.integers(0, 900), max_size=9))
-def test_frames_read_the_same_however_the_bytes_arrive(sent: list[Frame], cuts: list[int]) -> None:
+def test_frames_read_the_same_however_the_bytes_arrive(
+    sent: list[Frame], cuts: list[int]
+) -> None:
     assert read_frames(pieces(b"".join(masked(*frame) for frame in sent), cuts)) == sent
 
 
 @given(
     st.lists(frames, min_size=1, max_size=3),
-    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=5),
+    st.lists(
+        st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=5
+    ),
     st.lists(st.integers(0, 900), max_size=5),
 )
 @settings(max_examples=200)
@@ -4981,7 +5651,10 @@ BAD_FRAMES = {
     "a long close": (masked(CLOSE, b"\x03\xe8" + b"x" * 124), 1002),
     "a ping in fragments": (masked(PING, b"hi", fin=False), 1002),
     "two bytes for a short length": (b"\x81\xfe\x00\x02abcdhi", 1002),
-    "eight bytes for a short length": (b"\x81\xff" + bytes(6) + b"\x00\x02abcdhi", 1002),
+    "eight bytes for a short length": (
+        b"\x81\xff" + bytes(6) + b"\x00\x02abcdhi",
+        1002,
+    ),
     "a length past 63 bits": (b"\x81\xff\x80" + bytes(7) + b"abcd", 1002),
     "a length past the limit": (b"\x81\xff" + (2**20 + 1).to_bytes(8, "big"), 1009),
     "a huge length": (b"\x81\xff\x7f" + b"\xff" * 7, 1009),
@@ -5000,7 +5673,9 @@ def test_a_frame_that_breaks_the_rules_closes_with_its_code(
 
 
 @pytest.mark.parametrize("size", [0, 125, 126, 65535, 65536])
-def test_the_servers_frames_are_not_masked_and_no_longer_than_need_be(size: int) -> None:
+def test_the_servers_frames_are_not_masked_and_no_longer_than_need_be(
+    size: int,
+) -> None:
     ours, theirs = socket.socketpair()
     with ours, closing(RawClient.__new__(RawClient)) as client:
         client.sock, client.buffer = theirs, bytearray()
@@ -5014,20 +5689,32 @@ def test_the_handshake_answers_the_key(client: RawClient) -> None:
     assert reply.headers["upgrade"].lower() == "websocket"
     assert reply.headers["connection"].lower() == "upgrade"
     assert reply.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
-    assert not {"sec-websocket-extensions", "content-length", "transfer-encoding"} & set(
-        reply.headers
-    )
+    assert not {
+        "sec-websocket-extensions",
+        "content-length",
+        "transfer-encoding",
+    } & set(reply.headers)
 
 
 @table(
     "fields",
     {
-        "lists and other cases": {"Connection": "keep-alive, UPGRADE", "Upgrade": "h2c, WebSocket"},
-        "an extension": {"Sec-WebSocket-Extensions": "permessage-deflate; client_max_window_bits"},
-        "its own origin": {"Origin": "http://localhost:{port}", "Host": "localhost:{port}"},
+        "lists and other cases": {
+            "Connection": "keep-alive, UPGRADE",
+            "Upgrade": "h2c, WebSocket",
+        },
+        "an extension": {
+            "Sec-WebSocket-Extensions": "permessage-deflate; client_max_window_bits"
+        },
+        "its own origin": {
+            "Origin": "http://localhost:{port}",
+            "Host": "localhost:{port}",
+        },
     },
 )
-def test_a_handshake_that_is_good_is_taken(visitor: RawClient, fields: dict[str, str]) -> None:
+def test_a_handshake_that_is_good_is_taken(
+    visitor: RawClient, fields: dict[str, str]
+) -> None:
     port = visitor.address[1]
     reply = visitor.upgrade(
         headers={name: value.format(port=port) for name, value in fields.items()}
@@ -5044,7 +5731,9 @@ def test_a_handshake_that_is_good_is_taken(visitor: RawClient, fields: dict[str,
         "another version": {"Sec-WebSocket-Version": "8"},
     },
 )
-def test_ws_wants_an_upgrade_to_version_13(visitor: RawClient, fields: dict[str, str]) -> None:
+def test_ws_wants_an_upgrade_to_version_13(
+    visitor: RawClient, fields: dict[str, str]
+) -> None:
     reply = visitor.upgrade(headers=fields)
     assert refused(reply, 426)
     assert reply.headers["upgrade"].lower() == "websocket"
@@ -5083,7 +5772,9 @@ def test_a_handshake_that_breaks_the_rules_is_refused(
     assert refused(visitor.response(), 400, 405, 426)
 
 
-def test_bytes_that_came_with_the_handshake_belong_to_the_websocket(client: RawClient) -> None:
+def test_bytes_that_came_with_the_handshake_belong_to_the_websocket(
+    client: RawClient,
+) -> None:
     subscribe = masked(TEXT, b'{"topic": "subscribe", "data": {}}')
     client.send(get(b"/ws", KEY, *UPGRADE) + subscribe + masked(PING, b"!"))
     assert client.response().status == 101
@@ -5093,7 +5784,9 @@ def test_bytes_that_came_with_the_handshake_belong_to_the_websocket(client: RawC
 
 def test_a_message_may_come_in_fragments_with_pings_in_between(server: Live) -> None:
     client = server.socket()
-    message = json.dumps({"topic": "subscribe", "data": {"scope": "\u00e9"}}, ensure_ascii=False)
+    message = json.dumps(
+        {"topic": "subscribe", "data": {"scope": "\u00e9"}}, ensure_ascii=False
+    )
     first, *others = pieces(message.encode(), range(1, 99))  # also inside the é
     client.send_frame(TEXT, first, fin=False)
     for piece in others:
@@ -5116,7 +5809,10 @@ def test_pings_are_answered_and_pongs_are_not(server: Live) -> None:
     "case",
     {
         "a continuation of nothing": ([masked(0, b"hi")], 1002),
-        "a message inside another": ([masked(TEXT, b"hi", False), masked(TEXT, b"hi")], 1002),
+        "a message inside another": (
+            [masked(TEXT, b"hi", False), masked(TEXT, b"hi")],
+            1002,
+        ),
         "a binary message": ([masked(BINARY, b"{}")], 1003),
         "a binary message in fragments": (
             [masked(BINARY, b"{}", False), masked(0, b"")],
@@ -5132,7 +5828,11 @@ def test_pings_are_answered_and_pongs_are_not(server: Live) -> None:
         ),
         "too much at once": ([masked(TEXT, b" " * (2**20 + 1))], 1009),
         "too much in fragments": (
-            [masked(TEXT, b" " * 2**19, False), masked(0, b" " * 2**19, False), masked(0, b" ")],
+            [
+                masked(TEXT, b" " * 2**19, False),
+                masked(0, b" " * 2**19, False),
+                masked(0, b" "),
+            ],
             1009,
         ),
     },
@@ -5147,7 +5847,9 @@ def test_a_message_that_breaks_the_rules_closes_with_its_code(
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1003, 1007, 1011, 3000, 4999])
-def test_a_close_is_answered_and_the_connection_ends(visitor: RawClient, code: int) -> None:
+def test_a_close_is_answered_and_the_connection_ends(
+    visitor: RawClient, code: int
+) -> None:
     assert visitor.upgrade().status == 101
     visitor.send_frame(CLOSE, code.to_bytes(2, "big") + "f\u00fcr immer".encode())
     visitor.send_frame(PING, b"after the close")
@@ -5164,8 +5866,13 @@ def test_a_close_without_a_code_is_answered(visitor: RawClient) -> None:
     assert visitor.ended()
 
 
-BAD_CLOSES = {str(code): code.to_bytes(2, "big") for code in (0, 999, 1004, 1005, 1006, 1015, 1016)}
-BAD_CLOSES |= {str(code): code.to_bytes(2, "big") for code in (1100, 2000, 2999, 5000, 65535)}
+BAD_CLOSES = {
+    str(code): code.to_bytes(2, "big")
+    for code in (0, 999, 1004, 1005, 1006, 1015, 1016)
+}
+BAD_CLOSES |= {
+    str(code): code.to_bytes(2, "big") for code in (1100, 2000, 2999, 5000, 65535)
+}
 
 
 @table("payload", BAD_CLOSES | {"one byte": b"\x03", "bad UTF-8": b"\x03\xe8\xff"})
@@ -5175,7 +5882,9 @@ def test_a_bad_close_is_a_protocol_error(visitor: RawClient, payload: bytes) -> 
     assert visitor.read_close() in (1002, 1007 if len(payload) == 3 else 1002)
 
 
-def test_a_client_that_does_not_answer_a_close_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_client_that_does_not_answer_a_close_is_not_waited_for(
+    tmp_path: Path,
+) -> None:
     with serve(tmp_path, replace(SMALL, close_timeout=MOMENT)) as live:
         client = live.socket()
         client.send_frame(BINARY, b"")
@@ -5184,7 +5893,9 @@ def test_a_client_that_does_not_answer_a_close_is_not_waited_for(tmp_path: Path)
 
 
 def test_the_server_pings_and_keeps_who_answers(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, ping_interval=MOMENT / 4, ping_timeout=MOMENT * 8)) as live:
+    with serve(
+        tmp_path, replace(SMALL, ping_interval=MOMENT / 4, ping_timeout=MOMENT * 8)
+    ) as live:
         client, started = live.socket(), time.monotonic()
         while time.monotonic() < started + MOMENT * 10:
             frame = client.read_frame()
@@ -5195,7 +5906,9 @@ def test_the_server_pings_and_keeps_who_answers(tmp_path: Path) -> None:
 
 
 def test_a_session_that_answers_no_ping_is_dropped(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, ping_interval=MOMENT / 3, ping_timeout=MOMENT)) as live:
+    with serve(
+        tmp_path, replace(SMALL, ping_interval=MOMENT / 3, ping_timeout=MOMENT)
+    ) as live:
         client = live.socket()
         assert client.read_frame().opcode == PING
         until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 0)
@@ -5212,7 +5925,9 @@ def test_pings_of_a_client_that_does_not_read_are_not_all_kept(tmp_path: Path) -
             for _ in range(400):
                 client.send(masked(PING, b"x" * 125) * 500)
 
-        with pytest.raises((TimeoutError, ConnectionError)):  # it is not read from any more
+        with pytest.raises(
+            (TimeoutError, ConnectionError)
+        ):  # it is not read from any more
             flood()
 
 
@@ -5223,7 +5938,9 @@ def test_fragments_of_nothing_take_no_memory() -> None:
     try:
         for _ in range(20_000):
             assert assembler.add(nothing) is None
-        assert tracemalloc.get_traced_memory()[0] < 80_000  # a list of them takes twice that
+        assert (
+            tracemalloc.get_traced_memory()[0] < 80_000
+        )  # a list of them takes twice that
     finally:
         tracemalloc.stop()
 
@@ -5240,7 +5957,9 @@ def test_fragments_of_nothing_take_no_memory() -> None:
 def test_the_subprotocol_is_one_that_was_offered(
     visitor: RawClient, offer: str, answer: str | None
 ) -> None:
-    reply = visitor.upgrade(headers={"Sec-WebSocket-Protocol": offer})  # RFC 6455 §4.2.2
+    reply = visitor.upgrade(
+        headers={"Sec-WebSocket-Protocol": offer}
+    )  # RFC 6455 §4.2.2
     assert (reply.status, reply.headers.get("sec-websocket-protocol")) == (101, answer)
 
 
@@ -5253,11 +5972,19 @@ def test_every_reserved_opcode_is_a_protocol_error(opcode: int) -> None:
     "case",
     {
         "it was said": (masked(BINARY, b""), 1003),
-        "a broken frame": (masked(3, b"") + masked(PING, b"x") + masked(TEXT, b"{}"), 1002),
-        "inside a message": (masked(TEXT, b"{", False) + masked(CLOSE, b"\x03\xe8"), 1000),
+        "a broken frame": (
+            masked(3, b"") + masked(PING, b"x") + masked(TEXT, b"{}"),
+            1002,
+        ),
+        "inside a message": (
+            masked(TEXT, b"{", False) + masked(CLOSE, b"\x03\xe8"),
+            1000,
+        ),
     },
 )
-def test_after_a_close_there_is_no_hint_and_no_pong(server: Live, case: tuple[bytes, int]) -> None:
+def test_after_a_close_there_is_no_hint_and_no_pong(
+    server: Live, case: tuple[bytes, int]
+) -> None:
     client = server.socket()
     client.subscribe()
     client.send(case[0])
@@ -5276,10 +6003,14 @@ def test_a_long_reason_is_cut_between_characters(tmp_path: Path) -> None:
     with serve(tmp_path, on_message=close) as live:
         client = live.socket()
         client.say("close", [4000, "\u00e9" * 200])
-        assert client.read_frame() == Frame(CLOSE, b"\x0f\xa0" + b"\xc3\xa9" * 61)  # §5.5
+        assert client.read_frame() == Frame(
+            CLOSE, b"\x0f\xa0" + b"\xc3\xa9" * 61
+        )  # §5.5
 
 
-def test_a_code_that_may_not_be_sent_is_a_fault_of_the_application(tmp_path: Path) -> None:
+def test_a_code_that_may_not_be_sent_is_a_fault_of_the_application(
+    tmp_path: Path,
+) -> None:
     with serve(tmp_path, on_message=close) as live:
         client = live.socket()
         for code in (0, 999, 1004, 1006, 1015, 2000, 5000, 70000):
@@ -5288,20 +6019,27 @@ def test_a_code_that_may_not_be_sent_is_a_fault_of_the_application(tmp_path: Pat
             assert client.quiet()
 
 
-# --- Live -----------------------------------------------------------------------------------
-# What a session is told: hints, never late, never going down; and what an application may add.
+# --- Live -----------------------------------------------------------------------------
+# What a session is told: hints, never late, never going down; and what an application
+# may add.
 
 
 def test_subscribe_answers_the_current_cursor_at_once(server: Live) -> None:
     (result,) = server.client().push(note("a", scope="s"))
     server.client().push(note("b", scope="other"))
     client = server.socket("/ws?scope=s")
-    assert client.subscribe() == {"topic": "sync:s", "data": {"cursor": result["cursor"]}}
+    assert client.subscribe() == {
+        "topic": "sync:s",
+        "data": {"cursor": result["cursor"]},
+    }
 
 
 def test_the_current_cursor_is_0_before_the_first_change(server: Live) -> None:
     server.client().push(note("b", scope="other"))
-    assert server.socket().subscribe() == {"topic": "sync:_default", "data": {"cursor": 0}}
+    assert server.socket().subscribe() == {
+        "topic": "sync:_default",
+        "data": {"cursor": 0},
+    }
 
 
 def test_a_trim_does_not_lower_the_current_cursor(server: Live) -> None:
@@ -5314,7 +6052,10 @@ def test_a_push_is_hinted_and_a_pull_sees_it(server: Live) -> None:
     client = server.socket("/ws?scope=caf%C3%A9")
     client.subscribe()
     (result,) = server.client().push(note("a", scope="caf\u00e9"))
-    assert client.read_json() == {"topic": "sync:caf\u00e9", "data": {"cursor": result["cursor"]}}
+    assert client.read_json() == {
+        "topic": "sync:caf\u00e9",
+        "data": {"cursor": result["cursor"]},
+    }
     assert server.client().pull(scope="caf\u00e9")["changes"] == result["changes"]
 
 
@@ -5323,13 +6064,18 @@ def test_a_session_may_subscribe_to_another_scope(server: Live) -> None:
     assert client.subscribe(scope="two")["topic"] == "sync:two"
     server.client().push(note("a", scope="one"))  # nobody asked for it
     (result,) = server.client().push(note("b", scope="two"))
-    assert client.read_json() == {"topic": "sync:two", "data": {"cursor": result["cursor"]}}
+    assert client.read_json() == {
+        "topic": "sync:two",
+        "data": {"cursor": result["cursor"]},
+    }
 
 
 def test_a_change_in_another_scope_is_hinted_there(server: Live) -> None:
     client = server.socket()
     client.subscribe(scope="two")
-    (result,) = server.client().push({"id": "a", "name": "share", "args": ["one", "two", "one"]})
+    (result,) = server.client().push(
+        {"id": "a", "name": "share", "args": ["one", "two", "one"]}
+    )
     assert client.read_json()["data"] == {"cursor": result["cursor"] - 1}
 
 
@@ -5342,7 +6088,10 @@ def test_a_session_that_unsubscribed_hears_no_more(server: Live) -> None:
     client.say("unsubscribe", {"scope": "two"})
     assert client.quiet()
     server.client().push(note("a"), note("b", scope="two"))
-    assert {witness.read_json()["topic"] for _ in range(2)} == {"sync:_default", "sync:two"}
+    assert {witness.read_json()["topic"] for _ in range(2)} == {
+        "sync:_default",
+        "sync:two",
+    }
     assert client.quiet()
 
 
@@ -5368,7 +6117,9 @@ def test_hints_carry_the_changes_for_who_asked(server: Live) -> None:
     assert plain.read_json()["data"] == {"cursor": result["cursor"]}
 
 
-def test_hints_with_changes_and_pulls_where_they_lack_give_the_whole_log(server: Live) -> None:
+def test_hints_with_changes_and_pulls_where_they_lack_give_the_whole_log(
+    server: Live,
+) -> None:
     client, pusher = server.socket(), server.client()
     cursor, found, epoch = 0, list[Any](), server.client().pull()["epoch"]
     client.subscribe(changes=True)
@@ -5385,7 +6136,10 @@ def test_hints_with_changes_and_pulls_where_they_lack_give_the_whole_log(server:
     assert len(log) == sum(range(60))
 
 
-@table("args", {"too many": {"name": "notes", "args": 33}, "too large": {"args": "x" * 2**14}})
+@table(
+    "args",
+    {"too many": {"name": "notes", "args": 33}, "too large": {"args": "x" * 2**14}},
+)
 def test_a_hint_of_a_large_commit_comes_without_its_changes(
     server: Live, args: dict[str, Any]
 ) -> None:
@@ -5455,8 +6209,11 @@ def test_a_slow_reader_is_kept_and_gets_the_newest_cursor(tmp_path: Path) -> Non
 
 
 @contextmanager
-def joined(folder: Path, settings: Settings = SMALL, **options: Any) -> Iterator[tuple[Live, Any]]:
-    """A server whose sessions follow the topic `news` once they said `join`, and how to do so."""
+def joined(
+    folder: Path, settings: Settings = SMALL, **options: Any
+) -> Iterator[tuple[Live, Any]]:
+    """A server whose sessions follow the topic `news` once they said `join`, and how to
+    do so."""
     came: list[mizusync.Session] = []
 
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
@@ -5487,7 +6244,9 @@ def test_a_topic_of_the_application_is_heard_by_who_follows_it(tmp_path: Path) -
 
 
 def test_a_reader_too_slow_for_what_may_not_be_merged_is_closed(tmp_path: Path) -> None:
-    small = replace(SMALL, send_buffer=4096, session_queue=2**15, close_timeout=PATIENCE)
+    small = replace(
+        SMALL, send_buffer=4096, session_queue=2**15, close_timeout=PATIENCE
+    )
     with joined(tmp_path, small) as (live, join):
         slow, quick = live.socket(receive_buffer=4096), live.socket()
         join(slow)
@@ -5509,7 +6268,9 @@ def test_a_session_that_has_ended_can_not_be_subscribed(tmp_path: Path) -> None:
         assert (session.topics, live.server.hub.topics) == ({}, {})
 
 
-def test_an_older_copy_restored_under_a_session_sends_it_away_to_come_back(tmp_path: Path) -> None:
+def test_an_older_copy_restored_under_a_session_sends_it_away_to_come_back(
+    tmp_path: Path,
+) -> None:
     with serve(tmp_path, may_log="walresetbug") as live:
         client, deaf = live.client(), live.socket()
         client.push(note("a"))
@@ -5518,7 +6279,9 @@ def test_an_older_copy_restored_under_a_session_sends_it_away_to_come_back(tmp_p
         late = client.pull()
         assert deaf.subscribe()["data"] == {"cursor": 3}
         restore(tmp_path / "log.db", backup)
-        assert deaf.read_frame().payload[:2] == b"\x03\xe9"  # 1001, which it does not answer
+        assert (
+            deaf.read_frame().payload[:2] == b"\x03\xe9"
+        )  # 1001, which it does not answer
         session = live.socket()
         assert session.subscribe()["data"] == {"cursor": 1}
         query = f"cursor={late['cursor']}&epoch={late['epoch']}"
@@ -5569,7 +6332,9 @@ def test_a_topic_that_nobody_serves_is_unknown(visitor: RawClient, topic: str) -
     assert visitor.subscribe()["topic"] == "sync:_default"
 
 
-def test_topics_of_scopes_are_refused_before_the_application_sees_them(tmp_path: Path) -> None:
+def test_topics_of_scopes_are_refused_before_the_application_sees_them(
+    tmp_path: Path,
+) -> None:
     with joined(tmp_path) as (live, join):
         client = live.socket()
         client.say("sync:_default", {"cursor": 1})
@@ -5643,12 +6408,17 @@ def test_other_topics_are_the_applications(tmp_path: Path, waits: bool) -> None:
         for number in range(3):
             client.say("hello", number)
         for number in range(3):
-            assert client.read_json() == {"topic": "answer", "data": ["s", "hello", number]}
+            assert client.read_json() == {
+                "topic": "answer",
+                "data": ["s", "hello", number],
+            }
         assert client.subscribe()["topic"] == "sync:s"
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_fault_of_on_message_is_logged_and_hurts_nobody(tmp_path: Path, waits: bool) -> None:
+def test_a_fault_of_on_message_is_logged_and_hurts_nobody(
+    tmp_path: Path, waits: bool
+) -> None:
     def broken(session: mizusync.Session, topic: str, data: Any) -> None:
         raise RuntimeError("a secret of the inside")
 
@@ -5660,7 +6430,9 @@ def test_a_fault_of_on_message_is_logged_and_hurts_nobody(tmp_path: Path, waits:
         client.say("hello")
         client.say("subscribe", {})
         answers = [client.read_json()]
-        if answers[-1]["topic"] == "error":  # it may say that something went wrong, but not what
+        if (
+            answers[-1]["topic"] == "error"
+        ):  # it may say that something went wrong, but not what
             answers.append(client.read_json())
         assert "secret" not in str(answers)
         assert answers[-1]["topic"] == "sync:_default"
@@ -5676,7 +6448,9 @@ def test_an_on_message_that_never_returns_keeps_no_session_whose_peer_has_gone(
         entered.append(release)
         await release.wait()
 
-    quick = replace(SMALL, ping_interval=MOMENT, ping_timeout=MOMENT, close_timeout=MOMENT)
+    quick = replace(
+        SMALL, ping_interval=MOMENT, ping_timeout=MOMENT, close_timeout=MOMENT
+    )
     with serve(tmp_path, quick, on_message=hang) as live:
         for leave in (RawClient.close, RawClient.reset):
             client, before = live.socket(), len(entered)
@@ -5688,7 +6462,9 @@ def test_an_on_message_that_never_returns_keeps_no_session_whose_peer_has_gone(
         live.call(release.set)
 
 
-def test_messages_are_handled_one_at_a_time_also_when_their_sender_is_gone(tmp_path: Path) -> None:
+def test_messages_are_handled_one_at_a_time_also_when_their_sender_is_gone(
+    tmp_path: Path,
+) -> None:
     handled, at_once, closed = list[int](), list[int](), threading.Event()
 
     async def slowly(session: mizusync.Session, topic: str, data: Any) -> None:
@@ -5698,7 +6474,9 @@ def test_messages_are_handled_one_at_a_time_also_when_their_sender_is_gone(tmp_p
 
     with serve(tmp_path, on_message=slowly, on_close=lambda *_: closed.set()) as live:
         client = live.socket()
-        client.send(b"".join(masked(TEXT, b'{"topic":"t","data":%d}' % n) for n in range(12)))
+        client.send(
+            b"".join(masked(TEXT, b'{"topic":"t","data":%d}' % n) for n in range(12))
+        )
         until(lambda: handled)
         client.reset()
         assert closed.wait(PATIENCE)
@@ -5716,12 +6494,16 @@ def test_who_gives_up_waiting_for_a_message_loses_none(tmp_path: Path) -> None:
                     got.append(await websocket.receive())
             got.append(await websocket.receive())
 
-    with serve(tmp_path, prepare=lambda server: server.websocket("/raw")(impatient)) as live:
+    with serve(
+        tmp_path, prepare=lambda server: server.websocket("/raw")(impatient)
+    ) as live:
         client = live.socket("/raw")
         client.send(b"".join(masked(TEXT, b"%d" % n) for n in range(50)))
         client.send_frame(CLOSE, b"\x03\xe8")
         client.read_close()
-    assert [message for message in got if message is not None] == list(map(str, range(50)))
+    assert [message for message in got if message is not None] == list(
+        map(str, range(50))
+    )
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
@@ -5784,7 +6566,9 @@ def test_an_on_close_that_never_returns_does_not_hold_the_end(tmp_path: Path) ->
 
     quick = Settings(shutdown_timeout=MOMENT, linger=MOMENT, close_timeout=PATIENCE * 3)
     with ExitStack() as stack, serve(tmp_path, quick, on_close=hanging) as live:
-        client = stack.enter_context(closing(RawClient(live.address)))  # it outlives the server
+        client = stack.enter_context(
+            closing(RawClient(live.address))
+        )  # it outlives the server
         assert client.upgrade().status == 101  # and answers no close
 
 
@@ -5812,7 +6596,9 @@ async def echo(websocket: Any) -> None:
 
 
 def test_a_raw_websocket_echoes_text_and_binary(tmp_path: Path) -> None:
-    with serve(tmp_path, prepare=lambda server: server.websocket("/echo")(echo)) as live:
+    with serve(
+        tmp_path, prepare=lambda server: server.websocket("/echo")(echo)
+    ) as live:
         client = live.socket("/echo")
         for frame in (
             Frame(TEXT, b""),
@@ -5826,10 +6612,14 @@ def test_a_raw_websocket_echoes_text_and_binary(tmp_path: Path) -> None:
         assert client.ended()
 
 
-def test_a_raw_websocket_takes_a_large_message_where_the_settings_allow_it(tmp_path: Path) -> None:
+def test_a_raw_websocket_takes_a_large_message_where_the_settings_allow_it(
+    tmp_path: Path,
+) -> None:
     message = os.urandom(2**23)
     large = replace(SMALL, message_size=2**23)
-    with serve(tmp_path, large, prepare=lambda server: server.websocket("/echo")(echo)) as live:
+    with serve(
+        tmp_path, large, prepare=lambda server: server.websocket("/echo")(echo)
+    ) as live:
         client = live.socket("/echo")
         writer = threading.Thread(target=client.send_frame, args=(BINARY, message))
         writer.start()
@@ -5841,7 +6631,9 @@ def test_a_raw_websocket_ends_with_its_function(tmp_path: Path) -> None:
     async def once(websocket: Any) -> None:
         await websocket.send("bye")
 
-    with serve(tmp_path, prepare=lambda server: server.websocket("/once")(once)) as live:
+    with serve(
+        tmp_path, prepare=lambda server: server.websocket("/once")(once)
+    ) as live:
         client = live.socket("/once")
         assert client.read_frame() == Frame(TEXT, b"bye")
         assert client.read_close() == 1000
@@ -5879,12 +6671,16 @@ def test_a_raw_websocket_that_sends_without_end_leaves_others_their_turn_and_end
     assert (ended, late) == ([mizusync.ConnectionLost], [])
 
 
-def test_a_fault_of_a_raw_websocket_is_logged_and_closes_with_1011(tmp_path: Path) -> None:
+def test_a_fault_of_a_raw_websocket_is_logged_and_closes_with_1011(
+    tmp_path: Path,
+) -> None:
     async def broken(websocket: Any) -> None:
         await websocket.send("hello")
         raise RuntimeError("a secret of the inside")
 
-    with serve(tmp_path, prepare=lambda server: server.websocket("/broken")(broken)) as live:
+    with serve(
+        tmp_path, prepare=lambda server: server.websocket("/broken")(broken)
+    ) as live:
         assert live.socket("/broken").read_close() == 1011
         live.logged("a secret of the inside")
 
@@ -5896,12 +6692,16 @@ def test_a_raw_websocket_whose_function_waits_for_what_is_cancelled_closes_with_
         await websocket.send("hello")
         await cancelled(websocket.request)
 
-    with serve(tmp_path, prepare=lambda server: server.websocket("/it")(cancelling)) as live:
+    with serve(
+        tmp_path, prepare=lambda server: server.websocket("/it")(cancelling)
+    ) as live:
         assert live.socket("/it").read_close() == 1011
         live.logged("Traceback")
 
 
-def test_a_raw_websocket_that_meets_the_loss_of_another_closes_with_1011(tmp_path: Path) -> None:
+def test_a_raw_websocket_that_meets_the_loss_of_another_closes_with_1011(
+    tmp_path: Path,
+) -> None:
     gone = list[Any]()
 
     async def relay(websocket: Any) -> None:
@@ -5919,7 +6719,9 @@ def test_a_raw_websocket_that_meets_the_loss_of_another_closes_with_1011(tmp_pat
         live.logged("Traceback")
 
 
-def test_a_raw_websocket_that_a_task_still_reads_ends_as_any_other(tmp_path: Path) -> None:
+def test_a_raw_websocket_that_a_task_still_reads_ends_as_any_other(
+    tmp_path: Path,
+) -> None:
     reading = set[asyncio.Task[Any]]()
 
     async def leave(websocket: Any) -> None:
@@ -5946,7 +6748,9 @@ def test_the_websockets_library_hears_hints_with_changes(server: Live) -> None:
 def test_the_httpx_library_is_served_on_one_connection(server: Live) -> None:
     httpx = pytest.importorskip("httpx")
     with httpx.Client(base_url="http://{}:{}".format(*server.address)) as client:
-        chunks = iter([json.dumps([note("a", "x" * 20_000)]).encode()])  # without a length
+        chunks = iter(
+            [json.dumps([note("a", "x" * 20_000)]).encode()]
+        )  # without a length
         json_type = {"Content-Type": "application/json"}
         (result,) = client.post("/sync/push", content=chunks, headers=json_type).json()
         assert client.get("/sync/pull").json()["changes"] == result["changes"]
@@ -5956,7 +6760,9 @@ def test_the_httpx_library_is_served_on_one_connection(server: Live) -> None:
         assert server.server.stats()["connections"] == 1
 
 
-def test_the_aiohttp_library_pushes_follows_and_is_asked_for_its_body(server: Live) -> None:
+def test_the_aiohttp_library_pushes_follows_and_is_asked_for_its_body(
+    server: Live,
+) -> None:
     aiohttp = pytest.importorskip("aiohttp")
 
     async def go() -> None:
@@ -5967,15 +6773,18 @@ def test_the_aiohttp_library_pushes_follows_and_is_asked_for_its_body(server: Li
         ):
             await socket.send_json({"topic": "subscribe", "data": {"changes": True}})
             assert (await socket.receive_json())["data"] == {"cursor": 0}
-            async with client.post("/sync/push", json=[note("a")], expect100=True) as answer:
+            async with client.post(
+                "/sync/push", json=[note("a")], expect100=True
+            ) as answer:
                 (result,) = await answer.json()
             assert (await socket.receive_json())["data"]["changes"] == result["changes"]
 
     ask(go())
 
 
-# --- Gate -----------------------------------------------------------------------------------
-# Who may: Host, Origin, token, on_auth. A browser's page of another origin gets nothing.
+# --- Gate -----------------------------------------------------------------------------
+# Who may: Host, Origin, token, on_auth. A browser's page of another origin gets
+# nothing.
 
 
 @pytest.mark.parametrize(
@@ -5988,7 +6797,13 @@ def test_names_of_the_loopback_are_its_hosts(visitor: RawClient, host: str) -> N
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1.5", "evil"],
+    [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "10.0.0.1.5",
+        "evil",
+    ],
 )
 def test_another_host_is_forbidden_on_the_loopback(
     shared: Live, visitor: RawClient, host: str
@@ -5998,12 +6813,16 @@ def test_another_host_is_forbidden_on_the_loopback(
         reply = shared.client().request("GET", target, headers=headers)
         assert refused(reply, 403)
         assert "--allow-host" in reply.json["error"]
-    assert refused(shared.client().request("POST", "/sync/push", BODY, {"Host": host}), 403)
+    assert refused(
+        shared.client().request("POST", "/sync/push", BODY, {"Host": host}), 403
+    )
     assert refused(shared.client().upgrade(headers={"Host": host}), 403)
 
 
 @pytest.mark.parametrize("host", ["10.0.0.1", "[fd00::1]"])
-def test_an_ip_address_is_a_host_for_dns_rebinding_needs_a_name(tmp_path: Path, host: str) -> None:
+def test_an_ip_address_is_a_host_for_dns_rebinding_needs_a_name(
+    tmp_path: Path, host: str
+) -> None:
     for allowed in ([], ["sync.example"]):
         with serve(tmp_path, allow_host=allowed) as live:
             for name in (host, f"{host}:80"):
@@ -6018,8 +6837,13 @@ def test_the_host_of_a_whole_address_is_the_host(visitor: RawClient) -> None:
 def test_a_host_that_is_allowed_is_taken(tmp_path: Path) -> None:
     with serve(tmp_path, allow_host=["sync.example"]) as live:
         client = live.client()
-        assert client.request("GET", "/sync/pull", headers={"Host": "sync.example"}).status == 200
-        assert refused(client.request("GET", "/sync/pull", headers={"Host": "evil.example"}), 403)
+        assert (
+            client.request("GET", "/sync/pull", headers={"Host": "sync.example"}).status
+            == 200
+        )
+        assert refused(
+            client.request("GET", "/sync/pull", headers={"Host": "evil.example"}), 403
+        )
 
 
 FOREIGN = [
@@ -6031,9 +6855,15 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("origin", [*FOREIGN, "http://127.0.0.1:{port}.evil.example", ""])
-def test_a_websocket_from_another_origin_is_forbidden(visitor: RawClient, origin: str) -> None:
-    assert refused(visitor.upgrade(headers={"Origin": origin.format(port=visitor.address[1])}), 403)
+@pytest.mark.parametrize(
+    "origin", [*FOREIGN, "http://127.0.0.1:{port}.evil.example", ""]
+)
+def test_a_websocket_from_another_origin_is_forbidden(
+    visitor: RawClient, origin: str
+) -> None:
+    assert refused(
+        visitor.upgrade(headers={"Origin": origin.format(port=visitor.address[1])}), 403
+    )
 
 
 @pytest.mark.parametrize("origin", FOREIGN)
@@ -6047,7 +6877,9 @@ def test_a_page_of_another_origin_gets_nothing(
         shared.client().request("GET", "/sync/pull", headers=headers),
         shared.client().request("OPTIONS", "/sync/push", headers=asked),
     ):
-        assert not [name for name in reply.headers if name.startswith("access-control-")]
+        assert not [
+            name for name in reply.headers if name.startswith("access-control-")
+        ]
 
 
 def test_its_own_origin_is_taken(client: RawClient) -> None:
@@ -6090,9 +6922,15 @@ def test_an_allowed_origin_is_told_so(tmp_path: Path) -> None:
 
 def test_an_origin_like_an_allowed_one_is_forbidden(tmp_path: Path) -> None:
     with serve(tmp_path, allow_origin=["https://app.example"]) as live:
-        for origin in ("https://app.example.evil.example", "http://app.example", "https://evil"):
+        for origin in (
+            "https://app.example.evil.example",
+            "http://app.example",
+            "https://evil",
+        ):
             headers = {"Origin": origin}
-            assert refused(live.client().request("POST", "/sync/push", BODY, headers), 403)
+            assert refused(
+                live.client().request("POST", "/sync/push", BODY, headers), 403
+            )
             assert refused(live.client().upgrade(headers=headers), 403)
 
 
@@ -6104,7 +6942,9 @@ def test_an_origin_like_an_allowed_one_is_forbidden(tmp_path: Path) -> None:
         "neither": "http://localhost:5173",
     },
 )
-def test_an_origin_may_be_allowed_as_people_write_it(tmp_path: Path, given: str) -> None:
+def test_an_origin_may_be_allowed_as_people_write_it(
+    tmp_path: Path, given: str
+) -> None:
     headers = {"Origin": "http://localhost:5173"}
     with serve(tmp_path, allow_origin=[given]) as live:
         reply = live.client().request("GET", "/sync/pull", headers=headers)
@@ -6129,7 +6969,9 @@ def test_an_allowed_origin_is_compared_as_browsers_send_it(
         assert reply.headers["access-control-allow-origin"] == sent
 
 
-@pytest.mark.parametrize("given", ["Sync.Example", "sync.example:8080", "sync.example/"])
+@pytest.mark.parametrize(
+    "given", ["Sync.Example", "sync.example:8080", "sync.example/"]
+)
 def test_a_host_may_be_allowed_as_people_write_it(tmp_path: Path, given: str) -> None:
     with serve(tmp_path, allow_host=[given]) as live:
         headers = {"Host": "sync.example:8080"}
@@ -6141,7 +6983,16 @@ NO_ORIGINS = ["x.y", "*", "null", "", "http://", "http://x.y/path", "http://x.y,
               "http://x y", "https://*.x.y", "http://x.y:99999", "http://x.y:0", "http://u@x.y",
               "http://x.y?q", "http://b\u00fccher.example", "ws://x.y", "file:///x", "http://[::1",
               "http://[:::]", "http://[1.2.3.4]"]  # fmt: skip
-NO_HOSTS = ["*", "", "*.x.y", "https://x.y", "x.y/path", "x y", "x.y,z", "b\u00fccher.example"]
+NO_HOSTS = [
+    "*",
+    "",
+    "*.x.y",
+    "https://x.y",
+    "x.y/path",
+    "x y",
+    "x.y,z",
+    "b\u00fccher.example",
+]
 
 
 @pytest.mark.parametrize("origin", NO_ORIGINS)
@@ -6151,7 +7002,11 @@ def test_an_origin_that_no_browser_sends_is_refused_where_it_is_given(
     with pytest.raises(ValueError, match="is no origin"):
         Server(engine, allow_origin=["https://app.example", origin])
     status, sentence = refusal("--db", NOWHERE, "--allow-origin", origin)
-    assert (status, "is no origin" in sentence, "--allow-origin" in sentence) == (2, True, True)
+    assert (status, "is no origin" in sentence, "--allow-origin" in sentence) == (
+        2,
+        True,
+        True,
+    )
 
 
 @pytest.mark.parametrize("host", NO_HOSTS)
@@ -6161,7 +7016,11 @@ def test_a_host_that_is_none_is_refused_where_it_is_given(
     with pytest.raises(ValueError, match="is no host"):
         Server(engine, allow_host=["app.example", host])
     status, sentence = refusal("--db", NOWHERE, "--allow-host", host)
-    assert (status, "is no host" in sentence, "--allow-host" in sentence) == (2, True, True)
+    assert (status, "is no host" in sentence, "--allow-host" in sentence) == (
+        2,
+        True,
+        True,
+    )
 
 
 @pytest.mark.parametrize("option", ["allow_origin", "allow_host"])
@@ -6203,7 +7062,9 @@ def test_without_the_token_all_is_unauthorized(guarded: Live) -> None:
     for headers in ({}, *({"Authorization": shown} for shown in BAD_TOKENS)):
         for reply in (
             guarded.client().request("POST", "/sync/push", BODY, headers),
-            guarded.client().request("GET", "/sync/pull?token=s3cret-token", headers=headers),
+            guarded.client().request(
+                "GET", "/sync/pull?token=s3cret-token", headers=headers
+            ),
             guarded.client().request("GET", "/sync/snapshot", headers=headers),
             guarded.client().upgrade("/ws?token=s3cret-token", headers),
         ):
@@ -6219,7 +7080,9 @@ ANNOUNCED = b"Content-Length: 1000000"  # of a body that never comes
     "sent",
     {
         "a push": post(ANNOUNCED, body=b""),
-        "a push that waits for a word": post(ANNOUNCED, b"Expect: 100-continue", body=b""),
+        "a push that waits for a word": post(
+            ANNOUNCED, b"Expect: 100-continue", body=b""
+        ),
         "a push in chunks": post(CHUNKED, body=b"10000\r\n["),
         "a pull": get(b"/sync/pull", ANNOUNCED),
         "a snapshot": get(b"/sync/snapshot", ANNOUNCED),
@@ -6244,14 +7107,18 @@ def test_with_the_token_all_is_open(guarded: Live, scheme: str) -> None:
 
 def test_a_browser_offers_the_token_as_a_subprotocol(guarded: Live) -> None:
     client = guarded.client()
-    reply = client.upgrade(headers={"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"})
+    reply = client.upgrade(
+        headers={"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"}
+    )
     assert (reply.status, reply.headers["sec-websocket-protocol"]) == (101, "mizusync")
     assert client.subscribe()["topic"] == "sync:_default"
 
 
 def test_another_subprotocol_is_unauthorized(guarded: Live) -> None:
     for offer in ("mizusync", "mizusync, bearer.another", "mizusync, s3cret-token"):
-        assert refused(guarded.client().upgrade(headers={"Sec-WebSocket-Protocol": offer}), 401)
+        assert refused(
+            guarded.client().upgrade(headers={"Sec-WebSocket-Protocol": offer}), 401
+        )
 
 
 def test_healthz_tells_its_status_alone_where_there_is_a_token(guarded: Live) -> None:
@@ -6263,14 +7130,21 @@ def test_healthz_tells_its_status_alone_where_there_is_a_token(guarded: Live) ->
 def test_the_token_is_never_logged(tmp_path: Path) -> None:
     with recorded() as everything, serve(tmp_path, token="s3cret-token") as live:
         client = live.client()
-        client.request("GET", "/sync/pull", headers={"Authorization": "Bearer s3cret-token"})
-        client.request("GET", "/sync/pull", headers={"Authorization": "Basic s3cret-token"})
-        client.upgrade(headers={"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"})
+        client.request(
+            "GET", "/sync/pull", headers={"Authorization": "Bearer s3cret-token"}
+        )
+        client.request(
+            "GET", "/sync/pull", headers={"Authorization": "Basic s3cret-token"}
+        )
+        client.upgrade(
+            headers={"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"}
+        )
     assert not [text for text in everything.texts if "s3cret" in text]
 
 
 class Doors:
-    """An on_auth: who says no name is nobody; `secret` is for nobody; once shut, all is."""
+    """An on_auth: who says no name is nobody; `secret` is for nobody; once shut, all
+    is."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -6305,7 +7179,9 @@ def watched(tmp_path: Path, doors: Doors) -> Iterator[Live]:
 
 def test_a_push_fails_alone_where_its_scope_is_forbidden(watched: Live) -> None:
     client = watched.client()
-    results = client.push(note("a"), note("b", scope="secret"), note("c", scope="s"), headers=ANN)
+    results = client.push(
+        note("a"), note("b", scope="secret"), note("c", scope="s"), headers=ANN
+    )
     assert [result["ok"] for result in results] == [True, False, True]
     assert results[1] == {"ok": False, "code": "forbidden", "error": "not for you"}
     assert watched.call(watched.engine.head, "secret") == 0
@@ -6387,7 +7263,9 @@ def test_a_fault_of_on_auth_lets_nobody_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["a function", "a coroutine"])
-def test_an_on_auth_that_returns_false_forbids_the_scope(tmp_path: Path, waits: bool) -> None:
+def test_an_on_auth_that_returns_false_forbids_the_scope(
+    tmp_path: Path, waits: bool
+) -> None:
     def user_may(request: mizusync.Request, scope: str) -> bool:
         return scope == "open"
 
@@ -6412,10 +7290,14 @@ def test_every_other_value_that_on_auth_returns_is_an_identity(
 ) -> None:
     with serve(tmp_path, on_auth=lambda request, scope: identity) as live:
         (result,) = live.client().push({"id": "a", "name": "who"})
-        assert result["changes"][0]["data"] == (list(identity) if identity == () else identity)
+        assert result["changes"][0]["data"] == (
+            list(identity) if identity == () else identity
+        )
 
 
-def test_a_session_whose_permission_ended_is_closed_with_1008(tmp_path: Path, doors: Doors) -> None:
+def test_a_session_whose_permission_ended_is_closed_with_1008(
+    tmp_path: Path, doors: Doors
+) -> None:
     settings = replace(SMALL, auth_interval=MOMENT / 2)
     with serve(tmp_path, settings, on_auth=doors.later) as live:
         client = live.socket("/ws", ANN)
@@ -6425,7 +7307,9 @@ def test_a_session_whose_permission_ended_is_closed_with_1008(tmp_path: Path, do
         assert client.read_close() == 1008
 
 
-def test_an_on_auth_that_hangs_when_it_is_asked_again_is_asked_once_more(tmp_path: Path) -> None:
+def test_an_on_auth_that_hangs_when_it_is_asked_again_is_asked_once_more(
+    tmp_path: Path,
+) -> None:
     asked: list[str] = []
 
     async def on_auth(request: mizusync.Request, scope: str) -> None:
@@ -6435,7 +7319,9 @@ def test_an_on_auth_that_hangs_when_it_is_asked_again_is_asked_once_more(tmp_pat
         if len(asked) > 2:
             raise mizusync.Forbidden("no more")
 
-    with serve(tmp_path, replace(SMALL, auth_interval=MOMENT / 2), on_auth=on_auth) as live:
+    with serve(
+        tmp_path, replace(SMALL, auth_interval=MOMENT / 2), on_auth=on_auth
+    ) as live:
         assert live.socket().read_close() == 1008
         live.logged("TimeoutError")
 
@@ -6482,7 +7368,9 @@ def test_a_scope_whose_permission_ended_is_unsubscribed_and_told(
         told = client.read_json()
         assert told["topic"] == "error"
         assert (told["data"]["code"], told["data"]["scope"]) == ("forbidden", "s")
-        live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(PATIENCE)
+        live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(
+            PATIENCE
+        )
         assert client.read_json()["topic"] == "sync:t"  # the session goes on
         permits.ask_again()
         assert client.quiet()  # it is told once
@@ -6545,7 +7433,10 @@ def test_the_identity_of_a_session_follows_the_answer_for_the_scope_that_it_came
         assert who(client) == "ann, admin"
 
 
-@table("fault", {"fails": KeyError("inside"), "hangs": ..., "is busy": Unavailable("later")})
+@table(
+    "fault",
+    {"fails": KeyError("inside"), "hangs": ..., "is busy": Unavailable("later")},
+)
 def test_a_session_is_closed_with_1011_once_on_auth_failed_three_times_in_a_row(
     tmp_path: Path, permits: Permits, fault: Any
 ) -> None:
@@ -6555,7 +7446,9 @@ def test_a_session_is_closed_with_1011_once_on_auth_failed_three_times_in_a_row(
         before = permits.asked
         assert client.read_close() == 1011
         assert permits.asked >= before + 3
-        assert len([text for text in live.records.texts if "on_auth failed" in text]) == 3
+        assert (
+            len([text for text in live.records.texts if "on_auth failed" in text]) == 3
+        )
 
 
 def test_two_failures_of_on_auth_and_an_answer_are_no_three(tmp_path: Path) -> None:
@@ -6580,12 +7473,16 @@ def test_no_scope_that_is_not_answered_for_keeps_another_from_its_end(
         client = live.socket()
         for scope in (*scopes, "s"):
             client.subscribe(scope=scope)
-        permits.answers = dict.fromkeys(scopes, ...) | {"s": mizusync.Forbidden("no more")}
+        permits.answers = dict.fromkeys(scopes, ...) | {
+            "s": mizusync.Forbidden("no more")
+        }
         assert client.read_json()["data"]["scope"] == "s"
 
 
 @pytest.mark.parametrize("target", ["/ws", "/sync/pull", "subscribe"])
-def test_a_client_that_goes_while_on_auth_thinks_is_forgotten(tmp_path: Path, target: str) -> None:
+def test_a_client_that_goes_while_on_auth_thinks_is_forgotten(
+    tmp_path: Path, target: str
+) -> None:
     async def think(request: mizusync.Request, scope: str) -> None:
         if scope != "quick":
             await asyncio.Event().wait()
@@ -6621,7 +7518,9 @@ def test_a_token_that_is_no_string_is_a_type_error(engine: Engine) -> None:
         Server(engine, token=wrong)
 
 
-def test_a_token_of_every_character_that_it_may_have_opens_both_ways(tmp_path: Path) -> None:
+def test_a_token_of_every_character_that_it_may_have_opens_both_ways(
+    tmp_path: Path,
+) -> None:
     token = "!#$%&'*+-.^_`|~09AZaz"
     offer = {"Sec-WebSocket-Protocol": f"mizusync, bearer.{token}"}
     with serve(tmp_path, token=token) as live:
@@ -6640,7 +7539,9 @@ def test_no_method_and_no_key_twice_leads_around_on_auth(watched: Live) -> None:
     client = watched.client()
     assert client.request("HEAD", "/sync/pull?scope=secret", headers=ANN).status == 403
     twice = b', "scope": "s", "scope": "secret"}'
-    (result,) = client.request("POST", "/sync/push", BODY.replace(b"}", twice), ANN).json
+    (result,) = client.request(
+        "POST", "/sync/push", BODY.replace(b"}", twice), ANN
+    ).json
     assert result["code"] == "forbidden"
     client = watched.socket("/ws?scope=s", ANN)
     subscribe = b'{"topic": "subscribe", "data": {}, "data": {"changes": true'
@@ -6662,9 +7563,15 @@ def test_a_pull_whose_permission_ended_while_it_waited_gives_nothing(
 
 def test_a_preflight_needs_no_token(tmp_path: Path) -> None:
     with serve(tmp_path, token="s3cret", allow_origin=["https://app.example"]) as live:
-        asked = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+        asked = {
+            "Origin": "https://app.example",
+            "Access-Control-Request-Method": "POST",
+        }
         reply = live.client().request("OPTIONS", "/sync/push", headers=asked)
-        assert (reply.status, "authorization" in str(reply.headers).lower()) == (204, True)
+        assert (reply.status, "authorization" in str(reply.headers).lower()) == (
+            204,
+            True,
+        )
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else(tmp_path: Path) -> None:
@@ -6672,7 +7579,9 @@ def test_the_page_may_run_its_own_script_and_nothing_else(tmp_path: Path) -> Non
         reply = live.client().request("GET", "/")
     policy = reply.headers["content-security-policy"].split("; ")
     for tag in ("script", "style"):
-        inline = reply.body.split(f"<{tag}".encode())[1].split(b">", 1)[1].split(b"</")[0]
+        inline = (
+            reply.body.split(f"<{tag}".encode())[1].split(b">", 1)[1].split(b"</")[0]
+        )
         policy.remove(
             f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(inline).digest()).decode()}'"
         )
@@ -6698,11 +7607,13 @@ def test_the_log_has_no_token_and_no_line_of_a_clients_making(tmp_path: Path) ->
         client = live.socket("/ws?scope=s", shown)
         client.send_frame(CLOSE, b"\x03\xe8bye\nERROR all is lost")
         client.read_close()
-    assert not [text for text in everything.texts if "s3cret" in text or "\nERROR" in text]
+    assert not [
+        text for text in everything.texts if "s3cret" in text or "\nERROR" in text
+    ]
     assert [text for text in everything.texts if "all is lost" in text]
 
 
-# --- Server ---------------------------------------------------------------------------------
+# --- Server ---------------------------------------------------------------------------
 # Routes of the application's own, limits of the whole, and an end that loses nothing.
 
 
@@ -6712,12 +7623,17 @@ def test_the_page_is_served(tmp_path: Path) -> None:
     with serve(tmp_path, page=page) as live:
         reply = live.client().request("GET", "/")
         assert (reply.status, reply.body) == (200, page.read_bytes())
-        assert reply.headers["content-type"].replace(" ", "").lower() == "text/html;charset=utf-8"
+        assert (
+            reply.headers["content-type"].replace(" ", "").lower()
+            == "text/html;charset=utf-8"
+        )
         assert reply.headers["cache-control"] == "no-store"
         assert refused(live.client().request("POST", "/", b""), 405)
 
 
-def test_a_server_in_a_thread_ends_in_order_when_it_is_told_to_stop(engine: Engine) -> None:
+def test_a_server_in_a_thread_ends_in_order_when_it_is_told_to_stop(
+    engine: Engine,
+) -> None:
     server, told = Server(engine), list[str]()
     run = functools.partial(server.run, "127.0.0.1", 0, told.append)
     thread = threading.Thread(target=run, daemon=True)
@@ -6745,7 +7661,9 @@ def test_a_server_does_not_run_where_a_loop_runs_and_leaves_the_engine_open(
     ask(main())
 
 
-def test_a_server_that_is_told_to_stop_before_it_runs_does_so_at_once(engine: Engine) -> None:
+def test_a_server_that_is_told_to_stop_before_it_runs_does_so_at_once(
+    engine: Engine,
+) -> None:
     server = Server(engine)
     server.stop()
     thread = threading.Thread(target=server.run, args=("127.0.0.1", 0), daemon=True)
@@ -6785,7 +7703,9 @@ def prepared(server: Server) -> None:
 
     @server.route("GET", "/response")
     async def response(request: mizusync.Request) -> Any:
-        return mizusync.Response(status=201, body=b"made", headers={"X-A": "1"}, content_type="a/b")
+        return mizusync.Response(
+            status=201, body=b"made", headers={"X-A": "1"}, content_type="a/b"
+        )
 
     @server.route("GET", "/refuse")
     async def refuse(request: mizusync.Request) -> Any:
@@ -6796,20 +7716,29 @@ def prepared(server: Server) -> None:
         raise RuntimeError("a secret of the inside")
 
 
-def test_routes_of_the_application_give_text_bytes_json_or_a_response(tmp_path: Path) -> None:
+def test_routes_of_the_application_give_text_bytes_json_or_a_response(
+    tmp_path: Path,
+) -> None:
     with serve(tmp_path, prepare=prepared) as live:
         client = live.client()
         assert client.request("GET", "/text?name=a+b").body.decode() == "h\u00e9llo a b"
-        assert client.request("POST", "/upper", b"abc", {"Content-Type": "x/y"}).body == b"ABC"
+        assert (
+            client.request("POST", "/upper", b"abc", {"Content-Type": "x/y"}).body
+            == b"ABC"
+        )
         assert client.request("GET", "/json").json == {"x": [1, None]}
         made = client.request("GET", "/response")
         assert (made.status, made.body, made.headers["x-a"]) == (201, b"made", "1")
         assert made.headers["content-type"] == "a/b"
-        assert set(client.request("OPTIONS", "/upper").headers["allow"].split(", ")) >= {"POST"}
+        assert set(
+            client.request("OPTIONS", "/upper").headers["allow"].split(", ")
+        ) >= {"POST"}
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"NaN", b"\xff", b"[" * 65 + b"]" * 65])
-def test_a_route_that_wants_json_refuses_what_is_none(tmp_path: Path, body: bytes) -> None:
+def test_a_route_that_wants_json_refuses_what_is_none(
+    tmp_path: Path, body: bytes
+) -> None:
     with serve(tmp_path, prepare=prepared) as live:
         assert refused(live.client().request("POST", "/keys", body), 400)
         assert live.client().request("POST", "/keys", b'{"a": [1]}').json == ["a"]
@@ -6852,7 +7781,9 @@ def test_a_route_that_would_never_match_or_is_taken_is_refused(
         server.route(method, path)(print)
 
 
-@pytest.mark.parametrize("target", ["/sync/pull", "/ws", "/socket", "/rooms/{id}", "socket"])
+@pytest.mark.parametrize(
+    "target", ["/sync/pull", "/ws", "/socket", "/rooms/{id}", "socket"]
+)
 def test_a_websocket_that_would_never_match_or_is_taken_is_refused(
     engine: Engine, target: str
 ) -> None:
@@ -6864,7 +7795,11 @@ def test_a_websocket_that_would_never_match_or_is_taken_is_refused(
 
 def test_a_refused_route_leaves_all_as_it_was(tmp_path: Path) -> None:
     def prepare(server: Server) -> None:
-        for method, path in (("GET", "/sync/pull"), ("OPTIONS", "/other"), ("G T", "/other")):
+        for method, path in (
+            ("GET", "/sync/pull"),
+            ("OPTIONS", "/other"),
+            ("G T", "/other"),
+        ):
             with suppress(ValueError):
                 server.route(method, path)(lambda request: b"another")
         for path in ("/literal/(id)", "/caf\u00e9 $1", "/a:b"):
@@ -6918,7 +7853,10 @@ AMISS = {
     "a header without a name": response_of(headers={"": "1"}),
     "a header of a refusal": failing(ODD),
     **{name: response_of(headers={name: "1"}) for name in ("Content-Length", "date")},
-    **{name: response_of(headers={name: "1"}) for name in ("Transfer-Encoding", "Connection")},
+    **{
+        name: response_of(headers={name: "1"})
+        for name in ("Transfer-Encoding", "Connection")
+    },
     "an interim status": response_of(103),
     "no status": response_of(600),
     "what is no JSON": lambda request: {1, 2},
@@ -6933,7 +7871,9 @@ AMISS = {
 def test_what_a_route_does_amiss_is_logged_and_answered(
     tmp_path: Path, handler: Callable[[Any], Any]
 ) -> None:
-    with serve(tmp_path, prepare=lambda server: server.route("GET", "/it")(handler)) as live:
+    with serve(
+        tmp_path, prepare=lambda server: server.route("GET", "/it")(handler)
+    ) as live:
         client = live.client()
         assert refused(client.request("GET", "/it"), 500)
         live.logged("Traceback")
@@ -6959,9 +7899,14 @@ def test_a_response_may_be_of_a_class_of_its_own(tmp_path: Path) -> None:
 
 def test_a_refusal_may_have_a_status_of_its_own(tmp_path: Path) -> None:
     refuse = failing(Odd("it is odd"))
-    with serve(tmp_path, prepare=lambda server: server.route("GET", "/it")(refuse)) as live:
+    with serve(
+        tmp_path, prepare=lambda server: server.route("GET", "/it")(refuse)
+    ) as live:
         reply = live.client().request("GET", "/it")
-        assert (reply.status, reply.json) == (499, {"code": "odd", "error": "it is odd"})
+        assert (reply.status, reply.json) == (
+            499,
+            {"code": "odd", "error": "it is odd"},
+        )
 
 
 def test_a_refusal_of_a_route_is_told_and_a_fault_is_not(tmp_path: Path) -> None:
@@ -6983,7 +7928,9 @@ def test_stats_tell_of_sessions_that_come_and_go(server: Live) -> None:
     until(lambda: server.call(server.server.stats)["sessions"] == 0)
 
 
-def test_stats_have_every_name_from_the_start_and_the_readme_explains_each(server: Live) -> None:
+def test_stats_have_every_name_from_the_start_and_the_readme_explains_each(
+    server: Live,
+) -> None:
     stats = server.server.stats()
     assert re.findall(r"^\| `(\w+)` \|", readme("What to watch"), re.M) == list(stats)
     assert stats.pop("version") == mizusync.__version__
@@ -6992,11 +7939,17 @@ def test_stats_have_every_name_from_the_start_and_the_readme_explains_each(serve
     assert not any(stats.values())
 
 
-def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(tmp_path: Path) -> None:
+def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(
+    tmp_path: Path,
+) -> None:
     with serve(tmp_path, may_log="secret") as live:
         client = live.client()
-        client.push(note("a"), note("a"), note("b"), {"id": "c", "name": "notes", "args": 7})
-        client.push(*({"id": code, "name": "refuse", "args": code} for code in REFUSALS))
+        client.push(
+            note("a"), note("a"), note("b"), {"id": "c", "name": "notes", "args": 7}
+        )
+        client.push(
+            *({"id": code, "name": "refuse", "args": code} for code in REFUSALS)
+        )
         client.push({"id": "d", "name": "apply fails"})
         client.pull(), client.pull(), client.pull(scope="new")
         for target, status in (("/sync/snapshot", 200), ("/nowhere", 404)):
@@ -7014,9 +7967,13 @@ def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(tmp_path: Path)
     }  # fmt: skip
 
 
-def test_stats_tell_of_pushes_that_wait_and_of_those_that_failed(tmp_path: Path) -> None:
+def test_stats_tell_of_pushes_that_wait_and_of_those_that_failed(
+    tmp_path: Path,
+) -> None:
     entered, release = threading.Event(), threading.Event()
-    with serve(tmp_path, apply=stalled(entered, release), may_log="pushes failed") as live:
+    with serve(
+        tmp_path, apply=stalled(entered, release), may_log="pushes failed"
+    ) as live:
         engine = live.engine
         first = engine.submit([note("a")])
         assert entered.wait(PATIENCE)
@@ -7030,7 +7987,9 @@ def test_stats_tell_of_pushes_that_wait_and_of_those_that_failed(tmp_path: Path)
         with pytest.raises(Unavailable):
             engine.submit([note("c")]).result(PATIENCE)
         stats = live.server.stats()
-        assert [stats[name] for name in ("pushes_waiting", "pushes_failed", "pushes")] == [0, 1, 2]
+        assert [
+            stats[name] for name in ("pushes_waiting", "pushes_failed", "pushes")
+        ] == [0, 1, 2]
         assert (stats["database_bytes"], stats["wal_bytes"]) == (0, 0)
 
 
@@ -7040,7 +7999,9 @@ def test_stats_count_hints_sent_and_merged(tmp_path: Path) -> None:
         for session in sessions:
             session.subscribe()
 
-        def burst() -> None:  # the first is told at once, the others when it may speak again
+        def burst() -> (
+            None
+        ):  # the first is told at once, the others when it may speak again
             for cursor in range(1, 10):
                 live.server.hub.hint(f"sync:{DEFAULT}", Hint(cursor, "epoch"))
 
@@ -7049,7 +8010,9 @@ def test_stats_count_hints_sent_and_merged(tmp_path: Path) -> None:
             while session.read_json()["data"]["cursor"] < 9:
                 pass
         hints = live.server.hub.counts
-        until(lambda: hints["hints_sent"] == len(sessions) * (9 - hints["hints_merged"]))
+        until(
+            lambda: hints["hints_sent"] == len(sessions) * (9 - hints["hints_merged"])
+        )
         assert hints.items() <= live.server.stats().items()
 
 
@@ -7059,10 +8022,16 @@ def hang_up(client: RawClient, live: Live) -> None:
 
 ENDS: dict[str, tuple[Callable[[RawClient, Live], Any], str]] = {
     "it said goodbye": (hang_up, "the peer closed: 1001 bye"),
-    "it is gone": (lambda client, live: client.close(), "the peer closed the connection"),
+    "it is gone": (
+        lambda client, live: client.close(),
+        "the peer closed the connection",
+    ),
     "it broke": (lambda client, live: client.reset(), "reset by peer"),
     "it broke a rule": (lambda client, live: client.send(b"\xff\xff"), "1002 "),
-    "it sent bytes": (lambda client, live: client.send_frame(BINARY, b"x"), "1003 messages are"),
+    "it sent bytes": (
+        lambda client, live: client.send_frame(BINARY, b"x"),
+        "1003 messages are",
+    ),
     "the application": (lambda client, live: client.say("enough"), "1008 not any more"),
     "it is deaf": (lambda client, live: None, f"no answer to a ping for {MOMENT:g} s"),
     "the end": (lambda client, live: live.stop(), "1001 the server is stopping"),
@@ -7080,19 +8049,36 @@ def test_the_log_says_in_one_line_why_a_session_ended(
     impatient = replace(SMALL, close_timeout=MOMENT, linger=MOMENT)
     if "to a ping" in why:
         impatient = replace(impatient, ping_interval=MOMENT, ping_timeout=MOMENT)
-    with recorded() as everything, serve(tmp_path, impatient, on_message=enough) as live:
+    with (
+        recorded() as everything,
+        serve(tmp_path, impatient, on_message=enough) as live,
+    ):
         end(live.socket("/ws?scope=family"), live)
-        told: list[str] = until(lambda: [t for t in everything.texts if " ended: " in t])
-        assert re.match(r"INFO mizusync\.live: session \S+ of 'family' ended: ", told[0])
+        told: list[str] = until(
+            lambda: [t for t in everything.texts if " ended: " in t]
+        )
+        assert re.match(
+            r"INFO mizusync\.live: session \S+ of 'family' ended: ", told[0]
+        )
         assert why in told[0]
     assert len([text for text in everything.texts if " ended: " in text]) == 1
 
 
 def test_health_checks_and_port_scans_make_no_noise(tmp_path: Path) -> None:
     hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # TLS, on a port without it
-    with recorded() as everything, serve(tmp_path, replace(SMALL, head_timeout=MOMENT)) as live:
+    with (
+        recorded() as everything,
+        serve(tmp_path, replace(SMALL, head_timeout=MOMENT)) as live,
+    ):
         assert live.client().request("GET", "/healthz").status == 200
-        for garbage in (b"", b"\0", b"GET", hello, b"SSH-2.0-x\r\n", b"GET / HTTP/1.1\r\n\r\n"):
+        for garbage in (
+            b"",
+            b"\0",
+            b"GET",
+            hello,
+            b"SSH-2.0-x\r\n",
+            b"GET / HTTP/1.1\r\n\r\n",
+        ):
             live.client().send(garbage)
             live.client().reset()
         until(lambda: sum("no request: " in text for text in everything.texts) >= 4)
@@ -7101,9 +8087,14 @@ def test_health_checks_and_port_scans_make_no_noise(tmp_path: Path) -> None:
 
 
 def test_the_module_installs_no_handler_and_no_level() -> None:
-    for name in ("mizusync", *(f"mizusync.{part}" for part in ("store", "engine", "http", "live"))):
+    for name in (
+        "mizusync",
+        *(f"mizusync.{part}" for part in ("store", "engine", "http", "live")),
+    ):
         logger = logging.getLogger(name)
-        assert all(isinstance(handler, Records) for handler in logger.handlers)  # those are ours
+        assert all(
+            isinstance(handler, Records) for handler in logger.handlers
+        )  # those are ours
         assert (logger.level, logger.propagate) == (logging.NOTSET, True)
         assert f"`{name}`" in readme("Logs")
 
@@ -7134,7 +8125,9 @@ def test_more_connections_than_the_limit_are_unavailable(tmp_path: Path) -> None
         until(again)
 
 
-LARGE = 2**24  # bytes of a page: far more than the kernel takes for a client that does not read
+LARGE = (
+    2**24
+)  # bytes of a page: far more than the kernel takes for a client that does not read
 
 
 @contextmanager
@@ -7151,15 +8144,21 @@ def unread(live: Live, count: int) -> Iterator[list[RawClient]]:
 
 
 def test_an_answer_that_nobody_reads_takes_its_own_bytes_alone(tmp_path: Path) -> None:
-    with serve(tmp_path, Settings(tail_size=0)) as live:  # so each page is read from the disk
+    with serve(
+        tmp_path, Settings(tail_size=0)
+    ) as live:  # so each page is read from the disk
         push(live.engine, note("a", "x" * LARGE))
         tracemalloc.start()
         try:
             with unread(live, 3):
-                held = live.call(lambda: (gc.collect(), tracemalloc.get_traced_memory()[0])[1])
+                held = live.call(
+                    lambda: (gc.collect(), tracemalloc.get_traced_memory()[0])[1]
+                )
         finally:
             tracemalloc.stop()
-        assert 2 * LARGE < held < 4 * LARGE  # three answers, and once each of them twice
+        assert (
+            2 * LARGE < held < 4 * LARGE
+        )  # three answers, and once each of them twice
 
 
 def test_above_max_unsent_new_requests_are_unavailable_until_somebody_reads(
@@ -7186,7 +8185,9 @@ def test_above_max_unsent_new_requests_are_unavailable_until_somebody_reads(
         assert [change["cursor"] for change in client.pull()["changes"]] == [1]
 
 
-@pytest.mark.parametrize("lines", [[], [b"Accept-Encoding: gzip"]], ids=["plain", "gzip"])
+@pytest.mark.parametrize(
+    "lines", [[], [b"Accept-Encoding: gzip"]], ids=["plain", "gzip"]
+)
 def test_pulls_that_waited_together_are_answered_up_to_max_unsent(
     tmp_path: Path, lines: list[bytes]
 ) -> None:
@@ -7197,7 +8198,9 @@ def test_pulls_that_waited_together_are_answered_up_to_max_unsent(
             client.send(get(b"/sync/pull?wait=60", *lines))
         until(lambda: live.server.stats()["pulls_from_memory"] == 8)
         push(live.engine, note("a", "x" * LARGE))
-        statuses = [client.line().split()[1] for client in waiting]  # and no more is read
+        statuses = [
+            client.line().split()[1] for client in waiting
+        ]  # and no more is read
         assert sorted(statuses) == [b"200"] + [b"503"] * 7
 
 
@@ -7218,7 +8221,9 @@ def test_an_end_closes_sessions_with_1001_and_answers_who_waits(tmp_path: Path) 
         session, waiting, idle = live.socket(), live.client(), live.client()
         assert idle.request("GET", "/healthz").status == 200
         waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
-        assert waiting.response().json["status"] == "ok"  # so the other has arrived as well
+        assert (
+            waiting.response().json["status"] == "ok"
+        )  # so the other has arrived as well
         live.stop()
         assert session.read_close() == 1001
         assert waiting.response().json["changes"] == []
@@ -7242,18 +8247,26 @@ def test_a_push_in_flight_is_answered_before_the_end(tmp_path: Path) -> None:
         assert client.ended()
 
 
-SOON = 5.0  # seconds: much more than it takes, much less than what would end it otherwise
+SOON = (
+    5.0  # seconds: much more than it takes, much less than what would end it otherwise
+)
 
 
 @pytest.mark.xfail(
-    strict=True, raises=TimeoutError, reason="a stop waits for requests that have not arrived"
+    strict=True,
+    raises=TimeoutError,
+    reason="a stop waits for requests that have not arrived",
 )
-@table("half", {"a head": b"GET /healthz HTTP/1.1\r\nHost:", "a body": post(LENGTH)[:-1]})
+@table(
+    "half", {"a head": b"GET /healthz HTTP/1.1\r\nHost:", "a body": post(LENGTH)[:-1]}
+)
 def test_a_stop_does_not_wait_for_a_request_that_has_not_arrived(
     tmp_path: Path, half: bytes
 ) -> None:
     late = 4 * PATIENCE
-    settings = replace(SMALL, head_timeout=late, body_timeout=late, shutdown_timeout=late)
+    settings = replace(
+        SMALL, head_timeout=late, body_timeout=late, shutdown_timeout=late
+    )
     with serve(tmp_path, settings) as live:
         client = live.client()
         client.send(HEALTHZ + half)
@@ -7265,7 +8278,9 @@ def test_a_stop_does_not_wait_for_a_request_that_has_not_arrived(
 
 
 @pytest.mark.xfail(
-    strict=True, raises=TimeoutError, reason="a pull that waits does not see its client's end"
+    strict=True,
+    raises=TimeoutError,
+    reason="a pull that waits does not see its client's end",
 )
 def test_a_pull_that_waits_ends_at_its_clients_end_and_a_half_close_gets_the_page(
     client: RawClient,
@@ -7278,9 +8293,13 @@ def test_a_pull_that_waits_ends_at_its_clients_end_and_a_half_close_gets_the_pag
 
 
 @pytest.mark.xfail(
-    strict=True, raises=TimeoutError, reason="a pull that waits keeps its client's connection"
+    strict=True,
+    raises=TimeoutError,
+    reason="a pull that waits keeps its client's connection",
 )
-def test_a_client_that_goes_while_its_pull_waits_keeps_no_connection(server: Live) -> None:
+def test_a_client_that_goes_while_its_pull_waits_keeps_no_connection(
+    server: Live,
+) -> None:
     clients = [server.client() for _ in range(20)]
     for client in clients:
         client.send(HEALTHZ + get(b"/sync/pull?wait=60"))
@@ -7341,9 +8360,13 @@ def has_address(host: str) -> bool:
 
 
 @pytest.mark.xfail(
-    strict=True, raises=ConnectionRefusedError, reason="it listens on a name's first address only"
+    strict=True,
+    raises=ConnectionRefusedError,
+    reason="it listens on a name's first address only",
 )
-def test_a_server_listens_on_every_address_of_a_name_that_the_machine_has(engine: Engine) -> None:
+def test_a_server_listens_on_every_address_of_a_name_that_the_machine_has(
+    engine: Engine,
+) -> None:
     mine = [host for host in ("127.0.0.1", "127.0.0.2", "::1") if has_address(host)]
     if len(mine) == 1:
         pytest.skip("this machine has one loopback address")
@@ -7354,7 +8377,9 @@ def test_a_server_listens_on_every_address_of_a_name_that_the_machine_has(engine
             for host in mine:  # on one port
                 socket.create_connection((host, address[1]), PATIENCE).close()
 
-    with resolving("both.localhost", mine[0], "192.0.2.1", *mine[1:]):  # not the machine's
+    with resolving(
+        "both.localhost", mine[0], "192.0.2.1", *mine[1:]
+    ):  # not the machine's
         ask(connect())
 
 
@@ -7369,8 +8394,12 @@ def link_local_address() -> str:
     pytest.skip("this machine has no link-local address")
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="the interface of an address is dropped")
-def test_a_server_listens_on_a_link_local_address_with_its_interface(engine: Engine) -> None:
+@pytest.mark.xfail(
+    strict=True, raises=OSError, reason="the interface of an address is dropped"
+)
+def test_a_server_listens_on_a_link_local_address_with_its_interface(
+    engine: Engine,
+) -> None:
     host = link_local_address()
 
     async def connect() -> None:
@@ -7391,10 +8420,14 @@ def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
         (result,) = client.push(note("c"))
         assert result["cursor"] > results[1]["cursor"]
         # An ordinary restart disturbs nobody.
-        assert len(client.pull(cursor=results[1]["cursor"], epoch=epoch)["changes"]) == 1
+        assert (
+            len(client.pull(cursor=results[1]["cursor"], epoch=epoch)["changes"]) == 1
+        )
 
 
-def test_a_cursor_that_a_restored_copy_never_gave_out_is_unknown(tmp_path: Path) -> None:
+def test_a_cursor_that_a_restored_copy_never_gave_out_is_unknown(
+    tmp_path: Path,
+) -> None:
     with serve(tmp_path) as live:
         live.client().push(note("a"))
     copy = {file: file.read_bytes() for file in tmp_path.glob("log.db*")}
@@ -7408,7 +8441,9 @@ def test_a_cursor_that_a_restored_copy_never_gave_out_is_unknown(tmp_path: Path)
     with serve(tmp_path) as live:
         client = live.client()
         client.push(note("c"), note("d"))  # the copy has grown past the cursor again
-        reply = client.request("GET", f"/sync/pull?cursor={lost['cursor']}&epoch={epoch}")
+        reply = client.request(
+            "GET", f"/sync/pull?cursor={lost['cursor']}&epoch={epoch}"
+        )
         assert refused(reply, 410, code="cursor_unknown")
 
 
@@ -7442,9 +8477,13 @@ def test_requests_that_came_together_leave_others_their_turn(tmp_path: Path) -> 
     def answer(request: mizusync.Request) -> None:
         answered.append(len(answered))
         if len(answered) == 1:
-            asyncio.get_running_loop().call_soon(lambda: elsewhere.append(len(answered)))
+            asyncio.get_running_loop().call_soon(
+                lambda: elsewhere.append(len(answered))
+            )
 
-    with serve(tmp_path, prepare=lambda server: server.route("GET", "/it")(answer)) as live:
+    with serve(
+        tmp_path, prepare=lambda server: server.route("GET", "/it")(answer)
+    ) as live:
         client = live.client()
         client.send(get(b"/it") * 500)
         for _ in range(500):
@@ -7465,7 +8504,9 @@ def test_a_client_that_goes_before_its_answers_floods_no_log(
     assert not [one for one in caplog.messages if "socket.send" in one]
 
 
-def test_refused_upgrades_of_a_client_that_goes_leave_no_connection(tmp_path: Path) -> None:
+def test_refused_upgrades_of_a_client_that_goes_leave_no_connection(
+    tmp_path: Path,
+) -> None:
     with serve(tmp_path, token="s3cret") as live:
         for _ in range(5):
             client = live.client(receive_buffer=4096)
@@ -7473,15 +8514,21 @@ def test_refused_upgrades_of_a_client_that_goes_leave_no_connection(tmp_path: Pa
             with suppress(TimeoutError):
                 client.send(RUDE_UPGRADE * 2000)
             client.reset()
-        with closing(live.client()) as last:  # when it is heard, all of them were accepted
+        with closing(
+            live.client()
+        ) as last:  # when it is heard, all of them were accepted
             assert last.request("GET", "/healthz").status == 200
         until(lambda: live.server.stats()["connections"] == 0)
 
 
 def test_http_client_of_the_standard_library_is_served(server: Live) -> None:
-    with closing(http.client.HTTPConnection(*server.address, timeout=PATIENCE)) as connection:
+    with closing(
+        http.client.HTTPConnection(*server.address, timeout=PATIENCE)
+    ) as connection:
         headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/sync/push", iter([BODY[:9], BODY[9:]]), headers)  # in chunks
+        connection.request(
+            "POST", "/sync/push", iter([BODY[:9], BODY[9:]]), headers
+        )  # in chunks
         assert json.load(connection.getresponse())[0]["ok"]
         connection.request("GET", "/sync/pull")
         reply = connection.getresponse()
@@ -7533,7 +8580,9 @@ def test_a_server_that_is_cancelled_twice_leaves_nothing_behind(engine: Engine) 
     ask(go())
 
 
-def test_a_client_that_does_not_shake_hands_in_tls_is_closed_in_time(tmp_path: Path) -> None:
+def test_a_client_that_does_not_shake_hands_in_tls_is_closed_in_time(
+    tmp_path: Path,
+) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 
     def over_tls(server: Server) -> None:
@@ -7557,7 +8606,9 @@ def test_no_more_readers_read_at_once_than_the_limit(tmp_path: Path) -> None:
         for number, client in enumerate(clients):
             client.send(get(b"/sync/snapshot?scope=%d" % number))
         until(lambda: len(entered) == 2)
-        assert live.client().request("GET", "/nowhere").status == 404  # all five have been heard
+        assert (
+            live.client().request("GET", "/nowhere").status == 404
+        )  # all five have been heard
         release.set()
         assert [client.response().status for client in clients] == [200] * 5
         assert max(most) == 2
@@ -7565,8 +8616,13 @@ def test_no_more_readers_read_at_once_than_the_limit(tmp_path: Path) -> None:
 
 def test_memory_holds_no_more_of_the_log_than_the_limit(tmp_path: Path) -> None:
     few = Settings(tail_size=10_000)
-    with closing(Engine(tmp_path / "log", apply=apply, schema=SCHEMA, settings=few)) as engine:
-        push(engine, *(note(str(number), "x" * 3000, scope=str(number)) for number in range(9)))
+    with closing(
+        Engine(tmp_path / "log", apply=apply, schema=SCHEMA, settings=few)
+    ) as engine:
+        push(
+            engine,
+            *(note(str(number), "x" * 3000, scope=str(number)) for number in range(9)),
+        )
         for number in range(9):
             assert len(pull(engine, scope=str(number))["changes"]) == 1
         assert engine.counts["pulls_from_memory"] <= 3
@@ -7586,7 +8642,8 @@ def test_a_transaction_takes_nothing_more_once_its_time_is_over(tmp_path: Path) 
 
 
 def test_rude_clients_leave_nothing_behind(tmp_path: Path) -> None:
-    # The end of what a client sends is not the end of its waiting: that has a time of its own.
+    # The end of what a client sends is not the end of its waiting: that has a time of
+    # its own.
     with serve(tmp_path, replace(SMALL, pull_wait_max=MOMENT, readers=1)) as live:
 
         def rudeness(times: int) -> tuple[int, int]:
@@ -7594,7 +8651,8 @@ def test_rude_clients_leave_nothing_behind(tmp_path: Path) -> None:
                 client = live.client()
                 client.send(RUDE[number % len(RUDE)])
                 client.reset() if number % 3 else client.close()
-            # Accepted after all of them, and read from disk after all that they asked for.
+            # Accepted after all of them, and read from disk after all that they asked
+            # for.
             with closing(live.client()) as last:
                 last.pull(scope=f"of {times}")
             until(lambda: live.server.stats()["connections"] == 0)
@@ -7611,10 +8669,14 @@ def test_rude_clients_leave_nothing_behind(tmp_path: Path) -> None:
         finally:
             tracemalloc.stop()
         assert after[0] <= before[0]
-        assert after[1] - before[1] < 120 * 600  # bytes: a connection forgotten would be thousands
+        assert (
+            after[1] - before[1] < 120 * 600
+        )  # bytes: a connection forgotten would be thousands
 
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
+LINUX = pytest.mark.skipif(
+    sys.platform != "linux", reason="counts descriptors in /proc"
+)
 
 
 @LINUX
@@ -7627,7 +8689,12 @@ def test_a_program_without_descriptors_serves_who_is_there_and_lets_others_wait(
             return stack.enter_context(closing(RawClient(running.address)))
 
         def spent() -> int:
-            return sum(map(int, (process / "stat").read_text().rpartition(") ")[2].split()[11:13]))
+            return sum(
+                map(
+                    int,
+                    (process / "stat").read_text().rpartition(") ")[2].split()[11:13],
+                )
+            )
 
         process, errors = Path(f"/proc/{running.process.pid}"), running.process.stderr
         first, limit = come(), len(os.listdir(process / "fd")) + 20
@@ -7641,7 +8708,9 @@ def test_a_program_without_descriptors_serves_who_is_there_and_lets_others_wait(
         assert "new clients wait" in until(lambda: faults(errors.readline()))
         watchdog.cancel()
         for target in ("/sync/snapshot?scope=list", "/sync/pull?scope=new", "/healthz"):
-            assert first.request("GET", target).status == 200  # the log can still be opened
+            assert (
+                first.request("GET", target).status == 200
+            )  # the log can still be opened
         before = spent()
         assert first.pull(scope="new", wait=0.4)["changes"] == []
         assert spent() - before < os.sysconf("SC_CLK_TCK") / 10  # nothing spins
@@ -7658,7 +8727,7 @@ def test_a_program_without_descriptors_serves_who_is_there_and_lets_others_wait(
         assert (status, faults(complained).count("\n") <= 1) == (0, True), complained
 
 
-# --- Todo -----------------------------------------------------------------------------------
+# --- Todo -----------------------------------------------------------------------------
 # The demo, which is an application like any other.
 
 
@@ -7676,7 +8745,12 @@ def todos(tmp_path: Path) -> Iterator[RawClient]:
 
 
 def todo(name: str, **args: Any) -> dict[str, Any]:
-    return {"id": os.urandom(8).hex(), "scope": "list", "name": f"todo.{name}", "args": args}
+    return {
+        "id": os.urandom(8).hex(),
+        "scope": "list",
+        "name": f"todo.{name}",
+        "args": args,
+    }
 
 
 def test_todos_are_made_changed_toggled_and_deleted(todos: RawClient) -> None:
@@ -7700,10 +8774,14 @@ def test_todos_are_made_changed_toggled_and_deleted(todos: RawClient) -> None:
     ]
 
 
-def test_a_snapshot_of_todos_is_in_the_order_of_creation_and_of_one_scope(todos: RawClient) -> None:
+def test_a_snapshot_of_todos_is_in_the_order_of_creation_and_of_one_scope(
+    todos: RawClient,
+) -> None:
     made = [todo("create", id=key, title=f"todo {key}") for key in "cab"]
     todos.push(
-        *made, todo("toggle", id="a"), todo("create", id="c", title="else") | {"scope": "two"}
+        *made,
+        todo("toggle", id="a"),
+        todo("create", id="c", title="else") | {"scope": "two"},
     )
     data = todos.request("GET", "/sync/snapshot?scope=list").json["data"]
     assert data == {
@@ -7726,8 +8804,14 @@ BAD_TODOS = {
     "no title": (todo("create", id="2"), "invalid_mutation"),
     "no id": (todo("create", title="x"), "invalid_mutation"),
     "an id of no string": (todo("delete", id=[1]), "invalid_mutation"),
-    "an empty title in an update": (todo("update", id="1", title=""), "invalid_mutation"),
-    "completed of no boolean": (todo("update", id="1", completed="yes"), "invalid_mutation"),
+    "an empty title in an update": (
+        todo("update", id="1", title=""),
+        "invalid_mutation",
+    ),
+    "completed of no boolean": (
+        todo("update", id="1", completed="yes"),
+        "invalid_mutation",
+    ),
     "no args": (todo("toggle") | {"args": None}, "invalid_mutation"),
     "another name": (todo("rename", id="1"), "invalid_mutation"),
 }
@@ -7737,18 +8821,25 @@ def test_a_todo_that_cannot_be_is_refused(todos: RawClient) -> None:
     todos.push(todo("create", id="1", title="x" * 1000))
     results = todos.push(*(mutation for mutation, _ in BAD_TODOS.values()))
     codes = {name: code for name, (_, code) in BAD_TODOS.items()}
-    assert dict(zip(BAD_TODOS, (result["code"] for result in results), strict=True)) == codes
-    assert len(todos.request("GET", "/sync/snapshot?scope=list").json["data"]["todos"]) == 1
+    assert (
+        dict(zip(BAD_TODOS, (result["code"] for result in results), strict=True))
+        == codes
+    )
+    assert (
+        len(todos.request("GET", "/sync/snapshot?scope=list").json["data"]["todos"])
+        == 1
+    )
 
 
-# --- Command line ---------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------
 # The program as a user starts it, in a process of its own.
 
 PROGRAM = Path(mizusync.__file__)
 
 
 def faults(complained: str) -> str:
-    """What stands on stderr, but for what asyncio's debug mode says of a slow machine."""
+    """What stands on stderr, but for what asyncio's debug mode says of a slow
+    machine."""
     slow = r"^(?:.* WARNING asyncio )?Executing <.* took [0-9.]+ seconds\n"
     return re.sub(slow, "", complained, flags=re.M)
 
@@ -7763,7 +8854,8 @@ def held(address: tuple[str, int]) -> Iterator[None]:
 
 
 class Program:
-    """`python mizusync.py` on a port of its own; what it said, and who answers there."""
+    """`python mizusync.py` on a port of its own; what it said, and who answers
+    there."""
 
     def __init__(
         self,
@@ -7773,7 +8865,15 @@ class Program:
         **environment: str,
     ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "dev", str(file or PROGRAM), "--port", "0", *arguments],
+            [
+                sys.executable,
+                "-X",
+                "dev",
+                str(file or PROGRAM),
+                "--port",
+                "0",
+                *arguments,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -7808,7 +8908,9 @@ def program(*arguments: str, **options: Any) -> Iterator[Program]:
 
 def run_to_its_end(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(PROGRAM), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
 
 
 class Refusal(NamedTuple):
@@ -7818,7 +8920,8 @@ class Refusal(NamedTuple):
 
 @pytest.fixture
 def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., Refusal]:
-    """How the program ends that can't run, called in this process: a start takes long."""
+    """How the program ends that can't run, called in this process: a start takes
+    long."""
 
     def main(*arguments: str) -> Refusal:
         try:
@@ -7867,10 +8970,16 @@ def test_a_stop_waits_for_no_other_process_s_lock(tmp_path: Path) -> None:
     ):
         db.execute("BEGIN IMMEDIATE")
         body = json.dumps([note("1")]).encode()
-        head = [b"POST /sync/push HTTP/1.1", b"Host: localhost", b"Content-Type: application/json"]
+        head = [
+            b"POST /sync/push HTTP/1.1",
+            b"Host: localhost",
+            b"Content-Type: application/json",
+        ]
         pusher.send(raw(*head, b"Content-Length: %d" % len(body), body=body))
         assert witness.request("GET", "/healthz").status == 200
-        status, _, complained = running.end(signal.SIGTERM)  # which has PATIENCE, and not 600 s
+        status, _, complained = running.end(
+            signal.SIGTERM
+        )  # which has PATIENCE, and not 600 s
         assert status == 0
         assert "the writer did not end in time" in complained
 
@@ -7903,7 +9012,9 @@ def test_a_second_signal_ends_the_program_at_once(tmp_path: Path) -> None:
     ):
         assert session.upgrade("/ws?scope=list").status == 101
         running.process.send_signal(signal.SIGTERM)
-        assert session.read_frame().opcode == CLOSE  # which is not answered: the server waits
+        assert (
+            session.read_frame().opcode == CLOSE
+        )  # which is not answered: the server waits
         started = time.monotonic()
         assert "Traceback" not in running.end(signal.SIGTERM)[2]
         assert time.monotonic() - started < Settings().close_timeout / 2
@@ -7938,7 +9049,9 @@ def test_a_second_signal_ends_a_program_whose_writer_waits_for_a_lock(
     path, file = tmp_path / "todos.db", tmp_path / "server.py"
     file.write_text(WAITING_LONG)
     with (
-        program("--db", str(path), file=file, PYTHONPATH=str(PROGRAM.parent)) as running,
+        program(
+            "--db", str(path), file=file, PYTHONPATH=str(PROGRAM.parent)
+        ) as running,
         closing(RawClient(running.address)) as session,
         closing(RawClient(running.address)) as pusher,
         closing(sqlite3.connect(path, isolation_level=None)) as other,
@@ -7961,9 +9074,13 @@ def test_kill_9_and_a_restart_keep_everything(tmp_path: Path) -> None:
         epoch = client.pull()["epoch"]
         running.process.kill()
     with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        assert client.push(*sent) == [result | {"duplicate": True} for result in results]
+        assert client.push(*sent) == [
+            result | {"duplicate": True} for result in results
+        ]
         page = client.pull(scope="list", epoch=epoch)
-        assert page["changes"] == [change for result in results for change in result["changes"]]
+        assert page["changes"] == [
+            change for result in results for change in result["changes"]
+        ]
         taken = client.request("GET", "/sync/snapshot?scope=list").json
         assert len(taken["data"]["todos"]) == 50
 
@@ -8017,7 +9134,9 @@ def test_the_program_warns_once_where_anybody_may_use_it(path: Path, case: Any) 
 @table("case", {"beyond": ("0.0.0.0", {}, 1), "loopback": ("127.0.0.1", {}, 0),
                 "with a token": ("0.0.0.0", {"token": "s3cret"}, 0),
                 "with on_auth": ("0.0.0.0", {"on_auth": Doors().now}, 0)})  # fmt: skip
-def test_a_server_warns_once_where_anybody_may_use_it(engine: Engine, case: Any) -> None:
+def test_a_server_warns_once_where_anybody_may_use_it(
+    engine: Engine, case: Any
+) -> None:
     host, options, warnings = case
 
     async def listen() -> None:
@@ -8048,7 +9167,13 @@ def test_an_announcement_that_nobody_reads_stops_nothing(tmp_path: Path) -> None
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         address = holder.getsockname()
-    command = [sys.executable, str(PROGRAM), "--db", str(tmp_path / "todos.db"), "--port"]
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        "--db",
+        str(tmp_path / "todos.db"),
+        "--port",
+    ]
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as output:
@@ -8057,7 +9182,10 @@ def test_an_announcement_that_nobody_reads_stops_nothing(tmp_path: Path) -> None
 
         def answers() -> bool:
             assert running.poll() is None
-            with suppress(ConnectionRefusedError), closing(RawClient(address)) as client:
+            with (
+                suppress(ConnectionRefusedError),
+                closing(RawClient(address)) as client,
+            ):
                 return client.request("GET", "/healthz").status == 200
             return False
 
@@ -8069,7 +9197,9 @@ def test_an_announcement_that_nobody_reads_stops_nothing(tmp_path: Path) -> None
         running.wait()
 
 
-def test_a_log_that_nobody_reads_stops_nothing_and_holds_no_exit(tmp_path: Path) -> None:
+def test_a_log_that_nobody_reads_stops_nothing_and_holds_no_exit(
+    tmp_path: Path,
+) -> None:
     arguments = ("--db", str(tmp_path / "todos.db"), "--log-level", "debug")
     with program(*arguments) as running, closing(RawClient(running.address)) as client:
         for _ in range(3000):  # some 60 bytes of log each; a pipe holds 64 KiB
@@ -8118,7 +9248,8 @@ def test_a_log_that_is_read_again_says_how_much_of_it_was_dropped() -> None:
 
         until(
             lambda: (
-                dropped() + len(re.findall(rb"^[0-9]+ x+$", text, re.M)) == 3 * mizusync.LOG_LINES
+                dropped() + len(re.findall(rb"^[0-9]+ x+$", text, re.M))
+                == 3 * mizusync.LOG_LINES
             )
         )
         assert dropped() > 0
@@ -8226,7 +9357,11 @@ def test_a_folder_that_is_not_there_or_not_writable_is_one_sentence(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "locked").mkdir(mode=0o500)
-    paths = [tmp_path / "nowhere" / "todos.db", tmp_path / "file" / "todos.db", tmp_path]
+    paths = [
+        tmp_path / "nowhere" / "todos.db",
+        tmp_path / "file" / "todos.db",
+        tmp_path,
+    ]
     if os.geteuid() != 0:  # root may write everywhere
         paths += [tmp_path / "locked" / "todos.db"]
     for path in paths:
@@ -8237,7 +9372,12 @@ def test_a_folder_that_is_not_there_or_not_writable_is_one_sentence(
 def test_a_certificate_that_is_not_there_is_one_sentence(
     tmp_path: Path, refusal: Callable[..., Refusal]
 ) -> None:
-    files = ("--certfile", str(tmp_path / "c.pem"), "--keyfile", str(tmp_path / "k.pem"))
+    files = (
+        "--certfile",
+        str(tmp_path / "c.pem"),
+        "--keyfile",
+        str(tmp_path / "k.pem"),
+    )
     status, sentence = refusal("--db", str(tmp_path / "t.db"), *files)
     assert (status, sentence.count("\n")) == (1, 1)
 
@@ -8268,7 +9408,8 @@ def serve_tls(
     prepare: Callable[[Server], Any] = lambda server: None,
     **options: Any,
 ) -> Iterator[tuple[Live, Callable[[], RawClient]]]:
-    """A server over TLS, and what makes clients of it; none has much room for what it reads."""
+    """A server over TLS, and what makes clients of it; none has much room for what it
+    reads."""
     key, certificate = make_certificate(folder)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
@@ -8293,11 +9434,15 @@ def test_pulls_that_wait_end_with_their_client_over_tls(tmp_path: Path) -> None:
         client = make_client()
         client.send(get(b"/sync/pull?wait=60") * 4000)  # which would take minutes
         assert client.response().status == 200
-        socket.socket.shutdown(client.sock, socket.SHUT_WR)  # a FIN; TLS has no half of a close
+        socket.socket.shutdown(
+            client.sock, socket.SHUT_WR
+        )  # a FIN; TLS has no half of a close
         until(lambda: live.server.stats()["connections"] == 0)
 
 
-def test_a_session_ends_with_its_peer_over_tls_though_the_application_hangs(tmp_path: Path) -> None:
+def test_a_session_ends_with_its_peer_over_tls_though_the_application_hangs(
+    tmp_path: Path,
+) -> None:
     async def hang(session: mizusync.Session, topic: str, data: Any) -> None:
         await asyncio.Event().wait()
 
@@ -8312,7 +9457,9 @@ def test_a_session_ends_with_its_peer_over_tls_though_the_application_hangs(tmp_
         until(lambda: live.server.stats()["sessions"] == 0)
 
 
-def test_a_raw_websocket_that_only_sends_ends_with_its_peer_over_tls(tmp_path: Path) -> None:
+def test_a_raw_websocket_that_only_sends_ends_with_its_peer_over_tls(
+    tmp_path: Path,
+) -> None:
     async def pour(websocket: Any) -> None:
         while True:
             await websocket.send("x")
@@ -8330,8 +9477,13 @@ def test_a_raw_websocket_that_only_sends_ends_with_its_peer_over_tls(tmp_path: P
         assert len(live.records.texts) < 100
 
 
-def test_who_does_not_shake_hands_does_not_hold_the_end_over_tls(tmp_path: Path) -> None:
-    with serve_tls(tmp_path, replace(SMALL, shutdown_timeout=PATIENCE * 3)) as (live, _):
+def test_who_does_not_shake_hands_does_not_hold_the_end_over_tls(
+    tmp_path: Path,
+) -> None:
+    with serve_tls(tmp_path, replace(SMALL, shutdown_timeout=PATIENCE * 3)) as (
+        live,
+        _,
+    ):
         live.client()
         until(lambda: live.server.stats()["connections"] == 1)
 
@@ -8360,7 +9512,10 @@ def test_a_large_answer_reaches_who_reads_it_slowly_over_tls(tmp_path: Path) -> 
     def prepare(server: Server) -> None:
         server.route("GET", "/it")(lambda request: b"x" * 4_000_000)
 
-    with serve_tls(tmp_path, replace(SMALL, linger=MOMENT), prepare) as (_, make_client):
+    with serve_tls(tmp_path, replace(SMALL, linger=MOMENT), prepare) as (
+        _,
+        make_client,
+    ):
         client = make_client()
         client.send(get(b"/it", b"Connection: close"))
         started, whole = time.monotonic(), bytearray()
@@ -8374,20 +9529,31 @@ def test_a_large_answer_reaches_who_reads_it_slowly_over_tls(tmp_path: Path) -> 
 
 def test_the_program_speaks_tls(tmp_path: Path) -> None:
     key, certificate = make_certificate(tmp_path)
-    arguments = ("--db", str(tmp_path / "todos.db"), "--certfile", certificate, "--keyfile", key)
+    arguments = (
+        "--db",
+        str(tmp_path / "todos.db"),
+        "--certfile",
+        certificate,
+        "--keyfile",
+        key,
+    )
     context = ssl.create_default_context(cafile=certificate)
     with program(*arguments) as running, closing(RawClient(running.address)) as client:
         assert "open https://" in running.line
         client.sock = context.wrap_socket(client.sock, server_hostname="127.0.0.1")
         origin = {"Origin": "https://{}:{}".format(*running.address)}
         assert client.push(todo("create", id="1", title="x"), headers=origin)[0]["ok"]
-        with closing(RawClient(running.address)) as other:  # a refusal is heard, to the last byte
+        with closing(
+            RawClient(running.address)
+        ) as other:  # a refusal is heard, to the last byte
             other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
             other.send(post(CHUNKED, body=b""))
             for _ in range(100):
                 other.send(b"ea60\r\n%b\r\n" % (b"x" * 60_000))
             assert refused(other.response(), 413)
-        with closing(RawClient(running.address)) as other:  # and so is why a WebSocket is closed
+        with closing(
+            RawClient(running.address)
+        ) as other:  # and so is why a WebSocket is closed
             other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
             assert other.upgrade("/ws?scope=list", origin).status == 101
             other.send(masked(TEXT, b"x" * 8_000_000))
@@ -8403,7 +9569,7 @@ def test_the_program_speaks_tls(tmp_path: Path) -> None:
         assert running.process.wait(PATIENCE) == 0
 
 
-# --- README ---------------------------------------------------------------------------------
+# --- README ---------------------------------------------------------------------------
 # What it shows is what happens, and its tables name what there is.
 
 UNITS = {"": 1, "s": 1, "KiB": 2**10, "MiB": 2**20}
@@ -8414,7 +9580,9 @@ def readme(heading: str = "") -> str:
     text = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
     if not heading:
         return text
-    found = re.search(rf"^#+ {re.escape(heading)}\n((?:```.*?^```$|(?!#+ ).)*)", text, re.M | re.S)
+    found = re.search(
+        rf"^#+ {re.escape(heading)}\n((?:```.*?^```$|(?!#+ ).)*)", text, re.M | re.S
+    )
     assert found, heading
     return found[1]
 
@@ -8432,15 +9600,21 @@ def steady(shown: str) -> str:
 def test_the_commands_of_the_readme_print_what_it_shows(tmp_path: Path) -> None:
     if (curl := shutil.which("curl")) is None:
         pytest.skip("no curl to run the examples with")
-    # A command ends with its line, but not inside quotes; what follows it is what it prints.
+    # A command ends with its line, but not inside quotes; what follows it is what it
+    # prints.
     example = re.compile(r"^\$ ((?:'[^']*'|[^'\n])*)\n((?:(?!\$ ).*\n)*)", re.M)
     (start, line), *requests = example.findall("".join(blocks("console")))
     assert start == "python mizusync.py"
     with program("--db", str(tmp_path / "mizusync.db")) as running:
         port = str(running.address[1])
-        assert running.line.replace(f"{tmp_path}{os.sep}", "").replace(port, "8080") == line
+        assert (
+            running.line.replace(f"{tmp_path}{os.sep}", "").replace(port, "8080")
+            == line
+        )
         for command, shown in requests:
-            name, *words = shlex.split(command.replace("localhost:8080", f"127.0.0.1:{port}"))
+            name, *words = shlex.split(
+                command.replace("localhost:8080", f"127.0.0.1:{port}")
+            )
             assert name == "curl"
             done = subprocess.run(
                 [curl, "-q", "--noproxy", "*", *words],
@@ -8464,14 +9638,18 @@ def test_the_backup_of_the_readme_is_a_beginning_of_the_log_while_pushes_go_on(
             for number in itertools.count():
                 if stop.is_set():
                     return
-                acknowledged.extend(client.push(todo("create", id=str(number), title="x" * 500)))
+                acknowledged.extend(
+                    client.push(todo("create", id=str(number), title="x" * 500))
+                )
 
     with program("--db", "mizusync.db", folder=tmp_path) as running:
         pouring = threading.Thread(target=pour)
         pouring.start()
         until(lambda: len(acknowledged) > 20)
         before = len(acknowledged)
-        subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, check=True)
+        subprocess.run(
+            [sys.executable, *shlex.split(command)], cwd=tmp_path, check=True
+        )
         after = len(acknowledged)
         until(lambda: len(acknowledged) > after + 1)
         stop.set()
@@ -8498,10 +9676,21 @@ def test_the_application_of_the_readme_works(
     monkeypatch.undo()
     with serving(names["engine"]) as live:
         client = live.client()
-        wish = {"scope": "gala", "name": "seat.take", "args": {"seat": "A1", "holder": "Ann"}}
-        again = {"scope": "gala", "name": "seat.take", "args": {"seat": "A1", "holder": "Bob"}}
+        wish = {
+            "scope": "gala",
+            "name": "seat.take",
+            "args": {"seat": "A1", "holder": "Ann"},
+        }
+        again = {
+            "scope": "gala",
+            "name": "seat.take",
+            "args": {"seat": "A1", "holder": "Bob"},
+        }
         taken, refused, invalid, once = client.push(
-            {"id": "1", **wish}, {"id": "2", **again}, {"id": "3", "name": "?"}, {"id": "1", **wish}
+            {"id": "1", **wish},
+            {"id": "2", **again},
+            {"id": "3", "name": "?"},
+            {"id": "1", **wish},
         )
         assert taken["changes"][0]["data"] == {"seat": "A1", "holder": "Ann"}
         assert (refused["code"], refused["error"]) == ("conflict", "seat A1 is taken")
@@ -8522,7 +9711,9 @@ def test_the_on_auth_of_the_readme_works(tmp_path: Path) -> None:
             ("family", "", 401),
         ):
             shown = {"Authorization": f"Bearer {token}"} if token else {}
-            reply = live.client().request("GET", f"/sync/pull?scope={scope}", headers=shown)
+            reply = live.client().request(
+                "GET", f"/sync/pull?scope={scope}", headers=shown
+            )
             assert reply.status == status
 
 
@@ -8536,14 +9727,20 @@ def test_the_page_of_the_readme_shows_a_seat_of_any_name_at_once(seat: str) -> N
     script = f"const predict = {predict}; const mutation = JSON.parse(process.argv[1]);"
     script += "console.log(Object.entries(predict({}, mutation)).join());"
     command = [node, "-e", script, mutation]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    shown = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
     assert shown.stdout == f"{seat},Ann\n"
 
 
-def test_the_contents_of_the_file_are_its_sections_and_no_section_uses_a_lower_one() -> None:
+def test_the_contents_of_the_file_are_its_sections_and_no_section_uses_a_lower_one() -> (
+    None
+):
     source = Path(mizusync.__file__).read_text(encoding="utf-8")
     _, *sections = re.split(r"^# --- (.*?) -+$", source, flags=re.M)
-    listed = re.findall(r"^    (\S.*?)  +", (mizusync.__doc__ or "").partition("Contents")[2], re.M)
+    listed = re.findall(
+        r"^    (\S.*?)  +", (mizusync.__doc__ or "").partition("Contents")[2], re.M
+    )
     assert listed[: len(sections) // 2] == sections[::2]
     # Tests and the README may be read in any order; the file goes from top to bottom.
     above: set[str] = set()
@@ -8552,20 +9749,29 @@ def test_the_contents_of_the_file_are_its_sections_and_no_section_uses_a_lower_o
     for body in sections[1::2]:
         above |= set(defined.findall(body))
         code = "\n".join(line.partition("#")[0] for line in body.split("\n"))
-        used = set(re.findall(r"(?<![.\w\"'`])(\w+)\(", re.sub(r'""".*?"""', "", code, flags=re.S)))
+        used = set(
+            re.findall(
+                r"(?<![.\w\"'`])(\w+)\(", re.sub(r'""".*?"""', "", code, flags=re.S)
+            )
+        )
         assert used & everything <= above
 
 
 def test_each_link_inside_the_readme_leads_to_a_heading() -> None:
     text = re.sub(r"^```.*?^```$", "", readme(), flags=re.M | re.S)
     headings = re.findall(r"^#+ (.*)", text, re.M)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    anchors = {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    }
     assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= anchors
     assert len(headings) == len(anchors)
 
 
 def test_the_readme_has_every_setting_with_its_default() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (\S+) ?(s|KiB|MiB|) \|", readme("Settings"), re.M)
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\S+) ?(s|KiB|MiB|) \|", readme("Settings"), re.M
+    )
     shown = {
         name: None if number == "none" else float(number) * UNITS[unit]
         for name, number, unit in rows
@@ -8584,7 +9790,7 @@ def test_the_readme_has_every_flag_name_and_code() -> None:
     }
 
 
-# --- Recipes ------------------------------------------------------------------------------
+# --- Recipes --------------------------------------------------------------------------
 # Each stands in the README, and runs here as it stands there.
 
 
@@ -8593,9 +9799,14 @@ def test_the_readme_has_every_flag_name_and_code() -> None:
 
 @contextmanager
 def recipe(
-    heading: str, folder: Path, number: int = signal.SIGTERM, *edits: tuple[str, str], **env: str
+    heading: str,
+    folder: Path,
+    number: int = signal.SIGTERM,
+    *edits: tuple[str, str],
+    **env: str,
 ) -> Iterator[dict[str, tuple[str, int]]]:
-    """The addresses where a recipe's program listens, by the word before; a signal ends it well."""
+    """The addresses where a recipe's program listens, by the word before; a signal ends
+    it well."""
     (text,) = blocks("python", heading)
     for old, new in (("8080", "0"), *edits):
         text = text.replace(old, new)
@@ -8637,8 +9848,15 @@ def test_the_board_has_notes_that_last_a_chat_and_who_is_there(tmp_path: Path) -
     heading = "With endpoints, a chat and presence of its own"
     with recipe(heading, tmp_path) as found, ExitStack() as stack:
         address = found["open"]
-        ann, again, ben, away = (stack.enter_context(closing(RawClient(address))) for _ in range(4))
-        for client, scope in ((ann, "hall"), (again, "hall"), (ben, "hall"), (away, "attic")):
+        ann, again, ben, away = (
+            stack.enter_context(closing(RawClient(address))) for _ in range(4)
+        )
+        for client, scope in (
+            (ann, "hall"),
+            (again, "hall"),
+            (ben, "hall"),
+            (away, "attic"),
+        ):
             assert client.upgrade(f"/ws?scope={scope}").status == 101
         ben.say("say", {"text": "nobody knows me"})
         assert ben.read_json()["topic"] == "error"
@@ -8658,16 +9876,29 @@ def test_the_board_has_notes_that_last_a_chat_and_who_is_there(tmp_path: Path) -
             assert hearer.read_json() == said
         assert away.quiet()
         again.close()
-        assert ben.read_json()["data"] == ["Ann", "Ben"]  # one of her two pages is still open
+        assert ben.read_json()["data"] == [
+            "Ann",
+            "Ben",
+        ]  # one of her two pages is still open
         ann.reset()
         assert ben.read_json()["data"] == ["Ben"]
         with closing(RawClient(address)) as client:
-            put = {"scope": "hall", "name": "note.put", "args": {"id": "1", "text": "milk"}}
+            put = {
+                "scope": "hall",
+                "name": "note.put",
+                "args": {"id": "1", "text": "milk"},
+            }
             assert client.push({"id": "m", **put}, {"id": "n", "name": "?"})[0]["ok"]
             room = client.request("GET", "/room").json
             assert room == {"notes": {"1": "milk"}, "here": ["Ben"]}
-    with recipe(heading, tmp_path) as found, closing(RawClient(found["open"])) as client:
-        assert client.request("GET", "/room").json == {"notes": {"1": "milk"}, "here": []}
+    with (
+        recipe(heading, tmp_path) as found,
+        closing(RawClient(found["open"])) as client,
+    ):
+        assert client.request("GET", "/room").json == {
+            "notes": {"1": "milk"},
+            "here": [],
+        }
 
 
 # -- In a running asyncio program
@@ -8677,7 +9908,9 @@ def test_the_program_does_the_jobs_of_its_clients_and_those_of_an_earlier_run(
     tmp_path: Path,
 ) -> None:
     def results(client: RawClient) -> list[str]:
-        data = [change["data"] for change in client.pull(scope="jobs", cursor=0)["changes"]]
+        data = [
+            change["data"] for change in client.pull(scope="jobs", cursor=0)["changes"]
+        ]
         return [change["result"] for change in data if "result" in change]
 
     heading, quoted = "In a running asyncio program", {"id": "1", "result": "?"}
@@ -8692,7 +9925,9 @@ def test_the_program_does_the_jobs_of_its_clients_and_those_of_an_earlier_run(
         assert forged["code"] == elsewhere["code"] == "invalid_mutation"
         until(lambda: results(client) == ["TEA"])
     with closing(sqlite3.connect(tmp_path / "jobs.db")) as db, db:
-        db.execute("UPDATE jobs SET result = NULL")  # as if that run had ended too early
+        db.execute(
+            "UPDATE jobs SET result = NULL"
+        )  # as if that run had ended too early
     with run() as found, closing(RawClient(found[""])) as client:
         until(lambda: results(client) == ["TEA", "TEA"])
 
@@ -8707,14 +9942,21 @@ def test_requests_of_flask_push_from_their_threads_and_live_clients_hear_of_it(
 
     def order(key: str, dish: str = "soup") -> tuple[int, Any]:
         form = {"Content-Type": "application/x-www-form-urlencoded"}
-        with closing(http.client.HTTPConnection(*found["on"], timeout=PATIENCE)) as client:
-            client.request("POST", "/orders", urlencode({"id": key, "dish": dish}), form)
+        with closing(
+            http.client.HTTPConnection(*found["on"], timeout=PATIENCE)
+        ) as client:
+            client.request(
+                "POST", "/orders", urlencode({"id": key, "dish": dish}), form
+            )
             response = client.getresponse()
             return response.status, json.loads(response.read())
 
     edit = ('app.run("127.0.0.1", 5000', 'app.run("127.0.0.1", 0')
     with recipe("Beside Flask or Django", tmp_path, signal.SIGINT, edit) as found:
-        with closing(RawClient(found["open"])) as session, ThreadPoolExecutor(8) as pool:
+        with (
+            closing(RawClient(found["open"])) as session,
+            ThreadPoolExecutor(8) as pool,
+        ):
             page = {"Origin": "http://127.0.0.1:5000"}
             assert session.upgrade("/ws?scope=main", page).status == 101
             assert session.subscribe()["data"] == {"cursor": 0}
@@ -8726,9 +9968,13 @@ def test_requests_of_flask_push_from_their_threads_and_live_clients_hear_of_it(
         for key, dish, status in (("8", "", 409), ("", "soup", 400)):
             answer = order(key, dish)
             assert (answer[0], answer[1]["code"]) == (status, "invalid_mutation")
-        with closing(http.client.HTTPConnection(*found["on"], timeout=PATIENCE)) as client:
+        with closing(
+            http.client.HTTPConnection(*found["on"], timeout=PATIENCE)
+        ) as client:
             client.request("GET", "/orders")
-            assert json.loads(client.getresponse().read()) == {str(n): "soup" for n in range(8)}
+            assert json.loads(client.getresponse().read()) == {
+                str(n): "soup" for n in range(8)
+            }
 
 
 # -- Under FastAPI
@@ -8779,18 +10025,31 @@ for (const client of clients) {
 
 
 @pytest.fixture(scope="module")
-def under_fastapi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
-    """The recipe as uvicorn serves it, with the page and a look inside; where it listens."""
+def under_fastapi(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[str, int]]:
+    """The recipe as uvicorn serves it, with the page and a look inside; where it
+    listens."""
     for library in ("fastapi", "uvicorn", "websockets", "httpx"):
         pytest.importorskip(library)
     folder = tmp_path_factory.mktemp("fastapi")
-    (folder / "app.py").write_text("".join(blocks("python", "Under FastAPI")), encoding="utf-8")
+    (folder / "app.py").write_text(
+        "".join(blocks("python", "Under FastAPI")), encoding="utf-8"
+    )
     (folder / "more.py").write_text(FASTAPI_EXTRA, encoding="utf-8")
     shutil.copy(PROGRAM.with_name("demo.html"), folder)
-    # A small buffer of the kernel's, which its connections have from it: so a slow reader shows.
+    # A small buffer of the kernel's, which its connections have from it: so a slow
+    # reader shows.
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
-    command = [sys.executable, "-m", "uvicorn", "more:app", "--timeout-keep-alive", "60"]
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "more:app",
+        "--timeout-keep-alive",
+        "60",
+    ]
     with (
         listener,
         subprocess.Popen(
@@ -8816,17 +10075,22 @@ def under_fastapi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
             process.kill()
             listening.join(PATIENCE)
     assert "Application shutdown complete" in "".join(said)
-    assert not re.search("Traceback|Warning|never retrieved", "".join(said)), "".join(said)
+    assert not re.search("Traceback|Warning|never retrieved", "".join(said)), "".join(
+        said
+    )
 
 
 @contextmanager
 def followed(address: tuple[str, int], user: str = "ann-7") -> Iterator[Any]:
-    """A WebSocket of the `websockets` library that is subscribed; and the first cursor it heard."""
+    """A WebSocket of the `websockets` library that is subscribed; and the first cursor
+    it heard."""
     from websockets.sync.client import connect
     from websockets.typing import Subprotocol
 
     offers = [Subprotocol("mizusync"), Subprotocol(f"bearer.{user}")]
-    with connect("ws://{}:{}/ws?scope=demo".format(*address), subprotocols=offers) as socket:
+    with connect(
+        "ws://{}:{}/ws?scope=demo".format(*address), subprotocols=offers
+    ) as socket:
         assert socket.subprotocol == "mizusync"
         socket.send(json.dumps({"topic": "subscribe", "data": {"changes": True}}))
         yield socket, json.loads(socket.recv(PATIENCE))
@@ -8839,7 +10103,9 @@ def heard(socket: Any, cursor: int) -> Any:
     return hint
 
 
-def test_under_fastapi_requests_keep_to_the_protocol(under_fastapi: tuple[str, int]) -> None:
+def test_under_fastapi_requests_keep_to_the_protocol(
+    under_fastapi: tuple[str, int],
+) -> None:
     with closing(RawClient(under_fastapi)) as client:
 
         def get(target: str) -> Reply:
@@ -8855,7 +10121,10 @@ def test_under_fastapi_requests_keep_to_the_protocol(under_fastapi: tuple[str, i
         wish = {**todo("create", id="1", title="\u00e9"), "scope": "user:ann"}
         assert refused(
             client.request(
-                "POST", "/sync/push", json.dumps([wish, wish | {"scope": "x"}]).encode(), ANN_7
+                "POST",
+                "/sync/push",
+                json.dumps([wish, wish | {"scope": "x"}]).encode(),
+                ANN_7,
             ),
             403,
         )
@@ -8865,11 +10134,17 @@ def test_under_fastapi_requests_keep_to_the_protocol(under_fastapi: tuple[str, i
         reply = get("/sync/pull?scope=user:ann&cursor=0")
         assert reply.json["changes"] == first["changes"]
         assert reply.headers["cache-control"] == "no-store"
-        place = urlencode({"cursor": reply.json["cursor"], "epoch": reply.json["epoch"]})
+        place = urlencode(
+            {"cursor": reply.json["cursor"], "epoch": reply.json["epoch"]}
+        )
         assert get(f"/sync/pull?scope=user:ann&{place}").json["changes"] == []
-        assert refused(get("/sync/pull?scope=user:ann&cursor=9999"), 410, code="cursor_unknown")
         assert refused(
-            get("/sync/pull?scope=user:ann&cursor=1&epoch=x"), 410, code="cursor_unknown"
+            get("/sync/pull?scope=user:ann&cursor=9999"), 410, code="cursor_unknown"
+        )
+        assert refused(
+            get("/sync/pull?scope=user:ann&cursor=1&epoch=x"),
+            410,
+            code="cursor_unknown",
         )
         state = get("/sync/snapshot?scope=user:ann").json
         assert state["data"]["todos"] == [first["changes"][0]["data"]["todo"]]
@@ -8884,10 +10159,14 @@ def test_under_fastapi_the_httpx_library_pushes_pulls_and_waits(
     wish = {**todo("create", id="h", title="x"), "scope": "user:ben"}
     token = {"Authorization": "Bearer ben-8"}
     with (
-        httpx.Client(base_url="http://{}:{}".format(*under_fastapi), headers=token) as client,
+        httpx.Client(
+            base_url="http://{}:{}".format(*under_fastapi), headers=token
+        ) as client,
         ThreadPoolExecutor(1) as pool,
     ):
-        waiting = pool.submit(client.get, "/sync/pull?scope=user:ben&wait=60", timeout=PATIENCE)
+        waiting = pool.submit(
+            client.get, "/sync/pull?scope=user:ben&wait=60", timeout=PATIENCE
+        )
         (result,) = client.post("/sync/push", json=[wish]).json()
         assert waiting.result(PATIENCE).json()["changes"] == result["changes"]
 
@@ -8919,14 +10198,17 @@ def test_under_fastapi_a_slow_or_gone_socket_hurts_nobody_and_nothing_is_left_of
 
         until(lambda: load()[0] == {})
         _, tasks = load()
-        slow, gone = (stack.enter_context(closing(RawClient(under_fastapi, 4096))) for _ in "12")
+        slow, gone = (
+            stack.enter_context(closing(RawClient(under_fastapi, 4096))) for _ in "12"
+        )
         for lazy in (slow, gone):
             assert lazy.upgrade("/ws?scope=demo", offer).status == 101
             lazy.say("subscribe", {"changes": True})
         until(lambda: load()[0] == {"sync:demo": 2})
         with followed(under_fastapi) as (socket, _):
             wishes = [
-                create(scope="demo", args={"id": str(n), "title": "x" * 990}) for n in range(12)
+                create(scope="demo", args={"id": str(n), "title": "x" * 990})
+                for n in range(12)
             ]
             client.push(*wishes, headers=ANN_7)
             for number in range(25):  # more than the buffers on the way hold
@@ -8983,7 +10265,9 @@ def test_under_fastapi_two_clients_of_the_pages_script_converge(
 # -- Users and tokens
 
 
-def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(tmp_path: Path) -> None:
+def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(
+    tmp_path: Path,
+) -> None:
     def enter(path: str, user: str, password: str) -> Reply:
         body = json.dumps({"user": user, "password": password}).encode()
         return guest.request("POST", path, body)
@@ -8992,7 +10276,9 @@ def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(tmp_path: P
         return {"Authorization": f"Bearer {token}"}
 
     def status(scope: str, token: str) -> int:
-        return guest.request("GET", f"/sync/pull?scope={scope}", headers=bearer(token)).status
+        return guest.request(
+            "GET", f"/sync/pull?scope={scope}", headers=bearer(token)
+        ).status
 
     def wish(key: str, scope: str, name: str, args: Any) -> dict[str, Any]:
         return {"id": key, "scope": scope, "name": name, "args": args}
@@ -9000,7 +10286,9 @@ def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(tmp_path: P
     # The test has no 10 s to wait for.
     edit, secret = ("auth_interval=10", "auth_interval=0.1"), "a secret" * 4
     with (
-        recipe("Users and tokens", tmp_path, signal.SIGTERM, edit, SECRET=secret) as found,
+        recipe(
+            "Users and tokens", tmp_path, signal.SIGTERM, edit, SECRET=secret
+        ) as found,
         closing(RawClient(found["open"])) as guest,
         closing(RawClient(found["open"])) as session,
     ):
@@ -9014,12 +10302,27 @@ def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(tmp_path: P
         ann = enter("/login", "ann", "pass-a").json["token"]
         assert re.fullmatch(r"[A-Za-z0-9._~-]+", ann)
         past = f"ann.{int(time.time()) - 1}"
-        late = f"{past}.{hmac.new(secret.encode(), past.encode(), 'sha256').hexdigest()}"
+        late = (
+            f"{past}.{hmac.new(secret.encode(), past.encode(), 'sha256').hexdigest()}"
+        )
         other = ann[:-1] + ("0" if ann[-1] != "0" else "1")
-        for token in ("", "x", "..", late, other, ann.replace("ann", "ben"), f"{ann}.", ann[:-1]):
+        for token in (
+            "",
+            "x",
+            "..",
+            late,
+            other,
+            ann.replace("ann", "ben"),
+            f"{ann}.",
+            ann[:-1],
+        ):
             assert status("ann/diary", token) == 401
         # Of her own, and shared.
-        assert (status("ann/diary", ann), status("ann/diary", ben), status("a", ann)) == (
+        assert (
+            status("ann/diary", ann),
+            status("ann/diary", ben),
+            status("a", ann),
+        ) == (
             200,
             403,
             403,
@@ -9049,7 +10352,8 @@ def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(tmp_path: P
 # -- A client in Python
 
 
-PYTHON_CLIENTS = {  # what an application makes of them: each page, or decision, as a line
+# what an application makes of them: each page, or decision, as a line
+PYTHON_CLIENTS = {
     "follow": """
         import json, sys
         from client import follow
@@ -9076,7 +10380,8 @@ PYTHON_CLIENTS = {  # what an application makes of them: each page, or decision,
 
 
 class Way:
-    """A way to a server that may move; it cuts the next answer that has these bytes in half."""
+    """A way to a server that may move; it cuts the next answer that has these bytes in
+    half."""
 
     target: tuple[str, int]
 
@@ -9102,7 +10407,9 @@ class Way:
                 client.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
                 return
             with server:
-                back = threading.Thread(target=self.pour, args=(server, client), daemon=True)
+                back = threading.Thread(
+                    target=self.pour, args=(server, client), daemon=True
+                )
                 back.start()
                 self.pour(client, server)
                 back.join(PATIENCE)
@@ -9115,7 +10422,10 @@ class Way:
                     target.sendall(data[: len(data) // 2])
                     break
                 target.sendall(data)
-        for end in (source, target):  # also who waits for the other in the thread beside
+        for end in (
+            source,
+            target,
+        ):  # also who waits for the other in the thread beside
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
@@ -9131,7 +10441,14 @@ class Reader:
     def __init__(self, folder: Path, name: str, *arguments: str) -> None:
         self.said: list[Any] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "dev", "-c", textwrap.dedent(PYTHON_CLIENTS[name]), *arguments],
+            [
+                sys.executable,
+                "-X",
+                "dev",
+                "-c",
+                textwrap.dedent(PYTHON_CLIENTS[name]),
+                *arguments,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -9167,12 +10484,16 @@ class Reader:
 
 
 def fold_pages(pages: Iterable[Any]) -> tuple[dict[str, Any], int]:
-    """The list after these pages, and their number of snapshots; nothing is in them twice."""
+    """The list after these pages, and their number of snapshots; nothing is in them
+    twice."""
     todos: dict[str, Any] = {}
     cursor, snapshots = 0, 0
     for page in list(pages):
         if "data" in page:
-            todos, snapshots = {one["id"]: one for one in page["data"]["todos"]}, snapshots + 1
+            todos, snapshots = (
+                {one["id"]: one for one in page["data"]["todos"]},
+                snapshots + 1,
+            )
             cursor = page["cursor"]
             continue
         for change in page["changes"]:
@@ -9184,10 +10505,14 @@ def fold_pages(pages: Iterable[Any]) -> tuple[dict[str, Any], int]:
 
 
 @pytest.mark.parametrize("name", ["follow", "live"])
-def test_a_client_in_python_misses_nothing_and_has_nothing_twice(tmp_path: Path, name: str) -> None:
+def test_a_client_in_python_misses_nothing_and_has_nothing_twice(
+    tmp_path: Path, name: str
+) -> None:
     if name == "live":
         pytest.importorskip("websockets")
-    for file, text in zip(("client", "live"), blocks("python", "A client in Python"), strict=True):
+    for file, text in zip(
+        ("client", "live"), blocks("python", "A client in Python"), strict=True
+    ):
         (tmp_path / f"{file}.py").write_text(text, encoding="utf-8")
     path, copy = tmp_path / "todos.db", tmp_path / "copy.db"
     pages, servers = list[Any](), list[Program]()
@@ -9203,8 +10528,13 @@ def test_a_client_in_python_misses_nothing_and_has_nothing_twice(tmp_path: Path,
     def agreed(snapshots: int) -> bool:
         """Whether the follower has what the server has."""
         with closing(RawClient(way.target)) as client:
-            state = client.request("GET", "/sync/snapshot?scope=list").json["data"]["todos"]
-        return fold_pages(pages + follower.said) == ({one["id"]: one for one in state}, snapshots)
+            state = client.request("GET", "/sync/snapshot?scope=list").json["data"][
+                "todos"
+            ]
+        return fold_pages(pages + follower.said) == (
+            {one["id"]: one for one in state},
+            snapshots,
+        )
 
     with ExitStack() as stack:
         way = stack.enter_context(closing(Way()))
@@ -9217,14 +10547,18 @@ def test_a_client_in_python_misses_nothing_and_has_nothing_twice(tmp_path: Path,
         way.cut = b'"ok":true'
         pusher.write(*(create() for _ in range(3)))
         until(lambda: len(pusher.said) == 3)
-        assert [result.get("duplicate") for _, result in pusher.said] == [True, None, None]
+        assert [result.get("duplicate") for _, result in pusher.said] == [
+            True,
+            None,
+            None,
+        ]
         until(lambda: agreed(0))
         way.cut = b'"hasMore"' if name == "follow" else b'"after"'
         pusher.write(create())
         until(lambda: agreed(0) and not way.cut)
 
-        # The server is killed in the middle; meanwhile the follower's program ends, and begins
-        # again from the place that it had kept.
+        # The server is killed in the middle; meanwhile the follower's program ends, and
+        # begins again from the place that it had kept.
         pusher.write(*(create() for _ in range(40)))
         until(lambda: len(pusher.said) > 10)
         kill()
@@ -9238,10 +10572,16 @@ def test_a_client_in_python_misses_nothing_and_has_nothing_twice(tmp_path: Path,
         ids = [mutation["id"] for mutation, result in pusher.said if result["ok"]]
         assert len(set(ids)) == 44
 
-        # While it is away, the log goes on and is trimmed: it takes a snapshot. The file is copied.
+        # While it is away, the log goes on and is trimmed: it takes a snapshot. The
+        # file is copied.
         kill()
-        application: dict[str, Any] = {"apply": mizusync.apply_todo, "schema": mizusync.TODO_SCHEMA}
-        with closing(Engine(path, **application, snapshot=mizusync.snapshot_todos)) as engine:
+        application: dict[str, Any] = {
+            "apply": mizusync.apply_todo,
+            "schema": mizusync.TODO_SCHEMA,
+        }
+        with closing(
+            Engine(path, **application, snapshot=mizusync.snapshot_todos)
+        ) as engine:
             push(engine, create(), create())
             ask(engine.trim("list", ask(engine.head("list")) + 1))
         shutil.copy(path, copy)
@@ -9268,14 +10608,17 @@ def test_a_client_in_python_misses_nothing_and_has_nothing_twice(tmp_path: Path,
 
 
 class Front(NamedTuple):
-    """An nginx, as the README configures it; only the ports and the paths are others."""
+    """An nginx, as the README configures it; only the ports and the paths are
+    others."""
 
     port: int
     trusting: ssl.SSLContext
 
     def client(self) -> RawClient:
         client = RawClient(("127.0.0.1", self.port))
-        client.sock = self.trusting.wrap_socket(client.sock, server_hostname="127.0.0.1")
+        client.sock = self.trusting.wrap_socket(
+            client.sock, server_hostname="127.0.0.1"
+        )
         return client
 
 
@@ -9288,7 +10631,9 @@ def fitted(text: str, places: Mapping[str, str]) -> str:
 
 @contextmanager
 def nginx(folder: Path, upstream: int) -> Iterator[Front]:
-    if (command := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")) is None:
+    if (
+        command := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    ) is None:
         pytest.skip("no nginx to go through")
     key, certificate = make_certificate(folder)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -9297,13 +10642,22 @@ def nginx(folder: Path, upstream: int) -> Iterator[Front]:
     places = {"443 ssl": f"127.0.0.1:{port} ssl", "127.0.0.1:8080": f"127.0.0.1:{upstream}",
               "/etc/ssl/sync.example.pem": certificate, "/etc/ssl/sync.example.key": key,
               "/var/log/nginx": str(folder)}  # fmt: skip
-    for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):  # only root may use its own
-        places["http {"] = f"{places.get('http {', 'http {')} {kind}_temp_path {folder}/{kind};"
+    for kind in (
+        "client_body",
+        "proxy",
+        "fastcgi",
+        "uwsgi",
+        "scgi",
+    ):  # only root may use its own
+        places["http {"] = (
+            f"{places.get('http {', 'http {')} {kind}_temp_path {folder}/{kind};"
+        )
     (folder / "nginx.conf").write_text(fitted(text, places))
     errors = folder / "error.log"
     here = ["-p", str(folder), "-c", "nginx.conf", "-e", str(errors)]
     process = subprocess.Popen(
-        [command, *here, "-g", f"daemon off; pid {folder}/nginx.pid;"], stderr=subprocess.DEVNULL
+        [command, *here, "-g", f"daemon off; pid {folder}/nginx.pid;"],
+        stderr=subprocess.DEVNULL,
     )
     front = Front(port, ssl.create_default_context(cafile=certificate))
 
@@ -9334,7 +10688,9 @@ def fronted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Fr
         yield live, front
 
 
-def test_nginx_passes_on_pushes_pulls_that_wait_and_snapshots(fronted: tuple[Live, Front]) -> None:
+def test_nginx_passes_on_pushes_pulls_that_wait_and_snapshots(
+    fronted: tuple[Live, Front],
+) -> None:
     live, front = fronted
     with closing(front.client()) as client, closing(front.client()) as waiting:
         named = {"Host": f"sync.example:{front.port}"}
@@ -9342,10 +10698,15 @@ def test_nginx_passes_on_pushes_pulls_that_wait_and_snapshots(fronted: tuple[Liv
         (first,) = client.push(note("a", scope="s"), headers=named | origin)
         before = live.engine.counts["pulls_from_memory"]
         waiting.send(get(b"/sync/pull?scope=s&wait=60&cursor=%d" % first["cursor"]))
-        until(lambda: live.engine.counts["pulls_from_memory"] > before)  # it found nothing
+        until(
+            lambda: live.engine.counts["pulls_from_memory"] > before
+        )  # it found nothing
         (second,) = client.push(note("b", scope="s"))
         assert waiting.response().json["changes"] == second["changes"]
-        assert client.request("GET", "/sync/snapshot?scope=s").json["data"] == [None, None]
+        assert client.request("GET", "/sync/snapshot?scope=s").json["data"] == [
+            None,
+            None,
+        ]
         evil = {"Host": "evil.example"}
         assert refused(client.request("GET", "/sync/pull", headers=evil), 403)
         assert client.request("GET", "/metrics").status == 404
@@ -9361,14 +10722,32 @@ def test_nginx_keeps_its_connections_to_the_server(fronted: tuple[Live, Front]) 
         assert first & set(live.server._connections)
 
 
-def test_nginx_speaks_http_2_to_who_does(fronted: tuple[Live, Front], tmp_path: Path) -> None:
+def test_nginx_speaks_http_2_to_who_does(
+    fronted: tuple[Live, Front], tmp_path: Path
+) -> None:
     curl, name = shutil.which("curl"), f"sync.example:{fronted[1].port}"
-    if not curl or b"HTTP2" not in subprocess.run([curl, "-qV"], capture_output=True).stdout:
+    if (
+        not curl
+        or b"HTTP2" not in subprocess.run([curl, "-qV"], capture_output=True).stdout
+    ):
         pytest.skip("no curl that speaks HTTP/2")
-    (tmp_path / "headers").write_text(f"Origin: https://{name}\nContent-Type: application/json\n")
-    options = f"-qsk --http2 --noproxy * --resolve {name}:127.0.0.1 -H @{tmp_path}/headers"
-    push = [*options.split(" "), "-w", "%{http_version}", "-d", "[{}]", f"https://{name}/sync/push"]
-    done = subprocess.run([curl, *push], capture_output=True, timeout=PATIENCE, check=True)
+    (tmp_path / "headers").write_text(
+        f"Origin: https://{name}\nContent-Type: application/json\n"
+    )
+    options = (
+        f"-qsk --http2 --noproxy * --resolve {name}:127.0.0.1 -H @{tmp_path}/headers"
+    )
+    push = [
+        *options.split(" "),
+        "-w",
+        "%{http_version}",
+        "-d",
+        "[{}]",
+        f"https://{name}/sync/push",
+    ]
+    done = subprocess.run(
+        [curl, *push], capture_output=True, timeout=PATIENCE, check=True
+    )
     assert b'"invalid_mutation"' in done.stdout
     assert done.stdout.endswith(b"]2")
 
@@ -9377,7 +10756,10 @@ def test_nginx_passes_on_a_socket_and_its_end(fronted: tuple[Live, Front]) -> No
     library = pytest.importorskip("websockets.sync.client")
     live, front = fronted
     address = f"wss://127.0.0.1:{front.port}/ws?scope=hints"
-    with library.connect(address, ssl=front.trusting) as socket, closing(front.client()) as client:
+    with (
+        library.connect(address, ssl=front.trusting) as socket,
+        closing(front.client()) as client,
+    ):
         socket.send('{"topic": "subscribe", "data": {}}')
         assert json.loads(socket.recv(PATIENCE))["data"] == {"cursor": 0}
         (result,) = client.push(note("a", scope="hints"))
@@ -9426,10 +10808,14 @@ def test_the_numbers_of_the_recipe_fit_the_settings() -> None:
 
     def number(name: str) -> int:
         return int(
-            re.findall(rf"^ *{name}[ =](\d+)[sm]?(?:;|$)", re.sub(" +#.*", "", found), re.M)[0]
+            re.findall(
+                rf"^ *{name}[ =](\d+)[sm]?(?:;|$)", re.sub(" +#.*", "", found), re.M
+            )[0]
         )
 
-    assert number("proxy_read_timeout") > max(limits.pull_wait_max, limits.ping_interval)
+    assert number("proxy_read_timeout") > max(
+        limits.pull_wait_max, limits.ping_interval
+    )
     assert number("keepalive_timeout") < limits.idle_timeout
     assert number("client_max_body_size") << 20 == limits.body_size
     assert number("worker_connections") >= 2 * limits.connections
@@ -9438,34 +10824,47 @@ def test_the_numbers_of_the_recipe_fit_the_settings() -> None:
 
 
 def test_the_service_and_the_container_start_what_there_is(tmp_path: Path) -> None:
-    (unit,), (container,) = (blocks(kind, "Behind nginx") for kind in ("ini", "dockerfile"))
+    (unit,), (container,) = (
+        blocks(kind, "Behind nginx") for kind in ("ini", "dockerfile")
+    )
     (start,) = re.findall(r"^ExecStart=(.+)", unit, re.M)
     (entry,) = re.findall(r"^ENTRYPOINT (.+)", container, re.M)
     for _, script, *arguments in (shlex.split(start), json.loads(entry)):
-        assert (script, mizusync.parse_args(arguments).port) == ("/srv/mizusync.py", 8080)
+        assert (script, mizusync.parse_args(arguments).port) == (
+            "/srv/mizusync.py",
+            8080,
+        )
     assert "EnvironmentFile=/" in unit  # with a "-" a missing file would mean: no token
     if (analyze := shutil.which("systemd-analyze")) is None:
         pytest.skip("no systemd-analyze to check the unit with")
     service = tmp_path / "mizusync.service"
     service.write_text(fitted(unit, {"/usr/bin/python3": sys.executable}))
-    done = subprocess.run([analyze, "verify", service], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [analyze, "verify", service], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_the_endpoint_for_prometheus_says_what_it_reads(tmp_path: Path) -> None:
     (recipe,) = blocks("python", "Behind nginx")
     names: dict[str, Any] = {"mizusync": mizusync}
-    with serve(tmp_path, prepare=lambda server: exec(recipe, names | {"server": server})) as live:
+    with serve(
+        tmp_path, prepare=lambda server: exec(recipe, names | {"server": server})
+    ) as live:
         live.client().push(note("a"), note("b"), note("b"))
         reply = live.client().request("GET", "/metrics")
         assert reply.headers["content-type"] == "text/plain; version=0.0.4"
         # https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
         family = r"# TYPE (mizusync_(\w+?)(_total)?) (counter|gauge)\n\1 (\d+)\n"
         assert re.sub(family, "", text := reply.body.decode()) == ""
-        found = {name: (kind, int(n)) for _, name, _, kind, n in re.findall(family, text)}
+        found = {
+            name: (kind, int(n)) for _, name, _, kind, n in re.findall(family, text)
+        }
         assert (found["applied"], found["cursor"]) == (("counter", 2), ("gauge", 2))
         assert list(found) == list(live.server.stats())[1:]
-        counters = [name for _, name, total, kind, _ in re.findall(family, text) if total]
+        counters = [
+            name for _, name, total, kind, _ in re.findall(family, text) if total
+        ]
         assert counters == [name for name in found if found[name][0] == "counter"]
         since_the_start = readme("What to watch").partition("since the start")[2]
         assert counters == re.findall(r"^\| `(\w+)` \|", since_the_start, re.M)
@@ -9476,7 +10875,8 @@ def test_the_endpoint_for_prometheus_says_what_it_reads(tmp_path: Path) -> None:
 
 
 class Postgres:
-    """A server of our own, on a socket in a folder, and a log for each path that is asked for."""
+    """A server of our own, on a socket in a folder, and a log for each path that is
+    asked for."""
 
     def __init__(self, folder: Path, names: Mapping[str, Any]) -> None:
         self.server = f"host={folder} user=postgres dbname=postgres"
@@ -9507,7 +10907,10 @@ class Postgres:
         return engine
 
     def back_up(self, path: Path) -> Path:
-        copies = (f"DROP TABLE IF EXISTS old_{t}; CREATE TABLE old_{t} AS TABLE {t};" for t in LOG)
+        copies = (
+            f"DROP TABLE IF EXISTS old_{t}; CREATE TABLE old_{t} AS TABLE {t};"
+            for t in LOG
+        )
         self.run("".join(copies), path)
         return path
 
@@ -9517,7 +10920,10 @@ class Postgres:
 
 
 NOTES = "CREATE TABLE IF NOT EXISTS notes (scope text, data text, rowid serial)"
-LOG = ("notes", *(f"mizusync_{name}" for name in ("changes", "mutations", "trims", "epochs")))
+LOG = (
+    "notes",
+    *(f"mizusync_{name}" for name in ("changes", "mutations", "trims", "epochs")),
+)
 
 
 class Spoken:
@@ -9539,7 +10945,10 @@ def spoken(function: Callable[[Any, Any], Any], db: Any, argument: Any) -> Any:
 @contextmanager
 def postgres_server(folder: Path) -> Iterator[None]:
     """A PostgreSQL of our own in this folder, which refuses to be root."""
-    found = (shutil.which("initdb"), *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")))
+    found = (
+        shutil.which("initdb"),
+        *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")),
+    )
     if not any(found):
         pytest.skip("no PostgreSQL server to run the store on")
     initdb = Path(str(list(filter(None, found))[-1]))
@@ -9547,7 +10956,18 @@ def postgres_server(folder: Path) -> Iterator[None]:
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
         user |= {"user": "postgres", "group": "postgres", "extra_groups": []}
-    options = ["-D", "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N"]
+    options = [
+        "-D",
+        "data",
+        "-U",
+        "postgres",
+        "-A",
+        "trust",
+        "-E",
+        "UTF8",
+        "--locale=C",
+        "-N",
+    ]
     subprocess.run([initdb, *options], check=True, capture_output=True, **user)
     options = ["-D", "data", "-k", str(folder), "-h", "", "-F"]
     with (folder / "log").open("w") as said:
@@ -9555,7 +10975,10 @@ def postgres_server(folder: Path) -> Iterator[None]:
         server = subprocess.Popen(command, stdout=said, stderr=said, **user)
     try:
         until(
-            lambda: server.poll() is not None or "ready to accept" in (folder / "log").read_text()
+            lambda: (
+                server.poll() is not None
+                or "ready to accept" in (folder / "log").read_text()
+            )
         )
         assert server.poll() is None, (folder / "log").read_text()
         yield
@@ -9634,7 +11057,9 @@ def test_a_reader_beside_two_writers_on_postgres_never_skips_a_number(
             push(engine, note(f"{threading.get_ident()} {number}", number))
 
     with ExitStack() as stack:
-        one, two, reader = (stack.enter_context(closing(open_log(path))) for _ in range(3))
+        one, two, reader = (
+            stack.enter_context(closing(open_log(path))) for _ in range(3)
+        )
         pool = stack.enter_context(ThreadPoolExecutor(4))
         pouring = [pool.submit(pour, engine) for engine in (one, two, one, two)]
         seen: list[Any] = []
@@ -9666,7 +11091,9 @@ def test_postgres_itself_tells_of_another_process_s_commit(
             in_time(lambda: push(two, note(str(next(numbers)), scope="a")))
             return heard.wait(MOMENT)
 
-        until(told)  # it listens again, though its first look may be through a lost connection
+        until(
+            told
+        )  # it listens again, though its first look may be through a lost connection
 
 
 OTHERS = "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
@@ -9715,11 +11142,22 @@ def test_the_seats_of_the_readme_are_sold_from_postgres(
     exec(store, names)
     exec(application.replace("postgresql://localhost/seats", postgres.dsn(path)), names)
     with serving(names["engine"]) as live:
-        wish = {"scope": "gala", "name": "seat.take", "args": {"seat": "A1", "holder": "Ann"}}
-        odd = {"scope": "gala", "name": "seat.take", "args": {"seat": "A\0", "holder": "Ann"}}
+        wish = {
+            "scope": "gala",
+            "name": "seat.take",
+            "args": {"seat": "A1", "holder": "Ann"},
+        }
+        odd = {
+            "scope": "gala",
+            "name": "seat.take",
+            "args": {"seat": "A\0", "holder": "Ann"},
+        }
         client = live.client()
         taken, again, strange, once = client.push(
-            {"id": "1", **wish}, {"id": "2", **wish}, {"id": "3", **odd}, {"id": "1", **wish}
+            {"id": "1", **wish},
+            {"id": "2", **wish},
+            {"id": "3", **odd},
+            {"id": "1", **wish},
         )
         assert taken["changes"][0]["data"] == {"seat": "A1", "holder": "Ann"}
         assert (again["code"], again["error"]) == ("conflict", "seat A1 is taken")
@@ -9731,7 +11169,9 @@ def test_the_seats_of_the_readme_are_sold_from_postgres(
         assert refused(strange, 410, code="cursor_unknown")
 
 
-def test_a_name_with_a_nul_is_a_name_on_postgres_too(on_postgres: Postgres, path: Path) -> None:
+def test_a_name_with_a_nul_is_a_name_on_postgres_too(
+    on_postgres: Postgres, path: Path
+) -> None:
     def same(db: Any, mutation: Mutation) -> list[Any]:
         return [Change(mutation.args, scope="\0")]
 
@@ -9748,7 +11188,10 @@ POSTGRES_MISUSES: dict[str, Callable[[Any], Any]] = {
     "COMMIT": lambda db: db.execute("COMMIT"),
     "rollback": lambda db: db.rollback(),
     "ROLLBACK": lambda db: db.execute("ROLLBACK"),
-    "ROLLBACK, and goes on": lambda db: (db.execute("ROLLBACK"), db.execute("SELECT 1")),
+    "ROLLBACK, and goes on": lambda db: (
+        db.execute("ROLLBACK"),
+        db.execute("SELECT 1"),
+    ),
     "autocommit": lambda db: setattr(db, "autocommit", True),
     "close": lambda db: db.close(),
     "an error that it hides": lambda db: hidden(db, "nonsense"),
@@ -9773,7 +11216,11 @@ def test_a_misuse_of_postgres_spoils_that_mutation_alone(
 
     with closing(open_log(path, apply=apply_or_misuse)) as engine:
         results = push(engine, note("1", 1), note("bad", 2), note("3", 3))
-        assert [result.get("code") for result in results] == [None, "internal_error", None]
+        assert [result.get("code") for result in results] == [
+            None,
+            "internal_error",
+            None,
+        ]
         assert ask(engine.snapshot()).data == fold(whole_log(engine)) == [1, 3]
 
 
@@ -9807,17 +11254,22 @@ asyncio.run(main())
 
 
 @pytest.fixture
-def todos_on_postgres(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """PROGRAM is the todo application as it is, but for its dialect; and a database for it."""
+def todos_on_postgres(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """PROGRAM is the todo application as it is, but for its dialect; and a database for
+    it."""
     words = {
         "folder": str(PROGRAM.parent),
         "recipe": blocks("python", "PostgreSQL instead of SQLite")[0],
         "apply": re.sub(
-            r":(scope|id|title|completed)\b", r"%(\1)s", inspect.getsource(mizusync.apply_todo)
+            r":(scope|id|title|completed)\b",
+            r"%(\1)s",
+            inspect.getsource(mizusync.apply_todo),
         ),
-        "schema": mizusync.TODO_SCHEMA.replace("INTEGER PRIMARY", "serial PRIMARY").replace(
-            "completed INTEGER", "completed boolean"
-        ),
+        "schema": mizusync.TODO_SCHEMA.replace(
+            "INTEGER PRIMARY", "serial PRIMARY"
+        ).replace("completed INTEGER", "completed boolean"),
     }
     (tmp_path / "todos.py").write_text(PROGRAM_ON_POSTGRES.format_map(words).lstrip())
     monkeypatch.setitem(globals(), "PROGRAM", tmp_path / "todos.py")
@@ -9838,7 +11290,9 @@ def test_two_processes_on_postgres(todos_on_postgres: Path, promise: str) -> Non
     with ExitStack() as stack:
         if "two" in function.__annotations__:
             words["two"] = stack.enter_context(two_programs(todos_on_postgres))
-        function(**{name: words[name] for name in function.__annotations__ if name in words})
+        function(
+            **{name: words[name] for name in function.__annotations__ if name in words}
+        )
 
 
 def test_the_todo_application_is_the_same_on_postgres(todos_on_postgres: Path) -> None:
@@ -9852,7 +11306,8 @@ def test_the_todo_application_is_the_same_on_postgres(todos_on_postgres: Path) -
 def test_a_postgres_that_lost_its_newest_commits_does_not_know_their_cursors(
     on_postgres: Postgres, path: Path
 ) -> None:
-    """As when a standby takes over: the process goes on, and only its connections were cut."""
+    """As when a standby takes over: the process goes on, and only its connections were
+    cut."""
     with closing(open_log(path)) as engine, closing(open_log(path)) as other:
         push(engine, *(note(str(number)) for number in range(5)))
         early = pull(engine)
@@ -9883,8 +11338,9 @@ def test_a_new_postgres_log_may_be_opened_by_several_at_once(
         assert list(pool.map(open_and_close, [path] * 4)) == [None] * 4
 
 
-# --- SyncClient ---------------------------------------------------------------------------
-# Part one of the page's script, in Node. Its clock is the harness's: a minute passes at once.
+# --- SyncClient -----------------------------------------------------------------------
+# Part one of the page's script, in Node. Its clock is the harness's: a minute passes at
+# once.
 
 HARNESS = r"""
 // Each line of stdin is a call, [name, ...arguments], that one line of stdout answers. The client's
@@ -10227,14 +11683,18 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     if (path := shutil.which("node")) is None:
         pytest.skip("no node to run the client with")
     command = [path, "--no-warnings", "--experimental-websocket"]  # needless from 22 on
-    tried = subprocess.run([*command, "-e", ""], capture_output=True, timeout=PATIENCE, check=False)
+    tried = subprocess.run(
+        [*command, "-e", ""], capture_output=True, timeout=PATIENCE, check=False
+    )
     if tried.returncode:
         pytest.skip(
             "this node is too old to run the client with: 20.10 is the first with WebSocket"
         )
     ours = "setTimeout, clearTimeout, setInterval, clearInterval, AbortSignal, Date"
     folder = tmp_path_factory.mktemp("node")
-    (folder / "client.mjs").write_text(f"const {{ {ours} }} = globalThis.simulated;\n{part_one()}")
+    (folder / "client.mjs").write_text(
+        f"const {{ {ours} }} = globalThis.simulated;\n{part_one()}"
+    )
     (folder / "harness.mjs").write_text(HARNESS)
     with subprocess.Popen(
         [*command, str(folder / "harness.mjs")],
@@ -10933,7 +12393,8 @@ REFUSED_ONCE = set[str]()  # ids
 
 
 def apply_and_record(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-    """The demo, and each mutation that it applied: one that it applied twice is there twice."""
+    """The demo, and each mutation that it applied: one that it applied twice is there
+    twice."""
     try:
         changes = mizusync.apply_todo(db, mutation)
     except mizusync.SyncError:
@@ -10944,7 +12405,9 @@ def apply_and_record(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
 
 
 persons = st.integers(0, 2)
-kinds = st.sampled_from(["lost", "unheard", "torn", "twice", "slow", "late", "tooLate", "busy"])
+kinds = st.sampled_from(
+    ["lost", "unheard", "torn", "twice", "slow", "late", "tooLate", "busy"]
+)
 edits = st.sampled_from(
     [
         ("create", {"title": "x"}),
@@ -10966,7 +12429,9 @@ class Persons(RuleBasedStateMachine):
     def open(self, shared: bool) -> None:
         """Two of them may be tabs of one browser, over one storage."""
         self.stack = ExitStack()
-        self.path = Path(self.stack.enter_context(tempfile.TemporaryDirectory())) / "log.db"
+        self.path = (
+            Path(self.stack.enter_context(tempfile.TemporaryDirectory())) / "log.db"
+        )
         self.running = self.stack.enter_context(ExitStack())
         self.backup: set[str] | None = None
         self.gone = set[str]()  # what was applied after the copy that was restored
@@ -10977,7 +12442,8 @@ class Persons(RuleBasedStateMachine):
             self.path,
             apply=apply_and_record,
             snapshot=mizusync.snapshot_todos,
-            schema=mizusync.TODO_SCHEMA + "CREATE TABLE IF NOT EXISTS applied (id TEXT);",
+            schema=mizusync.TODO_SCHEMA
+            + "CREATE TABLE IF NOT EXISTS applied (id TEXT);",
             settings=replace(SMALL, hint_gap=0),
         )
         self.live = self.running.enter_context(serving(engine))
@@ -10985,7 +12451,9 @@ class Persons(RuleBasedStateMachine):
 
     def applied(self) -> list[str]:
         with closing(sqlite3.connect(self.path)) as db:
-            return [key for (key,) in db.execute("SELECT id FROM applied ORDER BY rowid")]
+            return [
+                key for (key,) in db.execute("SELECT id FROM applied ORDER BY rowid")
+            ]
 
     @rule(who=persons, key=st.sampled_from("abc"), edit=edits)
     def edit(self, who: int, key: str, edit: tuple[str, dict[str, Any]]) -> None:
@@ -10995,7 +12463,9 @@ class Persons(RuleBasedStateMachine):
     def the_next_requests_are(self, who: int, these: list[str]) -> None:
         self.node("fault", who, *these)
 
-    @rule(who=persons, what=st.sampled_from(["drop", "mute", "stop", "start", "reload"]))
+    @rule(
+        who=persons, what=st.sampled_from(["drop", "mute", "stop", "start", "reload"])
+    )
     def do(self, who: int, what: str) -> None:
         self.node(what, who)
 
@@ -11033,7 +12503,9 @@ class Persons(RuleBasedStateMachine):
             return
         with self.stack:
             seen = self.node("converge", 200)
-            data = json.loads(self.live.call(self.live.engine.snapshot).encode())["data"]
+            data = json.loads(self.live.call(self.live.engine.snapshot).encode())[
+                "data"
+            ]
             assert seen["states"] == 3 * [data["todos"]]
             assert (seen["waiting"], seen["repeated"]) == ([0, 0, 0], [])
             applied, dropped = self.applied(), self.gone | set(seen["refused"])
@@ -11041,21 +12513,25 @@ class Persons(RuleBasedStateMachine):
             for own in seen["made"]:
                 kept = [key for key in own if key not in dropped]
                 assert set(kept) <= set(applied)
-                # In order; but of one that was refused, and whose refusal was lost on the way, the
-                # retry may find what it lacked: the protocol lets it.
+                # In order; but of one that was refused, and whose refusal was lost on
+                # the way, the retry may find what it lacked: the protocol lets it.
                 sure = [key for key in kept if key not in REFUSED_ONCE]
                 assert [key for key in applied if key in sure] == sure
 
 
-def test_clients_on_bad_lines_see_the_same_in_the_end_and_lose_nothing(node: Node) -> None:
+def test_clients_on_bad_lines_see_the_same_in_the_end_and_lose_nothing(
+    node: Node,
+) -> None:
     Persons.node = node
-    run_state_machine_as_test(Persons, settings=settings(max_examples=25, stateful_step_count=30))
+    run_state_machine_as_test(
+        Persons, settings=settings(max_examples=25, stateful_step_count=30)
+    )
 
 
-# --- Page ---------------------------------------------------------------------------------
-# The page in a real browser, where things are found as a screen reader finds them: by role and
-# name. One class, at whose end the browser goes: while there is Playwright, its loop runs in this
-# thread, and no other test could run one.
+# --- Page -----------------------------------------------------------------------------
+# The page in a real browser, where things are found as a screen reader finds them: by
+# role and name. One class, at whose end the browser goes: while there is Playwright,
+# its loop runs in this thread, and no other test could run one.
 
 TITLES = [
     "<script>alert(1)</script>",
@@ -11111,7 +12587,8 @@ class Window:
         self.page.evaluate("dispatchEvent(new Event('online'))")
 
     def settles(self) -> None:
-        """All that it asked for was answered: of that, nothing is kept for another try."""
+        """All that it asked for was answered: of that, nothing is kept for another
+        try."""
         self.page.wait_for_function(
             "() => !Object.keys(localStorage).some((key) => key.includes('queue '))"
         )
@@ -11130,7 +12607,9 @@ class Windows:
         self.faults, self.pushed = list[str](), list[str]()
         self.may_say = "$^"  # what the test brings about
 
-    def open(self, at: Any, place: str = "", beside: Window | None = None, **how: Any) -> Window:
+    def open(
+        self, at: Any, place: str = "", beside: Window | None = None, **how: Any
+    ) -> Window:
         """A window on this server; `beside` another it shares that one's storage."""
         page = (beside.page.context if beside else self.context(**how)).new_page()
         page.goto("http://{}:{}/{}".format(*at.address, place))
@@ -11139,7 +12618,9 @@ class Windows:
     def serve(
         self,
         *,
-        apply: Callable[[sqlite3.Connection, Mutation], list[Any]] = mizusync.apply_todo,
+        apply: Callable[
+            [sqlite3.Connection, Mutation], list[Any]
+        ] = mizusync.apply_todo,
         on_auth: Callable[[mizusync.Request, str], Any] = mizusync.require_scope,
         **options: Any,
     ) -> Live:
@@ -11156,7 +12637,10 @@ class Windows:
         return self.servers.enter_context(serving(engine, on_auth=on_auth, **options))
 
     def context(self, **how: Any) -> Any:
-        how = {"reduced_motion": "reduce", **how}  # to draw what moves takes most of the time
+        how = {
+            "reduced_motion": "reduce",
+            **how,
+        }  # to draw what moves takes most of the time
         context = self.browser.new_context(**how)
         self.contexts.append(context)
         context.set_default_timeout(1000 * PATIENCE)
@@ -11179,7 +12663,9 @@ class Windows:
                 page.evaluate("0")  # what it said before has come by then
             context.close()
         self.servers.close()
-        assert not [fault for fault in self.faults if not re.search(self.may_say, fault)]
+        assert not [
+            fault for fault in self.faults if not re.search(self.may_say, fault)
+        ]
 
 
 def expect(locator: Any) -> Any:
@@ -11277,7 +12763,9 @@ class TestPage:
             window.shows("a of the other", "c", "d")
         assert titles_at(demo) == ["a of the other", "c", "d"]
 
-    def test_the_switch_and_what_waits_survive_a_reload(self, windows: Windows, demo: Live) -> None:
+    def test_the_switch_and_what_waits_survive_a_reload(
+        self, windows: Windows, demo: Live
+    ) -> None:
         window = windows.open(demo)
         window.offline.check()
         window.add("a", "b")
@@ -11300,7 +12788,9 @@ class TestPage:
         again = windows.open(demo, beside=first)
         again.says("in sync · live")
         again.add("c")
-        until(lambda: titles_at(demo) == ["c"])  # the first window's are the first window's
+        until(
+            lambda: titles_at(demo) == ["c"]
+        )  # the first window's are the first window's
         again.shows("c")
         first.page.close()
         again.come_back()
@@ -11330,7 +12820,9 @@ class TestPage:
     def test_kill_9_and_a_restart_lose_nothing_of_two_windows(
         self, windows: Windows, tmp_path: Path
     ) -> None:
-        windows.may_say = "ERR_CONNECTION_|ERR_EMPTY_RESPONSE|closed before the connection"
+        windows.may_say = (
+            "ERR_CONNECTION_|ERR_EMPTY_RESPONSE|closed before the connection"
+        )
         arguments = ("--db", str(tmp_path / "todos.db"))
         with program(*arguments) as running:
             one, other = windows.open(running), windows.open(running)
@@ -11358,7 +12850,9 @@ class TestPage:
     def test_of_a_replaced_database_what_is_new_is_shown_and_what_waits_is_pushed(
         self, windows: Windows, tmp_path: Path
     ) -> None:
-        windows.may_say = "ERR_CONNECTION_|ERR_EMPTY_RESPONSE|closed before the connection|410"
+        windows.may_say = (
+            "ERR_CONNECTION_|ERR_EMPTY_RESPONSE|closed before the connection|410"
+        )
         with program("--db", str(tmp_path / "old.db")) as running:
             with closing(RawClient(running.address)) as client:
                 client.push(of_demo("create", id="1", title="old"))
@@ -11368,7 +12862,12 @@ class TestPage:
             running.process.kill()
             window.says("offline")
             window.add("mine")
-        arguments = ("--db", str(tmp_path / "new.db"), "--port", str(running.address[1]))
+        arguments = (
+            "--db",
+            str(tmp_path / "new.db"),
+            "--port",
+            str(running.address[1]),
+        )
         with held(running.address), program(*arguments) as running:
             with closing(RawClient(running.address)) as client:
                 client.push(of_demo("create", id="1", title="new"))
@@ -11377,7 +12876,9 @@ class TestPage:
             until(lambda: sorted(titles_at(running)) == ["mine", "new"])
             window.shows(*titles_at(running))
 
-    def test_a_refused_mutation_is_undone_and_told(self, windows: Windows, demo: Live) -> None:
+    def test_a_refused_mutation_is_undone_and_told(
+        self, windows: Windows, demo: Live
+    ) -> None:
         demo.client().push(of_demo("create", id="1", title="Buy milk"))
         window = windows.open(demo)
         window.shows("Buy milk")
@@ -11386,7 +12887,9 @@ class TestPage:
         window.add("Buy bread")
         demo.client().push(of_demo("delete", id="1"))
         window.offline.uncheck()
-        expect(window.notice).to_have_text("Not accepted: Buy oat milk (this todo is not there)")
+        expect(window.notice).to_have_text(
+            "Not accepted: Buy oat milk (this todo is not there)"
+        )
         window.shows("Buy bread")
         window.says("in sync · live")
         window.add("Buy tea")
@@ -11414,7 +12917,8 @@ class TestPage:
         press, focus = window.page.keyboard.press, window.page.locator(":focus")
 
         def do(*keys: str, at: str = "", way: str = "Tab", then: str = "") -> None:
-            """Tab to where this name is, press these keys, and find the focus there or `then`."""
+            """Tab to where this name is, press these keys, and find the focus there or
+            `then`."""
             for _ in range(20):
                 if not at or (focus.count() and f'"{at}"' in focus.aria_snapshot()):
                     break
@@ -11493,10 +12997,14 @@ class TestPage:
         expect(window.new).to_have_value("half")
         assert not windows.pushed
 
-    def test_of_a_thousand_todos_a_change_touches_one(self, windows: Windows, demo: Live) -> None:
+    def test_of_a_thousand_todos_a_change_touches_one(
+        self, windows: Windows, demo: Live
+    ) -> None:
         client = demo.client()
         for start in range(0, 1000, 100):
-            client.push(*(of_demo("create", id=str(start + n), title="x") for n in range(100)))
+            client.push(
+                *(of_demo("create", id=str(start + n), title="x") for n in range(100))
+            )
         window = windows.open(demo)
         expect(window.titles).to_have_count(1000)
         window.page.evaluate("""() => {
@@ -11508,11 +13016,14 @@ class TestPage:
             }).observe(list, { subtree: true, childList: true, attributes: true });
         }""")
         client.push(of_demo("update", id="500", title="changed"))
-        # Not by expect(): what it writes down of a thousand rows, at each look, takes seconds.
+        # Not by expect(): what it writes down of a thousand rows, at each look, takes
+        # seconds.
         until(lambda: window.titles.nth(500).text_content() == "changed")
         assert window.page.evaluate("[...touched]") == [500]
         window.page.evaluate("touched.clear()")
-        client.push(of_demo("delete", id="0"), of_demo("create", id="new", title="the last"))
+        client.push(
+            of_demo("delete", id="0"), of_demo("create", id="new", title="the last")
+        )
         until(lambda: window.titles.last.text_content() == "the last")
         assert window.page.evaluate("[...touched]") == [-1]  # no row: their list alone
         same = "[...list.children].slice(0, -1).every((row, index) => row === all[index + 1])"
@@ -11530,7 +13041,9 @@ class TestPage:
         )
         window = windows.open(windows.serve(page=page))
         assert window.page.evaluate("[self.one, self.two]") == ["<!-- -->", 2]
-        style = "(({ color, margin }) => [color, margin])(getComputedStyle(document.body))"
+        style = (
+            "(({ color, margin }) => [color, margin])(getComputedStyle(document.body))"
+        )
         assert window.page.evaluate(style) == ["rgb(255, 0, 0)", "7px"]
 
     def test_the_page_of_the_readme_is_live_and_tells_a_refusal(
@@ -11544,8 +13057,12 @@ class TestPage:
         (page,), client = blocks("html", "Its page"), part_one()
         place = "// part one of the script in demo.html goes here\n"
         assert place in page
-        (tmp_path / "seats.html").write_text(page.replace(place, client), encoding="utf-8")
-        live = windows.servers.enter_context(serving(names["engine"], page=tmp_path / "seats.html"))
+        (tmp_path / "seats.html").write_text(
+            page.replace(place, client), encoding="utf-8"
+        )
+        live = windows.servers.enter_context(
+            serving(names["engine"], page=tmp_path / "seats.html")
+        )
         windows.may_say = "404"  # it has no icon
         one, other = windows.open(live).page, windows.open(live).page
         said: list[str] = []
@@ -11568,7 +13085,9 @@ class TestPage:
     def test_what_has_the_focus_is_not_hidden_under_the_form(
         self, windows: Windows, demo: Live
     ) -> None:
-        demo.client().push(*(of_demo("create", id=str(n), title=f"{n}") for n in range(40)))
+        demo.client().push(
+            *(of_demo("create", id=str(n), title=f"{n}") for n in range(40))
+        )
         window = windows.open(demo)
         expect(window.titles).to_have_count(40)
         hidden = window.titles.evaluate_all("""titles => titles.reverse().filter((title) => {
@@ -11652,7 +13171,9 @@ class TestPage:
             expect(logged.filter(has_text=words)).to_have_count(1)
         assert not has_seen(other, {"push"})
 
-    def test_a_notice_hides_nothing_that_is_needed(self, windows: Windows, demo: Live) -> None:
+    def test_a_notice_hides_nothing_that_is_needed(
+        self, windows: Windows, demo: Live
+    ) -> None:
         todos = [of_demo("create", id=str(n), title=f"{n}") for n in range(40)]
         demo.client().push(*todos)
         window = windows.open(demo, viewport={"width": 390, "height": 700})
@@ -11674,7 +13195,9 @@ class TestPage:
             assert not window.page.locator(":focus").evaluate(hidden)
 
     def test_the_switch_is_the_one_that_decides(self, windows: Windows) -> None:
-        windows.may_say = "401|Authentication|closed before the connection|ERR_FAILED|404"
+        windows.may_say = (
+            "401|Authentication|closed before the connection|ERR_FAILED|404"
+        )
         window = windows.open(windows.serve(token="s3cret"))
         asked = window.page.get_by_label("This server wants a token")
         expect(asked).to_be_visible()
@@ -11692,7 +13215,9 @@ class TestPage:
         window.offline.uncheck()
         window.says("in sync · live")
         expect(window.notice).to_be_empty()
-        window.page.route("**/sync/*", lambda route: route.fulfill(status=404, body="{}"))
+        window.page.route(
+            "**/sync/*", lambda route: route.fulfill(status=404, body="{}")
+        )
         window.add("b")
         expect(window.notice).to_contain_text("(What you wrote is kept.)")
         window.page.unroute("**/sync/*")
@@ -11723,7 +13248,9 @@ class TestPage:
         second.shows("before wrong", "before s3cret")
         second.says("in sync · live")
 
-    def test_the_status_says_what_waits_for_a_slow_server(self, windows: Windows) -> None:
+    def test_the_status_says_what_waits_for_a_slow_server(
+        self, windows: Windows
+    ) -> None:
         go = threading.Event()
 
         def slow(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
@@ -11768,7 +13295,9 @@ class TestPage:
         window.shows("a", "b")
 
     def test_axe_finds_no_fault_in_light_or_in_dark(self, windows: Windows) -> None:
-        axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe")
+        axe = pytest.importorskip(
+            "axe_playwright_python.sync_playwright", reason="no axe"
+        )
         windows.may_say = "401|Authentication|closed before the connection"
         window = windows.open(windows.serve(token="s3cret"))
         window.add("a", "b", "c")
@@ -11780,16 +13309,19 @@ class TestPage:
             found = axe.Axe().run(window.page)
             assert not found.response["violations"], found.generate_report()
 
-    def test_nothing_is_wider_than_a_small_phone(self, windows: Windows, demo: Live) -> None:
+    def test_nothing_is_wider_than_a_small_phone(
+        self, windows: Windows, demo: Live
+    ) -> None:
         window = windows.open(demo, viewport={"width": 320, "height": 640})
         window.add("W" * 1000, "with words " * 50, "short")
         window.title("short").dblclick()
         assert window.page.evaluate("document.documentElement.scrollWidth") == 320
 
 
-# --- Two processes --------------------------------------------------------------------------
-# Two programs on one file are one server: one log, and hints for whoever follows it. What arrives
-# only with a heartbeat arrives too late: it beats every 25 s, and PATIENCE is 20.
+# --- Two processes --------------------------------------------------------------------
+# Two programs on one file are one server: one log, and hints for whoever follows it.
+# What arrives only with a heartbeat arrives too late: it beats every 25 s, and PATIENCE
+# is 20.
 
 
 class Two:
@@ -11835,7 +13367,9 @@ def create(**fields: Any) -> dict[str, Any]:
     return todo("create", id=os.urandom(8).hex(), title="x") | fields
 
 
-def push_one_by_one(client: RawClient, mutations: list[Any], results: list[Any]) -> None:
+def push_one_by_one(
+    client: RawClient, mutations: list[Any], results: list[Any]
+) -> None:
     for mutation in mutations:
         results += client.push(mutation)
         assert results[-1]["ok"], results[-1]
@@ -11843,7 +13377,9 @@ def push_one_by_one(client: RawClient, mutations: list[Any], results: list[Any])
 
 def log_of(*results: Any) -> list[Any]:
     """What was acknowledged, in the order of the log."""
-    return sorted((change for result in results for change in result["changes"]), key=cursor_of)
+    return sorted(
+        (change for result in results for change in result["changes"]), key=cursor_of
+    )
 
 
 def follow_by_pulls(client: RawClient, count: int) -> list[Any]:
@@ -11858,13 +13394,16 @@ def follow_by_pulls(client: RawClient, count: int) -> list[Any]:
 
 
 def follow_by_hints(session: RawClient, puller: RawClient, count: int) -> list[Any]:
-    """A client that applies the hints that fit, and pulls for any other that is news."""
+    """A client that applies the hints that fit, and pulls for any other that is
+    news."""
     session.say("subscribe", {"changes": True})
     page = puller.pull(scope="list")
     log = list(page["changes"])
     while len(log) < count or page["hasMore"]:
         cursor, epoch = page["cursor"], page["epoch"]
-        hint = {"cursor": cursor + 1} if page["hasMore"] else session.read_json()["data"]
+        hint = (
+            {"cursor": cursor + 1} if page["hasMore"] else session.read_json()["data"]
+        )
         if hint["cursor"] <= cursor:
             continue
         page = hint | {"hasMore": False}
@@ -11875,10 +13414,14 @@ def follow_by_hints(session: RawClient, puller: RawClient, count: int) -> list[A
     return log
 
 
-def test_followers_of_two_processes_see_one_log_while_both_are_pushed_to(two: Two) -> None:
+def test_followers_of_two_processes_see_one_log_while_both_are_pushed_to(
+    two: Two,
+) -> None:
     count, results = 40, list[Any]()
     with ThreadPoolExecutor(8) as pool:
-        followers = [pool.submit(follow_by_pulls, two.client(at), 4 * count) for at in (0, 1)]
+        followers = [
+            pool.submit(follow_by_pulls, two.client(at), 4 * count) for at in (0, 1)
+        ]
         for at in (0, 1):  # a socket at one, pulls at the other
             clients = two.session(at), two.client(1 - at)
             followers.append(pool.submit(follow_by_hints, *clients, 4 * count))
@@ -11897,12 +13440,16 @@ def test_followers_of_two_processes_see_one_log_while_both_are_pushed_to(two: Tw
 def test_a_hint_of_one_process_is_true_at_the_other(two: Two) -> None:
     pushers = [two.client(0), two.client(1)]
     sessions = [two.session(0), two.session(1)]
-    cursors = {session.subscribe(scope="hinted")["data"]["cursor"] for session in sessions}
+    cursors = {
+        session.subscribe(scope="hinted")["data"]["cursor"] for session in sessions
+    }
     assert cursors == {0}
     cursor = 0
     for number in range(20):
         (result,) = pushers[number % 2].push(create(scope="hinted"))
-        if number % 4 < 2:  # its own commit to another scope, which must not hide the foreign one
+        if (
+            number % 4 < 2
+        ):  # its own commit to another scope, which must not hide the foreign one
             pushers[1 - number % 2].push(create(scope="beside"))
         for at in (0, 1):
             assert sessions[at].read_json()["data"] == {"cursor": result["cursor"]}
@@ -11911,8 +13458,12 @@ def test_a_hint_of_one_process_is_true_at_the_other(two: Two) -> None:
         cursor = page["cursor"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one process may get everybody")
-def test_two_processes_share_a_port_and_hint_each_others_sessions(tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere one process may get everybody"
+)
+def test_two_processes_share_a_port_and_hint_each_others_sessions(
+    tmp_path: Path,
+) -> None:
     with two_programs(tmp_path / "todos.db", "--reuse-port") as two:
         assert two.programs[0].address == two.programs[1].address
         sessions = [two.session(0) for _ in range(30)]
@@ -11931,17 +13482,27 @@ def test_kill_9_of_one_process_loses_nothing_and_the_other_goes_on(path: Path) -
         with ThreadPoolExecutor(4) as pool:
             pushing = [
                 pool.submit(
-                    push_one_by_one, two.client(number // 2), todos[number], results[number]
+                    push_one_by_one,
+                    two.client(number // 2),
+                    todos[number],
+                    results[number],
                 )
                 for number in range(4)
             ]
-            until(lambda: min(map(len, results)) > 20 or any(pusher.done() for pusher in pushing))
+            until(
+                lambda: (
+                    min(map(len, results)) > 20
+                    or any(pusher.done() for pusher in pushing)
+                )
+            )
             two.programs[0].process.kill()
         for pusher in pushing[:2]:
             assert isinstance(pusher.exception(), EOFError | OSError)
         assert [pusher.result() for pusher in pushing[2:]] == [None] * 2
         client = two.client(1)
-        for number in range(2):  # what was not answered is sent again, to the one that is left
+        for number in range(
+            2
+        ):  # what was not answered is sent again, to the one that is left
             results[number] += client.push(todos[number][len(results[number])])
         log = follow_by_pulls(client, sum(map(len, results)))
         assert log == log_of(*(result for part in results for result in part))
@@ -11953,7 +13514,9 @@ def test_the_same_pull_gets_the_same_page_from_both_processes(two: Two) -> None:
     log, scopes = list[Any](), ["one", "two"]
     cursors = dict.fromkeys(scopes, [0])
     for _ in range(100):
-        todos = [create(scope=chance.choice(scopes)) for _ in range(chance.randrange(4))]
+        todos = [
+            create(scope=chance.choice(scopes)) for _ in range(chance.randrange(4))
+        ]
         if todos:
             log += log_of(*chance.choice(clients).push(*todos))
         scope, limit = chance.choice(scopes), chance.randint(1, 9)
@@ -11967,36 +13530,49 @@ def test_the_same_pull_gets_the_same_page_from_both_processes(two: Two) -> None:
         cursors[scope] = [*cursors[scope], page["cursor"]]
 
 
-# --- A power cut ----------------------------------------------------------------------------
-# strace writes down what a process asks of the kernel, in order: every write, sync and answer.
+# --- A power cut ----------------------------------------------------------------------
+# strace writes down what a process asks of the kernel, in order: every write, sync and
+# answer.
 
 LINE = re.compile(r"(\d+) +(?:(\w+)\(|<\.\.\. \w+ resumed>)")
-ARGUMENTS = re.compile(r'(?:\d+<([^>]*)>)?(?:, )?(?:"([^"]*)")?(?:.*?(\d+)\))?')  # file, data, at
-SHOWN = re.compile(rb'"cursor":(\d+),"scope":"_default",[^{]*{"op":"create","todo":{"id":"([^"]+)"')
+ARGUMENTS = re.compile(
+    r'(?:\d+<([^>]*)>)?(?:, )?(?:"([^"]*)")?(?:.*?(\d+)\))?'
+)  # file, data, at
+SHOWN = re.compile(
+    rb'"cursor":(\d+),"scope":"_default",[^{]*{"op":"create","todo":{"id":"([^"]+)"'
+)
 
 
 def strace(trace: Path, calls: str) -> list[str]:
-    """What to put before a command, so that these system calls of it are written to `trace`."""
+    """What to put before a command, so that these system calls of it are written to
+    `trace`."""
     options = f"-f -y -xx -qq -s 10000000 -e signal=none -e trace={calls}".split()
     command = ["strace", *options, "-o", str(trace)]
     try:
-        subprocess.run([*command, "true"], check=True, capture_output=True, timeout=PATIENCE)
+        subprocess.run(
+            [*command, "true"], check=True, capture_output=True, timeout=PATIENCE
+        )
     except FileNotFoundError:
         pytest.skip("no strace to see system calls with: apt-get install strace")
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"strace may not trace here (in Docker: --cap-add SYS_PTRACE): {error.stderr}")
+        pytest.skip(
+            f"strace may not trace here (in Docker: --cap-add SYS_PTRACE): {error.stderr}"
+        )
     return command
 
 
 def system_calls(trace: Path) -> Iterator[tuple[str, str, bytes, int]]:
-    """("began write", file, data, the last number), later ("write", ...) when it has returned.
+    """("began write", file, data, the last number), later ("write", ...) when it has
+    returned.
 
     Calls of several threads overlap; such a call has two lines, each in its place.
     """
     begun: dict[str, tuple[str, str]] = {}
     with trace.open() as lines:
         for line in lines:
-            if line.endswith("<detached ...>\n"):  # a thread that went with the program, in no call
+            if line.endswith(
+                "<detached ...>\n"
+            ):  # a thread that went with the program, in no call
                 continue
             head = LINE.match(line)
             assert head, line
@@ -12004,7 +13580,9 @@ def system_calls(trace: Path) -> Iterator[tuple[str, str, bytes, int]]:
             text = before + line[head.end() :].removesuffix(" <unfinished ...>\n")
             arguments = ARGUMENTS.match(text)
             assert arguments, line
-            file, data = (bytes.fromhex((arguments[i] or "").replace("\\x", "")) for i in (1, 2))
+            file, data = (
+                bytes.fromhex((arguments[i] or "").replace("\\x", "")) for i in (1, 2)
+            )
             fields = file.decode(), data, int(arguments[3] or 0)
             if head[2]:
                 yield f"began {name}", *fields
@@ -12019,7 +13597,9 @@ class File:
 
     def __init__(self) -> None:
         self.synced, self.covered = bytearray(), 0
-        self.waiting: list[tuple[int, bytes]] = []  # without bytes: cut, or extended, to there
+        self.waiting: list[
+            tuple[int, bytes]
+        ] = []  # without bytes: cut, or extended, to there
 
     def sync(self) -> None:
         for write in self.waiting[: self.covered]:
@@ -12029,7 +13609,9 @@ class File:
     def remains(self, chance: random.Random | None) -> bytes:
         content = bytearray(self.synced)
         for at, data in self.waiting if chance else ():
-            for start in range(0, len(data) or 1, 512):  # a sector is written whole, or not at all
+            for start in range(
+                0, len(data) or 1, 512
+            ):  # a sector is written whole, or not at all
                 if chance and chance.random() < 0.5:
                     put(content, at + start, data[start : start + 512])
         return bytes(content)
@@ -12048,7 +13630,11 @@ class Disk:
         self.kept, self.covered = self.names, self.names
 
     def follow(self, call: str, path: str, data: bytes, number: int) -> None:
-        if call == "pwrite64" and path not in self.names and Path(path).parent == self.folder:
+        if (
+            call == "pwrite64"
+            and path not in self.names
+            and Path(path).parent == self.folder
+        ):
             self.names = self.names | {path: File()}
         file = self.names.get(path, File())
         match call:
@@ -12056,7 +13642,8 @@ class Disk:
                 file.waiting.append((number, data))
             case "unlink":
                 self.names = {k: v for k, v in self.names.items() if k != data.decode()}
-            # It covers what was written before it began, and is worth something once it returned.
+            # It covers what was written before it began, and is worth something once it
+            # returned.
             case "began fsync" | "began fdatasync":
                 file.covered = len(file.waiting)
                 self.covered = self.names if path == str(self.folder) else self.covered
@@ -12065,7 +13652,8 @@ class Disk:
                 self.kept = self.covered if path == str(self.folder) else self.kept
 
     def after_a_power_cut(self, folder: Path, chance: random.Random | None) -> None:
-        """Make the folder that is found then: what was synced; by chance, some of the rest too."""
+        """Make the folder that is found then: what was synced; by chance, some of the
+        rest too."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         names = chance.choice((self.kept, self.names)) if chance else self.kept
@@ -12075,13 +13663,20 @@ class Disk:
 
 
 def large_todo(key: str) -> dict[str, Any]:
-    return {"id": key, "name": "todo.create", "args": {"id": key, "title": "\U0001f4a7" * 1000}}
+    return {
+        "id": key,
+        "name": "todo.create",
+        "args": {"id": key, "title": "\U0001f4a7" * 1000},
+    }
 
 
 def push_to_a_server_under(command: list[str], path: Path) -> set[tuple[int, str]]:
-    """Four clients at once, to the program's end; what was acknowledged, and its cursor."""
+    """Four clients at once, to the program's end; what was acknowledged, and its
+    cursor."""
     command = [*command, sys.executable, str(PROGRAM), "--port", "0", "--db", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         assert process.stdout
         port = int(process.stdout.readline().split(":")[3].split("/")[0])
@@ -12092,7 +13687,9 @@ def push_to_a_server_under(command: list[str], path: Path) -> set[tuple[int, str
                 for size in (1, 40, 1, 40, 1, 40, 1, 1):
                     keys = [f"{name} {len(told) + number}" for number in range(size)]
                     results = client.push(*map(large_todo, keys))
-                    told += zip((result["cursor"] for result in results), keys, strict=True)
+                    told += zip(
+                        (result["cursor"] for result in results), keys, strict=True
+                    )
             return told
 
         with ThreadPoolExecutor() as pool:
@@ -12105,16 +13702,26 @@ def push_to_a_server_under(command: list[str], path: Path) -> set[tuple[int, str
 def assert_sound(path: Path, answered: set[tuple[int, str]]) -> None:
     """The server goes on with this file, and every answer that it gave holds."""
     cursor, key = max(answered)
-    options: dict[str, Any] = {"apply": mizusync.apply_todo, "schema": mizusync.TODO_SCHEMA}
-    with closing(open_log(path, **options)) as engine, closing(sqlite3.connect(path)) as db:
+    options: dict[str, Any] = {
+        "apply": mizusync.apply_todo,
+        "schema": mizusync.TODO_SCHEMA,
+    }
+    with (
+        closing(open_log(path, **options)) as engine,
+        closing(sqlite3.connect(path)) as db,
+    ):
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        joined = (
-            "mizusync_mutations JOIN todos USING (scope, id) JOIN mizusync_changes ON cursor = last"
-        )
+        joined = "mizusync_mutations JOIN todos USING (scope, id) JOIN mizusync_changes ON cursor = last"
         found = set(db.execute(f"SELECT last, id FROM {joined}"))
         assert answered <= found
-        for name in ("todos", "mizusync_changes", "mizusync_mutations"):  # all, or nothing
-            assert db.execute(f"SELECT count(*) FROM {name}").fetchone() == (len(found),)
+        for name in (
+            "todos",
+            "mizusync_changes",
+            "mizusync_mutations",
+        ):  # all, or nothing
+            assert db.execute(f"SELECT count(*) FROM {name}").fetchone() == (
+                len(found),
+            )
         (again,) = push(engine, large_todo(key))
         assert (again["cursor"], again["duplicate"]) == (cursor, True)
 
@@ -12128,9 +13735,12 @@ def test_what_was_answered_survives_a_power_cut_at_any_moment(tmp_path: Path) ->
     checkpoints: list[int] = []
     unproved = False
     for call, file, data, number in system_calls(trace):
-        # Before the disk changes again (answers in a row find the same one), and where a sync
-        # begins, since much is under way then. Before the first answer nothing was promised.
-        if (unproved and "sendto" not in call) or (answered and call == "began fdatasync"):
+        # Before the disk changes again (answers in a row find the same one), and where
+        # a sync begins, since much is under way then. Before the first answer nothing
+        # was promised.
+        if (unproved and "sendto" not in call) or (
+            answered and call == "began fdatasync"
+        ):
             for chance in (None, random.Random(len(answered))):
                 disk.after_a_power_cut(tmp_path / "left", chance)
                 assert_sound(tmp_path / "left" / path.name, answered)
@@ -12143,15 +13753,24 @@ def test_what_was_answered_survives_a_power_cut_at_any_moment(tmp_path: Path) ->
             checkpoints.append(len(answered))
     trace.unlink()  # some 50 MB
     assert answered == told
-    assert any(0 < count < len(told) for count in checkpoints), "a larger push is needed"
+    assert any(0 < count < len(told) for count in checkpoints), (
+        "a larger push is needed"
+    )
 
 
-OPENING = "import mizusync, os, sys; mizusync.Engine(sys.argv[1], apply=print); os._exit(0)"
+OPENING = (
+    "import mizusync, os, sys; mizusync.Engine(sys.argv[1], apply=print); os._exit(0)"
+)
 
 
 def test_opening_a_large_log_reads_little_and_writes_nothing(tmp_path: Path) -> None:
     trace, reads = tmp_path / "trace", list[int]()
-    command = [*strace(trace, "pread64,pwrite64,ftruncate"), sys.executable, "-c", OPENING]
+    command = [
+        *strace(trace, "pread64,pwrite64,ftruncate"),
+        sys.executable,
+        "-c",
+        OPENING,
+    ]
     for count in (1, 50_000):
         path = tmp_path / f"{count}.db"
         with closing(open_log(path)) as engine:
@@ -12163,7 +13782,9 @@ def test_opening_a_large_log_reads_little_and_writes_nothing(tmp_path: Path) -> 
                 FROM numbers
             """
             db.execute(sql, (count,))
-        subprocess.run([*command, str(path)], check=True, timeout=PATIENCE, cwd=PROGRAM.parent)
+        subprocess.run(
+            [*command, str(path)], check=True, timeout=PATIENCE, cwd=PROGRAM.parent
+        )
         log = (str(path), f"{path}-wal")
         asked = [call for call, file, *_ in system_calls(trace) if file in log]
         assert set(asked) == {"began pread64", "pread64"}
@@ -12171,11 +13792,12 @@ def test_opening_a_large_log_reads_little_and_writes_nothing(tmp_path: Path) -> 
     assert reads[1] - reads[0] < 20
 
 
-# --- The whole ------------------------------------------------------------------------------
+# --- The whole ------------------------------------------------------------------------
 
 
 def test_kill_9_at_any_moment_loses_and_repeats_nothing(path: Path) -> None:
-    """Threads that retry what was not answered; a follower in this process sees it all happen."""
+    """Threads that retry what was not answered; a follower in this process sees it all
+    happen."""
     chance = random.Random(2026)
     acknowledged: dict[str, int] = {}
     starts = [0] * 16
@@ -12191,14 +13813,18 @@ def test_kill_9_at_any_moment_loses_and_repeats_nothing(path: Path) -> None:
             worker.wait(PATIENCE)
             for key, cursor, thread, number in map(json.loads, lines):
                 assert acknowledged.setdefault(key, cursor) == cursor
-                starts[thread] = number  # is sent once more, as if its answer had been lost
+                starts[thread] = (
+                    number  # is sent once more, as if its answer had been lost
+                )
             log = whole_log(follower)
             assert log[: len(seen)] == seen  # no cursor vanished or changed
             seen = log
         cursors = {change["data"]: change["cursor"] for change in seen}
         assert len(cursors) == len(seen)  # no id is there twice
         assert acknowledged.items() <= cursors.items()
-        assert len(seen) <= len(acknowledged) + 4 * len(starts)  # and little that was not told
+        assert len(seen) <= len(acknowledged) + 4 * len(
+            starts
+        )  # and little that was not told
         assert ask(follower.snapshot()).data == fold(seen)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -12218,7 +13844,8 @@ class Client:
 
 
 class Model:
-    """What was acknowledged: it goes back to an earlier one when an older copy is restored."""
+    """What was acknowledged: it goes back to an earlier one when an older copy is
+    restored."""
 
     def __init__(self) -> None:
         self.log: dict[str, list[Any]] = {scope: [] for scope in SCOPES}
@@ -12233,8 +13860,9 @@ class Model:
 
 
 class Convergence(RuleBasedStateMachine):
-    """Clients that lose answers and come back, on a file that is trimmed, reopened, shared with
-    another engine and restored; the model is the list of acknowledged changes."""
+    """Clients that lose answers and come back, on a file that is trimmed, reopened,
+    shared with another engine and restored; the model is the list of acknowledged
+    changes."""
 
     clients = Bundle("clients")
     mutations = Bundle("mutations")
@@ -12308,14 +13936,20 @@ class Convergence(RuleBasedStateMachine):
             elif fail := mutation["args"][1]:
                 assert (result["ok"], result["code"]) == (False, fail)
             else:
-                self.acknowledge(mutation, result, made_by(engine, result, mutation["args"][0]))
+                self.acknowledge(
+                    mutation, result, made_by(engine, result, mutation["args"][0])
+                )
 
-    def acknowledge(self, mutation: dict[str, Any], result: Any, changes: list[Any]) -> None:
+    def acknowledge(
+        self, mutation: dict[str, Any], result: Any, changes: list[Any]
+    ) -> None:
         assert result["ok"]
         assert "duplicate" not in result
         assert result["changes"] == in_scope(mutation["scope"], changes)
         for change in changes:
-            assert change["cursor"] > self.model.head  # over all scopes, and never again
+            assert (
+                change["cursor"] > self.model.head
+            )  # over all scopes, and never again
             self.model.head = change["cursor"]
             self.model.log[change["scope"]].append(change)
         of_scope = self.model.current(mutation["scope"])
@@ -12375,14 +14009,24 @@ class Convergence(RuleBasedStateMachine):
 
     # What happens to the file.
 
-    @rule(scope=st.sampled_from(SCOPES), behind=st.integers(-1, 8), foreign=st.booleans())
+    @rule(
+        scope=st.sampled_from(SCOPES), behind=st.integers(-1, 8), foreign=st.booleans()
+    )
     def trim(self, scope: str, behind: int, foreign: bool) -> None:
         before = max(self.model.head - behind, 0)
-        ends = {made[0]["cursor"]: made[-1]["cursor"] for made in self.model.made.values() if made}
+        ends = {
+            made[0]["cursor"]: made[-1]["cursor"]
+            for made in self.model.made.values()
+            if made
+        }
         gone = [
             part[-1]["cursor"]
             for first, last in ends.items()
-            if (part := [c for c in self.model.log[scope] if first <= c["cursor"] <= last])
+            if (
+                part := [
+                    c for c in self.model.log[scope] if first <= c["cursor"] <= last
+                ]
+            )
             and part[-1]["cursor"] < before
         ]
         ask(((foreign and self.foreign) or self.engine).trim(scope, before))
@@ -12437,7 +14081,9 @@ class Convergence(RuleBasedStateMachine):
     @invariant()
     def the_head_is_where_the_model_is(self) -> None:
         if hasattr(self, "engine"):
-            assert ask(self.heads(), debug=False) == [self.model.current(scope) for scope in SCOPES]
+            assert ask(self.heads(), debug=False) == [
+                self.model.current(scope) for scope in SCOPES
+            ]
 
     async def heads(self) -> list[int]:
         return [await self.engine.head(scope) for scope in SCOPES]

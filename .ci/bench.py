@@ -1,24 +1,25 @@
 """The benchmark: what a push, a pull and a hint cost, in one Markdown table.
 
     servers, on the first core                      this process, on the other cores
-    mizusync, or a peer, on a file of its own  <--  one epoll loop: connections, followers
+    mizusync, or a peer, on a file of its own  <--  one epoll loop: connections,
+    followers
        ^
        +-- /proc/PID/stat before and after each part: the CPU time that the server took
 
-By hand: `python .ci/bench.py`, under 4 minutes; `--quick` is half of that. `--peers` adds what one
-would write instead, bench_peers.py beside this file, for a Python that has the packages:
-`python -m venv lab && lab/bin/pip install aiohttp fastapi 'uvicorn[standard]'`, and then
-`lab/bin/python .ci/bench.py --peers`. Linux only.
+By hand: `python .ci/bench.py`, under 4 minutes; `--quick` is half of that. `--peers`
+adds what one would write instead, bench_peers.py beside this file, for a Python that
+has the packages: `python -m venv lab && lab/bin/pip install aiohttp fastapi
+'uvicorn[standard]'`, and then `lab/bin/python .ci/bench.py --peers`. Linux only.
 
-`--count` counts instructions instead, under valgrind: a table of its own, which a busy machine does
-not change. `python .ci/bench.py --count OTHER_mizusync.py` shows two versions of the file side by
-side.
+`--count` counts instructions instead, under valgrind: a table of its own, which a busy
+machine does not change. `python .ci/bench.py --count OTHER_mizusync.py` shows two
+versions of the file side by side.
 
-Of the times, trust "CPU us" most: the server's user and system time by the operation, which neither
-a slow client nor a busy machine changes much. Where waiting is the point there are wall-clock
-times, and in those this Python client has its share: some 20 us a request. Compare numbers of one
-run only. Every answer is checked; what was wrong stands below the table, and the exit status is 1.
-"""
+Of the times, trust "CPU us" most: the server's user and system time by the operation,
+which neither a slow client nor a busy machine changes much. Where waiting is the point
+there are wall-clock times, and in those this Python client has its share: some 20 us a
+request. Compare numbers of one run only. Every answer is checked; what was wrong stands
+below the table, and the exit status is 1."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ from typing import Self
 
 HOST = "127.0.0.1"
 PATIENCE = 60.0  # seconds until what must happen counts as never
-WARM_UP = 0.2  # seconds of each part that are not counted: first uses of code, caches, the WAL
+# seconds of each part that are not counted: first uses of code, caches, the WAL
+WARM_UP = 0.2
 TAIL = 100  # changes: a page in its usual size
 LOG, SMALL, BIG = 100_000, 10_000, 1_000_000  # changes in the logs of P3 and of P7
 
@@ -57,12 +59,15 @@ Right = Callable[[bytearray], bool]  # judges a whole answer
 Row = tuple[str, str, Sequence[float]]  # what was done, the unit, the numbers
 
 clock = time.perf_counter
-numbers = itertools.count(1)  # of mutations: an id that was used before would be a duplicate
+numbers = itertools.count(
+    1
+)  # of mutations: an id that was used before would be a duplicate
 wrong: Counter[str] = Counter()  # every answer that was not right
 
 
-# --- Loop ----------------------------------------------------------------------------------------
-# select.epoll and a heap of timers: asyncio would cost the client more than the server its work.
+# --- Loop -----------------------------------------------------------------------------
+# select.epoll and a heap of timers: asyncio would cost the client more than the server
+# its work.
 
 
 class Loop:
@@ -107,16 +112,23 @@ class Loop:
             raise TimeoutError(f"in {PATIENCE:.0f} s not: {what}")
 
 
-# --- Server --------------------------------------------------------------------------------------
+# --- Server ---------------------------------------------------------------------------
 
 
 class Server:
-    """A real process with a database of its own; only what was started here is ended here."""
+    """A real process with a database of its own; only what was started here is ended
+    here."""
 
-    def __init__(self, command: Sequence[str], loop: Loop, folder: Path, db: str = "") -> None:
+    def __init__(
+        self, command: Sequence[str], loop: Loop, folder: Path, db: str = ""
+    ) -> None:
         self.loop, self.own = loop, not db
         self.db = Path(db) if db else folder / f"{next(numbers)}.db"
-        env = {name: value for name, value in os.environ.items() if name != "MIZUSYNC_TOKEN"}
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if name != "MIZUSYNC_TOKEN"
+        }
         words = [*command, "--port", "0", "--db", str(self.db)]
         began = clock()
         self.popen = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
@@ -130,7 +142,9 @@ class Server:
             self.popen.kill()
             raise ChildProcessError(f"it never listened: {' '.join(words)}: {line!r}")
         self.port = int(found[1])
-        self.ask(get("/sync/pull"))  # some announce themselves first, and load the rest then
+        self.ask(
+            get("/sync/pull")
+        )  # some announce themselves first, and load the rest then
 
     def __enter__(self) -> Self:
         return self
@@ -148,12 +162,16 @@ class Server:
     def cpu(self) -> float:
         """Seconds of all its threads, user and system; the kernel tells hundredths."""
         stat = Path(f"/proc/{self.popen.pid}/stat").read_text()
-        user, system = stat.rpartition(")")[2].split()[11:13]  # behind the name (man 5 proc)
+        user, system = stat.rpartition(")")[2].split()[
+            11:13
+        ]  # behind the name (man 5 proc)
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> int:
         """KiB that are resident."""
-        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.popen.pid}/status").read_text())
+        found = re.search(
+            r"VmRSS:\s+(\d+)", Path(f"/proc/{self.popen.pid}/status").read_text()
+        )
         assert found
         return int(found[1])
 
@@ -163,7 +181,8 @@ class Server:
         return sock
 
     def ask(self, request: bytes, connection: Connection | None = None) -> bytearray:
-        """Return the answer to one request; without a connection, over one of its own."""
+        """Return the answer to one request; without a connection, over one of its
+        own."""
         answers: list[bytearray] = []
         used = connection or Connection(self)
         used.ask(request, lambda _, answer: answers.append(answer))
@@ -178,8 +197,9 @@ def remove(db: Path) -> None:
         Path(f"{db}{end}").unlink(missing_ok=True)
 
 
-# --- Requests and answers ------------------------------------------------------------------------
-# Prepared bytes out, and a few counts in: enough to tell a wrong answer, at little cost.
+# --- Requests and answers -------------------------------------------------------------
+# Prepared bytes out, and a few counts in: enough to tell a wrong answer, at little
+# cost.
 
 FIELDS = f"Host: {HOST}\r\nUser-Agent: bench/1\r\nAccept: application/json\r\n"
 CURSOR = re.compile(rb'"cursor": ?(\d+)')  # in a hint its first is the hint's own
@@ -200,7 +220,8 @@ def pushes(scope: str, size: int = 1) -> Iterator[bytes]:
     head = f"POST /sync/push HTTP/1.1\r\n{FIELDS}Content-Type: application/json\r\n"
     while True:
         some = (
-            make % (n, scope, n, "Buy milk, number", n) for n in itertools.islice(numbers, size)
+            make % (n, scope, n, "Buy milk, number", n)
+            for n in itertools.islice(numbers, size)
         )
         body = f"[{','.join(some)}]"
         yield f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
@@ -235,10 +256,13 @@ def is_ok(answer: bytearray) -> bool:
 
 
 def check_log(server: Server, scope: str, acknowledged: int) -> int:
-    """Read a whole scope with a real parser: what was acknowledged is there, once. Its head."""
+    """Read a whole scope with a real parser: what was acknowledged is there, once. Its
+    head."""
     cursor, titles, more = 0, Counter[str](), True
     while more:
-        page = json.loads(server.ask(pull(scope, cursor, 1000)).partition(b"\r\n\r\n")[2])
+        page = json.loads(
+            server.ask(pull(scope, cursor, 1000)).partition(b"\r\n\r\n")[2]
+        )
         found = [change["cursor"] for change in page["changes"]]
         if found != sorted(set(found)) or (found and found[0] <= cursor):
             wrong["cursors out of order"] += 1
@@ -249,7 +273,7 @@ def check_log(server: Server, scope: str, acknowledged: int) -> int:
     return cursor
 
 
-# --- Load ----------------------------------------------------------------------------------------
+# --- Load -----------------------------------------------------------------------------
 
 
 class Connection:
@@ -257,12 +281,16 @@ class Connection:
 
     def __init__(self, server: Server) -> None:
         self.loop, self.sock = server.loop, server.connect()
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)  # takes any push at once
+        self.sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18
+        )  # takes any push at once
         self.sock.setblocking(False)
         self.began = 0.0
         self.loop.add(self.sock, self._read)
 
-    def ask(self, request: bytes, heard: Callable[[Connection, bytearray], None]) -> None:
+    def ask(
+        self, request: bytes, heard: Callable[[Connection, bytearray], None]
+    ) -> None:
         self.heard, self.answer, self.size = heard, bytearray(), 0
         self.began = clock()
         if self.sock.send(request) != len(request):
@@ -284,18 +312,31 @@ class Connection:
 
 
 class Load:
-    """Connections that ask again as soon as they are answered, or after a `pause` of seconds."""
+    """Connections that ask again as soon as they are answered, or after a `pause` of
+    seconds."""
 
     def __init__(
-        self, server: Server, width: int, requests: Iterator[bytes], right: Right, pause: float = 0
+        self,
+        server: Server,
+        width: int,
+        requests: Iterator[bytes],
+        right: Right,
+        pause: float = 0,
     ) -> None:
-        self.server, self.requests, self.right, self.pause = server, requests, right, pause
+        self.server, self.requests, self.right, self.pause = (
+            server,
+            requests,
+            right,
+            pause,
+        )
         self.times: list[float] = []  # seconds, of each answer
         self.over, self.busy = False, width
         self.connections = [Connection(server) for _ in range(width)]
         for number, connection in enumerate(self.connections):
             ask = functools.partial(self._ask, connection)
-            server.loop.after(pause * number / width, ask)  # so they do not march in step
+            server.loop.after(
+                pause * number / width, ask
+            )  # so they do not march in step
 
     def _ask(self, connection: Connection) -> None:
         request = None if self.over else next(self.requests, None)
@@ -328,7 +369,8 @@ class Load:
 
 
 class Part:
-    """What was measured: the seconds of each answer, and the server's of CPU for all of them."""
+    """What was measured: the seconds of each answer, and the server's of CPU for all of
+    them."""
 
     def __init__(self, times: Sequence[float], cpu: float) -> None:
         self.times, self.cpu = times, cpu
@@ -361,18 +403,29 @@ def half_and_most(times: Sequence[float], unit: float) -> tuple[float, float]:
     return ordered[len(ordered) // 2] * unit, ordered[len(ordered) * 99 // 100] * unit
 
 
-# --- Followers -----------------------------------------------------------------------------------
-# The client of the protocol, as far as it has to hear and to pull: one pull at a time, and one more
-# after it where a hint came meanwhile.
+# --- Followers ------------------------------------------------------------------------
+# The client of the protocol, as far as it has to hear and to pull: one pull at a time,
+# and one more after it where a hint came meanwhile.
 
 
 class Audience:
-    """Followers of one scope, and what they know, all together: counting is what is cheap."""
+    """Followers of one scope, and what they know, all together: counting is what is
+    cheap."""
 
     def __init__(
-        self, server: Server, scope: str, size: int, pulls: bool = False, changes: bool = False
+        self,
+        server: Server,
+        scope: str,
+        size: int,
+        pulls: bool = False,
+        changes: bool = False,
     ) -> None:
-        self.server, self.loop, self.scope, self.changes = server, server.loop, scope, changes
+        self.server, self.loop, self.scope, self.changes = (
+            server,
+            server.loop,
+            scope,
+            changes,
+        )
         self.ready = 0  # followers that have heard their first cursor
         self.told = 0  # hints of something new, to all of them
         self.got = 0  # changes that they have, all of them
@@ -393,17 +446,23 @@ class Audience:
     def wait(self, cursor: int) -> None:
         """Wait until every follower has heard of this cursor, or of a later one."""
         everybody = self.followers
-        self.loop.until(lambda: all(one.told >= cursor for one in everybody), "everybody knows")
+        self.loop.until(
+            lambda: all(one.told >= cursor for one in everybody), "everybody knows"
+        )
 
 
 class Follower:
     def __init__(self, audience: Audience, pulls: bool) -> None:
         self.audience, self.buffer = audience, b""
         self.told, self.cursor, self.pulling = -1, 0, False
-        self.hints: list[tuple[int, float]] = []  # their cursors, which rise, and when they came
+        self.hints: list[
+            tuple[int, float]
+        ] = []  # their cursors, which rise, and when they came
         self.puller = Connection(audience.server) if pulls else None
         self.sock = audience.server.connect()
-        upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        upgrade = (
+            "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        )
         key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
         hello = get(f"/ws?scope={audience.scope}")[:-2] + (upgrade + key).encode()
         self.sock.sendall(hello)
@@ -412,9 +471,14 @@ class Follower:
         if not self.buffer.startswith(b"HTTP/1.1 101 "):
             raise ConnectionError(f"no WebSocket: {self.buffer!r}")
         self.buffer = self.buffer.partition(b"\r\n\r\n")[2]
-        wish = {"topic": "subscribe", "data": {"changes": True} if audience.changes else {}}
+        wish = {
+            "topic": "subscribe",
+            "data": {"changes": True} if audience.changes else {},
+        }
         text = json.dumps(wish).encode()
-        self.sock.sendall(bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text)  # masked with zeros
+        self.sock.sendall(
+            bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text
+        )  # masked with zeros
         self.sock.setblocking(False)
         audience.loop.add(self.sock, self._read)
 
@@ -449,9 +513,13 @@ class Follower:
                 audience.last = clock()
                 self.hints.append((cursor, audience.last))
             self.told = cursor
-            after = re.search(rb'"after": ?(\d+)', message) if audience.changes else None
+            after = (
+                re.search(rb'"after": ?(\d+)', message) if audience.changes else None
+            )
             if after and int(after[1]) <= self.cursor and not self.pulling:
-                new = sum(int(number) > self.cursor for number in CHANGE.findall(message))
+                new = sum(
+                    int(number) > self.cursor for number in CHANGE.findall(message)
+                )
                 self._take(new, cursor)
             self._pull()
 
@@ -461,7 +529,9 @@ class Follower:
             self.puller.ask(pull(self.audience.scope, self.cursor), self._page)
 
     def _page(self, _: Connection, answer: bytearray) -> None:
-        found = CURSOR.match(answer, answer.rfind(b'"cursor"'))  # the last one is the page's
+        found = CURSOR.match(
+            answer, answer.rfind(b'"cursor"')
+        )  # the last one is the page's
         if not is_ok(answer) or not found:
             wrong[answer[:200].decode(errors="replace")] += 1
             return
@@ -475,14 +545,16 @@ class Follower:
         self.audience.last = clock()
 
 
-# --- Scenarios: every server ---------------------------------------------------------------------
-# Each starts servers, and tells its rows as it has them. T is the length of a part in seconds.
+# --- Scenarios: every server ----------------------------------------------------------
+# Each starts servers, and tells its rows as it has them. T is the length of a part in
+# seconds.
 
 Start = Callable[..., Server]
 
 
 def requests(start: Start, T: float) -> Iterator[Row]:
-    """P1, P2, P3: what a request costs. The log that P2 fills is the one that P3 reads."""
+    """P1, P2, P3: what a request costs. The log that P2 fills is the one that P3
+    reads."""
     with start() as server:
         for width, scope in ((1, "one"), (64, "many")):
             load = Load(server, width, pushes(scope), pushed())
@@ -503,21 +575,29 @@ def requests(start: Start, T: float) -> Iterator[Row]:
         part = measure(server, 4, batches, pushed(100), PATIENCE)
         yield "P2 push of 100, 4 connections", "CPU us a mutation", (part.each(100),)
 
-        # Only this scope's numbers follow one another from here on: its tail is found by counting.
-        head = json.loads(server.ask(get("/sync/pull?scope=log&limit=1")).partition(b"\r\n\r\n")[2])
+        # Only this scope's numbers follow one another from here on: its tail is found
+        # by counting.
+        head = json.loads(
+            server.ask(get("/sync/pull?scope=log&limit=1")).partition(b"\r\n\r\n")[2]
+        )
         first = int(head["changes"][0]["cursor"])
         last = first + LOG - 1
         for what, request, right in (
             ("P3 empty pull at the head", pull("log", last), paged(0, False)),
             ("P3 tail page of 100", pull("log", last - TAIL), paged(TAIL, False)),
-            (f"P3 first page of 100 of {LOG:,}, from disk", pull("log", 0), paged(TAIL, True)),
+            (
+                f"P3 first page of 100 of {LOG:,}, from disk",
+                pull("log", 0),
+                paged(TAIL, True),
+            ),
         ):
             part = measure(server, 16, itertools.repeat(request), right, T)
             yield what, "CPU us", (part.each(),)
 
 
 def hints(start: Start, T: float, changes: bool) -> Iterator[Row]:
-    """P4, P5: how soon everybody knows, and has. With `changes` for servers that put them in."""
+    """P4, P5: how soon everybody knows, and has. With `changes` for servers that put
+    them in."""
     kinds = [("last has pulled", True, False)]
     kinds += [("last has it, changes in hints", True, True)] if changes else []
     with start() as server:
@@ -533,12 +613,18 @@ def hints(start: Start, T: float, changes: bool) -> Iterator[Row]:
         for number, (what, pulls, inside) in enumerate(kinds):
             with Audience(server, f"has-{number}", 1000, pulls, inside) as audience:
                 times = list(one_by_one(audience, T, lambda: audience.got))
-            yield name.removesuffix("last ") + what, "p50 ms", half_and_most(times, 1e3)[:1]
+            yield (
+                name.removesuffix("last ") + what,
+                "p50 ms",
+                half_and_most(times, 1e3)[:1],
+            )
     for what, pulls, inside in kinds:
         times, deadline = [], clock() + 3 * T
         with start() as server:
             for number in itertools.count():
-                with Audience(server, f"burst-{number}", 200, pulls, inside) as audience:
+                with Audience(
+                    server, f"burst-{number}", 200, pulls, inside
+                ) as audience:
                     times.append(burst(audience, 1000))
                 if clock() > deadline or len(times) == 5:
                     break
@@ -547,8 +633,11 @@ def hints(start: Start, T: float, changes: bool) -> Iterator[Row]:
         yield f"{name}: all have all", "ms", (statistics.median(times) * 1e3,)
 
 
-def one_by_one(audience: Audience, T: float, known: Callable[[], int]) -> Iterator[float]:
-    """From a push until the last has heard of it, or has it; then a pause, and the next."""
+def one_by_one(
+    audience: Audience, T: float, known: Callable[[], int]
+) -> Iterator[float]:
+    """From a push until the last has heard of it, or has it; then a pause, and the
+    next."""
     connection, source = Connection(audience.server), pushes(audience.scope)
     deadline = clock() + 2 * T
 
@@ -558,7 +647,9 @@ def one_by_one(audience: Audience, T: float, known: Callable[[], int]) -> Iterat
 
     for number in itertools.count(1):
         connection.ask(next(source), heard)
-        reached = functools.partial(lambda size: known() >= size, number * len(audience.followers))
+        reached = functools.partial(
+            lambda size: known() >= size, number * len(audience.followers)
+        )
         audience.loop.until(reached, "everybody knows")
         if number > 2:  # the first ones warm up
             yield audience.last - connection.began
@@ -571,7 +662,8 @@ def one_by_one(audience: Audience, T: float, known: Callable[[], int]) -> Iterat
 
 
 def steady(audience: Audience, rate: int, seconds: float) -> list[float]:
-    """Push at a fixed rate; return how long after each push the last follower had heard of it."""
+    """Push at a fixed rate; return how long after each push the last follower had heard
+    of it."""
     connection, source = Connection(audience.server), pushes(audience.scope)
     sent: list[tuple[float, int]] = []  # when, and the cursor in the answer
     began = clock()
@@ -590,10 +682,15 @@ def steady(audience: Audience, rate: int, seconds: float) -> list[float]:
 
 
 def burst(audience: Audience, count: int) -> float:
-    """Seconds from the first of `count` pushes until every follower has every change."""
+    """Seconds from the first of `count` pushes until every follower has every
+    change."""
     began, size = clock(), count * len(audience.followers)
-    load = Load(audience.server, 8, itertools.islice(pushes(audience.scope), count), pushed())
-    audience.loop.until(lambda: audience.got >= size and not load.busy, "everybody has everything")
+    load = Load(
+        audience.server, 8, itertools.islice(pushes(audience.scope), count), pushed()
+    )
+    audience.loop.until(
+        lambda: audience.got >= size and not load.busy, "everybody has everything"
+    )
     if audience.got != size:
         wrong["a follower has a change twice"] += 1
     return audience.last - began
@@ -608,13 +705,13 @@ def memory(start: Start, sessions: int) -> Iterator[Row]:
     yield f"P6 memory of an idle subscribed session, of {sessions:,}", "KiB", (each,)
 
 
-# --- Scenarios: mizusync alone -------------------------------------------------------------------
+# --- Scenarios: mizusync alone --------------------------------------------------------
 
 
 def growth(start: Start, folder: Path, T: float) -> Iterator[Row]:
-    """P7: what 1,000,000 changes cost more than 10,000. Two servers take turns, so that the weather
-    is the same for both; their logs are written with SQL: a million pushes would take too long.
-    """
+    """P7: what 1,000,000 changes cost more than 10,000. Two servers take turns, so that
+    the weather is the same for both; their logs are written with SQL: a million pushes
+    would take too long."""
     sizes, files = (SMALL, BIG), [folder / "small.db", folder / "big.db"]
     for size, db in zip(sizes, files, strict=True):
         with start(db=str(db)):
@@ -635,7 +732,9 @@ def growth(start: Start, folder: Path, T: float) -> Iterator[Row]:
             for turn in range(6):
                 which = turn % 2
                 page = itertools.repeat(pull("log", place[which])) if place else None
-                costs[which] += measure(servers[which], 16, page or pushes("log"), right, T / 2)
+                costs[which] += measure(
+                    servers[which], 16, page or pushes("log"), right, T / 2
+                )
             small_cost, big_cost = (cost.each() for cost in costs)
             yield f"P7 {what} at {BIG:,} changes", "CPU us", (big_cost,)
             yield (
@@ -647,17 +746,25 @@ def growth(start: Start, folder: Path, T: float) -> Iterator[Row]:
                 part = measure(big, 1, itertools.repeat(pull("log", 0)), right, T)
                 name = f"P7 {what} at {BIG:,} changes, 1 connection"
                 yield name, "p50 / p99 us", half_and_most(part.times, 1e6)
-        yield f"P7 memory of the server at {BIG:,} changes", "MiB", (big.memory() / 1024,)
+        yield (
+            f"P7 memory of the server at {BIG:,} changes",
+            "MiB",
+            (big.memory() / 1024,),
+        )
     for db in files:
         remove(db)
 
 
 def write_log(db: Path, size: int) -> None:
-    """As pushes of one todo each would have written it; the tables are mizusync's Store's."""
+    """As pushes of one todo each would have written it; the tables are mizusync's
+    Store's."""
     connection = sqlite3.connect(db, isolation_level=None)
     with contextlib.closing(connection):
-        # One write of each page, and none of them has to survive us. The server sets WAL again.
-        connection.executescript("PRAGMA journal_mode = DELETE; PRAGMA synchronous = OFF; BEGIN;")
+        # One write of each page, and none of them has to survive us. The server sets
+        # WAL again.
+        connection.executescript(
+            "PRAGMA journal_mode = DELETE; PRAGMA synchronous = OFF; BEGIN;"
+        )
         for sql in (
             """INSERT INTO mizusync_changes SELECT n, n, 'log', '2026-01-01T00:00:00.000Z', printf(
                 '{"op":"create","todo":{"id":"s-%08d","title":"Buy milk, number %d",'
@@ -674,13 +781,16 @@ def write_log(db: Path, size: int) -> None:
 
 
 def fairness(start: Start, T: float) -> Iterator[Row]:
-    """What others make a calm client wait: one that pushes, and 0.1 s after the answer again.
+    """What others make a calm client wait: one that pushes, and 0.1 s after the answer
+    again.
 
-    There are four of them, for the sake of more times; the others have connections of their own.
-    """
+    There are four of them, for the sake of more times; the others have connections of
+    their own."""
     with start() as server:
         fill(server, "log", 5000)
-        head = json.loads(server.ask(pull("log", 0, 1)).partition(b"\r\n\r\n")[2])["changes"][0]
+        head = json.loads(server.ask(pull("log", 0, 1)).partition(b"\r\n\r\n")[2])[
+            "changes"
+        ][0]
         tail = int(head["cursor"]) + 5000 - 1 - TAIL
         memory_page = (16, itertools.repeat(pull("log", tail)), paged(TAIL, False))
         disk_page = (16, itertools.repeat(pull("log", 0)), paged(TAIL, True))
@@ -688,7 +798,10 @@ def fairness(start: Start, T: float) -> Iterator[Row]:
             ("alone", None),
             ("beside 16 that pull from memory without end", memory_page),
             ("beside 16 that pull from disk without end", disk_page),
-            ("beside 4 that push 100 without end", (4, pushes("other", 100), pushed(100))),
+            (
+                "beside 4 that push 100 without end",
+                (4, pushes("other", 100), pushed(100)),
+            ),
         ):
             load = Load(server, *others) if others else None
             yield f"A push each 0.1 s, {what}", "p50 / p99 ms", calm(server, T)
@@ -718,8 +831,14 @@ def snapshots(start: Start, T: float, todos: int = 50_000) -> Iterator[Row]:
         taking = itertools.repeat(get("/sync/snapshot?scope=big"))
         name = "A small request each 2 ms"
         for what in ("alone", f"beside snapshots of {todos:,} todos without end"):
-            load = Load(server, 1, taking, lambda a: len(a) == same) if what != "alone" else None
-            probe = Load(server, 1, itertools.repeat(pull("none", 0)), paged(0, False), 0.002)
+            load = (
+                Load(server, 1, taking, lambda a: len(a) == same)
+                if what != "alone"
+                else None
+            )
+            probe = Load(
+                server, 1, itertools.repeat(pull("none", 0)), paged(0, False), 0.002
+            )
             part = probe.measure(2 * T)
             probe.end()
             if load:
@@ -730,17 +849,24 @@ def snapshots(start: Start, T: float, todos: int = 50_000) -> Iterator[Row]:
             yield f"{name}, {what}", "p50 / p99 / worst ms", times
 
 
-# --- Count ---------------------------------------------------------------------------------------
-# One client asks one thing at a time, so that the server does the same work in each run, in the
-# same order. Only HTTP and the command line are used: versions of the file differ in the rest.
+# --- Count ----------------------------------------------------------------------------
+# One client asks one thing at a time, so that the server does the same work in each
+# run, in the same order. Only HTTP and the command line are used: versions of the file
+# differ in the rest.
 
 
 class CountedServer(Server):
-    """A server under valgrind, which counts the instructions of its process, not the kernel's."""
+    """A server under valgrind, which counts the instructions of its process, not the
+    kernel's."""
 
     def __init__(self, file: str, loop: Loop, folder: Path) -> None:
         self.dumps = folder / f"instructions-{next(numbers)}"
-        valgrind = ["valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={self.dumps}"]
+        valgrind = [
+            "valgrind",
+            "-q",
+            "--tool=callgrind",
+            f"--callgrind-out-file={self.dumps}",
+        ]
         slowed = [sys.executable, str(HERE / "bench_counted.py"), file]
         super().__init__([*valgrind, *slowed], loop, folder)
         self.parts = 0  # so many files that callgrind has written
@@ -748,7 +874,9 @@ class CountedServer(Server):
         idle = self.count(lambda: loop.pause(3))
         if idle > 3 * 10_000:
             # bench_counted.py has to slow a way to wait that it does not know.
-            wrong[f"timers take {idle // 3:,} instructions a second: no count is exact"] += 1
+            wrong[
+                f"timers take {idle // 3:,} instructions a second: no count is exact"
+            ] += 1
 
     def count(self, work: Callable[[], None]) -> int:
         """Return the instructions that the server needs for `work`."""
@@ -776,7 +904,8 @@ class CountedServer(Server):
 
 
 def instructions(server: CountedServer) -> Iterator[Row]:
-    """The script: what each kind of request costs. The log that pushes of 100 fill is read then."""
+    """The script: what each kind of request costs. The log that pushes of 100 fill is
+    read then."""
     unit = "instructions"
 
     def row(what: str, requests: Iterator[bytes], right: Right, size: int) -> Row:
@@ -787,13 +916,19 @@ def instructions(server: CountedServer) -> Iterator[Row]:
         return what, unit, (cost / size,)
 
     for mutations, scope, size in (1, "one", 150), (10, "ten", 40), (100, "log", 20):
-        yield row(f"push of {mutations}", pushes(scope, mutations), pushed(mutations), size)
+        yield row(
+            f"push of {mutations}", pushes(scope, mutations), pushed(mutations), size
+        )
 
     changes = 2 * 20 * 100  # with those of the warm-up; memory keeps the newest 1000
-    first = int(json.loads(server.ask(pull("log", 0, 1)).partition(b"\r\n\r\n")[2])["cursor"])
+    first = int(
+        json.loads(server.ask(pull("log", 0, 1)).partition(b"\r\n\r\n")[2])["cursor"]
+    )
     last = first + changes - 1
     # The reader's threads open their connections when several pulls need them at once.
-    measure(server, 16, itertools.repeat(pull("log", 0), 100), paged(TAIL, True), PATIENCE)
+    measure(
+        server, 16, itertools.repeat(pull("log", 0), 100), paged(TAIL, True), PATIENCE
+    )
     for what, request, right in (
         ("empty pull", pull("log", last), paged(0, False)),
         ("pull of 100 from memory", pull("log", last - TAIL), paged(TAIL, False)),
@@ -820,25 +955,38 @@ def announce(audience: Audience, size: int) -> None:
     connection = Connection(audience.server)
     for request in itertools.islice(pushes(audience.scope), size):
         audience.wait(cursor_of(audience.server.ask(request, connection)))
-        audience.loop.pause(1)  # longer than a server may space its hints, even when slowed
+        audience.loop.pause(
+            1
+        )  # longer than a server may space its hints, even when slowed
     connection.close()
 
 
-# --- Table ---------------------------------------------------------------------------------------
+# --- Table ----------------------------------------------------------------------------
 
 
 def table(columns: dict[str, list[Row]]) -> Iterator[str]:
     names = list(dict.fromkeys(row[:2] for rows in columns.values() for row in rows))
-    found = {(server, *row[:2]): row[2] for server, rows in columns.items() for row in rows}
+    found = {
+        (server, *row[:2]): row[2] for server, rows in columns.items() for row in rows
+    }
     yield f"| scenario | unit | {' | '.join(columns)} |"
     yield f"| --- | --- |{' ---: |' * len(columns)}"
     for name in names:
-        cells = (" / ".join(map(number, found.get((server, *name), ()))) for server in columns)
+        cells = (
+            " / ".join(map(number, found.get((server, *name), ())))
+            for server in columns
+        )
         yield f"| {' | '.join((*name, *(cell or '-' for cell in cells)))} |"
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return (
+        f"{value:,.0f}"
+        if value >= 100
+        else f"{value:.1f}"
+        if value >= 10
+        else f"{value:.2f}"
+    )
 
 
 def about(folder: Path, peers: Sequence[str]) -> Iterator[str]:
@@ -881,7 +1029,11 @@ def measure_all(args: argparse.Namespace, folder: Path) -> None:
             requests(start, T), hints(start, T, ours), memory(start, sessions)
         ]  # fmt: skip
         if ours:
-            scenarios += growth(start, folder, T), fairness(start, T), snapshots(start, T)
+            scenarios += (
+                growth(start, folder, T),
+                fairness(start, T),
+                snapshots(start, T),
+            )
         columns[server] = told(server, itertools.chain.from_iterable(scenarios))
     print(*table(columns), "", *about(folder, list(commands)[1:]), sep="\n")
 
@@ -917,10 +1069,16 @@ def main() -> int:
         description="Measure mizusync, and what one would use instead."
     )
     add = parser.add_argument
-    add("--server", default=str(HERE.parent / "mizusync.py"), help="the mizusync.py to measure")
+    add(
+        "--server",
+        default=str(HERE.parent / "mizusync.py"),
+        help="the mizusync.py to measure",
+    )
     add("--peers", action="store_true", help="measure aiohttp and FastAPI, too")
     add("--quick", action="store_true", help="shorter parts: for a first look")
-    help_count = "count instructions instead; beside those of OTHER, another mizusync.py"
+    help_count = (
+        "count instructions instead; beside those of OTHER, another mizusync.py"
+    )
     add("--count", nargs="?", const="", metavar="OTHER", help=help_count)
     args = parser.parse_args()
     if len(CORES) > 1:
@@ -931,7 +1089,9 @@ def main() -> int:
         if args.count is None:
             measure_all(args, Path(name))
         else:
-            count_all([args.count, args.server] if args.count else [args.server], Path(name))
+            count_all(
+                [args.count, args.server] if args.count else [args.server], Path(name)
+            )
     for what, count in wrong.most_common(20):
         print(f"WRONG, {count} times: {what}")
     return 1 if wrong else 0

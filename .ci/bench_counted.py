@@ -1,10 +1,10 @@
 """Serve the todo demo of one mizusync.py by a clock that hardly moves.
 
-Under valgrind, which counts the instructions for bench.py, everything but the clock takes some 50
-times as long. By that clock a push would be cut into several commits, and much of what is counted
-would be timers: the sweep, pings, looks at the database by an idle writer. So a second lasts longer
-here, for the event loop and for threads that wait. Usage: bench_counted.py MIZUSYNC.PY [OPTIONS]
-"""
+Under valgrind, which counts the instructions for bench.py, everything but the clock
+takes some 50 times as long. By that clock a push would be cut into several commits, and
+much of what is counted would be timers: the sweep, pings, looks at the database by an
+idle writer. So a second lasts longer here, for the event loop and for threads that
+wait. Usage: bench_counted.py MIZUSYNC.PY [OPTIONS]"""
 
 import gc
 import importlib
@@ -46,8 +46,8 @@ def main() -> int:
     path = Path(sys.argv[1]).resolve()
     sys.path.insert(0, str(path.parent))
     module = importlib.import_module(path.stem)
-    # A full collection of garbage costs as much as many requests, and would fall into one row or
-    # into another. What is there now lives for ever: leave it out.
+    # A full collection of garbage costs as much as many requests, and would fall into
+    # one row or into another. What is there now lives for ever: leave it out.
     gc.collect()
     gc.freeze()
     return int(module.main(sys.argv[2:]))

@@ -1,9 +1,10 @@
-"""The benchmark's peers: the same service as one would write it with aiohttp, or with FastAPI.
+"""The benchmark's peers: the same service as one would write it with aiohttp, or with
+FastAPI.
 
-Push, pull and live hints over SQLite: WAL, synchronous=FULL, one thread for the database, one
-transaction a push; one task tells the subscribers, and merges what they have not been told yet. No
-snapshots, no epochs, no changes in hints. bench.py starts it: `bench_peers.py aiohttp --db FILE`.
-"""
+Push, pull and live hints over SQLite: WAL, synchronous=FULL, one thread for the
+database, one transaction a push; one task tells the subscribers, and merges what they
+have not been told yet. No snapshots, no epochs, no changes in hints. bench.py starts
+it: `bench_peers.py aiohttp --db FILE`."""
 
 import argparse
 import asyncio
@@ -31,7 +32,8 @@ SCHEMA = """
 
 
 class Store:
-    """The change log. It blocks, so it has a thread of its own: call it through `run`."""
+    """The change log. It blocks, so it has a thread of its own: call it through
+    `run`."""
 
     def __init__(self, path: str) -> None:
         self.thread = ThreadPoolExecutor(1)
@@ -41,7 +43,9 @@ class Store:
         self.db.executescript(SCHEMA)
 
     async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(
+            self.thread, work, *arguments
+        )
 
     def head(self, scope: str) -> int:
         sql = "SELECT coalesce(max(cursor), 0) FROM changes WHERE scope = ?"
@@ -60,12 +64,21 @@ class Store:
             WHERE mutations.scope = ? AND id = ?
         """
         if seen := self.db.execute(sql, (scope, key)).fetchone():
-            return applied(scope, seen[0], seen[1], json.loads(seen[2])) | {"duplicate": True}
+            return applied(scope, seen[0], seen[1], json.loads(seen[2])) | {
+                "duplicate": True
+            }
         match mutation["name"], args:
             case "todo.create", {"id": str(todo), "title": str(title)}:
-                data = {"op": "create", "todo": {"id": todo, "title": title, "completed": False}}
+                data = {
+                    "op": "create",
+                    "todo": {"id": todo, "title": title, "completed": False},
+                }
             case _:
-                return {"ok": False, "code": "invalid_mutation", "error": "only todo.create"}
+                return {
+                    "ok": False,
+                    "code": "invalid_mutation",
+                    "error": "only todo.create",
+                }
         sql = "INSERT OR REPLACE INTO todos (scope, id, title) VALUES (?, ?, ?)"
         self.db.execute(sql, (scope, todo, title))
         sql = "INSERT INTO changes (scope, time, data) VALUES (?, ?, ?)"
@@ -93,11 +106,16 @@ def applied(scope: str, cursor: int | None, time: str, data: Json) -> Json:
 
 
 class Live:
-    """Who follows which scope; `send` is what the framework's sockets have for a text."""
+    """Who follows which scope; `send` is what the framework's sockets have for a
+    text."""
 
     def __init__(self) -> None:
-        self.followers: defaultdict[str, set[Callable[[str], Awaitable[None]]]] = defaultdict(set)
-        self.news: dict[str, int] = {}  # of each scope the newest cursor that was not told yet
+        self.followers: defaultdict[str, set[Callable[[str], Awaitable[None]]]] = (
+            defaultdict(set)
+        )
+        self.news: dict[
+            str, int
+        ] = {}  # of each scope the newest cursor that was not told yet
         self.wake = asyncio.Event()
 
     def publish(self, results: list[Json]) -> None:
@@ -115,7 +133,9 @@ class Live:
                 for send in list(self.followers[scope]):
                     try:
                         await send(text)
-                    except Exception:  # it is gone; each framework has errors of its own for that
+                    except (
+                        Exception
+                    ):  # it is gone; each framework has errors of its own for that
                         self.followers[scope].discard(send)
 
 
@@ -123,7 +143,7 @@ def hint(scope: str, cursor: int) -> str:
     return json.dumps({"topic": f"sync:{scope}", "data": {"cursor": cursor}})
 
 
-# --- aiohttp -------------------------------------------------------------------------------------
+# --- aiohttp --------------------------------------------------------------------------
 
 
 def run_aiohttp(path: str, listener: socket.socket) -> None:
@@ -163,7 +183,9 @@ def run_aiohttp(path: str, listener: socket.socket) -> None:
                 raise ValueError
         except ValueError:
             raise web.HTTPBadRequest(text="cursor and limit are numbers") from None
-        return web.json_response(await store.run(store.pull, scope, cursor, min(limit, 1000)))
+        return web.json_response(
+            await store.run(store.pull, scope, cursor, min(limit, 1000))
+        )
 
     async def websocket(request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse()
@@ -195,7 +217,7 @@ def run_aiohttp(path: str, listener: socket.socket) -> None:
     web.run_app(app, sock=listener, access_log=None, print=None, backlog=1024)
 
 
-# --- FastAPI -------------------------------------------------------------------------------------
+# --- FastAPI --------------------------------------------------------------------------
 
 
 def run_fastapi(path: str, listener: socket.socket) -> None:
@@ -215,7 +237,9 @@ def run_fastapi(path: str, listener: socket.socket) -> None:
     async def push(
         mutations: Annotated[list[Mutation], Body(min_length=1, max_length=100)],
     ) -> JSONResponse:
-        results = await store.run(store.push, [mutation.model_dump() for mutation in mutations])
+        results = await store.run(
+            store.push, [mutation.model_dump() for mutation in mutations]
+        )
         live.publish(results)
         return JSONResponse(results)
 
@@ -224,7 +248,9 @@ def run_fastapi(path: str, listener: socket.socket) -> None:
         cursor: Annotated[int, Query(ge=0)] = 0,
         limit: Annotated[int, Query(ge=1)] = 100,
     ) -> JSONResponse:
-        return JSONResponse(await store.run(store.pull, scope, cursor, min(limit, 1000)))
+        return JSONResponse(
+            await store.run(store.pull, scope, cursor, min(limit, 1000))
+        )
 
     async def websocket(socket: WebSocket, scope: str = "_default") -> None:
         await socket.accept()
@@ -262,7 +288,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--db", default="peer.db")
     args = parser.parse_args()
-    # Bound here, and announced: the first clients wait in its backlog until the loop runs.
+    # Bound here, and announced: the first clients wait in its backlog until the loop
+    # runs.
     listener = socket.create_server(("127.0.0.1", args.port), backlog=1024)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     run = {"aiohttp": run_aiohttp, "FastAPI": run_fastapi}[args.peer]

@@ -1,16 +1,18 @@
-"""The fuzzer: malformed, ambiguous and rude clients, all at once, and one healthy one among them.
+"""The fuzzer: malformed, ambiguous and rude clients, all at once, and one healthy one
+among them.
 
-    4 workers --seeded cases--> the todo demo (python -X dev) --answers--> what must be true of them
-    1 healthy client --push, pull, hints, each within 2 s--^
+    4 workers --seeded cases--> the todo demo (python -X dev) --answers--> what must be
+    true of them 1 healthy client --push, pull, hints, each within 2 s--^
 
-A case is bytes, and what must come back: of a valid one each status, result and message; of a
-broken one a refusal and then the end; of a mutated one only answers that are well-formed. Behind
-each broken request, and in bodies that are not one, stands a push that nobody may ever see applied.
-At the end the server has to be as it was: its log, descriptors, threads, sessions and memory.
+A case is bytes, and what must come back: of a valid one each status, result and
+message; of a broken one a refusal and then the end; of a mutated one only answers that
+are well-formed. Behind each broken request, and in bodies that are not one, stands a
+push that nobody may ever see applied. At the end the server has to be as it was: its
+log, descriptors, threads, sessions and memory.
 
-By hand: `python .ci/fuzz.py --seconds 600 --seed 1`, on Linux, for /proc. The exit status is 0 or
-1; after a fault the folder with the cases stays. `--case N` sends one case alone, as it was sent.
-"""
+By hand: `python .ci/fuzz.py --seconds 600 --seed 1`, on Linux, for /proc. The exit
+status is 0 or 1; after a fault the folder with the cases stays. `--case N` sends one
+case alone, as it was sent."""
 
 from __future__ import annotations
 
@@ -40,8 +42,12 @@ import trial
 from trial import Fault, check
 
 HOST, WORKERS, CHURN = "127.0.0.1", 4, 10_000
-PATIENCE, PROMPT = 20.0, 2.0  # seconds: until an end counts as never; what a healthy client waits
-# KiB of memory: readers' caches and arenas of threads take 35 MiB, after 90 s as after 220.
+PATIENCE, PROMPT = (
+    20.0,
+    2.0,
+)  # seconds: until an end counts as never; what a healthy client waits
+# KiB of memory: readers' caches and arenas of threads take 35 MiB, after 90 s as after
+# 220.
 GROWTH = 48 * 1024
 SCOPES = ("a", "b c", "größer \U0001f4a7")
 CODES = {
@@ -65,14 +71,19 @@ class Want(NamedTuple):
 
 class Case(NamedTuple):
     sent: bytes
-    wants: list[Want] | None = None  # None: it was mutated, and anything well-formed will do
-    said: list[Any] | None = None  # on a WebSocket: its pongs and the codes of its errors; its end
+    wants: list[Want] | None = (
+        None  # None: it was mutated, and anything well-formed will do
+    )
+    said: list[Any] | None = (
+        None  # on a WebSocket: its pongs and the codes of its errors; its end
+    )
 
 
-# --- HTTP requests -------------------------------------------------------------------------------
-# Valid ones, from a grammar; then the catalogue of what RFC 9112 calls malformed or ambiguous. The
-# tables are by the status that must answer. Only a scope that stays small has its snapshot asked
-# for: of one that grows the answers do, and with them the memory.
+# --- HTTP requests --------------------------------------------------------------------
+# Valid ones, from a grammar; then the catalogue of what RFC 9112 calls malformed or
+# ambiguous. The tables are by the status that must answer. Only a scope that stays
+# small has its snapshot asked for: of one that grows the answers do, and with them the
+# memory.
 
 ENDPOINTS = {
     200: ("GET /", "GET /healthz", "HEAD /healthz", "GET /sync/snapshot?scope=healthy",
@@ -176,27 +187,46 @@ LINE_ENDS = ("\n", "\r", "\n\r", "\r\r\n", "\x0b\r\n", "\0\r\n", "\n\n")
 
 def either(source: random.Random, table: dict[int, tuple[T, ...]]) -> tuple[T, int]:
     """One of the table, each as likely, and its status."""
-    return source.choice([(one, status) for status, some in table.items() for one in some])
+    return source.choice(
+        [(one, status) for status, some in table.items() for one in some]
+    )
 
 
 def smuggled(tag: str) -> tuple[bytes, bytes]:
     """A push that must never be applied: its body, and the whole request."""
     wish = {"id": tag, "scope": "smuggled", "name": "todo.create"}
-    body = json.dumps([wish | {"args": {"id": f"of case {tag}", "title": "x"}}]).encode()
+    body = json.dumps(
+        [wish | {"args": {"id": f"of case {tag}", "title": "x"}}]
+    ).encode()
     head = f"POST /sync/push HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
     return body, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def push(source: random.Random, tag: str) -> tuple[bytes, Want]:
     """Mutations of todos that no other case has, and what becomes of each."""
-    todos, wishes, codes, scope = set[str](), list[Any](), list[str](), source.choice(SCOPES)
+    todos, wishes, codes, scope = (
+        set[str](),
+        list[Any](),
+        list[str](),
+        source.choice(SCOPES),
+    )
     for number in range(source.choice((1, 1, 2, 3, 5, 20, 100))):
-        name = source.choice(("create", "create", "update", "toggle", "delete", "vanish", ""))
+        name = source.choice(
+            ("create", "create", "update", "toggle", "delete", "vanish", "")
+        )
         todo = f"{tag} {source.randrange(3)}"
         args = {"id": todo, "title": source.choice(TEXTS)}
-        wish = {"id": f"{tag} {number}", "scope": scope, "name": f"todo.{name}", "args": args}
+        wish = {
+            "id": f"{tag} {number}",
+            "scope": scope,
+            "name": f"todo.{name}",
+            "args": args,
+        }
         if not name and isinstance(wrong := source.choice(NO_MUTATIONS), dict):
-            wrong = {key: wish["id"] if value == "x" else value for key, value in wrong.items()}
+            wrong = {
+                key: wish["id"] if value == "x" else value
+                for key, value in wrong.items()
+            }
         wishes.append(wish if name else wrong)
         if name in ("vanish", ""):
             codes.append("invalid_mutation")
@@ -206,7 +236,9 @@ def push(source: random.Random, tag: str) -> tuple[bytes, Want]:
         else:
             codes.append("" if todo in todos else "not_found")
             todos -= {todo} if name == "delete" else set()
-    return json.dumps(wishes, ensure_ascii=source.random() < 0.5).encode(), Want((200,), codes)
+    return json.dumps(wishes, ensure_ascii=source.random() < 0.5).encode(), Want(
+        (200,), codes
+    )
 
 
 def wreck(source: random.Random, value: Any) -> Any:
@@ -218,8 +250,22 @@ def wreck(source: random.Random, value: Any) -> Any:
         key = source.choice(list(value))
         return value | {source.choice((key, key, "")): wreck(source, value[key])}
     deep = json.loads("[" * 70 + "]" * 70)
-    wrong: Any = None, True, -1, 2**63, 2**64, 1e308, float("nan"), "", "\ud800", "\0", "x" * 300
-    return source.choice((*wrong, [], {}, deep, [value], {"id": value}, str(value), [None] * 101))
+    wrong: Any = (
+        None,
+        True,
+        -1,
+        2**63,
+        2**64,
+        1e308,
+        float("nan"),
+        "",
+        "\ud800",
+        "\0",
+        "x" * 300,
+    )
+    return source.choice(
+        (*wrong, [], {}, deep, [value], {"id": value}, str(value), [None] * 101)
+    )
 
 
 def chunked(source: random.Random, body: bytes) -> bytes:
@@ -227,16 +273,28 @@ def chunked(source: random.Random, body: bytes) -> bytes:
     made, extensions = b"", ("", ";a", ' ;a="b;c"', "\t; a=b ;c", ';a="\xe9"')
     while body:
         size = min(len(body), source.choice((1, 7, 100, 5000)) + len(body) // 9)
-        line = f"{size:{source.choice(('x', 'X', '06x'))}}{source.choice(extensions)}\r\n"
+        line = (
+            f"{size:{source.choice(('x', 'X', '06x'))}}{source.choice(extensions)}\r\n"
+        )
         made += line.encode("latin-1") + body[:size] + b"\r\n"
         body = body[size:]
-    trailers = "", "Content-Length: 5\r\n", "Host: x\r\nX-Sum: y\r\nTransfer-Encoding: z\r\n"
+    trailers = (
+        "",
+        "Content-Length: 5\r\n",
+        "Host: x\r\nX-Sum: y\r\nTransfer-Encoding: z\r\n",
+    )
     return made + f"0\r\n{source.choice(trailers)}\r\n".encode()
 
 
-def request(source: random.Random, tag: str, last: bool, wild: bool) -> tuple[bytes, Want]:
+def request(
+    source: random.Random, tag: str, last: bool, wild: bool
+) -> tuple[bytes, Want]:
     """A valid request, and what must answer it; a wild one is to be mutated."""
-    body, fields, line = b"", [source.choice(("Host: localhost", f"Host: {HOST}:1"))], ""
+    body, fields, line = (
+        b"",
+        [source.choice(("Host: localhost", f"Host: {HOST}:1"))],
+        "",
+    )
     if source.random() < 0.5:
         body, want = push(source, tag)
         line, kind = "POST /sync/push", source.random()
@@ -244,20 +302,31 @@ def request(source: random.Random, tag: str, last: bool, wild: bool) -> tuple[by
             raw, status = either(source, BODIES)
             body, want = raw.replace(b"TAG", tag.encode()), Want((status,))
         elif kind < 0.6:
-            text = json.dumps(wreck(source, json.loads(body)), ensure_ascii=source.random() < 0.5)
+            text = json.dumps(
+                wreck(source, json.loads(body)), ensure_ascii=source.random() < 0.5
+            )
             body, want = text.encode(errors="surrogatepass"), Want((200, 400, 413))
-        kinds = "Content-Type: application/json", "content-type:\tAPPLICATION/Json ; charset=utf-8 "
+        kinds = (
+            "Content-Type: application/json",
+            "content-type:\tAPPLICATION/Json ; charset=utf-8 ",
+        )
         fields.append(source.choice(kinds))
-    while not line or wild and ("HEAD" in line or "wait" in line):  # who could tell their end?
+    while (
+        not line or wild and ("HEAD" in line or "wait" in line)
+    ):  # who could tell their end?
         line, status = either(source, ENDPOINTS)
-        want = Want((status, 404) if line == "GET /" else (status,), no_body="HEAD" in line)
+        want = Want(
+            (status, 404) if line == "GET /" else (status,), no_body="HEAD" in line
+        )
         body = b""
         if source.random() < 0.3 and status not in (404, 426) and not wild:
             body = smuggled(tag)[1]
     fields += source.sample(ODD_FIELDS, source.choice((0, 0, 1, 3, 12)))
     version = source.choice(("1.1", "1.1", "1.7"))
     if last:
-        fields = [one for one in fields if "keep-alive" not in one] + ["Connection: x,, Close"]
+        fields = [one for one in fields if "keep-alive" not in one] + [
+            "Connection: x,, Close"
+        ]
         version = source.choice((version, version, "1.0"))
     if source.random() < 0.2 and " /" in line and len(line) < 1000:
         line = line.replace(" /", " http://localhost:99999/")
@@ -274,12 +343,22 @@ def request(source: random.Random, tag: str, last: bool, wild: bool) -> tuple[by
 
 
 def broken(source: random.Random, tag: str) -> tuple[bytes, Want]:
-    """A push that must be refused for its framing or its place, and end the connection."""
+    """A push that must be refused for its framing or its place, and end the
+    connection."""
     kind, status, (body, _) = source.randrange(6), 400, smuggled(tag)
     length = f"Content-Length: {len(body)}"
-    lines = ["POST /sync/push HTTP/1.1", f"Host: {HOST}", "Content-Type: application/json", length]
-    # With this a push would be applied by whoever takes its length for chunked after all.
-    chunks, coding = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body), "Transfer-Encoding: chunked"
+    lines = [
+        "POST /sync/push HTTP/1.1",
+        f"Host: {HOST}",
+        "Content-Type: application/json",
+        length,
+    ]
+    # With this a push would be applied by whoever takes its length for chunked after
+    # all.
+    chunks, coding = (
+        b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body),
+        "Transfer-Encoding: chunked",
+    )
     if kind == 0:
         lines[0], status = either(source, LINES)
     elif kind == 1:
@@ -306,14 +385,18 @@ def broken(source: random.Random, tag: str) -> tuple[bytes, Want]:
     return "\r\n".join(parts).encode("latin-1") + body, Want((status,), closes=True)
 
 
-# --- WebSocket -----------------------------------------------------------------------------------
-# Conversations that are valid, then the catalogue of what RFC 6455 forbids, by its close code.
+# --- WebSocket ------------------------------------------------------------------------
+# Conversations that are valid, then the catalogue of what RFC 6455 forbids, by its
+# close code.
 
 
 def frame(first: int, payload: bytes = b"", key: bytes = b"\0\0\0\0") -> bytes:
-    """A client's frame: its first byte as it is given, its length in the shortest form."""
+    """A client's frame: its first byte as it is given, its length in the shortest
+    form."""
     size = len(payload)
-    form = struct.pack(">B", 128 | size) if size < 126 else struct.pack(">BQ", 255, size)
+    form = (
+        struct.pack(">B", 128 | size) if size < 126 else struct.pack(">BQ", 255, size)
+    )
     if 126 <= size < 1 << 16:
         form = struct.pack(">BH", 254, size)
     mask = int.from_bytes((key * (size // 4 + 1))[:size], "big")
@@ -321,7 +404,10 @@ def frame(first: int, payload: bytes = b"", key: bytes = b"\0\0\0\0") -> bytes:
     return b"%c" % first + form + key + masked
 
 
-KEY, ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # (RFC 6455 §1.3)
+KEY, ACCEPT = (
+    "dGhlIHNhbXBsZSBub25jZQ==",
+    "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
+)  # (RFC 6455 §1.3)
 HANDSHAKE = f"""GET /ws?scope=SCOPE HTTP/1.1\r\nHost: {HOST}\r\nConnection: keep-alive, Upgrade\r
 Upgrade: WebSocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {KEY}\r\n\r\n"""
 HANDSHAKES = {  # what stands there, and what instead
@@ -364,9 +450,13 @@ def talk(source: random.Random, tag: str, wild: bool) -> tuple[bytes, list[Any]]
         code, some = source.choice(list(MESSAGES.items()))
         text = source.choice(some)
         if wild and source.random() < 0.5:
-            text = json.dumps(wreck(source, {"topic": "subscribe", "data": {"scope": "x"}}))
+            text = json.dumps(
+                wreck(source, {"topic": "subscribe", "data": {"scope": "x"}})
+            )
         raw, opcode = text.encode(), 1  # cut anywhere, also within a character
-        cuts = sorted(source.randint(0, len(raw)) for _ in range(source.choice((0, 0, 1, 4))))
+        cuts = sorted(
+            source.randint(0, len(raw)) for _ in range(source.choice((0, 0, 1, 4)))
+        )
         for start, end in itertools.pairwise((0, *cuts, len(raw))):
             last = end == len(raw)
             sent += frame(0x80 * last | opcode, raw[start:end], source.randbytes(4))
@@ -393,7 +483,7 @@ def talk(source: random.Random, tag: str, wild: bool) -> tuple[bytes, list[Any]]
     return sent + (b"" if wild else smuggled(tag)[1]) + frame(0x89, b"too late"), said
 
 
-# --- Cases ---------------------------------------------------------------------------------------
+# --- Cases ----------------------------------------------------------------------------
 
 NASTY = (b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff\xfe", b"\xc2\x85", b"%", b"\x7f",
          b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"\r\n\r\n", b"0\r\n\r\n",
@@ -414,7 +504,11 @@ def mutate(source: random.Random, data: bytes) -> bytes:
             case 3:
                 data = data[:at] + data[at : at + size] * 2 + data[at + size :]
             case 4 if at < len(data):
-                data = data[:at] + bytes([data[at] ^ 1 << source.randrange(8)]) + data[at + 1 :]
+                data = (
+                    data[:at]
+                    + bytes([data[at] ^ 1 << source.randrange(8)])
+                    + data[at + 1 :]
+                )
             case _:  # lines lost, twice, elsewhere
                 lines = data.split(b"\r\n")
                 line = lines.pop(source.randrange(len(lines)))
@@ -425,14 +519,17 @@ def mutate(source: random.Random, data: bytes) -> bytes:
 
 
 def make(source: random.Random, tag: str) -> Case:
-    """Several requests one behind the other, all valid but for the last; or a WebSocket."""
+    """Several requests one behind the other, all valid but for the last; or a
+    WebSocket."""
     kind, wild = source.random(), source.random() < 0.3
     tag = f"wild {tag}" if wild else tag  # no flip of a bit makes it another case's
     if kind < 0.3:
         sent, said = talk(source, tag, wild)
         if not wild:
             return Case(sent, [Want((101,))], said)
-        at = sent.index(b"\r\n\r\n") + 4 if source.random() < 0.8 else 0  # mostly frames alone
+        at = (
+            sent.index(b"\r\n\r\n") + 4 if source.random() < 0.8 else 0
+        )  # mostly frames alone
         return Case(sent[:at] + mutate(source, sent[at:]))
     if kind < 0.33:
         (old, new), status = either(source, HANDSHAKES)
@@ -441,19 +538,22 @@ def make(source: random.Random, tag: str) -> Case:
     for number in range(last + 1):
         if number == last and source.random() < 0.5 and not wild:
             raw, want = broken(source, tag)
-            raw += smuggled(tag)[1] + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            raw += (
+                smuggled(tag)[1] + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            )
         else:
             raw, want = request(source, f"{tag}.{number}", number == last, wild)
         sent, wants = sent + raw, [*wants, want]
     return Case(mutate(source, sent)) if wild else Case(sent, wants)
 
 
-# --- Judge ---------------------------------------------------------------------------------------
+# --- Judge ----------------------------------------------------------------------------
 # What came back, read by the letter of the RFCs.
 
 
 def judge(case: Case, got: bytes, whole: bool) -> None:
-    """Raises Fault. Of a case that was not sent whole, each answer may be missing, or a 400."""
+    """Raises Fault. Of a case that was not sent whole, each answer may be missing, or a
+    400."""
     number, over, wants = 0, False, case.wants
     while got:
         check(not over, "there is something behind an answer that closes:", got)
@@ -472,16 +572,36 @@ def judge(case: Case, got: bytes, whole: bool) -> None:
             check(cut, "answered", status, "and not", want.statuses, body)
         elif want:
             check(over or not want.closes, "refused, and goes on:", fields, body)
-            codes = [result.get("code", "") for result in json.loads(body)] if want.results else []
-            check(codes == (want.results or []), "results:", codes, "and not", want.results)
-    check(not whole or wants is None or number == len(wants), "only", number, "answers of", wants)
+            codes = (
+                [result.get("code", "") for result in json.loads(body)]
+                if want.results
+                else []
+            )
+            check(
+                codes == (want.results or []),
+                "results:",
+                codes,
+                "and not",
+                want.results,
+            )
+    check(
+        not whole or wants is None or number == len(wants),
+        "only",
+        number,
+        "answers of",
+        wants,
+    )
 
 
 def take_answer(raw: bytes, no_body: bool) -> tuple[int, dict[str, str], bytes, bytes]:
     """The first response, and what is behind it (RFC 9110, RFC 9112)."""
     head, end, rest = raw.partition(b"\r\n\r\n")
     line, *lines = head.decode("latin-1").split("\r\n")
-    check(end and re.fullmatch(r"HTTP/1\.1 [1-5][0-9]{2} [ -~]+", line), "no status line:", raw)
+    check(
+        end and re.fullmatch(r"HTTP/1\.1 [1-5][0-9]{2} [ -~]+", line),
+        "no status line:",
+        raw,
+    )
     status, fields = int(line[9:12]), dict[str, str]()
     for one in lines:
         name, _, value = one.partition(": ")
@@ -491,30 +611,50 @@ def take_answer(raw: bytes, no_body: bool) -> tuple[int, dict[str, str], bytes, 
     if status == 100:
         return status, fields, b"", rest
     age = time.time() - parsedate_to_datetime(fields["date"]).timestamp()
-    check(-5 < age < PATIENCE + 5 and fields["date"].endswith(" GMT"), "the date:", head)
+    check(
+        -5 < age < PATIENCE + 5 and fields["date"].endswith(" GMT"), "the date:", head
+    )
     check(fields.get("cache-control") == "no-store", "it might be stored:", head)
     if status in (101, 204):
-        check(not {"content-length", "content-type"} & fields.keys(), "a body of none:", head)
-        check(status == 204 or fields["sec-websocket-accept"] == ACCEPT, "the key's answer:", head)
+        check(
+            not {"content-length", "content-type"} & fields.keys(),
+            "a body of none:",
+            head,
+        )
+        check(
+            status == 204 or fields["sec-websocket-accept"] == ACCEPT,
+            "the key's answer:",
+            head,
+        )
         return status, fields, b"", rest
-    check(status == 200 or status in CODES, "an answer that nothing here should get:", raw)
+    check(
+        status == 200 or status in CODES, "an answer that nothing here should get:", raw
+    )
     size = 0 if no_body else int(fields["content-length"])
     check(len(rest) >= size, "the body is", len(rest), "bytes, and not", size)
     body = rest[:size]
     if fields.get("content-encoding") == "gzip":
         body = gzip.decompress(body)
     if fields["content-type"] == "application/json" and not no_body:
-        value = json.loads(body.decode(), parse_constant=lambda word: check(False, "JSON:", word))
+        value = json.loads(
+            body.decode(), parse_constant=lambda word: check(False, "JSON:", word)
+        )
         if status != 200:
             check(list(value) == ["code", "error"], "no envelope:", body)
-            check(value["code"] == CODES[status] and value["error"], "not of", status, body)
+            check(
+                value["code"] == CODES[status] and value["error"],
+                "not of",
+                status,
+                body,
+            )
     must = {401: "www-authenticate", 405: "allow", 426: "upgrade"}
     check(status not in must or must[status] in fields, "a header is missing:", head)
     return status, fields, body, rest[size:]
 
 
 def take_frame(buffer: bytes) -> tuple[int, bytes, bytes] | None:
-    """A server's frame: opcode, payload, and what is behind it; None until it is whole."""
+    """A server's frame: opcode, payload, and what is behind it; None until it is
+    whole."""
     size, start = (buffer[1] if len(buffer) > 1 else 0), 2
     check(size < 128, "a server's frame is not masked:", buffer)
     if size > 125:
@@ -532,14 +672,22 @@ def take_frame(buffer: bytes) -> tuple[int, bytes, bytes] | None:
 def judge_frames(case: Case, got: bytes, whole: bool) -> None:
     said: list[Any] = []  # pongs, codes of errors, the code of the close
     while got:
-        check(not (said and isinstance(said[-1], int)), "there is something behind a close:", got)
+        check(
+            not (said and isinstance(said[-1], int)),
+            "there is something behind a close:",
+            got,
+        )
         check(taken := take_frame(got), "half a frame:", got)
         opcode, payload, got = taken or (0, b"", b"")
         if opcode == 8:
             code = int.from_bytes(payload[:2], "big") if payload else 1005
             payload[2:].decode()
             check(1000 <= code < 1015 or 3000 <= code < 5000, "a close with", payload)
-            check(code != 1011 or payload[2:] == b"", "not an echo; the server failed:", payload)
+            check(
+                code != 1011 or payload[2:] == b"",
+                "not an echo; the server failed:",
+                payload,
+            )
             said.append(code)
         elif opcode == 10:
             said.append(payload)
@@ -550,15 +698,21 @@ def judge_frames(case: Case, got: bytes, whole: bool) -> None:
                 check(list(message["data"]) == ["code", "error"], "no error:", payload)
                 said.append(message["data"]["code"])
             else:
-                check(message["topic"].startswith("sync:"), "no topic of ours:", payload)
+                check(
+                    message["topic"].startswith("sync:"), "no topic of ours:", payload
+                )
                 check(isinstance(message["data"]["cursor"], int), "no hint:", payload)
     if case.said is not None:
         wanted = case.said if whole else case.said[: len(said)]
         pairs = enumerate(itertools.zip_longest(said, wanted))
-        check(said == wanted, "said, and not:", [pair for pair in pairs if len(set(pair[1])) > 1])
+        check(
+            said == wanted,
+            "said, and not:",
+            [pair for pair in pairs if len(set(pair[1])) > 1],
+        )
 
 
-# --- Clients -------------------------------------------------------------------------------------
+# --- Clients --------------------------------------------------------------------------
 
 
 def connect(port: int) -> socket.socket:
@@ -572,12 +726,19 @@ def reset(sock: socket.socket) -> None:
 
 
 def deliver(source: random.Random, case: Case, port: int) -> socket.socket | None:
-    """Send a case in some pieces and some manner; gives the socket if nobody ever reads it.
+    """Send a case in some pieces and some manner; gives the socket if nobody ever reads
+    it.
 
     Raises Fault for what came, or did not.
     """
-    manner = source.choices(("read", "cut", "reset", "close", "hold"), (80, 8, 4, 4, 2))[0]
-    sent = case.sent[: source.randrange(len(case.sent) + 1)] if manner == "cut" else case.sent
+    manner = source.choices(
+        ("read", "cut", "reset", "close", "hold"), (80, 8, 4, 4, 2)
+    )[0]
+    sent = (
+        case.sent[: source.randrange(len(case.sent) + 1)]
+        if manner == "cut"
+        else case.sent
+    )
     cuts = [source.randint(0, len(sent)) for _ in range(source.choice((0, 0, 1, 3, 9)))]
     cuts += range(min(len(sent), 60)) if source.random() < 0.05 else ()  # byte by byte
     if source.random() < 0.05:  # each way of cutting the end of a head, too
@@ -602,7 +763,9 @@ def deliver(source: random.Random, case: Case, port: int) -> socket.socket | Non
             while more := sock.recv(1 << 16):
                 got += more
         judge(case, got, whole=manner != "cut")
-    except Exception as error:  # a time-out, and whatever can't be read as what it should be
+    except (
+        Exception
+    ) as error:  # a time-out, and whatever can't be read as what it should be
         what = error if isinstance(error, Fault) else traceback.format_exc()
         raise Fault(f"{what}\n  got ({manner}): {got[:1500]!r}") from None
     return None
@@ -613,13 +776,23 @@ class Healthy(threading.Thread):
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
-        self.port, self.over, self.fault, self.worst = port, threading.Event(), "", Counter[str]()
+        self.port, self.over, self.fault, self.worst = (
+            port,
+            threading.Event(),
+            "",
+            Counter[str](),
+        )
         self.log: list[Any] = []
-        self.http, self.buffer = http.client.HTTPConnection(HOST, port, timeout=PATIENCE), b""
+        self.http, self.buffer = (
+            http.client.HTTPConnection(HOST, port, timeout=PATIENCE),
+            b"",
+        )
         self.live = connect(port)
         self.live.sendall(HANDSHAKE.replace("SCOPE", "healthy").encode())
         self.live.sendall(frame(0x81, b'{"topic":"subscribe"}'))
-        while b"\r\n\r\n" not in self.buffer:  # byte by byte: no frame shall come with it
+        while (
+            b"\r\n\r\n" not in self.buffer
+        ):  # byte by byte: no frame shall come with it
             check(more := self.live.recv(1), "no upgrade:", self.buffer)
             self.buffer += more
         self.buffer = b""
@@ -640,18 +813,27 @@ class Healthy(threading.Thread):
     def timed(self, what: str, call: Callable[[], Any]) -> Any:
         start = time.monotonic()
         result = call()
-        self.worst[what] = max(self.worst[what], took := int(1000 * (time.monotonic() - start)))
+        self.worst[what] = max(
+            self.worst[what], took := int(1000 * (time.monotonic() - start))
+        )
         check(took < 1000 * PROMPT, what, "took", took, "ms")
         return result
 
     def step(self) -> None:
         number, known = len(self.log), self.log[-1]["cursor"] if self.log else 0
-        name, args = "todo.update" if number else "todo.create", {"id": "x", "title": f"n {number}"}
+        name, args = (
+            "todo.update" if number else "todo.create",
+            {"id": "x", "title": f"n {number}"},
+        )
         wish = {"id": f"n {number}", "scope": "healthy", "name": name, "args": args}
         result, *_ = self.timed("push", lambda: self.ask("/sync/push", [wish]))
         check(result["ok"] and len(result["changes"]) == 1, "its push:", result)
-        page = self.timed("pull", lambda: self.ask(f"/sync/pull?scope=healthy&cursor={known}"))
-        check(page["changes"] == result["changes"], "its pull:", page, "and not", result)
+        page = self.timed(
+            "pull", lambda: self.ask(f"/sync/pull?scope=healthy&cursor={known}")
+        )
+        check(
+            page["changes"] == result["changes"], "its pull:", page, "and not", result
+        )
         self.log += page["changes"]
         self.timed("hint", lambda: self.hear(result["cursor"]))
 
@@ -677,7 +859,7 @@ class Healthy(threading.Thread):
                 return changes
 
 
-# --- Fuzz ----------------------------------------------------------------------------------------
+# --- Fuzz -----------------------------------------------------------------------------
 
 
 class Fuzz:
@@ -688,10 +870,16 @@ class Fuzz:
         self.started, self.told = time.monotonic(), 0.0
         self.stderr = folder / "stderr"
         command = [sys.executable, "-X", "dev", args.server, "--port", "0", "--db"]
-        env = {name: value for name, value in os.environ.items() if name != "MIZUSYNC_TOKEN"}
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if name != "MIZUSYNC_TOKEN"
+        }
         with self.stderr.open("w") as stderr:
             pipes: Any = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
-            self.popen = subprocess.Popen([*command, str(folder / "fuzz.db")], env=env, **pipes)
+            self.popen = subprocess.Popen(
+                [*command, str(folder / "fuzz.db")], env=env, **pipes
+            )
         line = self.popen.stdout.readline() if self.popen.stdout else ""
         found = re.search(r":([0-9]+)/ ", line)
         check(found, "it never listened:", self.stderr.read_text())
@@ -703,7 +891,8 @@ class Fuzz:
                 return self.try_case(self.args.case, deque())
             healthy = Healthy(self.port)
             healthy.start()
-            # Pages of SQLite, threads, arenas: what is held for good is held after a while.
+            # Pages of SQLite, threads, arenas: what is held for good is held after a
+            # while.
             warm = min(30.0, self.args.seconds / 4)
             self.mix(warm, healthy)
             before = self.settle({})
@@ -745,7 +934,9 @@ class Fuzz:
 
         def work() -> None:
             held: deque[socket.socket] = deque()
-            while time.monotonic() < end and len(self.faults) < 10 and not healthy.fault:
+            while (
+                time.monotonic() < end and len(self.faults) < 10 and not healthy.fault
+            ):
                 self.try_case(next(self.numbers), held)
                 time.sleep(0.002)  # a shared machine
             for sock in held:
@@ -759,24 +950,37 @@ class Fuzz:
             self.tell(healthy)
 
     def churn(self, healthy: Healthy) -> None:
-        """Clients that come and go in every rude way, at any point of what they might do."""
+        """Clients that come and go in every rude way, at any point of what they might
+        do."""
         source, held = random.Random(self.args.seed), deque[socket.socket]()
         greeting = HANDSHAKE.replace("SCOPE", "healthy").encode()
         greeting += frame(0x81, b'{"topic":"subscribe","data":{"changes":true}}')
-        parts = b"", greeting, greeting * 2, smuggled("churn")[1][:-1], b"GET / HTTP/1.1\r\n"
+        parts = (
+            b"",
+            greeting,
+            greeting * 2,
+            smuggled("churn")[1][:-1],
+            b"GET / HTTP/1.1\r\n",
+        )
         asks = b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000
         floods = (
             asks,
             greeting + frame(0x81, b"[]") * 9000,
             greeting + frame(0x89, bytes(125)) * 9000,
         )
-        while self.counts["churned"] < CHURN and not healthy.fault and len(self.faults) < 10:
+        while (
+            self.counts["churned"] < CHURN
+            and not healthy.fault
+            and len(self.faults) < 10
+        ):
             # Now and then much to answer, for somebody who reads nothing.
             part = source.choice(floods if source.random() < 0.01 else parts)
             with suppress(OSError):
                 held.append(sock := connect(self.port))
                 sock.settimeout(0.2)
-                sock.sendall(part[: source.choice((len(part), source.randint(0, len(part))))])
+                sock.sendall(
+                    part[: source.choice((len(part), source.randint(0, len(part))))]
+                )
                 if source.random() < 0.3:
                     sock.shutdown(source.choice((socket.SHUT_WR, socket.SHUT_RDWR)))
                 if source.random() < 0.3:
@@ -788,7 +992,8 @@ class Fuzz:
             self.tell(healthy)
 
     def settle(self, before: dict[str, int]) -> dict[str, int]:
-        """What it holds once it is quiet: of sessions the healthy one, all else as before."""
+        """What it holds once it is quiet: of sessions the healthy one, all else as
+        before."""
         proc, deadline = Path(f"/proc/{self.popen.pid}"), time.monotonic() + PATIENCE
         time.sleep(3)  # longer than it lingers
         while True:
@@ -802,12 +1007,18 @@ class Fuzz:
             now["descriptors"] = len(list((proc / "fd").iterdir()))
             # Its readers and their connections come as they are needed: four of each.
             spare = {"sessions": 0, "Threads": 4, "descriptors": 8}
-            more = {name: now[name] > before.get(name, now[name]) + n for name, n in spare.items()}
+            more = {
+                name: now[name] > before.get(name, now[name]) + n
+                for name, n in spare.items()
+            }
             kept = now["sessions"] == 1 and not any(more.values())
             if kept or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
-        print(f"{time.monotonic() - self.started:4.0f} s: quiet, it holds {now}", flush=True)
+        print(
+            f"{time.monotonic() - self.started:4.0f} s: quiet, it holds {now}",
+            flush=True,
+        )
         if not kept:
             self.fail("a leak:", before, now)
         return now
@@ -815,8 +1026,12 @@ class Fuzz:
     def tell(self, healthy: Healthy, now: bool = False) -> None:
         if (seconds := time.monotonic() - self.started) > self.told + 10 or now:
             self.told = seconds
-            counts = ", ".join(f"{count} {what}" for what, count in sorted(self.counts.items()))
-            worst = ", ".join(f"{what} {ms} ms" for what, ms in sorted(healthy.worst.items()))
+            counts = ", ".join(
+                f"{count} {what}" for what, count in sorted(self.counts.items())
+            )
+            worst = ", ".join(
+                f"{what} {ms} ms" for what, ms in sorted(healthy.worst.items())
+            )
             line = f"{counts}; healthy: {len(healthy.log)} changes, at worst {worst}"
             print(f"{seconds:4.0f} s: {line}; {len(self.faults)} faults", flush=True)
 
@@ -836,8 +1051,12 @@ class Fuzz:
         signs = r"Traceback| ERROR |never (retr|await)|was destroyed|socket\.send|[a-z]Warning"
         lines = self.stderr.read_text().splitlines()
         if complaints := [line for line in lines if re.search(signs, line)]:
-            self.fail("the server complains,", len(complaints), "times:", complaints[:5])
-        slow = sum("Executing" in line for line in lines)  # asyncio's debug mode, on a slow machine
+            self.fail(
+                "the server complains,", len(complaints), "times:", complaints[:5]
+            )
+        slow = sum(
+            "Executing" in line for line in lines
+        )  # asyncio's debug mode, on a slow machine
         print(f"stderr: {len(lines)} lines, {slow} of them on slow steps of the loop")
         return None
 

@@ -1,19 +1,22 @@
-"""The soak: for minutes, processes are killed at random moments, and no promise may break.
+"""The soak: for minutes, processes are killed at random moments, and no promise may
+break.
 
     16 writers --push--> two servers --+--> one file --> the checks, backups
     1 writer ----lines-> a cron job ---+       |
-                                               +--> two servers --pull, hints--> 6 followers
+                                               +--> two servers --pull, hints--> 6
+                                               followers
 
-The servers are the todo demo, each killed with SIGKILL, or stopped with SIGTERM, and started again.
-The cron job is another process with an engine of its own; its mutations make several changes, in
-several scopes. Whatever was not answered is sent again under the same ids. Every half minute the
-writers pause, and what everybody was told is compared with the file. The second half runs with
-`--keep-changes`, where the server has it.
+The servers are the todo demo, each killed with SIGKILL, or stopped with SIGTERM, and
+started again. The cron job is another process with an engine of its own; its mutations
+make several changes, in several scopes. Whatever was not answered is sent again under
+the same ids. Every half minute the writers pause, and what everybody was told is
+compared with the file. The second half runs with `--keep-changes`, where the server has
+it.
 
-By hand: `python .ci/soak.py --seconds 600 --seed 1`. The exit status is 0 or 1; after a fault the
-folder with the database and the servers' log stays. The seed decides what is done; when the threads
-get to do it, the machine decides, so a fault may need more than one run to show again.
-"""
+By hand: `python .ci/soak.py --seconds 600 --seed 1`. The exit status is 0 or 1; after a
+fault the folder with the database and the servers' log stays. The seed decides what is
+done; when the threads get to do it, the machine decides, so a fault may need more than
+one run to show again."""
 
 from __future__ import annotations
 
@@ -48,8 +51,11 @@ from trial import Fault, check
 HOST = "127.0.0.1"
 SCOPES = ("home", "work", "garden & größer")
 WRITERS = 16
-PATIENCE = 45.0  # seconds until what must happen counts as never: two shared cores can be slow
-SILENCE = 60.0  # seconds until a socket counts as dead: so long that no poll hides a lost hint
+PATIENCE = (
+    45.0  # seconds until what must happen counts as never: two shared cores can be slow
+)
+# seconds until a socket counts as dead: so long that no poll hides a lost hint
+SILENCE = 60.0
 CHECK_EVERY, TELL_EVERY = 30.0, 10.0  # seconds
 BACKUP = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('VACUUM INTO ?', sys.argv[2:])"
 
@@ -60,7 +66,9 @@ Key = tuple[str, str]  # a mutation's scope and id
 def check_same(told: Iterable[Any], found: Iterable[Any], sentence: str) -> None:
     """Of two sets: the first differences, where there are any."""
     told, found = set(told), set(found)
-    few = f"told only: {sorted(told - found)[:3]}, found only: {sorted(found - told)[:3]}"
+    few = (
+        f"told only: {sorted(told - found)[:3]}, found only: {sorted(found - told)[:3]}"
+    )
     check(told == found, f"{sentence}: {len(told ^ found)} differ,", few)
 
 
@@ -71,22 +79,33 @@ def until(condition: Callable[[], object], *sentence: object) -> None:
         time.sleep(0.02)
 
 
-# --- Ledger --------------------------------------------------------------------------------------
-# What the clients have been told, all of them together. What was told once stays true for ever.
+# --- Ledger ---------------------------------------------------------------------------
+# What the clients have been told, all of them together. What was told once stays true
+# for ever.
 
 
 class Ledger:
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.keep = 0  # whether changes may be trimmed by now, and to how many in a scope
+        self.keep = (
+            0  # whether changes may be trimmed by now, and to how many in a scope
+        )
         self.log: dict[int, Json] = {}  # every change that anybody saw, by its cursor
         self.newest = dict.fromkeys(SCOPES, 0)  # their newest cursors among them
-        self.applied: dict[Key, int] = {}  # every mutation that was acknowledged: its last cursor
+        self.applied: dict[
+            Key, int
+        ] = {}  # every mutation that was acknowledged: its last cursor
         self.owners: dict[int, Key] = {}  # the mutation whose answer had this change
-        self.doubtful: set[Key] = set()  # refused, but an earlier try may still be at work
-        self.snapshots: dict[str, list[tuple[int, list[Json]]]] = {scope: [] for scope in SCOPES}
+        self.doubtful: set[Key] = (
+            set()
+        )  # refused, but an earlier try may still be at work
+        self.snapshots: dict[str, list[tuple[int, list[Json]]]] = {
+            scope: [] for scope in SCOPES
+        }
         self.counts: Counter[str] = Counter()
-        self._folded: dict[str, tuple[int, dict[str, Json]]] = {s: (0, {}) for s in SCOPES}
+        self._folded: dict[str, tuple[int, dict[str, Json]]] = {
+            s: (0, {}) for s in SCOPES
+        }
 
     def count(self, what: str) -> None:
         with self.lock:
@@ -103,35 +122,71 @@ class Ledger:
         """Take the answer to one mutation; fresh: it was never sent before."""
         key, again = (mutation["scope"], mutation["id"]), answer.get("duplicate", False)
         if not answer["ok"]:
-            check(answer["code"] in ("not_found", "conflict"), "refused:", mutation, answer)
-            check(key not in self.applied, "applied, and then refused:", mutation, answer)
+            check(
+                answer["code"] in ("not_found", "conflict"),
+                "refused:",
+                mutation,
+                answer,
+            )
+            check(
+                key not in self.applied, "applied, and then refused:", mutation, answer
+            )
             if not fresh:
                 self.doubtful.add(key)
             return self.count("refused")
         cursor, changes = answer["cursor"], answer.get("changes")
         with self.lock:
             check(again or key not in self.applied, "applied twice:", mutation, answer)
-            check(not (again and fresh), "a duplicate at first sight:", mutation, answer)
-            check(self.applied.setdefault(key, cursor) == cursor, "it moved:", mutation, answer)
+            check(
+                not (again and fresh), "a duplicate at first sight:", mutation, answer
+            )
+            check(
+                self.applied.setdefault(key, cursor) == cursor,
+                "it moved:",
+                mutation,
+                answer,
+            )
             self.counts["duplicates" if again else "acknowledged"] += 1
             if changes is None:
-                return check(again and self.keep, "an answer without changes:", mutation, answer)
-            check(changes and changes[-1]["cursor"] == cursor, "not its last change's:", answer)
+                return check(
+                    again and self.keep, "an answer without changes:", mutation, answer
+                )
+            check(
+                changes and changes[-1]["cursor"] == cursor,
+                "not its last change's:",
+                answer,
+            )
             for change in changes:
                 self.see(change)
                 owner = self.owners.setdefault(change["cursor"], key)
-                check(owner == key, "one cursor for two mutations:", owner, mutation, answer)
+                check(
+                    owner == key,
+                    "one cursor for two mutations:",
+                    owner,
+                    mutation,
+                    answer,
+                )
         return None
 
     def fold(self, scope: str, unseen: set[int]) -> None:
         """Each snapshot equals the one before it with the changes between the two.
 
-        `unseen` changes were trimmed before anybody asked: what folds over them can't be judged.
-        """
+        `unseen` changes were trimmed before anybody asked: what folds over them can't
+        be judged."""
         at, todos = self._folded[scope]
-        log = sorted(c for c, change in self.log.items() if change["scope"] == scope and c > at)
-        for cursor, shown in sorted(self.snapshots[scope], key=lambda snapshot: snapshot[0]):
-            check(cursor >= at, "a snapshot from before the last check:", scope, cursor, at)
+        log = sorted(
+            c for c, change in self.log.items() if change["scope"] == scope and c > at
+        )
+        for cursor, shown in sorted(
+            self.snapshots[scope], key=lambda snapshot: snapshot[0]
+        ):
+            check(
+                cursor >= at,
+                "a snapshot from before the last check:",
+                scope,
+                cursor,
+                at,
+            )
             if any(at < hidden <= cursor for hidden in unseen):
                 todos = {todo["id"]: todo for todo in shown}
                 log = [c for c in log if c > cursor]
@@ -139,10 +194,16 @@ class Ledger:
             while log and log[0] <= cursor:
                 match (data := self.log[log.pop(0)]["data"])["op"]:
                     case "delete":
-                        check(todos.pop(data["id"], None), "deleted, but not there:", data)
+                        check(
+                            todos.pop(data["id"], None), "deleted, but not there:", data
+                        )
                     case op:
                         there = data["todo"]["id"] in todos
-                        check(there == (op == "update"), "there already, or not there:", data)
+                        check(
+                            there == (op == "update"),
+                            "there already, or not there:",
+                            data,
+                        )
                         todos[data["todo"]["id"]] = data["todo"]
             what = "a snapshot is not the fold of the log:", scope, cursor
             check(list(todos.values()) == shown, *what, shown, list(todos.values()))
@@ -152,7 +213,7 @@ class Ledger:
         self.snapshots[scope].clear()
 
 
-# --- Processes -----------------------------------------------------------------------------------
+# --- Processes ------------------------------------------------------------------------
 
 
 class Process:
@@ -160,19 +221,36 @@ class Process:
 
     def __init__(self, command: list[str], log: IO[str]) -> None:
         self.command, self.log = command, log
-        self.popen: subprocess.Popen[str] | None = None  # None: it is down, and shall be
+        self.popen: subprocess.Popen[str] | None = (
+            None  # None: it is down, and shall be
+        )
         self.options: list[str] = []
 
     def start(self) -> None:
-        env = {name: value for name, value in os.environ.items() if name != "MIZUSYNC_TOKEN"}
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if name != "MIZUSYNC_TOKEN"
+        }
+        pipes: Any = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": self.log,
+        }
         command = self.command + self.options
-        self.popen = self.popen or subprocess.Popen(command, **pipes, text=True, env=env)
+        self.popen = self.popen or subprocess.Popen(
+            command, **pipes, text=True, env=env
+        )
 
     def kill(self) -> bool:
         """SIGKILL; whether it was up. The pipes are left to who reads them."""
         if popen := self.popen:
-            check(popen.poll() is None, "it ended by itself:", self.command, popen.returncode)
+            check(
+                popen.poll() is None,
+                "it ended by itself:",
+                self.command,
+                popen.returncode,
+            )
             self.popen = None
             popen.kill()
             popen.wait()
@@ -181,7 +259,11 @@ class Process:
     def stop(self) -> bool:
         """SIGTERM, once it listens: exit status 0; whether it was up."""
         if popen := self.popen:
-            check(popen.stdout and popen.stdout.readline(), "it never listened:", self.command)
+            check(
+                popen.stdout and popen.stdout.readline(),
+                "it never listened:",
+                self.command,
+            )
             popen.terminate()
             check((status := popen.wait(PATIENCE)) == 0, "SIGTERM: exit status", status)
             self.popen = None
@@ -193,7 +275,9 @@ def load(path: str) -> Any:
     spec: Any = importlib.util.spec_from_file_location("mizusync_under_test", path)
     check(spec and spec.loader, "no Python file:", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["mizusync_under_test"] = module  # where its dataclasses look for their types
+    sys.modules["mizusync_under_test"] = (
+        module  # where its dataclasses look for their types
+    )
     spec.loader.exec_module(module)
     return module
 
@@ -209,8 +293,12 @@ def cron(module: Any, db: str, keep: int) -> None:
     """The cron job: a push a line in, its answer a line out; null: not now."""
 
     def apply(db: sqlite3.Connection, mutation: Any) -> list[Any]:
-        steps = [module.Mutation.parse(step | {"id": mutation.id}) for step in mutation.args]
-        made = [(step.scope, data) for step in steps for data in module.apply_todo(db, step)]
+        steps = [
+            module.Mutation.parse(step | {"id": mutation.id}) for step in mutation.args
+        ]
+        made = [
+            (step.scope, data) for step in steps for data in module.apply_todo(db, step)
+        ]
         return [module.Change(data, scope=scope) for scope, data in made]
 
     engine = open_engine(module, db, keep, apply)
@@ -222,17 +310,27 @@ def cron(module: Any, db: str, keep: int) -> None:
         print(answer, flush=True)
 
 
-# --- Clients -------------------------------------------------------------------------------------
-# Threads. Each holds its lock from one consistent moment to the next: a writer until its batch is
-# answered, a follower until a page is taken in. So whoever has all the locks has a quiet world.
+# --- Clients --------------------------------------------------------------------------
+# Threads. Each holds its lock from one consistent moment to the next: a writer until
+# its batch is answered, a follower until a page is taken in. So whoever has all the
+# locks has a quiet world.
 
 
 class Client(threading.Thread):
-    pause = 0.002, 0.01  # seconds between two steps; without one nobody else would get the lock
+    pause = (
+        0.002,
+        0.01,
+    )  # seconds between two steps; without one nobody else would get the lock
 
-    def __init__(self, name: str, seed: int, ledger: Ledger, ports: Sequence[int]) -> None:
+    def __init__(
+        self, name: str, seed: int, ledger: Ledger, ports: Sequence[int]
+    ) -> None:
         super().__init__(name=name, daemon=True)
-        self.ledger, self.ports, self.random = ledger, ports, random.Random(f"{seed} {name}")
+        self.ledger, self.ports, self.random = (
+            ledger,
+            ports,
+            random.Random(f"{seed} {name}"),
+        )
         connect = partial(http.client.HTTPConnection, HOST, timeout=PATIENCE)
         self.connections = {port: connect(port) for port in ports}
         self.lock, self.over, self.fault = threading.Lock(), False, ""
@@ -251,12 +349,15 @@ class Client(threading.Thread):
         raise NotImplementedError
 
     def ask(self, target: str, body: str | None = None, unheard: float = 0.0) -> Any:
-        """Ask either server. None where it is down, dies over this, or says 503; or where this
-        client hangs up before the answer, as it does now and then, so `unheard`.
-        """
+        """Ask either server. None where it is down, dies over this, or says 503; or
+        where this client hangs up before the answer, as it does now and then, so
+        `unheard`."""
         connection = self.connections[self.random.choice(self.ports)]
         try:
-            method, headers = "POST" if body else "GET", {"Content-Type": "application/json"}
+            method, headers = (
+                "POST" if body else "GET",
+                {"Content-Type": "application/json"},
+            )
             connection.request(method, target, body and body.encode(), headers)
             if self.random.random() < unheard:
                 raise ConnectionError("hung up")
@@ -277,12 +378,22 @@ class Writer(Client):
     def step(self) -> None:
         batch = [self.make() for _ in range(self.random.randint(1, 5))]
         answers = self.push(batch, fresh=True)
-        if self.random.random() < 0.1:  # as if the answer had been lost: the same once more
-            for first, second in zip(answers, self.push(batch, fresh=False), strict=True):
+        if (
+            self.random.random() < 0.1
+        ):  # as if the answer had been lost: the same once more
+            for first, second in zip(
+                answers, self.push(batch, fresh=False), strict=True
+            ):
                 same = [first | {"duplicate": True}]
                 if self.ledger.keep:  # they may be trimmed by now
-                    same.append({"ok": True, "cursor": first.get("cursor"), "duplicate": True})
-                check(not first["ok"] or first.get("duplicate") or second in same, first, second)
+                    same.append(
+                        {"ok": True, "cursor": first.get("cursor"), "duplicate": True}
+                    )
+                check(
+                    not first["ok"] or first.get("duplicate") or second in same,
+                    first,
+                    second,
+                )
 
     def push(self, batch: list[Json], fresh: bool) -> list[Json]:
         """Send it until it is answered, whatever happens to the servers meanwhile."""
@@ -296,14 +407,19 @@ class Writer(Client):
         return answers
 
     def send(self, batch: list[Json]) -> list[Json] | None:
-        answers: list[Json] | None = self.ask("/sync/push", json.dumps(batch), unheard=0.05)
+        answers: list[Json] | None = self.ask(
+            "/sync/push", json.dumps(batch), unheard=0.05
+        )
         return answers
 
     def make(self) -> Json:
-        """A mutation on one of few todos, so that about half of them must be refused."""
+        """A mutation on one of few todos, so that about half of them must be
+        refused."""
         self.made += 1
         key = f"{self.name}-{self.made}"
-        name = self.random.choices(("create", "update", "toggle", "delete"), (3, 2, 3, 2))[0]
+        name = self.random.choices(
+            ("create", "update", "toggle", "delete"), (3, 2, 3, 2)
+        )[0]
         args: Json = {"id": f"todo {self.random.randrange(40)}"}
         if name in ("create", "update"):
             args["title"] = f'of "{key}" \U0001f4a7'
@@ -312,7 +428,8 @@ class Writer(Client):
 
 
 class CronWriter(Writer):
-    """Gives the cron job its work: mutations of many changes, of which all or none may be seen."""
+    """Gives the cron job its work: mutations of many changes, of which all or none may
+    be seen."""
 
     pause = 0.2, 0.8
     process: Process
@@ -324,9 +441,16 @@ class CronWriter(Writer):
             scope = self.random.choice(SCOPES)
             for name in ("create", "toggle", "delete"):
                 steps.append({"name": f"todo.{name}", "scope": scope, "args": args})
-        if self.random.random() < 0.3:  # this one may be refused, and undoes those before it
+        if (
+            self.random.random() < 0.3
+        ):  # this one may be refused, and undoes those before it
             steps.insert(self.random.randrange(len(steps)), last)
-        return {"id": last["id"], "scope": last["scope"], "name": "several", "args": steps}
+        return {
+            "id": last["id"],
+            "scope": last["scope"],
+            "name": "several",
+            "args": steps,
+        }
 
     def send(self, batch: list[Json]) -> list[Json] | None:
         with suppress(OSError, ValueError):  # half a line, where it was killed
@@ -339,16 +463,22 @@ class CronWriter(Writer):
 
 
 class Follower(Client):
-    """Pulls all along, from either server; by the rules of protocol.md's "What a client does"."""
+    """Pulls all along, from either server; by the rules of protocol.md's "What a client
+    does"."""
 
     def __init__(self, scope: str, *client: Any) -> None:
         super().__init__(*client)
         self.scope, self.cursor, self.epoch = scope, 0, ""
-        self.since, self.cursors = 0, list[int]()  # its log, and the cursor where that begins
+        self.since, self.cursors = (
+            0,
+            list[int](),
+        )  # its log, and the cursor where that begins
         self.ends: set[int] = set()  # where it once was: never inside a mutation
 
     def step(self) -> None:
-        self.pull(self.random.choice((1, 2, 3, 7, 50)), self.random.choice((0, 0.2, 1.5)))
+        self.pull(
+            self.random.choice((1, 2, 3, 7, 50)), self.random.choice((0, 0.2, 1.5))
+        )
         if self.random.random() < 0.01:
             self.snapshot()
         # With retention it sleeps now and then until what it needs has been trimmed.
@@ -360,7 +490,12 @@ class Follower(Client):
 
     def take(self, changes: list[Json], cursor: int) -> None:
         for change in changes:
-            check(self.cursor < change["cursor"] <= cursor, "out of order:", self.cursor, changes)
+            check(
+                self.cursor < change["cursor"] <= cursor,
+                "out of order:",
+                self.cursor,
+                changes,
+            )
             check(change["scope"] == self.scope, "another scope's:", self.scope, change)
             self.ledger.see(change)
             self.cursor = change["cursor"]
@@ -373,7 +508,9 @@ class Follower(Client):
         """One page; whether there was an answer, and there are no more."""
         known = self.ledger.newest[self.scope]
         where = {"scope": self.scope, "cursor": self.cursor, "epoch": self.epoch}
-        page = self.ask("/sync/pull?" + urlencode(where | {"limit": limit, "wait": wait}))
+        page = self.ask(
+            "/sync/pull?" + urlencode(where | {"limit": limit, "wait": wait})
+        )
         if page is None:
             return False
         if "code" in page:
@@ -389,9 +526,16 @@ class Follower(Client):
 
     def snapshot(self) -> Json | None:
         known = self.ledger.newest[self.scope]
-        snapshot: Json | None = self.ask("/sync/snapshot?" + urlencode({"scope": self.scope}))
+        snapshot: Json | None = self.ask(
+            "/sync/snapshot?" + urlencode({"scope": self.scope})
+        )
         if snapshot:
-            check(snapshot["cursor"] >= known, "a stale snapshot:", snapshot["cursor"], known)
+            check(
+                snapshot["cursor"] >= known,
+                "a stale snapshot:",
+                snapshot["cursor"],
+                known,
+            )
             self.ends.add(snapshot["cursor"])
             with self.ledger.lock:
                 shown = snapshot["cursor"], snapshot["data"]["todos"]
@@ -400,14 +544,19 @@ class Follower(Client):
 
     def start_over(self) -> None:
         if snapshot := self.snapshot():
-            check(snapshot["cursor"] > self.cursor, "410 at the end of the log:", self.cursor)
+            check(
+                snapshot["cursor"] > self.cursor,
+                "410 at the end of the log:",
+                self.cursor,
+            )
             self.since = self.cursor = snapshot["cursor"]
             self.epoch, self.cursors = snapshot["epoch"], []
             self.ledger.count("410s")
 
 
 class LiveFollower(Follower):
-    """Lives on its socket's hints; pulls when it connects, when one does not fit, in silence."""
+    """Lives on its socket's hints; pulls when it connects, when one does not fit, in
+    silence."""
 
     live: Live | None = None
     behind, told, heard = True, 0, 0.0
@@ -433,9 +582,17 @@ class LiveFollower(Follower):
         hint, self.heard = message["data"], time.monotonic()
         check(hint["cursor"] >= self.told, "a hint went down:", self.told, hint)
         self.told = hint["cursor"]
-        if "changes" in hint and hint["epoch"] == self.epoch and hint["after"] <= self.cursor:
+        if (
+            "changes" in hint
+            and hint["epoch"] == self.epoch
+            and hint["after"] <= self.cursor
+        ):
             if self.cursor < hint["cursor"]:
-                new = [change for change in hint["changes"] if change["cursor"] > self.cursor]
+                new = [
+                    change
+                    for change in hint["changes"]
+                    if change["cursor"] > self.cursor
+                ]
                 self.take(new, hint["cursor"])
                 self.ledger.count("hints applied")
         elif hint["cursor"] > self.cursor:
@@ -447,8 +604,13 @@ class Live:
 
     def __init__(self, port: int, scope: str) -> None:
         self.sock, self.buffer = socket.create_connection((HOST, port), PATIENCE), b""
-        target, key = "/ws?" + urlencode({"scope": scope}), base64.b64encode(bytes(16)).decode()
-        upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13"
+        target, key = (
+            "/ws?" + urlencode({"scope": scope}),
+            base64.b64encode(bytes(16)).decode(),
+        )
+        upgrade = (
+            "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13"
+        )
         head = f"GET {target} HTTP/1.1\r\nHost: {HOST}:{port}\r\n{upgrade}\r\n"
         self.sock.sendall(f"{head}Sec-WebSocket-Key: {key}\r\n\r\n".encode())
         while b"\r\n\r\n" not in self.buffer:
@@ -460,7 +622,8 @@ class Live:
         self._send(1, b'{"topic":"subscribe","data":{"changes":true}}')
 
     def receive(self, patience: float) -> Any:
-        """The next message; None: nothing came in this time. Raises OSError at the end."""
+        """The next message; None: nothing came in this time. Raises OSError at the
+        end."""
         self.sock.settimeout(patience)
         try:
             while True:
@@ -487,47 +650,93 @@ class Live:
         self.buffer += more
 
     def _send(self, opcode: int, payload: bytes) -> None:
-        # The mask of zeros leaves the payload as it is (§5.3); nothing here is longer than 125.
-        self.sock.sendall(bytes([0x80 | opcode, 0x80 | len(payload), 0, 0, 0, 0]) + payload)
+        # The mask of zeros leaves the payload as it is (§5.3); nothing here is longer
+        # than 125.
+        self.sock.sendall(
+            bytes([0x80 | opcode, 0x80 | len(payload), 0, 0, 0, 0]) + payload
+        )
 
 
-# --- Checks --------------------------------------------------------------------------------------
+# --- Checks ---------------------------------------------------------------------------
 
 
 def check_file(ledger: Ledger, path: Path) -> dict[int, Key]:
-    """The database, or a copy of it, is sound, and exactly what was told up to its head.
+    """The database, or a copy of it, is sound, and exactly what was told up to its
+    head.
 
-    Only while every mutation is answered. Gives the mutation that each cursor belongs to.
-    """
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=PATIENCE)) as db:
+    Only while every mutation is answered. Gives the mutation that each cursor belongs
+    to."""
+    with closing(
+        sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=PATIENCE)
+    ) as db:
         db.execute("BEGIN")  # all of one moment
         (sound,), *_ = db.execute("PRAGMA integrity_check")
-        [(head,)] = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'mizusync_changes'")
-        rows = list(db.execute("SELECT cursor, first, scope, time, data FROM mizusync_changes"))
-        marks = list(db.execute("SELECT scope, id, first, last FROM mizusync_mutations"))
+        [(head,)] = db.execute(
+            "SELECT seq FROM sqlite_sequence WHERE name = 'mizusync_changes'"
+        )
+        rows = list(
+            db.execute("SELECT cursor, first, scope, time, data FROM mizusync_changes")
+        )
+        marks = list(
+            db.execute("SELECT scope, id, first, last FROM mizusync_mutations")
+        )
         trims = dict(db.execute("SELECT scope, cursor FROM mizusync_trims"))
-        todos = list(db.execute("SELECT scope, id, title, completed FROM todos ORDER BY position"))
+        todos = list(
+            db.execute(
+                "SELECT scope, id, title, completed FROM todos ORDER BY position"
+            )
+        )
     check(sound == "ok", path, sound)
-    # 1. The marks are the mutations that were acknowledged, each with the cursors it was told.
-    late = {(scope, id): last for scope, id, _, last in marks if (scope, id) in ledger.doubtful}
+    # 1. The marks are the mutations that were acknowledged, each with the cursors it
+    # was told.
+    late = {
+        (scope, id): last
+        for scope, id, _, last in marks
+        if (scope, id) in ledger.doubtful
+    }
     ledger.applied = late | ledger.applied
     applied = ((*key, last) for key, last in ledger.applied.items() if last <= head)
-    check_same(applied, ((scope, id, last) for scope, id, _, last in marks), f"{path}: mutations")
+    check_same(
+        applied,
+        ((scope, id, last) for scope, id, _, last in marks),
+        f"{path}: mutations",
+    )
     spans: dict[int, Key] = {}
     for scope, id, first, last in marks:
         for cursor in range(first, last + 1):
-            check(cursor not in spans, "one cursor for two:", cursor, scope, id, spans.get(cursor))
+            check(
+                cursor not in spans,
+                "one cursor for two:",
+                cursor,
+                scope,
+                id,
+                spans.get(cursor),
+            )
             spans[cursor] = scope, id
     owners = ((cursor, key) for cursor, key in ledger.owners.items() if cursor <= head)
-    wrong = [(cursor, key, spans.get(cursor)) for cursor, key in owners if spans.get(cursor) != key]
+    wrong = [
+        (cursor, key, spans.get(cursor))
+        for cursor, key in owners
+        if spans.get(cursor) != key
+    ]
     check(not wrong, "other cursors than it was told:", wrong[:3])
     # 2. The log is what was seen, to the letter, but for what was trimmed.
     firsts = {(scope, id): first for scope, id, first, _ in marks}
     for cursor, first, scope, written, data in rows:
         check(cursor in spans, "a change of no mutation:", cursor, data)
-        check(firsts[spans[cursor]] == first, "its mutation begins elsewhere:", cursor, first)
+        check(
+            firsts[spans[cursor]] == first,
+            "its mutation begins elsewhere:",
+            cursor,
+            first,
+        )
         check(ledger.keep or cursor in ledger.log, "nobody was told:", cursor, data)
-        change = {"cursor": cursor, "scope": scope, "time": written, "data": json.loads(data)}
+        change = {
+            "cursor": cursor,
+            "scope": scope,
+            "time": written,
+            "data": json.loads(data),
+        }
         ledger.see(change)
     log = {c: change["scope"] for c, change in ledger.log.items() if c <= head}
     expected = (cursor for cursor, scope in log.items() if cursor > trims.get(scope, 0))
@@ -538,7 +747,10 @@ def check_file(ledger: Ledger, path: Path) -> dict[int, Key]:
     for name in SCOPES:
         current = max([trims.get(name, 0), *(row[0] for row in rows if row[2] == name)])
         mine = (todo[1:] for todo in todos if todo[0] == name)
-        shown = [{"id": id, "title": text, "completed": bool(done)} for id, text, done in mine]
+        shown = [
+            {"id": id, "title": text, "completed": bool(done)}
+            for id, text, done in mine
+        ]
         ledger.snapshots[name].append((current, shown))
     return spans
 
@@ -556,7 +768,10 @@ def check_million(server: str, path: Path) -> None:
             INSERT INTO mizusync_mutations SELECT 'home', 'mutation ' || i, i, i FROM n;
         """)
         db.commit()
-    before, took = (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).digest()), []
+    before, took = (
+        (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).digest()),
+        [],
+    )
     for _ in range(5):
         start = time.perf_counter()
         engine = open_engine(module, path)
@@ -567,35 +782,55 @@ def check_million(server: str, path: Path) -> None:
     after = path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).digest()
     check(before == after, "opening and closing wrote to the file")
     median = statistics.median(took)
-    print(f"a log of 1,000,000 changes opens in {median * 1000:.1f} ms, and nothing is written")
+    print(
+        f"a log of 1,000,000 changes opens in {median * 1000:.1f} ms, and nothing is written"
+    )
     check(median < 0.1, "that is too slow:", took)
     path.unlink()
 
 
-# --- Soak ----------------------------------------------------------------------------------------
+# --- Soak -----------------------------------------------------------------------------
 
 
 class Soak:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder, self.random = args, folder, random.Random(args.seed)
-        self.ledger, self.db, self.log = Ledger(), folder / "soak.db", folder / "servers.log"
+        self.ledger, self.db, self.log = (
+            Ledger(),
+            folder / "soak.db",
+            folder / "servers.log",
+        )
         self.backups: dict[Path, subprocess.Popen[bytes]] = {}
         self.started = self.told = time.monotonic()
         output, ports = self.log.open("a"), [free_port(self.random) for _ in range(2)]
         run = [sys.executable, args.server, "--db", str(self.db), "--port"]
         self.servers = [Process([*run, str(port)], output) for port in ports]
-        job = [sys.executable, __file__, "--server", args.server, "--cron", str(self.db)]
+        job = [
+            sys.executable,
+            __file__,
+            "--server",
+            args.server,
+            "--cron",
+            str(self.db),
+        ]
         self.processes = [*self.servers, Process(job, output)]
         client = args.seed, self.ledger, ports
-        self.followers = [Follower(scope, f"puller of {scope}", *client) for scope in SCOPES]
-        self.followers += [LiveFollower(scope, f"socket of {scope}", *client) for scope in SCOPES]
+        self.followers = [
+            Follower(scope, f"puller of {scope}", *client) for scope in SCOPES
+        ]
+        self.followers += [
+            LiveFollower(scope, f"socket of {scope}", *client) for scope in SCOPES
+        ]
         cron = CronWriter("cron", *client)
         cron.process = self.processes[-1]
         self.writers = [cron, *(Writer(f"writer {n}", *client) for n in range(WRITERS))]
 
     def run(self) -> None:
-        """Two halves of disturbed work; every half minute, and last of all, a check in peace."""
-        usage = subprocess.run([sys.executable, self.args.server, "--help"], capture_output=True)
+        """Two halves of disturbed work; every half minute, and last of all, a check in
+        peace."""
+        usage = subprocess.run(
+            [sys.executable, self.args.server, "--help"], capture_output=True
+        )
         trims = self.args.keep_changes if b"--keep-changes" in usage.stdout else 0
         try:
             for client in (*self.writers, *self.followers):
@@ -605,9 +840,14 @@ class Soak:
         finally:
             self.end()
         counts = self.ledger.counts
-        check(counts["hints applied"] and counts["duplicates"], "something never ran:", counts)
+        check(
+            counts["hints applied"] and counts["duplicates"],
+            "something never ran:",
+            counts,
+        )
         check(not trims or counts["410s"], "nobody was ever too late:", counts)
-        # Whatever is done to a server here, a client or a signal may do: none of it is an error.
+        # Whatever is done to a server here, a client or a signal may do: none of it is
+        # an error.
         signs, lines = (" ERROR ", "Traceback"), self.log.read_text().splitlines()
         complaints = [line for line in lines if any(sign in line for sign in signs)]
         check(not complaints, "a server complains:", complaints[:3])
@@ -649,17 +889,22 @@ class Soak:
             self.ledger.counts["backups"] += 1
 
     def check(self) -> None:
-        """Let everything be answered and heard; then compare all that was told with the file."""
+        """Let everything be answered and heard; then compare all that was told with the
+        file."""
         for process in self.processes:
             process.start()
         ledger = self.ledger
         with ExitStack() as quiet:
             for writer in self.writers:
-                check(writer.lock.acquire(timeout=2 * PATIENCE), writer.name, "never ends")
+                check(
+                    writer.lock.acquire(timeout=2 * PATIENCE), writer.name, "never ends"
+                )
                 quiet.callback(writer.lock.release)
             time.sleep(0.5)  # for what a client hung up on, and a server still works on
             for one in self.followers:
-                until(one.caught_up, one.name, "never hears of the newest:", ledger.newest)
+                until(
+                    one.caught_up, one.name, "never hears of the newest:", ledger.newest
+                )
             for one in self.followers:
                 check(one.lock.acquire(timeout=2 * PATIENCE), one.name, "never ends")
                 quiet.callback(one.lock.release)
@@ -674,7 +919,10 @@ class Soak:
                 copy.unlink()
             self.backups.clear()
             spans = check_file(ledger, self.db)
-            check(max(spans) == max(ledger.applied.values()), "the log is longer than was told")
+            check(
+                max(spans) == max(ledger.applied.values()),
+                "the log is longer than was told",
+            )
             for scope in SCOPES:
                 ledger.fold(scope, spans.keys() - ledger.log.keys())
             for one in self.followers:
@@ -683,29 +931,40 @@ class Soak:
 
     def check_follower(self, follower: Follower, spans: dict[int, Key]) -> None:
         known = self.ledger.log.items()
-        log = sorted(cursor for cursor, change in known if change["scope"] == follower.scope)
+        log = sorted(
+            cursor for cursor, change in known if change["scope"] == follower.scope
+        )
         mine = [cursor for cursor in log if cursor > follower.since]
         check_same(mine, follower.cursors, f"the log of the {follower.name}")
-        inside = {cursor for cursor, later in pairwise(log) if spans[cursor] == spans[later]}
+        inside = {
+            cursor for cursor, later in pairwise(log) if spans[cursor] == spans[later]
+        }
         cut = sorted(inside & follower.ends)
         check(not cut, follower.name, "was inside a mutation at", cut[:5])
 
     def is_trimmed(self) -> bool:
         sql = "SELECT count(*) FROM mizusync_changes GROUP BY scope"
         with closing(sqlite3.connect(f"file:{self.db}?mode=ro", uri=True)) as db:
-            return all(count <= 2 * self.ledger.keep + 100 for (count,) in db.execute(sql))
+            return all(
+                count <= 2 * self.ledger.keep + 100 for (count,) in db.execute(sql)
+            )
 
     def tell(self) -> None:
         self.told = time.monotonic()
         counts, changes = self.ledger.counts, len(self.ledger.log)
         seen = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
-        print(f"{self.told - self.started:4.0f} s: {changes} changes, {seen}", flush=True)
+        print(
+            f"{self.told - self.started:4.0f} s: {changes} changes, {seen}", flush=True
+        )
 
     def end(self) -> None:
         """Only what was started here; whatever it is doing."""
         for client in (*self.writers, *self.followers):
             client.over = True
-        for popen in (*(process.popen for process in self.processes), *self.backups.values()):
+        for popen in (
+            *(process.popen for process in self.processes),
+            *self.backups.values(),
+        ):
             if popen:
                 popen.kill()
                 popen.wait()
@@ -713,7 +972,8 @@ class Soak:
 
 
 def free_port(source: random.Random) -> int:
-    """A port below those that systems give to clients: nobody takes it while a server is down."""
+    """A port below those that systems give to clients: nobody takes it while a server
+    is down."""
     while True:
         with suppress(OSError), closing(socket.socket()) as probe:
             probe.bind((HOST, port := source.randrange(20_000, 30_000)))
@@ -723,9 +983,16 @@ def free_port(source: random.Random) -> int:
 def main() -> int:
     parser = trial.options("Kill mizusync at random moments, and look.")
     add = parser.add_argument
-    add("--keep-changes", type=int, default=200, help="of the second half (%(default)s); 0: off")
+    add(
+        "--keep-changes",
+        type=int,
+        default=200,
+        help="of the second half (%(default)s); 0: off",
+    )
     add("--no-million", action="store_true", help="skip the log of 1,000,000 changes")
-    add("--cron", metavar="DB", help=argparse.SUPPRESS)  # for ourselves: be the cron job
+    add(
+        "--cron", metavar="DB", help=argparse.SUPPRESS
+    )  # for ourselves: be the cron job
     if "--cron" in sys.argv:
         parser.set_defaults(keep_changes=0)
     args = parser.parse_args()

@@ -1,4 +1,5 @@
-"""The frame of a trial: how long, with which seed, of which server; and what is left of a fault."""
+"""The frame of a trial: how long, with which seed, of which server; and what is left of
+a fault."""
 
 from __future__ import annotations
 
