@@ -11,9 +11,10 @@ adds what one would write instead, bench_peers.py beside this file, for a Python
 has the packages: `python -m venv lab && lab/bin/pip install aiohttp fastapi
 'uvicorn[standard]'`, and then `lab/bin/python .ci/bench.py --peers`. Linux only.
 
-`--count` counts instructions instead, under valgrind: a table of its own, which a busy
-machine does not change. `python .ci/bench.py --count OTHER_mizusync.py` shows two
-versions of the file side by side.
+`--count` counts the server's instructions instead, under valgrind (`apt-get install
+valgrind`). That is a table of its own, the same to 1 % on a busy machine; it takes 2 to
+5 minutes a file. To see what a change costs, compare two versions: `python .ci/bench.py
+--count OTHER_mizusync.py`.
 
 Of the times, trust "CPU us" most: the server's user and system time by the operation,
 which neither a slow client nor a busy machine changes much. Where waiting is the point
@@ -880,7 +881,7 @@ class CountedServer(Server):
 
     def count(self, work: Callable[[], None]) -> int:
         """Return the instructions that the server needs for `work`."""
-        self.loop.pause(0.5)  # for it to end what it still does
+        self.loop.pause(1)  # for it to end what it still does
         self._dump()
         work()
         self.loop.pause(0.1)
@@ -908,40 +909,43 @@ def instructions(server: CountedServer) -> Iterator[Row]:
     read then."""
     unit = "instructions"
 
-    def row(what: str, requests: Iterator[bytes], right: Right, size: int) -> Row:
-        warm_up = itertools.islice(requests, size)
-        server.ask_all(warm_up, right)
+    warm_up = 30  # requests of each row
+
+    def row(
+        what: str, requests: Iterator[bytes], right: Right, size: int, width: int
+    ) -> Row:
+        measure(server, width, itertools.islice(requests, warm_up), right, PATIENCE)
         counted = itertools.islice(requests, size)
         cost = server.count(lambda: server.ask_all(counted, right))
         return what, unit, (cost / size,)
 
-    for mutations, scope, size in (1, "one", 150), (10, "ten", 40), (100, "log", 20):
-        yield row(
-            f"push of {mutations}", pushes(scope, mutations), pushed(mutations), size
-        )
+    for mutations, scope, size in (1, "one", 270), (10, "ten", 50), (100, "log", 20):
+        source, right = pushes(scope, mutations), pushed(mutations)
+        yield row(f"push of {mutations}", source, right, size, width=1)
 
-    changes = 2 * 20 * 100  # with those of the warm-up; memory keeps the newest 1000
+    changes = (warm_up + 20) * 100  # memory keeps the newest 1000
     first = int(
         json.loads(server.ask(pull("log", 0, 1)).partition(b"\r\n\r\n")[2])["cursor"]
     )
     last = first + changes - 1
-    # The reader's threads open their connections when several pulls need them at once.
-    measure(
-        server, 16, itertools.repeat(pull("log", 0), 100), paged(TAIL, True), PATIENCE
-    )
-    for what, request, right in (
-        ("empty pull", pull("log", last), paged(0, False)),
-        ("pull of 100 from memory", pull("log", last - TAIL), paged(TAIL, False)),
-        ("pull of 100 from disk", pull("log", first + changes // 2), paged(TAIL, True)),
-        ("first page of 100, from disk", pull("log", 0), paged(TAIL, True)),
-    ):
-        yield row(what, itertools.repeat(request), right, 100)
 
     def whole(answer: bytearray) -> bool:
-        return is_ok(answer) and answer.count(b'"completed"') == 300
+        return is_ok(answer) and answer.count(b'"completed"') == warm_up + 270
 
-    snapshot = get("/sync/snapshot?scope=one")
-    yield row("snapshot of 300 todos", itertools.repeat(snapshot), whole, 50)
+    for what, request, right, size in (
+        ("empty pull", pull("log", last), paged(0, False), 300),
+        ("pull of 100 from memory", pull("log", last - TAIL), paged(TAIL, False), 300),
+        (
+            "pull of 100 from disk",
+            pull("log", first + changes // 2),
+            paged(TAIL, True),
+            100,
+        ),
+        ("first page of 100, from disk", pull("log", 0), paged(TAIL, True), 100),
+        ("snapshot of 300 todos", get("/sync/snapshot?scope=one"), whole, 100),
+    ):
+        # Many at once warm up each of the server's threads and connections that read.
+        yield row(what, itertools.repeat(request), right, size, width=16)
 
     size = 20
     with Audience(server, "told", 20) as audience:
@@ -1034,7 +1038,7 @@ def measure_all(args: argparse.Namespace, folder: Path) -> None:
                 fairness(start, T),
                 snapshots(start, T),
             )
-        columns[server] = told(server, itertools.chain.from_iterable(scenarios))
+        columns[server] = report(server, itertools.chain.from_iterable(scenarios))
     print(*table(columns), "", *about(folder, list(commands)[1:]), sep="\n")
 
 
@@ -1045,7 +1049,7 @@ def count_all(files: Sequence[str], folder: Path) -> None:
     for file in files:
         name = file if file not in columns else f"{file}, again"
         with CountedServer(file, Loop(), folder) as server:
-            columns[name] = told(name, instructions(server))
+            columns[name] = report(name, instructions(server))
     if len(files) == 2:
         old, new = columns.values()
         columns["ratio"] = [
@@ -1055,7 +1059,7 @@ def count_all(files: Sequence[str], folder: Path) -> None:
     print(*table(columns), "", *about(folder, ()), sep="\n")
 
 
-def told(name: str, rows: Iterable[Row]) -> list[Row]:
+def report(name: str, rows: Iterable[Row]) -> list[Row]:
     """Return the rows; say each one as soon as it is there."""
     began, known = clock(), list[Row]()
     for row in rows:
