@@ -85,12 +85,23 @@ SMALL = Settings(linger=1.0, close_timeout=1.0, shutdown_timeout=5.0)
 KEY = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="  # with its answer in RFC 6455 §1.3
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 CODES = {  # the protocol's "errors", but for 410, which has two
-    400: "invalid_request", 401: "unauthorized", 403: "forbidden", 404: "not_found",
-    405: "method_not_allowed", 408: "request_timeout", 409: "conflict", 413: "too_large",
-    414: "uri_too_long", 415: "unsupported_media_type", 426: "upgrade_required",
-    431: "headers_too_large", 500: "internal_error", 501: "not_implemented", 503: "unavailable",
+    400: "invalid_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    409: "conflict",
+    413: "too_large",
+    414: "uri_too_long",
+    415: "unsupported_media_type",
+    426: "upgrade_required",
+    431: "headers_too_large",
+    500: "internal_error",
+    501: "not_implemented",
+    503: "unavailable",
     505: "version_not_supported",
-}  # fmt: skip
+}
 OBLIGED = {401: "www-authenticate", 405: "allow", 426: "upgrade", 503: "retry-after"}
 
 T = TypeVar("T")
@@ -708,9 +719,20 @@ def test_a_setting_with_which_nothing_could_work_is_refused(
         replace(SMALL, **value)
 
 
-NOTHING = {"pull_wait_max": 0, "gzip_size": 0, "linger": 0, "hint_changes": 0, "hint_size": 0,
-           "hint_gap": 0, "sessions": 0, "shutdown_timeout": 0, "commit_time": 0,
-           "tail_changes": 0, "tail_size": 0, "busy_timeout": 0}  # fmt: skip
+NOTHING = {
+    "pull_wait_max": 0,
+    "gzip_size": 0,
+    "linger": 0,
+    "hint_changes": 0,
+    "hint_size": 0,
+    "hint_gap": 0,
+    "sessions": 0,
+    "shutdown_timeout": 0,
+    "commit_time": 0,
+    "tail_changes": 0,
+    "tail_size": 0,
+    "busy_timeout": 0,
+}
 
 
 def test_with_every_setting_at_nothing_that_may_be_pushes_and_pulls_work(
@@ -1326,7 +1348,9 @@ TRIGGER = """
         "no semicolon at the end": TRIGGER.rstrip("; \n"),
         "pragmas": f"PRAGMA user_version = 7; {TRIGGER}; /**/ pragma foreign_keys = ON",
         "a pragma for the journal": f"PRAGMA journal_mode = WAL; {TRIGGER}",
-        "a semicolon in a string": f"{TRIGGER} INSERT INTO seen SELECT 'a;b' WHERE false;",
+        "a semicolon in a string": (
+            f"{TRIGGER} INSERT INTO seen SELECT 'a;b' WHERE false;"
+        ),
     },
 )
 def test_all_statements_of_a_schema_are_run_at_each_opening(
@@ -2046,11 +2070,20 @@ async def first(changes):
     return await anext(changes)
 
 calls = {
-    "push": lambda: engine.push([mutation]), "submit": push, "trim": lambda: engine.trim("a", 1),
-    "pull": engine.pull, "read": lambda: engine.read(id), "snapshot": engine.snapshot,
-    "head": engine.head, "position": engine.position, "follow": lambda: first(engine.follow()),
-    "listen": lambda: engine.listen(print), "wake": engine.wake, "catch_up": engine.catch_up,
-    "stats": engine.stats, "close": engine.close,
+    "push": lambda: engine.push([mutation]),
+    "submit": push,
+    "trim": lambda: engine.trim("a", 1),
+    "pull": engine.pull,
+    "read": lambda: engine.read(id),
+    "snapshot": engine.snapshot,
+    "head": engine.head,
+    "position": engine.position,
+    "follow": lambda: first(engine.follow()),
+    "listen": lambda: engine.listen(print),
+    "wake": engine.wake,
+    "catch_up": engine.catch_up,
+    "stats": engine.stats,
+    "close": engine.close,
 }
 methods = inspect.getmembers(mizusync.Engine, inspect.isfunction)
 assert set(calls) == {name for name, _ in methods if not name.startswith("_")}
@@ -2185,8 +2218,11 @@ def raising(error: BaseException) -> Any:
 
 
 def half_read(db: sqlite3.Connection) -> Any:
-    KEPT.append(db.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n LIMIT 999)"
-                           " SELECT i FROM n"))  # fmt: skip
+    sql = (
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n LIMIT 999)"
+        " SELECT i FROM n"
+    )
+    KEPT.append(db.execute(sql))
     return KEPT[-1].fetchone() and ["fine"]
 
 
@@ -2378,8 +2414,14 @@ MISUSES: dict[str, Callable[[sqlite3.Connection], Any]] = {
             "DROP INDEX mizusync_changes_of_scope",
         ),
         "ALTER TABLE mizusync_changes ADD COLUMN mine",
-        "CREATE TRIGGER t AFTER INSERT ON mizusync_changes BEGIN DELETE FROM notes; END",
-        "CREATE TEMP TRIGGER t AFTER INSERT ON mizusync_changes BEGIN DELETE FROM notes; END",
+        (
+            "CREATE TRIGGER t AFTER INSERT ON mizusync_changes"
+            " BEGIN DELETE FROM notes; END"
+        ),
+        (
+            "CREATE TEMP TRIGGER t AFTER INSERT ON mizusync_changes"
+            " BEGIN DELETE FROM notes; END"
+        ),
         "CREATE TEMP TABLE mizusync_changes (cursor, first, scope, time, data)",
         "UPDATE sqlite_sequence SET seq = 0",
     )
@@ -2533,7 +2575,10 @@ def test_a_constraint_that_is_checked_at_the_commit_fails_that_mutation_alone(
 ) -> None:
     entered, release = threading.Event(), threading.Event()
     gate = gated(entered, release)
-    orders = "orders (n INTEGER PRIMARY KEY, of REFERENCES orders DEFERRABLE INITIALLY DEFERRED)"
+    orders = (
+        "orders (n INTEGER PRIMARY KEY,"
+        " of REFERENCES orders DEFERRABLE INITIALLY DEFERRED)"
+    )
     schema = f"{SCHEMA} PRAGMA foreign_keys = ON; CREATE TABLE IF NOT EXISTS {orders}"
 
     def ordering(db: sqlite3.Connection, mutation: Mutation) -> Any:
@@ -3535,7 +3580,10 @@ def test_the_trims_of_many_scopes_are_spread_over_many_commits(path: Path) -> No
         )
     with closing(open_log(path, settings=Settings(keep_changes=2))) as engine:
         push(engine, *(note("more", scope=scope) for scope in scopes))
-        sql = "SELECT max(count) FROM (SELECT count(*) count FROM mizusync_changes GROUP BY scope)"
+        sql = (
+            "SELECT max(count) FROM"
+            " (SELECT count(*) count FROM mizusync_changes GROUP BY scope)"
+        )
         with closing(sqlite3.connect(path)) as db:
             until(
                 lambda: db.execute(sql).fetchone() == (2,)
@@ -3817,7 +3865,8 @@ import json, os, sys, threading
 import mizusync
 
 def apply(db, mutation):
-    db.execute("INSERT INTO notes VALUES (?, ?)", (mutation.scope, json.dumps(mutation.id)))
+    row = (mutation.scope, json.dumps(mutation.id))
+    db.execute("INSERT INTO notes VALUES (?, ?)", row)
     return [mutation.id]
 
 path, name, start, threads, count = sys.argv[1:4] + [int(word) for word in sys.argv[4:]]
@@ -4037,8 +4086,11 @@ def burst(
 def test_hints_of_a_burst_merge_and_are_paced() -> None:
     _, merged = burst([news(cursor, str(cursor)) for cursor in range(1, 11)])
     assert merged == {
-        "cursor": 10, "epoch": "e", "after": 1, "changes": [str(n) for n in range(2, 11)],
-    }  # fmt: skip
+        "cursor": 10,
+        "epoch": "e",
+        "after": 1,
+        "changes": [str(n) for n in range(2, 11)],
+    }
 
 
 def test_a_merged_hint_leaves_before_it_has_more_changes_than_it_may_carry() -> None:
@@ -5362,9 +5414,18 @@ def test_healthz_tells_how_the_server_is(server: Live, client: RawClient) -> Non
     assert list(health) == ["status", "version", "cursor", "epoch", "sessions"]
 
 
-GZIP = {"gzip": True, "br, GZIP ;q=0.5": True, "gzip;q=1.000, *;q=0": True, "gzip;q=0.001": True,
-        "": False, "gzip;q=0": False, "gzip;q=0.000": False, "br": False, "gzipped": False,
-        "identity": False}  # fmt: skip
+GZIP = {
+    "gzip": True,
+    "br, GZIP ;q=0.5": True,
+    "gzip;q=1.000, *;q=0": True,
+    "gzip;q=0.001": True,
+    "": False,
+    "gzip;q=0": False,
+    "gzip;q=0.000": False,
+    "br": False,
+    "gzipped": False,
+    "identity": False,
+}
 
 
 def test_large_answers_are_compressed_for_who_accepts_gzip(tmp_path: Path) -> None:
@@ -5448,14 +5509,20 @@ def test_a_database_that_was_taken_away_is_unavailable(tmp_path: Path) -> None:
         "an address without a host": (400, get(b"http:///healthz")),
         "an address with a port alone": (400, get(b"http://:80/healthz")),
         "an address with a user": (400, get(b"http://me@localhost/healthz")),
-        "a host with half an escape": (400, get(b"/healthz", host=b"Host: localhost%4")),
+        "a host with half an escape": (
+            400,
+            get(b"/healthz", host=b"Host: localhost%4"),
+        ),
         "a host with half a bracket": (400, get(b"/healthz", host=b"Host: [::1")),
         "two versions of WebSocket": (400, get(b"/ws", VERSION, VERSION)),
         "a body that nobody wants": (404, post(LENGTH, line=b"POST /nowhere HTTP/1.1")),
         "a body for another host": (403, post(LENGTH, host=EVIL)),
-        "a body that is not asked for": (403, post(LENGTH, b"Expect: 100-continue", host=EVIL)),
+        "a body that is not asked for": (
+            403,
+            post(LENGTH, b"Expect: 100-continue", host=EVIL),
+        ),
     },
-)  # fmt: skip
+)
 def test_a_refusal_has_its_status_and_nothing_behind_it_is_read(
     visitor: RawClient, case: tuple[int, bytes]
 ) -> None:
@@ -5469,14 +5536,18 @@ def test_a_refusal_has_its_status_and_nothing_behind_it_is_read(
 @table(
     "sent",
     {  # RFC 9112 §3.2.2; RFC 9110 §2.5, §4.2.3, §5.6.1, §7.8
-        "a whole address beside another host": get(b"http://localhost/healthz", host=EVIL),
+        "a whole address beside another host": get(
+            b"http://localhost/healthz", host=EVIL
+        ),
         "a scheme and a host in capitals": get(b"HTTP://LOCALHOST/healthz"),
         "a later minor version": raw(b"GET /healthz HTTP/1.9", HOST),
         "a port without digits": get(b"/healthz", host=b"Host: localhost:"),
-        "an upgrade that nobody serves": get(b"/healthz", b"Connection: Upgrade", b"Upgrade: h2c"),
+        "an upgrade that nobody serves": get(
+            b"/healthz", b"Connection: Upgrade", b"Upgrade: h2c"
+        ),
         "lists with empty elements": get(b"/healthz", b"Connection: , ,x-a,"),
     },
-)  # fmt: skip
+)
 def test_what_a_server_has_to_take_is_taken(visitor: RawClient, sent: bytes) -> None:
     visitor.send(sent + HEALTHZ)
     assert [visitor.response().status for _ in range(2)] == [200, 200]
@@ -6979,10 +7050,27 @@ def test_a_host_may_be_allowed_as_people_write_it(tmp_path: Path, given: str) ->
 
 
 NOWHERE = "/nowhere/todos.db"  # a program that takes its arguments ends with 1
-NO_ORIGINS = ["x.y", "*", "null", "", "http://", "http://x.y/path", "http://x.y,http://z",
-              "http://x y", "https://*.x.y", "http://x.y:99999", "http://x.y:0", "http://u@x.y",
-              "http://x.y?q", "http://b\u00fccher.example", "ws://x.y", "file:///x", "http://[::1",
-              "http://[:::]", "http://[1.2.3.4]"]  # fmt: skip
+NO_ORIGINS = [
+    "x.y",
+    "*",
+    "null",
+    "",
+    "http://",
+    "http://x.y/path",
+    "http://x.y,http://z",
+    "http://x y",
+    "https://*.x.y",
+    "http://x.y:99999",
+    "http://x.y:0",
+    "http://u@x.y",
+    "http://x.y?q",
+    "http://b\u00fccher.example",
+    "ws://x.y",
+    "file:///x",
+    "http://[::1",
+    "http://[:::]",
+    "http://[1.2.3.4]",
+]
 NO_HOSTS = [
     "*",
     "",
@@ -7054,8 +7142,15 @@ def guarded(tmp_path: Path) -> Iterator[Live]:
         yield live
 
 
-BAD_TOKENS = ["Bearer another", "Bearer s3cret", "Bearer s3cret-token2", "Bearer", "s3cret-token",
-              "Basic s3cret-token", "Bearer \u00e9"]  # fmt: skip
+BAD_TOKENS = [
+    "Bearer another",
+    "Bearer s3cret",
+    "Bearer s3cret-token2",
+    "Bearer",
+    "s3cret-token",
+    "Basic s3cret-token",
+    "Bearer \u00e9",
+]
 
 
 def test_without_the_token_all_is_unauthorized(guarded: Live) -> None:
@@ -7582,9 +7677,8 @@ def test_the_page_may_run_its_own_script_and_nothing_else(tmp_path: Path) -> Non
         inline = (
             reply.body.split(f"<{tag}".encode())[1].split(b">", 1)[1].split(b"</")[0]
         )
-        policy.remove(
-            f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(inline).digest()).decode()}'"
-        )
+        digest = base64.b64encode(hashlib.sha256(inline).digest()).decode()
+        policy.remove(f"{tag}-src 'sha256-{digest}'")
     nothing = [f"{kind} 'none'" for kind in ("base-uri", "default-src", "form-action")]
     more = ["connect-src 'self'", "frame-ancestors 'none'", "img-src data:"]
     assert sorted(policy) == sorted(nothing + more)
@@ -7959,12 +8053,22 @@ def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(
         client.close()
         until(lambda: live.server.stats()["connections"] == 0)
         stats = live.server.stats()
-    assert {name: value for name, value in stats.items() if value and "_bytes" not in name} == {
-        "version": mizusync.__version__, "cursor": 9, "pushes": 3, "applied": 3, "duplicate": 1,
-        **dict.fromkeys([*REFUSALS, "internal_error"], 1), "commits": 3, "changes": 9,
-        "pulls_from_memory": 2, "pulls_from_disk": 1, "snapshots": 1,
-        "answers_2xx": 7, "answers_4xx": 2,
-    }  # fmt: skip
+    counted = {name: value for name, value in stats.items() if "_bytes" not in name}
+    assert {name: value for name, value in counted.items() if value} == {
+        "version": mizusync.__version__,
+        "cursor": 9,
+        "pushes": 3,
+        "applied": 3,
+        "duplicate": 1,
+        **dict.fromkeys([*REFUSALS, "internal_error"], 1),
+        "commits": 3,
+        "changes": 9,
+        "pulls_from_memory": 2,
+        "pulls_from_disk": 1,
+        "snapshots": 1,
+        "answers_2xx": 7,
+        "answers_4xx": 2,
+    }
 
 
 def test_stats_tell_of_pushes_that_wait_and_of_those_that_failed(
@@ -8586,7 +8690,8 @@ def test_a_client_that_does_not_shake_hands_in_tls_is_closed_in_time(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 
     def over_tls(server: Server) -> None:
-        setattr(server, "listen", functools.partial(server.listen, ssl=context))  # noqa: B010
+        listen = functools.partial(server.listen, ssl=context)
+        setattr(server, "listen", listen)  # noqa: B010
 
     with serve(tmp_path, replace(SMALL, head_timeout=MOMENT), prepare=over_tls) as live:
         assert live.client().ended()
@@ -8940,8 +9045,8 @@ def test_the_program_says_in_one_line_where_to_open_the_page_and_wants_a_scope(
 ) -> None:
     with program("--db", str(path)) as running:
         assert running.line == (
-            f"mizusync {mizusync.__version__}: open http://127.0.0.1:{running.address[1]}/"
-            f" (data in {path})\n"
+            f"mizusync {mizusync.__version__}:"
+            f" open http://127.0.0.1:{running.address[1]}/ (data in {path})\n"
         )
         with closing(RawClient(running.address)) as client:
             assert client.request("GET", "/healthz").json["status"] == "ok"
@@ -9023,8 +9128,8 @@ def test_a_second_signal_ends_the_program_at_once(tmp_path: Path) -> None:
 WAITING_LONG = """
 import functools, mizusync, sys
 settings = mizusync.Settings(busy_timeout=600, shutdown_timeout=600)
-todo = {"apply": mizusync.apply_todo, "schema": mizusync.TODO_SCHEMA, "settings": settings}
-engine = mizusync.Engine(sys.argv[-1], **todo)
+todo = {"apply": mizusync.apply_todo, "schema": mizusync.TODO_SCHEMA}
+engine = mizusync.Engine(sys.argv[-1], **todo, settings=settings)
 mizusync.Server(engine).run("127.0.0.1", 0, functools.partial(print, flush=True))
 """
 
@@ -9416,7 +9521,8 @@ def serve_tls(
     trusting = ssl.create_default_context(cafile=certificate)
 
     def over_tls(server: Server) -> None:
-        setattr(server, "listen", functools.partial(server.listen, ssl=context))  # noqa: B010
+        listen = functools.partial(server.listen, ssl=context)
+        setattr(server, "listen", listen)  # noqa: B010
         prepare(server)
 
     def make_client() -> RawClient:
@@ -9733,9 +9839,7 @@ def test_the_page_of_the_readme_shows_a_seat_of_any_name_at_once(seat: str) -> N
     assert shown.stdout == f"{seat},Ann\n"
 
 
-def test_the_contents_of_the_file_are_its_sections_and_no_section_uses_a_lower_one() -> (
-    None
-):
+def test_the_contents_are_the_sections_and_no_section_uses_a_lower_one() -> None:
     source = Path(mizusync.__file__).read_text(encoding="utf-8")
     _, *sections = re.split(r"^# --- (.*?) -+$", source, flags=re.M)
     listed = re.findall(
@@ -10001,10 +10105,12 @@ ANN_7 = {"Authorization": "Bearer ann-7"}
 
 TWO_CLIENTS = """
 const clients = ["ann", "ben"].map((name) => Object.assign(new SyncClient({
-  url: process.argv[2], scope: "demo", initial: { todos: [] }, predict: (state) => state,
+  url: process.argv[2], scope: "demo", initial: { todos: [] },
+  predict: (state) => state,
   apply: ({ todos }, { data }) => ({ todos: [...todos, data.todo] }),
 }), { name }));
-const titles = ({ state }) => state.todos.map(({ title }) => title).filter((t) => t[0] !== "x");
+const titles = ({ state }) =>
+  state.todos.map(({ title }) => title).filter((t) => t[0] !== "x");
 const todo = clients.flatMap((one) => [0, 1].map((n) => [one, `${one.name} ${n}`]));
 
 function look() {
@@ -10012,7 +10118,8 @@ function look() {
   for (const [client, title] of todo.splice(0)) {
     client.mutate("todo.create", { id: SyncClient.newId(), title });
   }
-  if (clients.every((client) => titles(client).length === 4 && !client.status.waiting)) {
+  const isDone = (client) => titles(client).length === 4 && !client.status.waiting;
+  if (clients.every(isDone)) {
     process.stdout.write(JSON.stringify(clients.map(titles)), () => process.exit(0));
   }
 }
@@ -10639,9 +10746,13 @@ def nginx(folder: Path, upstream: int) -> Iterator[Front]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     (text,) = blocks("nginx", "Behind nginx")
-    places = {"443 ssl": f"127.0.0.1:{port} ssl", "127.0.0.1:8080": f"127.0.0.1:{upstream}",
-              "/etc/ssl/sync.example.pem": certificate, "/etc/ssl/sync.example.key": key,
-              "/var/log/nginx": str(folder)}  # fmt: skip
+    places = {
+        "443 ssl": f"127.0.0.1:{port} ssl",
+        "127.0.0.1:8080": f"127.0.0.1:{upstream}",
+        "/etc/ssl/sync.example.pem": certificate,
+        "/etc/ssl/sync.example.key": key,
+        "/var/log/nginx": str(folder),
+    }
     for kind in (
         "client_body",
         "proxy",
@@ -11096,7 +11207,10 @@ def test_postgres_itself_tells_of_another_process_s_commit(
         )  # it listens again, though its first look may be through a lost connection
 
 
-OTHERS = "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+OTHERS = (
+    "FROM pg_stat_activity"
+    " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+)
 
 
 def in_time(function: Callable[[], T]) -> T:
@@ -11343,25 +11457,31 @@ def test_a_new_postgres_log_may_be_opened_by_several_at_once(
 # once.
 
 HARNESS = r"""
-// Each line of stdin is a call, [name, ...arguments], that one line of stdout answers. The client's
-// time is ours: it passes when a test lets it, and waits for what is really under way.
+// Each line of stdin is a call, [name, ...arguments], that one line of stdout answers.
+// The client's time is ours: it passes when a test lets it, and waits for what is
+// really under way.
 import assert from "node:assert/strict";
 import { createInterface } from "node:readline";
 
 let now = Date.now(), number = 0;
-const timers = new Map(), under = new Set();  // what waits for time; promises of real sockets
+// What waits for time; promises of real sockets.
+const timers = new Map(), under = new Set();
 const NEVER = new Promise(() => {});
 
 function later(work, wait = 0, id = ++number) {
-  timers.set(id, { at: now + (wait >= 1 && wait < 2 ** 31 ? wait : 1), work });  // as browsers do
+  // As browsers do.
+  timers.set(id, { at: now + (wait >= 1 && wait < 2 ** 31 ? wait : 1), work });
   return id;
 }
-const every = (work, gap, id = ++number) => later(() => (every(work, gap, id), work()), gap, id);
+const every = (work, gap, id = ++number) =>
+  later(() => (every(work, gap, id), work()), gap, id);
 const forget = (id) => void timers.delete(id);
 const sleep = (seconds) => new Promise((resolve) => later(resolve, 1000 * seconds));
 function timeout(wait) {
   const control = new AbortController();
-  later(() => control.abort(new DOMException("It took too long.", "TimeoutError")), wait);
+  const abort = () =>
+    control.abort(new DOMException("It took too long.", "TimeoutError"));
+  later(abort, wait);
   return control.signal;
 }
 globalThis.simulated = {
@@ -11398,8 +11518,11 @@ function makeStorage(items = new Map(), limits = {}) {
   return {
     items, get length() { return items.size; },
     get queue() { return [...items.keys()].filter((key) => key.includes(" queue ")); },
-    get base() { return JSON.parse([...items].find(([key]) => key.endsWith(" base"))[1]); },
-    key: (index) => [...items.keys()][index] ?? null, getItem: (key) => items.get(key) ?? null,
+    get base() {
+      return JSON.parse([...items].find(([key]) => key.endsWith(" base"))[1]);
+    },
+    key: (index) => [...items.keys()][index] ?? null,
+    getItem: (key) => items.get(key) ?? null,
     removeItem: (key) => limits.gone || items.delete(key),
     setItem(key, value) {
       if (limits.full) throw new DOMException("It is full.", "QuotaExceededError");
@@ -11407,8 +11530,10 @@ function makeStorage(items = new Map(), limits = {}) {
     },
   };
 }
-const json = (value, status = 200, headers = {}) => [JSON.stringify(value), { status, headers }];
-const refuse = (status, code, headers) => json({ code, error: "a reason" }, status, headers);
+const json = (value, status = 200, headers = {}) =>
+  [JSON.stringify(value), { status, headers }];
+const refuse = (status, code, headers) =>
+  json({ code, error: "a reason" }, status, headers);
 
 /** What rejects when `signal` says so. */
 function aborted(signal) {
@@ -11419,19 +11544,22 @@ function aborted(signal) {
   return end;
 }
 
-// --- A server of a few lines, for scripts that say what it answers. Its state is a list.
+// --- A server of a few lines, for scripts that say what it answers. Its state is a
+// list.
 function makeFake() {
   const results = {};  // by id
   const fake = {
     // `held`: paths of requests that wait for a call.answer(); `instead`: other answers
-    log: [], epoch: "1", calls: [], sockets: [], refused: [], held: new Set(), instead: {},
+    log: [], epoch: "1", calls: [], sockets: [], refused: [],
+    held: new Set(), instead: {},
     get data() { return fake.log.map(({ data }) => data); },
     get head() { return fake.log.length; },
     add(data) {
       fake.log.push({ cursor: fake.head + 1, scope: "s", time: "", data });
       return { ok: true, cursor: fake.head, changes: fake.log.slice(-1) };
     },
-    push: ({ body }) => json(body.map(({ id, args }) => results[id] ??= fake.add(args))),
+    push: ({ body }) =>
+      json(body.map(({ id, args }) => results[id] ??= fake.add(args))),
     pull({ query: { cursor } }) {
       const changes = fake.log.filter((change) => change.cursor > cursor);
       return json({ changes, cursor: fake.head, epoch: fake.epoch, hasMore: false });
@@ -11448,7 +11576,9 @@ function makeFake() {
       const answer = new Promise((resolve) => {
         call.answer = (value) => resolve(Array.isArray(value) ? value : json(value));
       });
-      if (fake.held.has(path)) return new Response(...await Promise.race([answer, end]));
+      if (fake.held.has(path)) {
+        return new Response(...await Promise.race([answer, end]));
+      }
       return new Response(...(fake.instead[path] ?? fake[path])(call));
     },
     WebSocket: class {
@@ -11457,13 +11587,16 @@ function makeFake() {
       send(text) { this.sent.push(JSON.parse(text)); }
       close() { this.closed = true; }
       open() { this.onopen?.({}), this.say({ cursor: 0 }); }
-      say(data) { this.onmessage?.({ data: JSON.stringify({ topic: "sync:s", data }) }); }
+      say(data) {
+        this.onmessage?.({ data: JSON.stringify({ topic: "sync:s", data }) });
+      }
       end(code = 1006) { this.onclose?.({ code }); }
     },
     make(options) {
       const client = new SyncClient({
-        url: "http://fake", scope: "s", initial: [], storage: makeStorage(), WebSocket: null,
-        apply: (state, { data }) => [...state, data], fetch: fake.fetch,
+        url: "http://fake", scope: "s", initial: [], storage: makeStorage(),
+        WebSocket: null, fetch: fake.fetch,
+        apply: (state, { data }) => [...state, data],
         predict: (state, { args }) => [...state, args], ...options,
       });
       client.addEventListener("refused", ({ detail }) => fake.refused.push(detail));
@@ -11495,7 +11628,8 @@ async function send(address, options) {
   return [await response.text(), { status: response.status }];
 }
 
-/** The server's clock is not ours: a long poll is cut short, and asks again without the wait. */
+/** The server's clock is not ours: a long poll is cut short, and asks again without
+ * the wait. */
 function hold(address, options) {
   const control = new AbortController();
   const held = send(address, { ...options, signal: control.signal }).catch(() => NEVER);
@@ -11510,7 +11644,10 @@ function hold(address, options) {
 const FAULTS = {
   async lost() { throw new TypeError("It never arrived."); },
   async unheard(go) { await go(); throw new TypeError("The answer was lost."); },
-  async torn(go) { const [text, options] = await go(); return [text.slice(0, -2), options]; },
+  async torn(go) {
+    const [text, options] = await go();
+    return [text.slice(0, -2), options];
+  },
   async twice(go) { await go(); return go(); },
   async slow(go) { const answer = await go(); await sleep(20); return answer; },
   async late(go) { await sleep(20); return go(); },
@@ -11548,7 +11685,9 @@ function makeLine(items) {
     send(text) { this.socket.send(text), this.hear(); }
     /** What was said before the answer to nonsense has been heard with it. */
     hear() { if (this.socket?.readyState === 1) this.socket.send("?"), this.wait(); }
-    close() { this.socket?.close(), this.waiting.splice(0).forEach((resolve) => resolve()); }
+    close() {
+      this.socket?.close(), this.waiting.splice(0).forEach((resolve) => resolve());
+    }
     end() { this.close(), this.onclose?.({ code: 1006 }); }
   };
   return line;
@@ -11566,7 +11705,9 @@ function apply(state, { cursor, data: { op, id, todo } }) {
 function predict(state, { name, args }) {
   const known = state.todos.find(({ id }) => id === args.id);
   if (name === "todo.delete") return rid(state, args.id);
-  if (name === "todo.create") return known ? state : put(state, { ...args, completed: false });
+  if (name === "todo.create") {
+    return known ? state : put(state, { ...args, completed: false });
+  }
   return known ? put(state, { ...known, ...args }) : state;
 }
 
@@ -11575,9 +11716,11 @@ const refused = new Set(), repeated = [];  // ids; cursors that apply() met twic
 function open(person, items = new Map()) {
   person.line = makeLine(items);
   person.client = new SyncClient({
-    url: "http://there", scope: "_default", initial: { todos: [] }, apply, predict, ...person.line,
+    url: "http://there", scope: "_default", initial: { todos: [] }, apply, predict,
+    ...person.line,
   });
-  person.client.addEventListener("refused", ({ detail }) => refused.add(detail.mutation.id));
+  person.client.addEventListener("refused", ({ detail }) =>
+    refused.add(detail.mutation.id));
   person.client.start();
 }
 function leave({ client, line }) {
@@ -11615,25 +11758,33 @@ const calls = {
     people.forEach(({ line }) => line.socket?.hear());
     await quiet();
   },
-  /** Without faults: until all see the same and wait for nothing, or for `most` seconds. */
+  /** Without faults: until all see the same and wait for nothing, or for `most`
+   * seconds. */
   async converge(most) {
     for (const { client, line } of people) {
       Object.assign(line, { faults: [], lag: 0, isBlocked: false });
       client.start();
     }
-    const end = now + 1000 * most, seen = ({ client }) => JSON.stringify(client.state.todos);
-    const differs = (one) => one.line.storage.queue.length || seen(one) !== seen(people[0]);
-    await calls.pass(40);  // until then one may wait who has not heard of the newest server
+    const end = now + 1000 * most;
+    const seen = ({ client }) => JSON.stringify(client.state.todos);
+    const differs = (one) =>
+      one.line.storage.queue.length || seen(one) !== seen(people[0]);
+    // Until then one may wait who has not heard of the newest server.
+    await calls.pass(40);
     while (now < end && people.some(differs)) await calls.pass(1);
     return {
-      states: people.map(({ client }) => client.state.todos), made: people.map(({ made }) => made),
-      waiting: people.map(({ client, line }) => client.pending.length + line.storage.queue.length),
+      states: people.map(({ client }) => client.state.todos),
+      made: people.map(({ made }) => made),
+      waiting: people.map(({ client, line }) =>
+        client.pending.length + line.storage.queue.length),
       refused: [...refused], repeated,
     };
   },
   async script(text) {
     timers.clear();
-    const names = { assert, pass, quiet, json, refuse, makeStorage, fake: makeFake(), SyncClient };
+    const names = {
+      assert, pass, quiet, json, refuse, makeStorage, fake: makeFake(), SyncClient,
+    };
     const Script = calls.script.constructor;
     await new Script(...Object.keys(names), text)(...Object.values(names));
   },
@@ -11643,7 +11794,8 @@ const { SyncClient } = await import("./client.mjs");
 for await (const line of createInterface({ input: process.stdin })) {
   const [name, ...rest] = JSON.parse(line);
   const failed = (error) => ({ error: String(error?.stack ?? error) });
-  const answer = await (async () => ({ value: await calls[name](...rest) }))().catch(failed);
+  const called = async () => ({ value: await calls[name](...rest) });
+  const answer = await called().catch(failed);
   process.stdout.write(JSON.stringify(answer) + "\n");
 }
 """
@@ -11688,7 +11840,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     )
     if tried.returncode:
         pytest.skip(
-            "this node is too old to run the client with: 20.10 is the first with WebSocket"
+            "this node is too old to run the client with:"
+            " 20.10 is the first with WebSocket"
         )
     ours = "setTimeout, clearTimeout, setInterval, clearInterval, AbortSignal, Date"
     folder = tmp_path_factory.mktemp("node")
@@ -11724,10 +11877,12 @@ PROMISES = {
         assert.equal(storage.queue.length, 1);
         fake.last("push").answer(fake.push(fake.last("push")));
         await quiet();
-        assert.deepEqual([client.pending, storage.queue.length, client.state], [[], 1, ["a"]]);
+        assert.deepEqual([client.pending, storage.queue.length, client.state],
+          [[], 1, ["a"]]);
         fake.last("pull").answer(fake.pull(fake.last("pull")));
         await quiet();
-        assert.deepEqual([storage.queue, storage.base.state, client.state], [[], ["a"], ["a"]]);
+        assert.deepEqual([storage.queue, storage.base.state, client.state],
+          [[], ["a"], ["a"]]);
     """,
     "every retry has the same id": """
         let tries = 0;
@@ -11744,7 +11899,8 @@ PROMISES = {
         assert.deepEqual([fake.data, client.state], [["a"], ["a"]]);
     """,
     "batches are of at most 100, and in order": """
-        const client = fake.make(), many = Array.from({ length: 250 }, (_, index) => index);
+        const client = fake.make();
+        const many = Array.from({ length: 250 }, (_, index) => index);
         many.forEach((index) => client.mutate("add", index));
         client.start();
         await pass(60);
@@ -11754,13 +11910,15 @@ PROMISES = {
         assert.equal(fake.all("push").at(-1).body.length, 50);
     """,
     "what is refused is rolled back and told": """
-        fake.instead.push = () => json([{ ok: false, code: "conflict", error: "a reason" }]);
+        fake.instead.push = () =>
+          json([{ ok: false, code: "conflict", error: "a reason" }]);
         const storage = makeStorage(), client = await fake.start({ storage });
         client.mutate("add", "a");
         await quiet();
         const [{ mutation, code, error }] = fake.refused;
         assert.deepEqual([mutation.args, code, error], ["a", "conflict", "a reason"]);
-        assert.deepEqual([client.state, client.status.waiting, storage.queue], [[], 0, []]);
+        assert.deepEqual([client.state, client.status.waiting, storage.queue],
+          [[], 0, []]);
         await pass(60);
         assert.equal(fake.all("push").length, 1);
     """,
@@ -11773,7 +11931,8 @@ PROMISES = {
           client.mutate("add", status);
           await quiet();
           const { running, error } = client.status, { length } = fake.calls;
-          assert.deepEqual([running, error.status, fake.socket.closed], [false, status, true]);
+          assert.deepEqual([running, error.status, fake.socket.closed],
+            [false, status, true]);
           await pass(300);
           assert.deepEqual([fake.calls.length, client.status.waiting], [length, 1]);
           fake.instead = {};
@@ -11795,8 +11954,10 @@ PROMISES = {
           client.mutate("add", fake.head);
           await pass(300);
           const times = fake.all("push").map(({ at }) => at);
-          const [first, second, ...gaps] = times.slice(1).map((at, index) => at - times[index]);
-          assert.ok(first < 1500 && second > 900 && gaps.at(-1) > 14e3 && gaps.at(-1) < 31e3);
+          const [first, second, ...gaps] =
+            times.slice(1).map((at, index) => at - times[index]);
+          assert.ok(first < 1500 && second > 900);
+          assert.ok(gaps.at(-1) > 14e3 && gaps.at(-1) < 31e3);
           const { online, running, waiting } = client.status;
           assert.deepEqual([online, running, waiting], [false, true, 1]);
           fake.instead = {};
@@ -11832,10 +11993,13 @@ PROMISES = {
     "a line on which a push takes too long is sent smaller ones": """
         fake.instead.push = (call) => {
           if (call.body.length > 10) return refuse(408, "request_timeout");
-          if (call.body.length > 3) throw new DOMException("It took too long.", "TimeoutError");
+          if (call.body.length > 3) {
+            throw new DOMException("It took too long.", "TimeoutError");
+          }
           return fake.push(call);
         };
-        const many = Array.from({ length: 100 }, (_, index) => index), client = fake.make();
+        const many = Array.from({ length: 100 }, (_, index) => index);
+        const client = fake.make();
         many.forEach((args) => client.mutate("add", args));
         client.start();
         await pass(600);
@@ -11864,17 +12028,20 @@ PROMISES = {
         fake.calls.length = 0;
         await pass(600);
         assert.equal(fake.all("push").length, 5);
-        assert.deepEqual([fake.refused[0].code, client.state, storage.queue], [code, [], []]);
+        assert.deepEqual([fake.refused[0].code, client.state, storage.queue],
+          [code, [], []]);
     """,
     "one that fails holds up none of its batch": """
         fake.instead.push = ({ body }) => json(body.map(({ args }) =>
-          args === "bad" ? { ok: false, code: "not_found", error: "a reason" } : fake.add(args)));
+          args === "bad" ? { ok: false, code: "not_found", error: "a reason" }
+            : fake.add(args)));
         const client = await fake.start();
         client.stop();
         [1, "bad", 2].forEach((args) => client.mutate("add", args));
         client.start();
         await pass(1);
-        assert.deepEqual([fake.data, client.state, fake.all("push").length], [[1, 2], [1, 2], 1]);
+        assert.deepEqual([fake.data, client.state, fake.all("push").length],
+          [[1, 2], [1, 2], 1]);
     """,
     "the cursor never moves by the result of a push": """
         const storage = makeStorage(), client = await fake.start({ storage });
@@ -11909,7 +12076,8 @@ PROMISES = {
           return [...state, data];
         };
         const client = await fake.live({ apply });
-        fake.socket.say({ cursor: 1, epoch: "1", after: 0, changes: [fake.add("a").changes[0]] });
+        const { changes } = fake.add("a");
+        fake.socket.say({ cursor: 1, epoch: "1", after: 0, changes });
         await quiet();
         assert.equal(client.status.error.message, "a fault of the application");
         isBad = false;
@@ -11920,8 +12088,8 @@ PROMISES = {
         for (let index = 0; index < 10; index++) fake.add(index);
         fake.instead.snapshot = () => refuse(404, "not_found");
         fake.instead.pull = ({ query: { cursor } }) => json({
-          changes: fake.log.slice(cursor, +cursor + 3), cursor: Math.min(+cursor + 3, 10),
-          epoch: "1", hasMore: cursor < 7,
+          changes: fake.log.slice(cursor, +cursor + 3),
+          cursor: Math.min(+cursor + 3, 10), epoch: "1", hasMore: cursor < 7,
         });
         const client = await fake.live();
         assert.deepEqual(client.state, fake.data);
@@ -11937,11 +12105,13 @@ PROMISES = {
     """,
     "a hint with changes that fits is applied without a pull": """
         const client = await fake.live();
-        assert.deepEqual(fake.socket.sent, [{ topic: "subscribe", data: { changes: true } }]);
+        assert.deepEqual(fake.socket.sent,
+          [{ topic: "subscribe", data: { changes: true } }]);
         ["a", "b"].forEach(fake.add);
         const { length } = fake.calls;
-        fake.socket.say({ cursor: 1, epoch: "1", after: 0, changes: fake.log.slice(0, 1) });
-        fake.socket.say({ cursor: 2, epoch: "1", after: 0, changes: fake.log });  // one is known
+        const hint = { epoch: "1", after: 0 };
+        fake.socket.say({ ...hint, cursor: 1, changes: fake.log.slice(0, 1) });
+        fake.socket.say({ ...hint, cursor: 2, changes: fake.log });  // one is known
         assert.deepEqual([client.state, fake.calls.length], [["a", "b"], length]);
     """,
     "any other hint means a pull": """
@@ -11950,7 +12120,8 @@ PROMISES = {
           const { changes, cursor } = fake.add("x"), { length } = fake.all("pull");
           fake.socket.say(hint.epoch ? { cursor, changes, ...hint } : { cursor });
           await quiet();
-          assert.deepEqual([client.state, fake.all("pull").length], [fake.data, length + 1]);
+          assert.deepEqual([client.state, fake.all("pull").length],
+            [fake.data, length + 1]);
         }
     """,
     "there is one pull at a time, and one more after hints during it": """
@@ -11965,25 +12136,30 @@ PROMISES = {
         }
         assert.equal(fake.all("pull").length, length + 1);
         fake.held.clear();
-        fake.last("pull").answer({ changes: [], cursor: 1, epoch: "1", hasMore: false });
+        fake.last("pull").answer(
+          { changes: [], cursor: 1, epoch: "1", hasMore: false });
         await quiet();
-        assert.deepEqual([fake.all("pull").length, client.state], [length + 2, ["a", "b", "c"]]);
+        assert.deepEqual([fake.all("pull").length, client.state],
+          [length + 2, ["a", "b", "c"]]);
     """,
     "410 leads to a snapshot, and nothing pending is lost": """
         fake.add("a");
         const client = await fake.live();
         fake.instead = {
           push: () => refuse(503, "unavailable"),
-          pull: (call) => (call.query.cursor < 3 ? refuse(410, "cursor_too_old") : fake.pull(call)),
+          pull: (call) => call.query.cursor < 3
+            ? refuse(410, "cursor_too_old") : fake.pull(call),
         };
         client.mutate("add", "own");
         ["b", "c"].forEach(fake.add);
         fake.socket.say({ cursor: 3 });
         await quiet();
-        assert.deepEqual([client.state, client.status.waiting], [["a", "b", "c", "own"], 1]);
+        assert.deepEqual([client.state, client.status.waiting],
+          [["a", "b", "c", "own"], 1]);
         fake.instead = {};
         await pass(60);
-        assert.deepEqual([client.state, client.status.waiting], [["a", "b", "c", "own"], 0]);
+        assert.deepEqual([client.state, client.status.waiting],
+          [["a", "b", "c", "own"], 0]);
     """,
     "410 means that what was decided is asked again": """
         fake.add("a");
@@ -11996,7 +12172,8 @@ PROMISES = {
         fake.held.clear();
         fake.last("pull").answer(refuse(410, "cursor_unknown"));
         await pass(60);
-        assert.deepEqual([fake.data, client.state, client.pending], [["own"], ["own"], []]);
+        assert.deepEqual([fake.data, client.state, client.pending],
+          [["own"], ["own"], []]);
     """,
     "410 again and again is no reason to hurry": """
         fake.instead.pull = () => refuse(410, "cursor_unknown");
@@ -12007,11 +12184,13 @@ PROMISES = {
     "it begins with a snapshot, and without one it pulls from 0": """
         ["a", "b"].forEach(fake.add);
         const first = await fake.start();
-        assert.deepEqual([first.state, fake.all("pull")[0].query.cursor], [["a", "b"], "2"]);
+        assert.deepEqual([first.state, fake.all("pull")[0].query.cursor],
+          [["a", "b"], "2"]);
         fake.calls.length = 0;
         fake.instead.snapshot = () => refuse(404, "not_found");
         const second = await fake.start();
-        assert.deepEqual([second.state, fake.all("pull")[0].query.cursor], [["a", "b"], "0"]);
+        assert.deepEqual([second.state, fake.all("pull")[0].query.cursor],
+          [["a", "b"], "0"]);
     """,
     "a reload shows the list and what waits before the network answers": """
         const storage = makeStorage();
@@ -12024,8 +12203,10 @@ PROMISES = {
         const { length } = fake.calls;
         again.start();
         await pass(1);
-        assert.deepEqual([fake.calls.length > length, fake.all("snapshot").length], [true, 1]);
-        assert.deepEqual([again.state, fake.data, storage.queue], [["a", "own"], ["a", "own"], []]);
+        assert.deepEqual([fake.calls.length > length, fake.all("snapshot").length],
+          [true, 1]);
+        assert.deepEqual([again.state, fake.data, storage.queue],
+          [["a", "own"], ["a", "own"], []]);
     """,
     "without a socket its pulls wait for news": """
         fake.held.add("pull");
@@ -12035,7 +12216,8 @@ PROMISES = {
           data.slice(-1).forEach(fake.add);
           fake.last("pull").answer(fake.pull(fake.last("pull")));
           await quiet();
-          assert.deepEqual([client.state, fake.all("pull").length], [data, data.length + 2]);
+          assert.deepEqual([client.state, fake.all("pull").length],
+            [data, data.length + 2]);
         }
     """,
     "a page that nobody sees holds no connection": """
@@ -12060,7 +12242,8 @@ PROMISES = {
           if (!fake.socket.closed) fake.socket.end();
           await pass(10);
         }
-        assert.ok(fake.sockets.length > 15 && fake.sockets.length < 45, fake.sockets.length);
+        assert.ok(fake.sockets.length > 15 && fake.sockets.length < 45,
+          fake.sockets.length);
         fake.add("a");
         await pass(36);
         const { live, online } = client.status;
@@ -12109,7 +12292,9 @@ PROMISES = {
         const client = fake.make({ WebSocket: fake.WebSocket });
         client.start();
         for (let time = 0; time < 300; time++) {
-          if (!fake.socket.ended) fake.socket.open(), fake.socket.end(fake.socket.ended = 1011);
+          if (!fake.socket.ended) {
+            fake.socket.open(), fake.socket.end(fake.socket.ended = 1011);
+          }
           await pass(1);
         }
         assert.ok(fake.sockets.length < 30, fake.sockets.length);
@@ -12146,23 +12331,27 @@ PROMISES = {
         assert.deepEqual([fake.data, client.status.waiting], [["a"], 0]);
     """,
     "a full storage does not stop it": """
-        const client = await fake.start({ storage: makeStorage(new Map(), { full: true }) });
+        const storage = makeStorage(new Map(), { full: true });
+        const client = await fake.start({ storage });
         client.mutate("add", "a");
         await pass(1);
-        assert.deepEqual([fake.data, client.state, client.status.waiting], [["a"], ["a"], 0]);
+        assert.deepEqual([fake.data, client.state, client.status.waiting],
+          [["a"], ["a"], 0]);
     """,
     "it tells whether what waits would outlive a reload": """
-        const limits = {}, client = fake.make({ storage: makeStorage(new Map(), limits) });
-        const told = [];
+        const limits = {}, told = [];
+        const client = fake.make({ storage: makeStorage(new Map(), limits) });
         client.addEventListener("status", () => told.push(client.status.kept));
         for (limits.full of [false, true, false]) client.mutate("add", "a");
-        assert.deepEqual(told, [true, false, false]);  // the second is still only in memory
+        // The second is still only in memory.
+        assert.deepEqual(told, [true, false, false]);
     """,
     "without a storage it works": """
         const client = await fake.start({ storage: null });
         client.mutate("add", "a");
         await pass(1);
-        assert.deepEqual([fake.data, client.state, client.status.waiting], [["a"], ["a"], 0]);
+        assert.deepEqual([fake.data, client.state, client.status.waiting],
+          [["a"], ["a"], 0]);
     """,
     "two tabs without locks lose nothing of each other's queue": """
         const storage = makeStorage(), one = fake.make({ storage });
@@ -12181,7 +12370,8 @@ PROMISES = {
     "with locks a tab's queue is its own until it closes": """
         const held = new Map();
         const ask = (tab) => async (name, { ifAvailable }, work) => {
-          assert.ok(ifAvailable);  // who waited for it would win it from a tab that is reloaded
+          // Who waited for it would win it from a tab that is reloaded.
+          assert.ok(ifAvailable);
           if (held.has(name)) return work(null);
           held.set(name, tab);
           return work({});
@@ -12194,7 +12384,8 @@ PROMISES = {
         const storage = makeStorage(), one = open("one", storage);
         one.mutate("add", 1);
         await quiet();
-        assert.deepEqual([one.state, one.status.waiting], [[1], 1]);  // the lock came after it
+        // The lock came after it.
+        assert.deepEqual([one.state, one.status.waiting], [[1], 1]);
         const two = open("two", storage);
         await quiet();
         assert.deepEqual([two.state, two.status.waiting], [[], 0]);
@@ -12203,7 +12394,8 @@ PROMISES = {
         assert.deepEqual([two.state, two.status.waiting], [[], 0]);
         for (const [name, tab] of held) if (tab === "one") held.delete(name);
         await pass(10);
-        Object.defineProperty(globalThis, "navigator", { value: undefined, configurable: true });
+        Object.defineProperty(globalThis, "navigator",
+          { value: undefined, configurable: true });
         assert.deepEqual([two.state, fake.data, storage.queue], [[1], [1], []]);
     """,
     "who hears of a 401 may start it again at once": """
@@ -12215,13 +12407,16 @@ PROMISES = {
           ? refuse(401, "unauthorized") : fake.push(call);
         client.mutate("add", 1);
         await pass(5);
-        assert.deepEqual([fake.data, client.status.error, client.pending], [[1], null, []]);
+        assert.deepEqual([fake.data, client.status.error, client.pending],
+          [[1], null, []]);
     """,
     "a mutation that has to wait is not overtaken by the refusal of a later one": """
         let tries = 0;
         const wait = { ok: false, code: "internal_error", error: "a reason" };
-        const missing = { ok: false, code: "not_found", error: "what was to be made is not there" };
-        fake.instead.push = (call) => ++tries > 1 ? fake.push(call) : json([wait, missing]);
+        const error = "what was to be made is not there";
+        const missing = { ok: false, code: "not_found", error };
+        fake.instead.push = (call) =>
+          ++tries > 1 ? fake.push(call) : json([wait, missing]);
         const client = fake.make();
         client.mutate("add", 1);
         client.mutate("add", 2);
@@ -12236,7 +12431,8 @@ PROMISES = {
         await pass(0.01);
         old.mutate("add", 2);
         assert.deepEqual(fake.make({ storage }).state, [1, 2]);
-        const key = storage.queue.at(-1), ahead = key.replace(/[0-9]+$/, "9999999999999");
+        const key = storage.queue.at(-1);
+        const ahead = key.replace(/[0-9]+$/, "9999999999999");
         storage.setItem(ahead, storage.getItem(key));
         storage.removeItem(key);
         const last = fake.make({ storage });
@@ -12253,7 +12449,8 @@ PROMISES = {
         client.stop();
     """,
     "mutate gives the mutation, as a refusal will name it": """
-        fake.instead.push = () => json([{ ok: false, code: "conflict", error: "a reason" }]);
+        fake.instead.push = () =>
+          json([{ ok: false, code: "conflict", error: "a reason" }]);
         const client = await fake.start(), { id } = client.mutate("add", 1);
         await pass(1);
         assert.deepEqual(fake.refused.map(({ mutation }) => mutation.id), [id]);
@@ -12279,7 +12476,8 @@ PROMISES = {
         assert.equal(one.status.running, false);
         two.start();
         await pass(1);
-        Object.defineProperty(globalThis, "navigator", { value: undefined, configurable: true });
+        Object.defineProperty(globalThis, "navigator",
+          { value: undefined, configurable: true });
         assert.deepEqual([two.state, other.state], [[1], []]);
         assert.deepEqual([fake.data, storage.queue], [[1], []]);
     """,
@@ -12295,7 +12493,8 @@ PROMISES = {
     """,
     "no Retry-After makes it spin": """
         for (const seconds of ["1e10", "-100", "Infinity"]) {
-          fake.instead.push = () => refuse(503, "unavailable", { "Retry-After": seconds });
+          fake.instead.push = () =>
+            refuse(503, "unavailable", { "Retry-After": seconds });
           fake.calls.length = 0;
           const client = await fake.start();
           client.mutate("add", "a");
@@ -12305,9 +12504,13 @@ PROMISES = {
         }
     """,
     "a storage that throws at everything does not stop it": """
-        const throws = () => { throw new DOMException("It is forbidden.", "SecurityError"); };
+        const throws = () => {
+          throw new DOMException("It is forbidden.", "SecurityError");
+        };
         const storage = { get length() { return throws(); } };
-        for (const name of ["key", "getItem", "setItem", "removeItem"]) storage[name] = throws;
+        for (const name of ["key", "getItem", "setItem", "removeItem"]) {
+          storage[name] = throws;
+        }
         const client = await fake.start({ storage });
         client.mutate("add", "a");
         await pass(1);
@@ -12331,7 +12534,8 @@ PROMISES = {
         fake.epoch = "2";
         fake.instead.push = ({ body }) => json(body.map(({ args }) => fake.add(args)));
         fake.held.clear();
-        fake.last("pull").answer({ changes: [], cursor: 1, epoch: "2", hasMore: false });
+        fake.last("pull").answer(
+          { changes: [], cursor: 1, epoch: "2", hasMore: false });
         await pass(60);
         assert.deepEqual([fake.data, client.state], [["a", "own"], ["a", "own"]]);
     """,
@@ -12353,28 +12557,33 @@ PROMISES = {
         assert.deepEqual([client.state, client.pending], [["a"], []]);
         assert.ok([...seen].every((state) => state.includes("a")), [...seen]);
     """,
-    "a repeat without its changes is shown until a pull that began after it has ended": """
+    "a repeat without its changes is shown until a pull begun after it has ended": """
         fake.held.add("push").add("pull");
-        const storage = makeStorage(), client = await fake.start({ storage }), seen = [];
+        const storage = makeStorage(), seen = [];
+        const client = await fake.start({ storage });
         client.addEventListener("change", () => seen.push(client.state.join()));
         const before = fake.last("pull");
         client.mutate("add", "a");
         await quiet();
         fake.add("a");
-        fake.last("push").answer(json([{ ok: true, cursor: 9, duplicate: true }]));  // elsewhere
+        // It was applied elsewhere.
+        fake.last("push").answer(json([{ ok: true, cursor: 9, duplicate: true }]));
         await quiet();
         before.answer({ changes: [], cursor: 0, epoch: "1", hasMore: false });
         await quiet();
-        assert.deepEqual([client.state, client.pending, storage.queue.length], [["a"], [], 1]);
+        assert.deepEqual([client.state, client.pending, storage.queue.length],
+          [["a"], [], 1]);
         const { cursor } = fake.last("pull").query;
         assert.notEqual(fake.last("pull"), before);
         fake.last("pull").answer(fake.pull({ query: { cursor } }));
         await quiet();
-        assert.deepEqual([client.state, storage.queue, storage.base.cursor], [["a"], [], 1]);
+        assert.deepEqual([client.state, storage.queue, storage.base.cursor],
+          [["a"], [], 1]);
         assert.deepEqual(new Set(seen), new Set(["a"]));
     """,
     "a clock that is set back stops neither polls nor the look at a silent socket": """
-        const client = await fake.start(), live = await fake.live(), { now } = simulated.Date;
+        const client = await fake.start(), live = await fake.live();
+        const { now } = simulated.Date;
         simulated.Date.now = () => now() - 3600e3;
         fake.add("a");
         await pass(70);
@@ -13026,7 +13235,10 @@ class TestPage:
         )
         until(lambda: window.titles.last.text_content() == "the last")
         assert window.page.evaluate("[...touched]") == [-1]  # no row: their list alone
-        same = "[...list.children].slice(0, -1).every((row, index) => row === all[index + 1])"
+        same = (
+            "[...list.children].slice(0, -1)"
+            ".every((row, index) => row === all[index + 1])"
+        )
         assert window.page.evaluate(same)
 
     def test_every_script_and_style_of_a_page_runs_however_it_is_written(
@@ -13034,8 +13246,10 @@ class TestPage:
     ) -> None:
         page = tmp_path / "page.html"
         page.write_bytes(
-            b"<!doctype html>\r\n<link rel=icon href=data:,>\r\n<!-- a <script> here -->\r\n"
-            b"<STYLE>\r\nbody { color: red }\r\n</STYLE><style>body { margin: 7px }</style>\r\n"
+            b"<!doctype html>\r\n<link rel=icon href=data:,>\r\n"
+            b"<!-- a <script> here -->\r\n"
+            b"<STYLE>\r\nbody { color: red }\r\n</STYLE>"
+            b"<style>body { margin: 7px }</style>\r\n"
             b"<script type=module>\r\nself.one = '<!-- -->';\r\n</script>\r\n"
             b"<SCRIPT>\r\nself.two = 2;\r\n</SCRIPT>\r\n"
         )
@@ -13090,11 +13304,12 @@ class TestPage:
         )
         window = windows.open(demo)
         expect(window.titles).to_have_count(40)
-        hidden = window.titles.evaluate_all("""titles => titles.reverse().filter((title) => {
+        under = """titles => titles.reverse().filter((title) => {
             title.focus();
             const form = document.getElementById("add").getBoundingClientRect();
             return title.getBoundingClientRect().top < form.bottom;
-        }).length""")
+        }).length"""
+        hidden = window.titles.evaluate_all(under)
         assert hidden == 0
 
     def test_each_scope_is_a_list_of_its_own_and_the_address_names_it(
@@ -13149,7 +13364,8 @@ class TestPage:
             self.lit = new Set();
             new MutationObserver((records) => records.forEach(({ target }) => {
               if (target.classList.contains("lit")) self.lit.add(target.dataset.step);
-            })).observe(document.getElementById("way"), { subtree: true, attributes: true });
+            })).observe(document.getElementById("way"),
+              { subtree: true, attributes: true });
         }"""
 
         def has_seen(window: Window, steps: set[str]) -> bool:
@@ -13187,7 +13403,8 @@ class TestPage:
         window.title("39").focus()
         hidden = """element => {
             const { left, top, width, height } = element.getBoundingClientRect();
-            return !element.contains(document.elementFromPoint(left + width / 2, top + height / 2));
+            const middle = [left + width / 2, top + height / 2];
+            return !element.contains(document.elementFromPoint(...middle));
         }"""
         assert not window.new.evaluate(hidden)
         for _ in range(20):
@@ -13270,7 +13487,9 @@ class TestPage:
         window = windows.open(demo)
         window.offline.check()
         window.page.evaluate("""() => {
-            Storage.prototype.setItem = () => { throw new DOMException("", "QuotaExceededError"); };
+            Storage.prototype.setItem = () => {
+              throw new DOMException("", "QuotaExceededError");
+            };
         }""")
         window.add("a")
         window.says("offline · waiting (1, lost by a reload)")
@@ -13556,7 +13775,8 @@ def strace(trace: Path, calls: str) -> list[str]:
         pytest.skip("no strace to see system calls with: apt-get install strace")
     except subprocess.CalledProcessError as error:
         pytest.skip(
-            f"strace may not trace here (in Docker: --cap-add SYS_PTRACE): {error.stderr}"
+            "strace may not trace here (in Docker: --cap-add SYS_PTRACE):"
+            f" {error.stderr}"
         )
     return command
 
@@ -13711,7 +13931,10 @@ def assert_sound(path: Path, answered: set[tuple[int, str]]) -> None:
         closing(sqlite3.connect(path)) as db,
     ):
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        joined = "mizusync_mutations JOIN todos USING (scope, id) JOIN mizusync_changes ON cursor = last"
+        joined = (
+            "mizusync_mutations JOIN todos USING (scope, id)"
+            " JOIN mizusync_changes ON cursor = last"
+        )
         found = set(db.execute(f"SELECT last, id FROM {joined}"))
         assert answered <= found
         for name in (
@@ -13777,8 +14000,10 @@ def test_opening_a_large_log_reads_little_and_writes_nothing(tmp_path: Path) -> 
             push(engine, note("first"))
         with closing(sqlite3.connect(path)) as db, db:
             sql = """
-                WITH RECURSIVE numbers (n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers LIMIT ?)
-                INSERT INTO mizusync_changes SELECT n, n, n % 100, '2026-01-01T00:00:00Z', 'null'
+                WITH RECURSIVE numbers (n) AS (SELECT 2 UNION ALL\
+ SELECT n + 1 FROM numbers LIMIT ?)
+                INSERT INTO mizusync_changes\
+ SELECT n, n, n % 100, '2026-01-01T00:00:00Z', 'null'
                 FROM numbers
             """
             db.execute(sql, (count,))

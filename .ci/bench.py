@@ -217,7 +217,10 @@ def pull(scope: str, cursor: int, limit: int = TAIL) -> bytes:
 
 def pushes(scope: str, size: int = 1) -> Iterator[bytes]:
     """Pushes without end, of `size` new todos each."""
-    make = '{"id":"m-%d","scope":"%s","name":"todo.create","args":{"id":"t-%d","title":"%s %d"}}'
+    make = (
+        '{"id":"m-%d","scope":"%s","name":"todo.create",'
+        '"args":{"id":"t-%d","title":"%s %d"}}'
+    )
     head = f"POST /sync/push HTTP/1.1\r\n{FIELDS}Content-Type: application/json\r\n"
     while True:
         some = (
@@ -767,11 +770,14 @@ def write_log(db: Path, size: int) -> None:
             "PRAGMA journal_mode = DELETE; PRAGMA synchronous = OFF; BEGIN;"
         )
         for sql in (
-            """INSERT INTO mizusync_changes SELECT n, n, 'log', '2026-01-01T00:00:00.000Z', printf(
+            "INSERT INTO mizusync_changes SELECT n, n, 'log',"
+            """ '2026-01-01T00:00:00.000Z', printf(
                 '{"op":"create","todo":{"id":"s-%08d","title":"Buy milk, number %d",'
                 || '"completed":false}}', n, n) FROM rows""",
-            "INSERT INTO mizusync_mutations SELECT 'log', printf('s-%08d', n), n, n FROM rows",
-            """INSERT INTO todos SELECT n, 'log', printf('s-%08d', n), 'Buy milk, number ' || n, 0
+            "INSERT INTO mizusync_mutations"
+            " SELECT 'log', printf('s-%08d', n), n, n FROM rows",
+            "INSERT INTO todos SELECT n, 'log', printf('s-%08d', n),"
+            """ 'Buy milk, number ' || n, 0
                 FROM rows""",
         ):
             connection.execute(
@@ -997,7 +1003,8 @@ def about(folder: Path, peers: Sequence[str]) -> Iterator[str]:
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     cores = f"{len(CORES)} cores of {model[1] if model else platform.machine()}"
     yield f"{time.strftime('%Y-%m-%d')}, {cores}, Linux {platform.release()}"
-    yield f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}; one core a server"
+    versions = f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+    yield f"{versions}; one core a server"
     for package in ("aiohttp", "fastapi", "uvicorn") if peers else ():
         yield f"{package} {importlib.metadata.version(package)}"
     sync = half_and_most(list(syncs(folder)), 1e6)[0]

@@ -40,8 +40,9 @@ def slow(wait: Callable[..., Any]) -> Callable[..., Any]:
 
 def main() -> int:
     queue.SimpleQueue = SlowQueue  # type: ignore[misc]
-    selectors.DefaultSelector.select = slow(selectors.DefaultSelector.select)  # type: ignore[method-assign]
-    threading.Condition.wait = slow(threading.Condition.wait)  # type: ignore[method-assign]
+    select, wait = selectors.DefaultSelector.select, threading.Condition.wait
+    selectors.DefaultSelector.select = slow(select)  # type: ignore[method-assign]
+    threading.Condition.wait = slow(wait)  # type: ignore[method-assign]
     sys.setswitchinterval(sys.getswitchinterval() * SLOWER)
     path = Path(sys.argv[1]).resolve()
     sys.path.insert(0, str(path.parent))

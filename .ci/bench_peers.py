@@ -26,7 +26,8 @@ SCHEMA = """
     CREATE INDEX IF NOT EXISTS changes_of_scope ON changes (scope, cursor);
     CREATE TABLE IF NOT EXISTS mutations (scope TEXT NOT NULL, id TEXT NOT NULL,
         cursor INTEGER NOT NULL, PRIMARY KEY (scope, id)) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS todos (scope TEXT NOT NULL, id TEXT NOT NULL, title TEXT NOT NULL,
+    CREATE TABLE IF NOT EXISTS todos (scope TEXT NOT NULL, id TEXT NOT NULL,\
+ title TEXT NOT NULL,
         completed INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (scope, id)) WITHOUT ROWID;
 """
 

@@ -51,11 +51,20 @@ PATIENCE, PROMPT = (
 GROWTH = 48 * 1024
 SCOPES = ("a", "b c", "größer \U0001f4a7")
 CODES = {
-    400: "invalid_request", 401: "unauthorized", 403: "forbidden", 404: "not_found",
-    405: "method_not_allowed", 410: "cursor_unknown", 413: "too_large", 414: "uri_too_long",
-    415: "unsupported_media_type", 426: "upgrade_required", 431: "headers_too_large",
-    501: "not_implemented", 505: "version_not_supported",
-}  # fmt: skip
+    400: "invalid_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    410: "cursor_unknown",
+    413: "too_large",
+    414: "uri_too_long",
+    415: "unsupported_media_type",
+    426: "upgrade_required",
+    431: "headers_too_large",
+    501: "not_implemented",
+    505: "version_not_supported",
+}
 # Not among them: 408, 500, 503. Nothing here is that slow, and nothing may fail.
 T = TypeVar("T")
 
@@ -92,51 +101,62 @@ ENDPOINTS = {
           "GET /sync/pull?scope=nobody&wait=0.2", "GET /s%79nc/pull?&&x=%00&scope=+"),
     204: ("OPTIONS *", "OPTIONS /sync/push", "OPTIONS /ws"),
     400: ("GET /sync/pull?cursor=9007199254740992", "GET /sync/pull?limit=0",
-          "GET /sync/pull?cursor=-1", "GET /sync/pull?limit=%D9%A3", "GET /sync/pull?wait=1e3",
-          "GET /sync/pull?wait=nan", "GET /sync/pull?scope=%ff", "GET /sync/pull?scope=%ED%A0%80",
-          "GET /sync/pull?scope=%2", "GET /sync/pull?scope=a&scope=a", "GET /sync/snapshot?scope=",
-          f"GET /sync/snapshot?scope={'x' * 257}", f"GET /sync/pull?cursor={'9' * 7000}"),
-    404: ("GET /nothing", "GET //", "GET /%00%F0%9F%92%A7", f"PRI /{'x' * 8190}", "GET /../ws"),
+          "GET /sync/pull?cursor=-1", "GET /sync/pull?limit=%D9%A3",
+          "GET /sync/pull?wait=1e3", "GET /sync/pull?wait=nan",
+          "GET /sync/pull?scope=%ff", "GET /sync/pull?scope=%ED%A0%80",
+          "GET /sync/pull?scope=%2", "GET /sync/pull?scope=a&scope=a",
+          "GET /sync/snapshot?scope=", f"GET /sync/snapshot?scope={'x' * 257}",
+          f"GET /sync/pull?cursor={'9' * 7000}"),
+    404: ("GET /nothing", "GET //", "GET /%00%F0%9F%92%A7", f"PRI /{'x' * 8190}",
+          "GET /../ws"),
     405: ("GET /sync/push", "DELETE /sync/pull", "get /healthz", "POST /ws"),
     410: ("GET /sync/pull?cursor=9007199254740991", "GET /sync/pull?cursor=1&epoch=x"),
     415: ("POST /sync/push",),
     426: ("GET /ws?scope=a",),
 }  # fmt: skip
 ODD_FIELDS = (
-    "X-Odd: \xe9\xff", "X-Odd: again", "X-Empty:", "Cookie: a=b; c", "Connection: keep-alive",
-    "Accept-Encoding: gzip;q=0.5, br", "Accept-Encoding: gzip;q=0", "TE: trailers", "Via: 1.1 x",
-    "Upgrade: h2c", "X-HTTP-Method-Override: DELETE", "!#$%&'*+.^_`|~: ::", "X: a\x85Host: x",
+    "X-Odd: \xe9\xff", "X-Odd: again", "X-Empty:", "Cookie: a=b; c",
+    "Connection: keep-alive", "Accept-Encoding: gzip;q=0.5, br",
+    "Accept-Encoding: gzip;q=0", "TE: trailers", "Via: 1.1 x", "Upgrade: h2c",
+    "X-HTTP-Method-Override: DELETE", "!#$%&'*+.^_`|~: ::", "X: a\x85Host: x",
 )  # fmt: skip
 NO_MUTATIONS: Sequence[Any] = (
-    None, 5, "x", [], {}, {"id": 5, "name": "x"}, {"id": "", "name": "x"}, {"id": "x", "name": []},
-    {"id": "x" * 129, "name": "x"}, {"id": "x", "name": "x", "scope": ""},
-    {"id": "x", "name": "todo.create"}, {"id": "x", "name": "todo.create", "args": {"id": 1}},
+    None, 5, "x", [], {}, {"id": 5, "name": "x"}, {"id": "", "name": "x"},
+    {"id": "x", "name": []}, {"id": "x" * 129, "name": "x"},
+    {"id": "x", "name": "x", "scope": ""}, {"id": "x", "name": "todo.create"},
+    {"id": "x", "name": "todo.create", "args": {"id": 1}},
     {"id": "x", "name": "todo.create", "args": {"id": "y", "title": ""}},
-    {"id": "x", "name": "todo.create", "args": {"id": "y", "title": "z", "completed": 1}},
+    {"id": "x", "name": "todo.create",
+     "args": {"id": "y", "title": "z", "completed": 1}},
 )  # fmt: skip
 TEXTS = ("milk", '"\\\n\0', "größer \U0001f4a7", "x" * 1000, "\u2028</script>")
 BODIES = {
     200: (b'["\\ud83d\\udca7"]', b"[-9223372036854775809]", b"[" * 64 + b"]" * 64,
           b'["' + b"\\" * (2**20 - 4) + b'"]', b'["' + b"[" * (2**20 - 4) + b'"]',
           b"[5" + b" " * (2**20 - 3) + b"]",
-          b'[{"id":1,"id":"TAG","name":"todo.create","args":{"id":"TAG","title":"x"}}]'),
-    400: (b"{}", b"[]", b"[{}", b"[{},]", b"\xef\xbb\xbf[{}]", b"[{}]\0", b"['x']", b'["\xff"]',
-          "[5]".encode("utf-16"), b'["\xed\xa0\x80"]', b'["\\ud800"]', b'["\\udc00\\ud800"]',
-          b"[NaN]", b"[-Infinity]", b"[1e999]", b"[01]", b'["\n"]',
-          b"[" + b"9" * 500_000 + b"]", b"[" * 65 + b"]" * 65, b'[{"x":' * 2**15,
-          b"[]" * 2**16, b'"' * 2**20, b"[" * 99_999 + b"]" * 99_999),
+          b'[{"id":1,"id":"TAG","name":"todo.create",'
+          b'"args":{"id":"TAG","title":"x"}}]'),
+    400: (b"{}", b"[]", b"[{}", b"[{},]", b"\xef\xbb\xbf[{}]", b"[{}]\0", b"['x']",
+          b'["\xff"]', "[5]".encode("utf-16"), b'["\xed\xa0\x80"]', b'["\\ud800"]',
+          b'["\\udc00\\ud800"]', b"[NaN]", b"[-Infinity]", b"[1e999]", b"[01]",
+          b'["\n"]', b"[" + b"9" * 500_000 + b"]", b"[" * 65 + b"]" * 65,
+          b'[{"x":' * 2**15, b"[]" * 2**16, b'"' * 2**20,
+          b"[" * 99_999 + b"]" * 99_999),
     413: (b"[" + b"5," * 100 + b"5]", b"[" * 2**20, b'[{"x":' * 2**17, b"[]" * 2**19,
           b"[" + b"5," * 500_000 + b"5]", b'["",",' * 2**17),
 }  # fmt: skip
 LINES = {  # (RFC 9112 §3); the last three have a body that nobody has read
-    400: ("POST /sync/push HTTP/1.1 ", " POST /sync/push HTTP/1.1", "POST /sync/push", "POST", "{}",
-          "POST  /sync/push HTTP/1.1", "POST\t/sync/push HTTP/1.1", "POST /sync /push HTTP/1.1",
-          "POST /sync/push\0 HTTP/1.1", "POST /sync/push\xa0HTTP/1.1", "POST /sync/push HTTP/1.10",
-          "POST /sync/push HTTP/1.1\x0b", "POST /sync/push http/1.1", "POST /sync/push HTTP/11",
-          "P(ST /sync/push HTTP/1.1", "POST /sync/push#x HTTP/1.1", "POST sync/push HTTP/1.1",
+    400: ("POST /sync/push HTTP/1.1 ", " POST /sync/push HTTP/1.1", "POST /sync/push",
+          "POST", "{}", "POST  /sync/push HTTP/1.1", "POST\t/sync/push HTTP/1.1",
+          "POST /sync /push HTTP/1.1", "POST /sync/push\0 HTTP/1.1",
+          "POST /sync/push\xa0HTTP/1.1", "POST /sync/push HTTP/1.10",
+          "POST /sync/push HTTP/1.1\x0b", "POST /sync/push http/1.1",
+          "POST /sync/push HTTP/11", "P(ST /sync/push HTTP/1.1",
+          "POST /sync/push#x HTTP/1.1", "POST sync/push HTTP/1.1",
           "POST /sync/p%zzsh HTTP/1.1", "POST /%ff HTTP/1.1", "POST * HTTP/1.1", "\0",
           "POST http://a@b/sync/push HTTP/1.1", "POST http:///sync/push HTTP/1.1",
-          "POST /sync/püsh HTTP/1.1", "CONNECT example.org:80 HTTP/1.1", ": /sync/push HTTP/1.1"),
+          "POST /sync/püsh HTTP/1.1", "CONNECT example.org:80 HTTP/1.1",
+          ": /sync/push HTTP/1.1"),
     414: (f"POST /{'x' * 8192} HTTP/1.1", f"POST /{'x' * 70000} HTTP/1.1"),
     505: ("POST /sync/push HTTP/2.0", "POST /sync/push HTTP/0.9"),
     403: ("POST http://evil.example/sync/push HTTP/1.1",),
@@ -144,22 +164,25 @@ LINES = {  # (RFC 9112 §3); the last three have a body that nobody has read
     426: ("GET /ws HTTP/1.1",),
 }  # fmt: skip
 FIELDS = {  # (RFC 9112 §5)
-    400: ("Host : x", "Host: localhost", "Content-Type: text/plain", ":x", " folded", "\tfold: x",
-          "no colon", "X-\xe9: x", "X: \0", "X: a\rb", "X: a\x7fb", "X\x0b: a", "X: \x1b[0m",
-          "X Y: z", "X(y): z", "Content-Length: 5", "Content-Length: 0", "content-LENGTH:",
-          "Transfer-Encoding: chunked", "Transfer-Encoding:", "X: a\nContent-Length: 0"),
+    400: ("Host : x", "Host: localhost", "Content-Type: text/plain", ":x", " folded",
+          "\tfold: x", "no colon", "X-\xe9: x", "X: \0", "X: a\rb", "X: a\x7fb",
+          "X\x0b: a", "X: \x1b[0m", "X Y: z", "X(y): z", "Content-Length: 5",
+          "Content-Length: 0", "content-LENGTH:", "Transfer-Encoding: chunked",
+          "Transfer-Encoding:", "X: a\nContent-Length: 0"),
     403: ("Origin: http://evil.example", "Origin: null"),
     431: ("\r\n".join(f"X-{number}: y" for number in range(100)), f"X: {'y' * 66000}"),
 }  # fmt: skip
 HOSTS = {
-    400: ("X: y", "Host: a b", "Host: a/b", "Host: a@b", "Host: a, b", "Host: [::1", "Host: \xe9",
-          "Host: a:123456"),
-    403: ("Host: evil.example", "Host: localhost.evil.example", "Host: 127.0.0.1.nip.io:80"),
+    400: ("X: y", "Host: a b", "Host: a/b", "Host: a@b", "Host: a, b", "Host: [::1",
+          "Host: \xe9", "Host: a:123456"),
+    403: ("Host: evil.example", "Host: localhost.evil.example",
+          "Host: 127.0.0.1.nip.io:80"),
 }  # fmt: skip
 LENGTHS = {  # (RFC 9112 §6)
-    400: ("Content-Length: ", "Content-Length: +5", "Content-Length: -1", "Content-Length: 0x5",
-          "Content-Length: 5, 5", "Content-Length: 5 5", "Content-Length: 5\r\nContent-Length: 5",
-          "Content-Length: \xb2", "Content-Length: 1e2", f"Content-Length: {2**64}",
+    400: ("Content-Length: ", "Content-Length: +5", "Content-Length: -1",
+          "Content-Length: 0x5", "Content-Length: 5, 5", "Content-Length: 5 5",
+          "Content-Length: 5\r\nContent-Length: 5", "Content-Length: \xb2",
+          "Content-Length: 1e2", f"Content-Length: {2**64}",
           "Transfer-Encoding: identity", "Transfer-Encoding: chunked, identity",
           "Transfer-Encoding: xchunked", "Transfer-Encoding: chunked\x0b",
           "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
@@ -169,18 +192,19 @@ LENGTHS = {  # (RFC 9112 §6)
 }  # fmt: skip
 CHUNKS = {  # (RFC 9112 §7.1); SIZE is the body's, LESS and MORE are beside it
     400: (b"g\r\n", b"\r\n", b"-1\r\n", b"0xSIZE\r\nBODY\r\n0\r\n\r\n",
-          b" SIZE\r\nBODY\r\n0\r\n\r\n",
-          b"0000000SIZE\r\nBODY\r\n0\r\n\r\n", b"SIZE\nBODY\r\n0\r\n\r\n", b"f" * 16 + b"\r\n",
-          b"SIZE\r\nBODY\n0\r\n\r\n", b"SIZE\r\nBODYxx0\r\n\r\n", b"LESS\r\nBODY\r\n0\r\n\r\n",
+          b" SIZE\r\nBODY\r\n0\r\n\r\n", b"0000000SIZE\r\nBODY\r\n0\r\n\r\n",
+          b"SIZE\nBODY\r\n0\r\n\r\n", b"f" * 16 + b"\r\n", b"SIZE\r\nBODY\n0\r\n\r\n",
+          b"SIZE\r\nBODYxx0\r\n\r\n", b"LESS\r\nBODY\r\n0\r\n\r\n",
           b"MORE\r\nBODY\r\n0\r\n\r\n", b"SIZE;a=\0\r\nBODY\r\n0\r\n\r\n",
-          b"SIZE;\r\nBODY\r\n0\r\n\r\n",
-          b"SIZE \r\nBODY\r\n0\r\n\r\n", b"SIZE\r\nBODY\r\n\r\n0\r\n\r\n",
-          b"SIZE\r\nBODY\r\n0\r\nno colon\r\n\r\n", b"SIZE\r\nBODY\r\n0\r\n fold: x\r\n\r\n",
+          b"SIZE;\r\nBODY\r\n0\r\n\r\n", b"SIZE \r\nBODY\r\n0\r\n\r\n",
+          b"SIZE\r\nBODY\r\n\r\n0\r\n\r\n", b"SIZE\r\nBODY\r\n0\r\nno colon\r\n\r\n",
+          b"SIZE\r\nBODY\r\n0\r\n fold: x\r\n\r\n",
           b"SIZE\r\nBODY\r\n0\r\nA: b\nC: d\r\n\r\n", b"SIZE\r\nBODY\r\n0\n\n",
           b"SIZE\r\nBODY\r\n0\r\n\n\r\n\r\n", b"SIZE\r\nBODY\r\n0;\x7f\r\n\r\n"),
     431: (b"SIZE;" + b"x" * 9000 + b"\r\nBODY\r\n0\r\n\r\n",
           b"SIZE\r\nBODY\r\n0\r\nX: " + b"x" * 9000 + b"\r\n\r\n"),
-    413: (b"FFFFFFFF\r\n", b"100001\r\nBODY", b"1\r\n \r\n" * 14000 + b"SIZE\r\nBODY\r\n0\r\n\r\n"),
+    413: (b"FFFFFFFF\r\n", b"100001\r\nBODY",
+          b"1\r\n \r\n" * 14000 + b"SIZE\r\nBODY\r\n0\r\n\r\n"),
 }  # fmt: skip
 LINE_ENDS = ("\n", "\r", "\n\r", "\r\r\n", "\x0b\r\n", "\0\r\n", "\n\n")
 
@@ -198,7 +222,10 @@ def smuggled(tag: str) -> tuple[bytes, bytes]:
     body = json.dumps(
         [wish | {"args": {"id": f"of case {tag}", "title": "x"}}]
     ).encode()
-    head = f"POST /sync/push HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST /sync/push HTTP/1.1\r\nHost: {HOST}\r\n"
+        "Content-Type: application/json\r\n"
+    )
     return body, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -408,36 +435,48 @@ KEY, ACCEPT = (
     "dGhlIHNhbXBsZSBub25jZQ==",
     "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
 )  # (RFC 6455 §1.3)
-HANDSHAKE = f"""GET /ws?scope=SCOPE HTTP/1.1\r\nHost: {HOST}\r\nConnection: keep-alive, Upgrade\r
-Upgrade: WebSocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {KEY}\r\n\r\n"""
+HANDSHAKE = f"""GET /ws?scope=SCOPE HTTP/1.1\r\nHost: {HOST}\r
+Connection: keep-alive, Upgrade\r\nUpgrade: WebSocket\r
+Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {KEY}\r\n\r\n"""
 HANDSHAKES = {  # what stands there, and what instead
-    400: ((KEY, "x"), (KEY, KEY[:-3] + "R=="), (KEY, KEY + "\r\nSec-WebSocket-Key: " + KEY),
-          ("HTTP/1.1", "HTTP/1.0"), ("\r\n\r\n", "\r\nContent-Length: 5\r\n\r\n[1,2]"),
-          ("SCOPE", ""), ("SCOPE", "%ff"), ("SCOPE", "x" * 257), ("SCOPE", "a&scope=b")),
+    400: ((KEY, "x"), (KEY, KEY[:-3] + "R=="),
+          (KEY, KEY + "\r\nSec-WebSocket-Key: " + KEY), ("HTTP/1.1", "HTTP/1.0"),
+          ("\r\n\r\n", "\r\nContent-Length: 5\r\n\r\n[1,2]"), ("SCOPE", ""),
+          ("SCOPE", "%ff"), ("SCOPE", "x" * 257), ("SCOPE", "a&scope=b")),
     401: (("?scope=SCOPE", ""), ("scope", "Scope")),
     405: (("GET", "POST"), ("GET", "PUT")),
     426: (("Upgrade: WebSocket", "Upgrade: h2c"), (", Upgrade", ""), (": 13", ": 12")),
 }  # fmt: skip
 MESSAGES = {  # and the code of the error that answers; "": none does
     "": ('{"topic":"subscribe"}', '{"topic":"subscribe","data":{"changes":true}}',
-         '{"topic":"unsubscribe","data":{}}', '{"topic":"subscribe","data":{"scope":"größer"}}'),
-    "unknown_topic": ('{"topic":"chat","data":[1]}', '{"topic":""}', '{"topic":"sync:a"}'),
-    "invalid_message": ("", "[]", "5", "{", '{"topic":5}', '"\0"', "[" * 999, '{"topic":"\\ud800"}',
-                        '{"topic":"subscribe","data":[]}', '{"topic":"x","data":NaN}', "\ufeff{}",
-                        '{"topic":"subscribe","data":{"scope":""}}', "[" * 64 + "{}" + "]" * 64),
+         '{"topic":"unsubscribe","data":{}}',
+         '{"topic":"subscribe","data":{"scope":"größer"}}'),
+    "unknown_topic": ('{"topic":"chat","data":[1]}', '{"topic":""}',
+                      '{"topic":"sync:a"}'),
+    "invalid_message": ("", "[]", "5", "{", '{"topic":5}', '"\0"', "[" * 999,
+                        '{"topic":"\\ud800"}', '{"topic":"subscribe","data":[]}',
+                        '{"topic":"x","data":NaN}', "\ufeff{}",
+                        '{"topic":"subscribe","data":{"scope":""}}',
+                        "[" * 64 + "{}" + "]" * 64),
 }  # fmt: skip
 VIOLATIONS = {
-    1002: (frame(0xC1, b"x"), frame(0xA1, b"x"), frame(0x91, b"x"), b"\x81\x01x", b"\x89\x00",
+    1002: (frame(0xC1, b"x"), frame(0xA1, b"x"), frame(0x91, b"x"), b"\x81\x01x",
+           b"\x89\x00",
            *(frame(0x80 | opcode) for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)),
-           frame(0x09), frame(0x08), frame(0x89, bytes(126)), b"\x81\xfe\x00\x7d", b"\x89\xff",
-           b"\x81\xff\0\0\0\0\0\0\xff\xff", b"\x82\xff\x80\0\0\0\0\0\0\0", frame(0x80, b"x"),
-           frame(0x00, b"x"), frame(0x01, b"x") + frame(0x81, b"y"), frame(0x01) + frame(0x82),
+           frame(0x09), frame(0x08), frame(0x89, bytes(126)), b"\x81\xfe\x00\x7d",
+           b"\x89\xff", b"\x81\xff\0\0\0\0\0\0\xff\xff", b"\x82\xff\x80\0\0\0\0\0\0\0",
+           frame(0x80, b"x"), frame(0x00, b"x"), frame(0x01, b"x") + frame(0x81, b"y"),
+           frame(0x01) + frame(0x82),
            *(frame(0x88, struct.pack(">H", code)) for code in (
-               0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535)), frame(0x88, b"\x03")),
-    1003: (frame(0x82), frame(0x82, b"\xff" * 70000), frame(0x02, b"[") + frame(0x80, b"]")),
+               0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535)),
+           frame(0x88, b"\x03")),
+    1003: (frame(0x82), frame(0x82, b"\xff" * 70000),
+           frame(0x02, b"[") + frame(0x80, b"]")),
     1007: (frame(0x81, b"\xff"), frame(0x81, b'"\xe2\x82'), frame(0x01, b"\xc0"),
-           frame(0x81, b"\xc0\x80"), frame(0x01, b"\xed\xa0\x80"), frame(0x81, b"\xf4\x90\x80\x80"),
-           frame(0x01, b"\xe2") + frame(0x00, b"\x82\xe2"), frame(0x88, b"\x03\xe8\xff")),
+           frame(0x81, b"\xc0\x80"), frame(0x01, b"\xed\xa0\x80"),
+           frame(0x81, b"\xf4\x90\x80\x80"),
+           frame(0x01, b"\xe2") + frame(0x00, b"\x82\xe2"),
+           frame(0x88, b"\x03\xe8\xff")),
     1009: (b"\x81\xff\0\0\0\0\0\x10\0\1", b"\x82\xff\x7f" + b"\xff" * 7,
            frame(0x01, b" " * 2**20) + frame(0x80, b" ")),
 }  # fmt: skip
@@ -485,9 +524,11 @@ def talk(source: random.Random, tag: str, wild: bool) -> tuple[bytes, list[Any]]
 
 # --- Cases ----------------------------------------------------------------------------
 
-NASTY = (b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff\xfe", b"\xc2\x85", b"%", b"\x7f",
-         b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"\r\n\r\n", b"0\r\n\r\n",
-         b"9" * 99, b"x" * 8192, b"A: b\r\n" * 101, b"GET / HTTP/1.1\r\n")  # fmt: skip
+NASTY = (
+    b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff\xfe", b"\xc2\x85", b"%",
+    b"\x7f", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"\r\n\r\n",
+    b"0\r\n\r\n", b"9" * 99, b"x" * 8192, b"A: b\r\n" * 101, b"GET / HTTP/1.1\r\n",
+)  # fmt: skip
 
 
 def mutate(source: random.Random, data: bytes) -> bytes:
@@ -1048,7 +1089,10 @@ class Fuzz:
         self.popen.terminate()
         if (status := self.popen.wait(PATIENCE)) != 0:
             self.fail("SIGTERM: exit status", status)
-        signs = r"Traceback| ERROR |never (retr|await)|was destroyed|socket\.send|[a-z]Warning"
+        signs = (
+            r"Traceback| ERROR |never (retr|await)|was destroyed|socket\.send"
+            r"|[a-z]Warning"
+        )
         lines = self.stderr.read_text().splitlines()
         if complaints := [line for line in lines if re.search(signs, line)]:
             self.fail(

@@ -57,7 +57,10 @@ PATIENCE = (
 # seconds until a socket counts as dead: so long that no poll hides a lost hint
 SILENCE = 60.0
 CHECK_EVERY, TELL_EVERY = 30.0, 10.0  # seconds
-BACKUP = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('VACUUM INTO ?', sys.argv[2:])"
+BACKUP = (
+    "import sqlite3, sys;"
+    " sqlite3.connect(sys.argv[1]).execute('VACUUM INTO ?', sys.argv[2:])"
+)
 
 Json = dict[str, Any]
 Key = tuple[str, str]  # a mutation's scope and id
@@ -762,9 +765,11 @@ def check_million(server: str, path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.executescript("""
             CREATE TEMP TABLE n AS WITH RECURSIVE n (i) AS
-                (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT i FROM n;
+                (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000)\
+ SELECT i FROM n;
             INSERT INTO mizusync_changes
-                SELECT i, i, 'home', '2026-01-01T00:00:00.000Z', '{"op":"delete","id":"x"}' FROM n;
+                SELECT i, i, 'home', '2026-01-01T00:00:00.000Z',\
+ '{"op":"delete","id":"x"}' FROM n;
             INSERT INTO mizusync_mutations SELECT 'home', 'mutation ' || i, i, i FROM n;
         """)
         db.commit()
@@ -783,7 +788,8 @@ def check_million(server: str, path: Path) -> None:
     check(before == after, "opening and closing wrote to the file")
     median = statistics.median(took)
     print(
-        f"a log of 1,000,000 changes opens in {median * 1000:.1f} ms, and nothing is written"
+        f"a log of 1,000,000 changes opens in {median * 1000:.1f} ms,"
+        " and nothing is written"
     )
     check(median < 0.1, "that is too slow:", took)
     path.unlink()
