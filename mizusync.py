@@ -14,65 +14,74 @@
 # HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
 # CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
 # OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""mizusync: a durable sync server with instant updates, in one file, on the standard
-library.
+"""mizusync: a durable sync server with instant updates, in one file.
 
-A sync client normally polls. Here a sync engine (push, pull, snapshot) is joined to a
-live server (topics over WebSocket) by one arrow, notify:
+It needs nothing but the standard library. A sync client normally polls. Here a sync
+engine (push, pull, snapshot) is joined to a live server (topics over WebSocket) by one
+arrow, notify:
 
-    client A                                                                      client B
-       |                                                                             ^
-       | push: mutations                                    hint: "scope has 42" |   | pull from 41:
-       v                                                                         v   | change 42
-    +------------------- the truth -------------------+        +----- the accelerator ------+
-    | Engine: one writer thread, one transaction:     | notify | Hub: one frame, written to |
-    | apply() + dedupe mark + changes -> log on disk  |------->| every session of the
-    topic |
-    +-------------------------------------------------+        +----------------------------+
+    client A                                                          client B
+       |                                                                 ^
+       | push: mutations                        hint: "scope has 42" |   | pull from 41:
+       v                                                             v   | change 42
+    +------------------ the truth -------------------+        +- the accelerator -+
+    | Engine: one writer thread, one transaction:    | notify | Hub: one frame to |
+    | apply() + dedupe mark + changes -> log on disk |------->| every subscriber  |
+    +------------------------------------------------+        +-------------------+
 
 The left half alone is a complete sync server: a client that polls misses nothing. The
-right half alone is a live server: it tells, keeps nothing, and may lose a hint without
-harm.
+right half alone is a live server: it keeps nothing, and may lose a hint without harm.
 
-The life of one change, and where each step stands in this file:
+The life of one change, and the section in which each step stands:
 
-    bytes -> Request                parse_request   no parser here does I/O
+    bytes -> Request                HTTP/1.1        parsers do no I/O
     Request -> [Mutation, ...]      Server          checked once, at the door
-    -> one transaction              Engine          with all that waits: one fsync for everybody
-    -> Change 42 in the log         Store           a number that is never given out again
-    -> the answer, and the hint     Engine.listen   one hop from the writer's thread to the loop
+    -> a Job in the queue           Engine          with all that waits
+    -> rows, marks, results         Batch           each mutation under its savepoint
+    -> one transaction              Writer          one fsync for everybody
+    -> Change 42 in the log         SQLite          a number that is never issued again
+    -> the answer, and the hint     Listeners       one hop from the writer to the loop
     -> every session                Hub             the same bytes to all
-    -> a pull                       Engine.pull     from memory: a join of encoded bytes
+    -> a pull                       Tail            from memory: a join of encoded bytes
 
-Contents, each section using only what stands above it:
+Contents. Each section uses only what stands above it:
 
-    Settings        every limit and time-out
+    Settings        every limit and every timeout
     Errors          what a client may be told; what closes a socket
-    Values          the protocol's words; strict JSON
-    Store           the change log on disk
-    Engine          the writer's thread, dedupe, the newest changes in memory
-    Hub             topics, and who follows them
+    JSON            strict, and limited before it is parsed
+    Protocol        the words of protocol 1, and every byte of it
+    Store           the change log: its steps, and the SQL that is the same everywhere
+    Statements      the engine's own SQL on SQLite
+    Guard           the connection that `apply` gets, and what it may not do
+    Database file   how a file is created, checked and opened
+    SQLite          the log in that file
+    Tail            the newest changes in memory
+    Listeners       from the writer's thread back to each loop
+    Batch           one transaction in the making
+    Retention       trims
+    Jobs            what waits for the writer
+    Writer          one thread, one transaction, one fsync for all that waits
+    Engine          push, pull and snapshot, without a network
+    Hub             topics, and their subscribers
     HTTP/1.1        bytes to requests, responses to bytes
     WebSocket       frames and messages
-    Connection      a socket: bytes, deadlines, a close that is heard; a WebSocket over it
+    Connection      a socket: bytes, deadlines, a close that the peer can read
     Session         one live client
-    Gate            who may
+    Gate            access: Host, Origin, token, on_auth
     Server          routes, sessions, life; the arrow from engine to hub
     Todo            the demo, as an application would write it
     Command line    python mizusync.py
 
-Where to add: a limit in Settings; a refusal in Errors, and in Engine._apply if `apply`
-may raise it; a number in COUNTED; a column in LOG_SCHEMA, with FORMAT and Row; an
-endpoint where Server is made; what is one client's in Session, undone where
-Server._live ends.
+Where to add: a limit in Settings; a refusal in Errors, and in Writer._apply if `apply`
+may raise it; a number in COUNTERS; a column in LOG_SCHEMA, with FORMAT and Row; an
+endpoint where Server is made; state of one client in Session.
 
-To run the demo: `python mizusync.py`. To build on it: copy this file and write an
-`apply` function:
+To run the demo: `python mizusync.py`. To build on it, copy this file and write `apply`:
 
-    def apply(db, mutation):                  # inside the transaction: all of it, or nothing
-        db.execute("INSERT INTO notes VALUES (?, ?)", (mutation.id,
-        mutation.args["text"]))
-        return [{"note": mutation.args["text"]}]      # what every client of the scope will see
+    def apply(db, mutation):            # inside the transaction: all of it, or nothing
+        note = mutation.args["text"]
+        db.execute("INSERT INTO notes VALUES (?, ?)", (mutation.id, note))
+        return [{"note": note}]         # what every client of the scope will see
 
     engine = mizusync.Engine("notes.db", apply=apply, schema=SCHEMA)
     mizusync.Server(engine).run("127.0.0.1", 8080)
@@ -137,240 +146,254 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 __version__ = "1.0.0"
 
 __all__ = [
-    # What an application writes against.
-    "Engine", "Server", "Settings", "Mutation", "Change", "Json",
-    "InvalidMutation", "NotFound", "Conflict", "Forbidden", "Unauthorized", "Unavailable",
-    # What its endpoints and live clients get.
-    "Request", "Response", "Session", "WebSocket", "Result", "Page", "Snapshot",
-    # What a store or a transport of one's own is made of.
-    "Store", "Position", "Row", "Mark", "SQLStore", "SQLiteStore", "StoreError", "StoreRefused",
-    "TransactionLost", "Hub", "Hint", "Subscriber",
-    # The rest of what may be raised.
-    "SyncError", "HTTPError", "InvalidRequest", "TooLarge", "CursorTooOld", "CursorUnknown",
-    "ProtocolError",
+    # For an application.
+    "Change", "Engine", "Json", "Mutation", "Server", "Settings",
+    "Conflict", "Forbidden", "InvalidMutation", "NotFound",
+    "Unauthorized", "Unavailable",
+    # For its endpoints and its live clients.
+    "Page", "Request", "Response", "Result", "Session", "Snapshot", "WebSocket",
+    # For a store or a transport of its own.
+    "Mark", "Position", "Row", "SQLStore", "SQLiteStore", "Store",
+    "StoreError", "StoreRefused", "Hint", "Hub", "Subscriber",
+    # The other errors.
+    "CursorTooOld", "CursorUnknown", "HTTPError", "InvalidRequest", "ProtocolError",
+    "SyncError", "TooLarge",
 ]  # fmt: skip
 
 log = logging.getLogger("mizusync")  # without a handler: the application decides
-store_log, engine_log, http_log, live_log = map(
-    log.getChild, ("store", "engine", "http", "live")
-)
+store_log = log.getChild("store")
+engine_log = log.getChild("engine")
+http_log = log.getChild("http")
+live_log = log.getChild("live")
 
 T = TypeVar("T")
 
 
 # --- Settings -------------------------------------------------------------------------
-# Every limit that an operator may want to move, and every time-out, is a line here.
-# Sizes are in bytes, times in seconds. Whatever a peer can make grow has a limit, here
-# or where it stands.
+# Every limit and every timeout is one line here. Sizes are in bytes, times in seconds.
+# Whatever a peer can make grow has a limit here, or a constant beside the code that
+# uses it.
 
-
-# These may be 0. The other whole numbers are 1 or more, the other times above 0.
+# These may be 0. Other whole numbers are at least 1, and other times above 0.
 MAY_BE_ZERO = {
-    "pull_wait_max", "gzip_size", "linger", "hint_changes", "hint_size", "hint_gap",
-    "sessions", "shutdown_timeout", "commit_time", "tail_changes", "tail_size",
+    "max_pull_wait",
+    "min_gzip_size",
+    "linger_timeout",
+    "max_hint_changes",
+    "max_hint_size",
+    "hint_gap",
+    "max_sessions",
+    "shutdown_timeout",
+    "max_commit_time",
+    "max_tail_changes",
+    "max_tail_size",
     "busy_timeout",
-}  # fmt: skip
-# The system's own limits. For each new client the server tries whether the readers have
-# descriptors; a larger busy_timeout would overflow SQLite's milliseconds, and become 0.
+}
+# The system's own limits. The server tries for each new client whether the readers
+# would have descriptors; a larger busy_timeout would overflow SQLite's milliseconds.
 LARGEST = {"readers": 256, "send_buffer": 2**31 - 1, "busy_timeout": 10**6}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The limits of a server and its engine. `Settings(sessions=100)` changes one.
+    """The limits of an engine and of a server: `Settings(max_sessions=100)` changes
+    one.
 
-    Raises TypeError for a value of another type, ValueError for one out of range.
-    """
+    Raise TypeError for a value of another type, and ValueError for one out of its
+    range."""
 
-    # What one request may ask for.
-    push_mutations: int = 100
-    mutation_changes: int = 1000
-    pull_limit: int = 100  # changes a page, when the client names no number
-    pull_limit_max: int = 1000
-    pull_wait_max: float = 60.0
-    page_size: int = (
-        4 * 1024 * 1024
-    )  # bytes of a page, about; what is left is the next one's
+    # One request.
+    max_push_mutations: int = 100
+    max_mutation_changes: int = 1000
+    pull_limit: int = 100  # changes in a page, if the client names no number
+    max_pull_limit: int = 1000
+    max_pull_wait: float = 60.0
+    max_page_size: int = 4 * 1024 * 1024  # of a page, about; the next page has the rest
     # HTTP/1.1.
-    target_size: int = 8 * 1024
-    head_size: int = 64 * 1024
-    head_fields: int = 100
-    body_size: int = 1024 * 1024
-    json_depth: int = (
-        64  # levels; json.loads has a limit of its own, another in each version
-    )
-    max_json_values: int = 100_000  # a megabyte of "[]" would hold the loop for 0.3 s
+    max_target_size: int = 8 * 1024
+    max_head_size: int = 64 * 1024
+    max_head_fields: int = 100
+    max_body_size: int = 1024 * 1024
+    max_json_depth: int = 64  # json.loads has another limit in each version of Python
+    max_json_values: int = 100_000  # a megabyte of `[]` would block the loop for 0.3 s
     head_timeout: float = 10.0  # from the first byte of a head to its last
     body_timeout: float = 30.0  # for the whole body
     idle_timeout: float = 60.0  # between requests
     send_timeout: float = 30.0  # without progress, while the peer has an answer to read
-    gzip_size: int = 16 * 1024  # a smaller answer is sent as it is
-    linger: float = (
-        2.0  # after a refusal, for the peer to read it before the socket goes
-    )
+    min_gzip_size: int = 16 * 1024  # a smaller answer is not compressed
+    linger_timeout: float = 2.0  # after a refusal, for the peer to read it
     # WebSocket.
-    message_size: int = 1024 * 1024
-    session_topics: int = 1000
-    session_queue: int = (
+    max_message_size: int = 1024 * 1024
+    max_session_topics: int = 1000
+    max_session_queue: int = (
         1024 * 1024
-    )  # unsent bytes of messages that may not be merged; then 1013
-    send_buffer: int = (
-        64 * 1024
-    )  # SO_SNDBUF of a session: what the kernel holds for a slow reader
+    )  # of messages that may not be merged; then 1013
+    send_buffer: int = 64 * 1024  # SO_SNDBUF: what the kernel holds for a slow reader
     ping_interval: float = 20.0  # common proxies drop a quiet connection after 60
-    ping_timeout: float = 60.0  # without a byte after a ping: dead
+    ping_timeout: float = 60.0  # without a byte after a ping the peer is dead
     close_timeout: float = 5.0  # for the peer's half of the closing handshake
-    heartbeat: float = 25.0  # silence of a topic before its newest hint is sent again
-    hint_changes: int = 32  # at most so many changes inside a hint,
-    hint_size: int = 16 * 1024  # and so many bytes of them
-    hint_gap: float = 0.03  # at most so long a pause between two fan-outs of a topic
+    heartbeat: float = 25.0  # of silence before a topic's newest hint is sent again
+    max_hint_changes: int = 32  # in one hint
+    max_hint_size: int = 16 * 1024
+    hint_gap: float = 0.03  # the longest pause between two broadcasts of a topic
     auth_interval: float | None = None  # ask on_auth again for open sessions
     # The whole server.
-    sessions: int = 10_000
-    connections: int = 12_000
+    max_sessions: int = 10_000
+    max_connections: int = 12_000
     max_unsent: int = (
         256 * 1024 * 1024
-    )  # bytes that wait for their readers; above it, 503
+    )  # of answers that no peer has read yet; then 503
     shutdown_timeout: float = 8.0
     # The engine.
-    commit_time: float = 0.02  # no mutation joins a transaction that is older than this
-    pending_pushes: int = 10_000
+    max_commit_time: float = 0.02  # no mutation joins a transaction that is older
+    max_pending_pushes: int = 10_000
     keep_changes: int | None = None  # of each scope, about; older ones are trimmed
-    tail_changes: int = 1000  # of one scope, in memory
-    tail_size: int = 16 * 1024 * 1024  # of all scopes together
+    max_tail_changes: int = 1000  # of one scope in memory
+    max_tail_size: int = 16 * 1024 * 1024  # of all scopes together
     readers: int = 4  # threads that read the disk
-    watch_interval: float = (
-        0.05  # how often an idle writer looks for another process's commits
-    )
-    busy_timeout: float = 5.0  # how long a commit waits for another process's
+    watch_interval: float = 0.05  # how often an idle writer checks for foreign commits
+    busy_timeout: float = 5.0  # how long a commit waits for another process
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None and field.default is None:
-                continue
-            given = f"Settings({field.name}={value!r})"
-            whole = str(field.type).startswith("int")
-            kind = "a whole number" if whole else "a number of seconds"
-            number = isinstance(value, int if whole else (int, float))
-            if not number or isinstance(value, bool):
-                raise TypeError(f"{given}: it has to be {kind}")
-            largest = LARGEST.get(field.name, 10**15)
-            if field.name in MAY_BE_ZERO:
-                fits, least = 0 <= value <= largest, "0 or more"
-            elif whole:
-                fits, least = 1 <= value <= largest, "1 or more"
-            else:
-                fits, least = 0 < value <= largest, "above 0"
-            if not fits:  # as nothing compares with NaN, it does not fit
-                raise ValueError(
-                    f"{given}: it has to be {kind}, {least}, at most {largest:,}"
-                )
+            if value is not None or field.default is not None:
+                check_setting(field.name, value, str(field.type).startswith("int"))
+
+
+def check_setting(name: str, value: Any, is_whole: bool) -> None:
+    """Raise TypeError or ValueError, with the name and the value, for a wrong
+    setting."""
+    kind = "a whole number" if is_whole else "a number of seconds"
+    types = int if is_whole else (int, float)
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise TypeError(f"Settings({name}={value!r}): it has to be {kind}")
+    largest = LARGEST.get(name, 10**15)
+    if name in MAY_BE_ZERO:
+        range_words = "0 or more"
+        fits = 0 <= value <= largest
+    elif is_whole:
+        range_words = "1 or more"
+        fits = 1 <= value <= largest
+    else:
+        range_words = "above 0"
+        fits = 0 < value <= largest
+    if not fits:  # NaN compares with nothing, so it does not fit
+        raise ValueError(
+            f"Settings({name}={value!r}): it has to be {kind}, {range_words}, "
+            f"at most {largest:,}"
+        )
 
 
 # --- Errors ---------------------------------------------------------------------------
 # A SyncError is a refusal that the client may see: an HTTP status, a code of the
-# protocol, a sentence. Any other exception is our mistake or the application's: the log
-# sees it whole, the client a bare internal_error. Server turns both into answers,
-# Engine into results of mutations.
+# protocol, and a sentence. Any other exception is a bug of ours or of the application:
+# the log records its traceback, and the client gets a bare internal_error.
 
 
 class SyncError(Exception):
-    """A refusal that the client may see. By itself: our mistake, without a word of the
-    inside."""
+    """A refusal that the client may see; the base class itself is internal_error.
+
+    A subclass inherits the status and the code that it does not name.
+    """
 
     status: int = 500
     code: str = "internal_error"
-    headers: Mapping[
-        str, str
-    ] = {}  # field lines that belong to the status (RFC 9110 §15)
+    headers: Mapping[str, str] = {}  # fields that belong to the status (RFC 9110 §15)
 
     def __init_subclass__(cls, status: int | None = None, code: str = "") -> None:
-        # What is not named is that of the class above.
-        cls.status, cls.code = status or cls.status, code or cls.code
+        cls.status = status or cls.status
+        cls.code = code or cls.code
 
 
 class InvalidRequest(SyncError, status=400, code="invalid_request"):
-    """The request can't be understood, or could be understood in two ways."""
+    """The request is malformed, or could be read in two ways."""
 
 
 class InvalidMutation(SyncError, status=400, code="invalid_mutation"):
-    """This mutation can never work: the client drops it. For `apply` to raise."""
+    """The mutation can never work, so the client drops it. `apply` may raise this."""
 
 
 class Unauthorized(SyncError, status=401, code="unauthorized"):
-    """Who asks is not known. For `on_auth` to raise; it refuses the whole request."""
+    """The client is not authenticated. Raised by `on_auth`, it refuses the request."""
 
     headers = {"WWW-Authenticate": 'Bearer realm="mizusync"'}
 
 
 class Forbidden(SyncError, status=403, code="forbidden"):
-    """Who asks is known and may not. For `apply` and `on_auth` to raise."""
+    """The client is authenticated, but not allowed. `apply` and `on_auth` may raise
+    it."""
 
 
 class NotFound(SyncError, status=404, code="not_found"):
-    """It is not there. For `apply` to raise, too."""
+    """The thing that the client names does not exist. `apply` may raise this."""
 
 
 class Conflict(SyncError, status=409, code="conflict"):
-    """The data is not in the state that the mutation needs. For `apply` to raise."""
+    """The data is not in the state that the mutation needs. `apply` may raise this."""
 
 
 class CursorTooOld(SyncError, status=410, code="cursor_too_old"):
-    """The changes after this cursor were trimmed: take a snapshot and go on from
-    there."""
+    """Changes after this cursor were trimmed. The client continues from a snapshot."""
 
 
 class CursorUnknown(SyncError, status=410, code="cursor_unknown"):
-    """This history never gave out this cursor: take a snapshot and go on from there.
+    """This history never issued this cursor. The client continues from a snapshot.
 
-    Without its epoch a cursor is found out only while it is above the head.
+    Without an epoch, the engine notices this only while the cursor is above the head.
     """
 
 
 class TooLarge(SyncError, status=413, code="too_large"):
-    """More than the server takes at once: a client sends fewer at a time."""
+    """The request holds more than the server takes at once. The client sends less."""
 
 
 class Unavailable(SyncError, status=503, code="unavailable"):
-    """Not now, and nothing was applied: try again later. For `apply` to raise, too."""
+    """The server can't do this now, and applied nothing. `apply` may raise this."""
 
     headers = {"Retry-After": "1"}
 
 
 class StoreRefused(Unavailable):
-    """The disk or the database refuses. An open transaction is lost as a whole."""
+    """The database refused a step: the disk is full, say, or another process has the
+    lock.
 
-
-class TransactionLost(StoreRefused):
-    """An application ended the transaction: what was in it has to be done again,
-    without that."""
+    If it happens inside a transaction, that transaction is lost as a whole.
+    """
 
 
 class HTTPError(SyncError):
-    """A refusal that belongs to HTTP alone; the protocol's code follows from the
-    status."""
+    """A refusal that concerns HTTP alone. Its status implies its code."""
 
     CODES: ClassVar = {
-        405: "method_not_allowed", 408: "request_timeout", 414: "uri_too_long",
-        415: "unsupported_media_type", 426: "upgrade_required", 431: "headers_too_large",
-        501: "not_implemented", 505: "version_not_supported",
-    }  # fmt: skip
+        405: "method_not_allowed",
+        408: "request_timeout",
+        414: "uri_too_long",
+        415: "unsupported_media_type",
+        426: "upgrade_required",
+        431: "headers_too_large",
+        501: "not_implemented",
+        505: "version_not_supported",
+    }
 
     def __init__(
-        self, status: int, sentence: str, headers: Mapping[str, str] = {}
+        self,
+        status: int,
+        sentence: str,
+        headers: Mapping[str, str] = {},
     ) -> None:
         super().__init__(sentence)
-        self.status, self.code, self.headers = status, self.CODES[status], headers
+        self.status = status
+        self.code = self.CODES[status]
+        self.headers = headers
 
 
 class StoreError(Exception):
-    """The database can't be used at all: another program's, a newer format, no
-    database."""
+    """The database can't be opened: another program's file, or a newer format, say."""
 
 
 class ProtocolError(Exception):
-    """The peer broke a rule of RFC 6455: `code` is what to close with, the text is the
+    """The peer broke a rule of RFC 6455. `code` is the close code, the text the
     reason."""
 
     def __init__(self, code: int, reason: str) -> None:
@@ -378,45 +401,141 @@ class ProtocolError(Exception):
         self.code = code
 
 
-def complain(log: logging.Logger, *words: Any, traceback: bool = True) -> None:
-    """Log an error. A filter of the application's that fails then shall not be one
-    more."""
+def log_error(logger: logging.Logger, *message: Any, traceback: bool = True) -> None:
+    """Log an error. Ignore what a logging filter of the application raises."""
     with contextlib.suppress(Exception):
-        log.error(*words, exc_info=traceback)
+        logger.error(*message, exc_info=traceback)
 
 
-# --- Values ---------------------------------------------------------------------------
-# The protocol's words. What comes from outside is checked here, once; after that the
-# types are true and nobody asks again. A change is encoded once on its way in: the log,
-# the answers, the pages from memory and the hints are joined from these encoded bytes,
-# the *fragments*.
+# --- JSON -----------------------------------------------------------------------------
+# Strict JSON (RFC 8259), with limits that hold before anything is built in memory:
+# json.loads has a depth limit that differs between versions, no other limit, and it
+# blocks every thread while it parses.
+
+# Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without needless
+# spaces.
+encode_json = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":")
+).encode
+# The names of scopes and topics repeat: the same few are encoded again and again.
+encode_name = functools.lru_cache(maxsize=1000)(encode_json)
+
+
+def parse_json(raw: bytes, max_depth: int = 64, max_values: int = 100_000) -> Any:
+    """Parse strict JSON: UTF-8; of duplicate keys the last one counts.
+
+    An integer that does not fit 64 bits (SQLite's limit) becomes a float, as in
+    JavaScript. Raise TooLarge for more than `max_values` values. Raise InvalidRequest
+    for text that is no JSON or nested deeper than `max_depth`, NaN, infinities, and
+    half a surrogate pair."""
+    # Count before anything is built, or recurses. The plain counts are too high if
+    # strings contain such characters; only then are the strings taken out.
+    openings = raw.count(b"[") + raw.count(b"{")
+    if openings > max_depth or openings + raw.count(b",") > max_values:
+        check_structure(without_strings(raw), max_depth, max_values)
+    try:
+        # json.loads(bytes) would guess UTF-16 and UTF-32 as well, so decode first.
+        value = _DECODER.decode(raw.decode("utf-8"))
+        if b"\\u" in raw:
+            encode_json(value).encode("utf-8")  # fails for half a surrogate pair
+    except (ValueError, RecursionError) as error:
+        reason = str(error)[:200]
+        raise InvalidRequest(f"the JSON can't be read: {reason}") from None
+    return value
+
+
+def parse_integer(text: str) -> int | float:
+    """Return an integer that fits 64 bits, or else a float. Raise ValueError."""
+    if len(text) <= 20:  # to parse a million digits as an integer would take seconds
+        number = int(text)
+        if -(2**63) <= number < 2**63:
+            return number
+    return parse_finite(text)
+
+
+def parse_finite(text: str) -> float:
+    """Return a finite float. Raise ValueError for infinity and NaN."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
+_DECODER = json.JSONDecoder(
+    parse_int=parse_integer, parse_float=parse_finite, parse_constant=parse_finite
+)
+
+# Against JSON that is deep, or has very many values:
+
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_LEVELS = {
+    ord("["): 1,
+    ord("{"): 1,
+    ord("]"): -1,
+    ord("}"): -1,
+}
+
+
+def without_strings(raw: bytes) -> bytes:
+    """Return JSON text without its strings; one without its end extends to the last
+    byte.
+
+    A backslash outside of a string may confuse this, but parsing fails there anyway.
+    The time is linear in the size. A regular expression would take four times as long.
+    """
+    # First remove pairs of backslashes: an odd number of them escapes a quote.
+    unescaped = raw.replace(rb"\\", b"").replace(rb"\"", b"")
+    return b"".join(unescaped.split(b'"')[::2])
+
+
+def check_structure(bare: bytes, max_depth: int, max_values: int) -> None:
+    """Raise TooLarge for too many values, and InvalidRequest for too many levels.
+
+    `bare` is JSON text without its strings.
+    """
+    openings = bare.count(b"[") + bare.count(b"{")
+    if openings + bare.count(b",") > max_values:
+        raise TooLarge(f"the JSON has more than {max_values} values")
+    # As many brackets close as open. Behind that many, or behind what is not balanced
+    # and may count as less deep, parsing fails.
+    brackets = bare.translate(None, _NOT_BRACKETS)[: 2 * openings]
+    levels = itertools.accumulate(map(_LEVELS.__getitem__, brackets))
+    if max(levels, default=0) > max_depth:
+        raise InvalidRequest(f"the JSON is nested deeper than {max_depth} levels")
+
+
+# --- Protocol -------------------------------------------------------------------------
+# The words of protocol 1 as values, and every byte of it spelled once: this is the only
+# section that knows the shape of a change, a result, a page, a snapshot, a hint, an
+# error, or a message. Data from outside is checked here, once; after that the types are
+# true. A change is encoded once, on its way into the log; answers, pages and hints are
+# joined from these encoded changes.
 
 DEFAULT_SCOPE = "_default"
-MAX_CURSOR = (
-    2**53 - 1
-)  # the last integer that every JSON reader holds exactly (RFC 8259 §6)
+MAX_CURSOR = 2**53 - 1  # every JSON parser represents it exactly (RFC 8259 §6)
 MAX_SCOPE = 256  # characters
-MAX_NAME = 128  # characters of a mutation's id and of its name
+MAX_NAME = 128  # characters of a mutation's id, and of its name
+SYNC = "sync:"  # the topic of a scope is this prefix and the scope; clients know it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Json:
-    """JSON text that is encoded already (by `json_group_array`, say) and is sent as it
+    """JSON text that is encoded already, by `json_group_array` say; it is sent as it
     is."""
 
     text: str
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.text, str) and self.text):
+        if not isinstance(self.text, str) or not self.text:
             raise TypeError(f"Json takes JSON text, not {self.text!r}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mutation:
-    """What a client asks for. `id` names it for ever within its scope: it applies once.
+    """A client's request to change the data. Within its scope, an `id` applies once.
 
-    `args` is any JSON value. `identity` is what `on_auth` returned for the one who
-    asks."""
+    `args` is any JSON value; `identity` is what `on_auth` returned for the client.
+    Raise InvalidMutation if the id, the name or the scope can't be one."""
 
     id: str
     name: str
@@ -432,21 +551,30 @@ class Mutation:
         if not is_name(self.scope, MAX_SCOPE):
             raise InvalidMutation(explain_name("scope", self.scope, MAX_SCOPE))
 
+    def with_args(self, args: Any) -> Mutation:
+        """Return this mutation with other args."""
+        return Mutation(self.id, self.name, args, self.scope, self.identity)
+
     @classmethod
     def parse(cls, value: Any) -> Mutation:
-        """The mutation that a JSON value holds. Raises InvalidMutation."""
+        """Return the mutation that a JSON value describes. Raise InvalidMutation."""
         if not isinstance(value, Mapping):
             raise InvalidMutation("a mutation has to be a JSON object")
-        scope = value.get("scope", DEFAULT_SCOPE)
-        return cls(value.get("id", ""), value.get("name", ""), value.get("args"), scope)
+        return cls(
+            id=value.get("id", ""),
+            name=value.get("name", ""),
+            args=value.get("args"),
+            scope=value.get("scope", DEFAULT_SCOPE),
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Change:
-    """What became of a mutation, as every client of the scope sees it.
+    """One row of the log, as every client of its scope sees it.
 
     An application makes `Change(data)`, or `Change(data, scope="another")`; without a
-    scope it is the mutation's own. Cursor and time (RFC 3339, UTC) come from the log.
+    scope the change belongs to the mutation's own. The log fills in the cursor and the
+    time (RFC 3339, UTC).
     """
 
     data: Any
@@ -456,11 +584,8 @@ class Change:
 
 
 class Result(NamedTuple):
-    """What became of one mutation. `encoded` is the same as JSON, for the client.
-
-    It shows changes in the mutation's own scope only: others are for those who may read
-    their scopes.
-    """
+    """The outcome of one mutation. `encoded` is the same as the JSON that a client
+    gets."""
 
     encoded: bytes
     ok: bool
@@ -471,55 +596,59 @@ class Result(NamedTuple):
 
     @classmethod
     def applied(
-        cls, cursor: int, fragments: Sequence[bytes] | None, again: bool = False
+        cls,
+        cursor: int,
+        changes: Sequence[bytes] | None,
+        duplicate: bool = False,
     ) -> Result:
-        """Return the result of an applied mutation, with its changes in its own scope.
+        """Return the result of an applied mutation.
 
-        `fragments` is None where they are left out: some change of the mutation was
-        trimmed, or the answer to the push is large already.
-        """
-        changes = (
-            b"" if fragments is None else b',"changes":[%b]' % b",".join(fragments)
-        )
-        duplicate = b',"duplicate":true' if again else b""
-        encoded = b'{"ok":true,"cursor":%d%b%b}' % (cursor, changes, duplicate)
-        return cls(encoded, True, cursor, again)
+        `changes` are those in its own scope, encoded; None leaves them out of the
+        answer."""
+        shown = b"" if changes is None else b',"changes":[%b]' % b",".join(changes)
+        again = b',"duplicate":true' if duplicate else b""
+        encoded = b'{"ok":true,"cursor":%d%b%b}' % (cursor, shown, again)
+        return cls(encoded, True, cursor, duplicate)
 
     @classmethod
     def refused(cls, refusal: SyncError) -> Result:
-        """It left no trace."""
-        shown = {"ok": False, "code": refusal.code, "error": str(refusal)}
-        encoded = encode_json(shown).encode(errors="replace")
-        return cls(encoded, False, code=refusal.code, error=str(refusal))
+        """Return the result of a mutation that failed and left no trace."""
+        code = refusal.code
+        error = str(refusal)
+        text = encode_json({"ok": False, "code": code, "error": error})
+        return cls(text.encode(errors="replace"), False, code=code, error=error)
 
     @property
     def changes(self) -> list[Change]:
-        return [
-            Change(**change) for change in json.loads(self.encoded).get("changes", ())
-        ]
+        found = json.loads(self.encoded).get("changes", ())
+        return [Change(**change) for change in found]
 
 
 class Page(NamedTuple):
-    """Some changes of one scope, in order. `cursor` is what to ask with next."""
+    """Some changes of one scope, in order. A client asks for the next page at
+    `cursor`."""
 
-    fragments: Sequence[bytes]
+    encoded_changes: Sequence[bytes]
     cursor: int
     epoch: str
     has_more: bool = False
 
     @property
     def changes(self) -> list[Change]:
-        return [Change(**json.loads(fragment)) for fragment in self.fragments]
+        return [Change(**json.loads(change)) for change in self.encoded_changes]
 
     def encode(self) -> bytes:
-        """The body that answers a pull."""
-        more = b"true" if self.has_more else b"false"
-        words = b",".join(self.fragments), self.cursor, self.epoch.encode(), more
-        return b'{"changes":[%b],"cursor":%d,"epoch":"%b","hasMore":%b}' % words
+        """Return the body that answers a pull."""
+        return b'{"changes":[%b],"cursor":%d,"epoch":"%b","hasMore":%b}' % (
+            b",".join(self.encoded_changes),
+            self.cursor,
+            self.epoch.encode(),
+            b"true" if self.has_more else b"false",
+        )
 
 
 class Snapshot(NamedTuple):
-    """The whole state of one scope at one cursor, as JSON text."""
+    """The whole state of one scope at one cursor. `text` is its JSON."""
 
     text: str
     cursor: int
@@ -530,18 +659,68 @@ class Snapshot(NamedTuple):
         return json.loads(self.text)
 
     def encode(self) -> bytes:
-        """The body that answers a request for a snapshot."""
-        return f'{{"data":{self.text},"cursor":{self.cursor},"epoch":"{self.epoch}"}}'.encode()
+        """Return the body that answers a request for a snapshot."""
+        position = f'"cursor":{self.cursor},"epoch":"{self.epoch}"'
+        return f'{{"data":{self.text},{position}}}'.encode()
+
+
+class Hint(NamedTuple):
+    """The newest cursor of a scope and, if they are few, the changes above `after`.
+
+    `changes` (encoded) is None if another process made them: its clients have to pull.
+    """
+
+    cursor: int
+    epoch: str = ""
+    after: int = 0
+    changes: tuple[bytes, ...] | None = None
+
+    def encode(self) -> bytes:
+        """Return the data of a hint that carries its changes."""
+        return b'{"cursor":%d,"epoch":"%b","after":%d,"changes":[%b]}' % (
+            self.cursor,
+            self.epoch.encode(),
+            self.after,
+            b",".join(self.changes or ()),
+        )
+
+
+def encode_cursor(cursor: int) -> bytes:
+    """Return the data of a hint without changes."""
+    return b'{"cursor":%d}' % cursor
+
+
+def encode_change(cursor: int, scope: str, time: str, data: str) -> bytes:
+    """Return one change as the protocol writes it; `data` is JSON text."""
+    place = f'"cursor":{cursor},"scope":{encode_name(scope)},"time":"{time}"'
+    return f'{{{place},"data":{data}}}'.encode()
+
+
+def encode_message(topic: str, data: bytes) -> bytes:
+    """Return one message of the WebSocket; `data` is JSON."""
+    return b'{"topic":%b,"data":%b}' % (encode_name(topic).encode(), data)
+
+
+def encode_error(code: str, sentence: str, scope: str | None = None) -> bytes:
+    """Return the body of an error, or the data of an `error` message."""
+    fields = {"code": code, "error": sentence}
+    if scope is not None:
+        fields["scope"] = scope
+    return encode_json(fields).encode(errors="replace")
 
 
 def is_name(value: Any, longest: int) -> bool:
-    """Whether this can name something. Half a surrogate pair can't: it has no UTF-8."""
-    fits = isinstance(value, str) and 0 < len(value) <= longest
-    return fits and (value.isascii() or not re.search("[\ud800-\udfff]", value))
+    """Return whether a value can name a scope or a mutation.
+
+    A lone surrogate, half of a pair, can't: it has no UTF-8.
+    """
+    if not isinstance(value, str) or not 0 < len(value) <= longest:
+        return False
+    return value.isascii() or not re.search("[\ud800-\udfff]", value)
 
 
 def explain_name(field: str, value: Any, longest: int) -> str:
-    """Return the sentence that tells a client why `is_name` refuses this value."""
+    """Return a sentence that tells a client why is_name() refuses a value."""
     if not isinstance(value, str):
         fault = "is no string"
     elif not value:
@@ -554,117 +733,48 @@ def explain_name(field: str, value: Any, longest: int) -> str:
     return f"the {field} {rule}: this one {fault}"
 
 
-# Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without needless
-# spaces.
-encode_json = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False, separators=(",", ":")
-).encode
-# For the names of scopes and topics: the same few come again and again.
-encode_name = functools.lru_cache(maxsize=1000)(encode_json)
-
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}  # levels up and down
-
-
 def check_scope(value: Any) -> str:
-    """The value, if it can name a scope. Raises InvalidRequest."""
+    """Return the value if it can name a scope; raise InvalidRequest otherwise."""
     if not is_name(value, MAX_SCOPE):
         raise InvalidRequest(explain_name("scope", value, MAX_SCOPE))
     return str(value)
 
 
-def parse_json(raw: bytes, depth: int = 64, most: int = 100_000) -> Any:
-    """Read strict JSON (RFC 8259): UTF-8, of duplicate keys the last.
-
-    An integer that does not fit 64 bits (SQLite's limit) becomes a float, as in
-    JavaScript. Raises TooLarge for more than `most` values. Raises InvalidRequest for
-    the rest: more than `depth` levels, NaN and Infinity, a number that became infinite,
-    half a surrogate pair."""
-    # Measured before anything is built or recurses. Both counts are too high where
-    # strings hold such characters, and only then are the strings taken out.
-    openings = raw.count(b"[") + raw.count(b"{")
-    if openings > depth or openings + raw.count(b",") > most:
-        check_structure(without_strings(raw), depth, most)
-    try:
-        # json.loads(bytes) would guess UTF-16 and UTF-32 as well: decode first.
-        value = _DECODER.decode(raw.decode("utf-8"))
-        if b"\\u" in raw:
-            encode_json(value).encode("utf-8")  # fails on half a pair
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the JSON can't be read: {str(error)[:200]}") from None
-    return value
-
-
-def without_strings(raw: bytes) -> bytes:
-    """Return JSON text without its strings; one that never ends goes to the end.
-
-    A backslash outside a string may confuse this, but reading fails there anyway. Each
-    step takes time by the size alone. A regular expression would take four times as
-    long."""
-    # Pairs of backslashes first: a quote is escaped by an odd number of them.
-    unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return b"".join(unescaped.split(b'"')[::2])
-
-
-def check_structure(bare: bytes, depth: int, most: int) -> None:
-    """Raise TooLarge for too many values, InvalidRequest for too many levels.
-
-    `bare` is JSON text without its strings.
-    """
-    openings = bare.count(b"[") + bare.count(b"{")
-    if openings + bare.count(b",") > most:
-        raise TooLarge(f"the JSON has more than {most} values")
-    # As many brackets close as open. So reading fails before it comes to more of them,
-    # or to what is not balanced and may count as less deep.
-    brackets = bare.translate(None, _NOT_BRACKETS)[: 2 * openings]
-    levels = itertools.accumulate(map(_STEPS.__getitem__, brackets))
-    if max(levels, default=0) > depth:
-        raise InvalidRequest(f"the JSON is nested deeper than {depth} levels")
-
-
-def _integer(text: str) -> int | float:
-    # Its length first: to read a million digits as an integer would take seconds.
-    if len(text) <= 20 and -(2**63) <= (number := int(text)) < 2**63:
-        return number
-    return _finite(text)
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return number
-
-
-_DECODER = json.JSONDecoder(
-    parse_int=_integer, parse_float=_finite, parse_constant=_finite
-)
-
-
 # --- Store ----------------------------------------------------------------------------
-# The change log on disk. A row a change; AUTOINCREMENT keeps a cursor once given out
-# from coming back, also after a trim or a restart (https://sqlite.org/autoinc.html). A
-# row a mutation that was applied, its dedupe mark, is kept for ever. There is one
-# writer at a time, so cursors are handed out in commit order: a reader that is at N has
-# everything up to N. All of this blocks.
+# One row a change. AUTOINCREMENT never reuses a number, even after a trim or a restart
+# (https://sqlite.org/autoinc.html). One row a mutation that was applied, its dedupe
+# mark, is kept for ever. There is one writer at a time, so cursors rise in commit
+# order: a reader at cursor N has everything up to N. Everything here blocks: writes run
+# on the writer's thread, reads on connections of their own.
 #
-# An epoch names a stretch of the history: (name, head when it began). The first commit
-# of each opening begins one, so two copies of a file that went different ways differ by
-# their epochs. (epoch, cursor) belongs to this history if the epoch is there and the
-# cursor is not above the place where the next epoch begins. No clock is asked, and
-# opening a file writes nothing into it but the application's schema.
+# Epochs are how a client notices that an older copy of the database was restored. Each
+# is a random name and the head at which it began; the first commit after each opening
+# begins one. (epoch, cursor) belongs to this history if the epoch is in the table and
+# the cursor is at most the start of the next one. An example:
+#
+#     A begins at 0    The log grows to 60, and someone makes a backup. It grows to 100;
+#                      a client pulls, and remembers (A, 100).
+#     B begins at 60   The backup is restored, so the log ends at 60 again; its next
+#                      commit begins an epoch. The log grows to 200: the cursors 61 to
+#                      100 now belong to other changes.
+#     (A, 100) asks    A ended at 60, so the server answers cursor_unknown, and the
+#                      client takes a snapshot. By the head alone, 100 of 200 would look
+#                      valid, and the client would miss 40 changes.
 
 
 class Position(NamedTuple):
-    """Where a history stands: whatever happens to it moves one of these on."""
+    """The state of the log; every commit that concerns it changes at least one field.
 
-    head: int  # the highest cursor over all scopes
-    epoch: str  # the newest
-    trims: int  # the number of the last one
+    Two equal positions mean that nothing happened in between: this is how the engine
+    knows that what it has in memory is still true."""
+
+    head: int  # the newest cursor of the log
+    epoch: str  # the newest epoch
+    trims: int  # the number of the newest trim
 
 
 class Row(NamedTuple):
-    """A change in the log. `first` is its mutation's first cursor: a page ends where it
-    changes."""
+    """One change in the log. `first` is the first cursor of the same mutation."""
 
     cursor: int
     first: int
@@ -673,15 +783,14 @@ class Row(NamedTuple):
     data: str  # JSON text
 
     def encode(self) -> bytes:
-        """The fragment: this change as the protocol writes it."""
-        words = f'"cursor":{self.cursor},"scope":{encode_name(self.scope)},"time":"{self.time}"'
-        return f'{{{words},"data":{self.data}}}'.encode()
+        """Return the change as the protocol writes it."""
+        return encode_change(self.cursor, self.scope, self.time, self.data)
 
 
 class Mark(NamedTuple):
-    """That a mutation was applied. Its changes have the cursors from `first` to `last`.
+    """The dedupe mark of a mutation; its changes have the cursors `first` to `last`.
 
-    Without changes `first` is None, and `last` what its scope's current cursor was.
+    If it made no changes, `first` is None and `last` was its scope's current cursor.
     """
 
     scope: str
@@ -691,238 +800,452 @@ class Mark(NamedTuple):
 
 
 class Store(Protocol):
-    """What the engine needs of a database: a few steps, each of which may raise
-    StoreRefused.
+    """The steps that an engine needs from a database. Each may raise StoreRefused.
 
-    `db` is whatever the database's own connection is; `apply` and `snapshot` get it as
-    it is."""
+    `db` is the database's own connection; `apply` and `snapshot` get it as it is.
+    """
 
-    # On any thread.
-    def look(
-        self,
-    ) -> Position: ...  # where the last commit put it, whoever made that; in no time
-    def read(
-        self, work: Callable[[Any], T]
-    ) -> T: ...  # work(db), with a db that sees one moment
+    # Any thread may call these.
+
+    def latest(self) -> Position:
+        """Return the position after the newest commit of any process, without
+        waiting."""
+
+    def read(self, work: Callable[[Any], T]) -> T:
+        """Return `work(db)`; all that it reads is of one moment (snapshot
+        isolation)."""
+
     def close(self) -> None: ...
 
-    # On any thread, with a db that is in a transaction.
-    def position(self, db: Any) -> Position: ...
-    def current(
-        self, db: Any, scope: str
-    ) -> int: ...  # its newest cursor, also after a trim
-    def nth_newest(
-        self, db: Any, scope: str, n: int
-    ) -> int: ...  # its cursor; 0: there is none
-    def trimmed(
-        self, db: Any, scope: str
-    ) -> int: ...  # the highest cursor that a trim removed
-    def epoch_end(
-        self, db: Any, epoch: str
-    ) -> int | None: ...  # its highest; None: not known
-    def changes(
-        self, db: Any, scope: str, after: int
-    ) -> Iterator[Row]: ...  # read as one asks
-    def between(self, db: Any, first: int, last: int) -> list[Row]: ...  # of all scopes
-    def touched(
-        self, db: Any, since: Position
-    ) -> dict[str, int]: ...  # scopes, newest cursors
-    def find(self, db: Any, scope: str, id: str) -> Mark | None: ...
+    # These run inside a transaction, on any thread.
 
-    # On the writer's thread, from begin to commit or rollback.
-    def begin(
+    def read_position(self, db: Any) -> Position: ...
+
+    def read_current(self, db: Any, scope: str) -> int:
+        """Return the scope's newest cursor, which a trim does not lower; 0 without
+        any."""
+
+    def read_trimmed(self, db: Any, scope: str) -> int:
+        """Return the scope's highest trimmed cursor, or 0."""
+
+    def read_nth_newest(self, db: Any, scope: str, n: int) -> int:
+        """Return the cursor of the scope's n-th newest change, or 0."""
+
+    def read_epoch_end(self, db: Any, epoch: str) -> int | None:
+        """Return the highest cursor of an epoch, or None if the epoch is unknown."""
+
+    def read_changes(
         self,
-    ) -> tuple[Any, Position]: ...  # waits for other processes, but not for ever
-    def attempt(
-        self, work: Callable[[Any], T]
-    ) -> T: ...  # if work(db) raises, it left no trace
-    def append(
-        self, rows: Sequence[Row], marks: Sequence[Mark]
-    ) -> None: ...  # numbered by engine
+        db: Any,
+        scope: str,
+        after: int,
+    ) -> Iterator[Row]:
+        """Yield the scope's changes above a cursor, in order."""
+
+    def read_range(
+        self,
+        db: Any,
+        first: int,
+        last: int,
+    ) -> list[Row]:
+        """Return the changes of all scopes from one cursor to another, in order."""
+
+    def read_scopes_since(self, db: Any, position: Position) -> dict[str, int]:
+        """Return the scopes that were changed or trimmed since, with their cursors."""
+
+    def find_mark(self, db: Any, scope: str, id: str) -> Mark | None: ...
+
+    # These run on the writer's thread: begin(), then run_guarded() for each mutation,
+    # then commit() or rollback().
+
+    def begin(self) -> tuple[Any, Position]:
+        """Begin a transaction that excludes every other writer; wait a while for it."""
+
+    def run_guarded(self, work: Callable[[Any], T]) -> T:
+        """Return `work(db)`, application code; undo what it wrote if it raises.
+
+        Raise StoreRefused if the transaction did not survive it.
+        """
+
     def trim(
-        self, db: Any, scope: str, before: int, limit: int
-    ) -> int: ...  # how many went
-    def probe(self, db: Any) -> None: ...  # write something, and take it back
-    def commit(self) -> None: ...  # on disk when this returns
-    def rollback(self) -> None: ...  # never raises: what it can't undo, it abandons
+        self,
+        db: Any,
+        scope: str,
+        before: int,
+        limit: int,
+    ) -> int:
+        """Remove the oldest changes below `before`, about `limit`; return how many.
+
+        Mutations go whole or not at all.
+        """
+
+    def commit(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
+        """Append to the log, and commit: all of it is on disk when this returns.
+
+        The engine has numbered the rows: from the head that begin() found, without a
+        gap."""
+
+    def rollback(self) -> None:
+        """End the transaction. This never raises: it abandons what it can't undo."""
+
+    def probe(self, db: Any) -> None:
+        """Write something and take it back; raise StoreRefused if the disk refuses.
+
+        The engine asks when a mutation fails alone: is it at fault, or the disk?
+        """
 
 
-FORMAT = 1  # of the tables below; a file with a higher one is refused
-APPLICATION_ID = (
-    0x6D697A75  # "mizu" (https://sqlite.org/pragma.html#pragma_application_id)
-)
+class SQLStore(Store):
+    """The steps whose SQL is the same in every database with LOG_SCHEMA's columns."""
 
-# The columns stand in the order of Row and Mark (SELECT *, VALUES), and no statement
-# holds a semicolon. Whoever raises FORMAT writes into _prepare what makes an older file
-# a newer one.
-#
-# `first` in changes: cursor of the first change of the same mutation. mutations: the
-# dedupe marks. trims: the low-water marks, the highest cursor that was removed. epochs:
-# the head when each began. With their rows from the start, the head (in
-# sqlite_sequence) and an epoch are always there.
-LOG_SCHEMA = f"""
-    CREATE TABLE mizusync_format (format INTEGER NOT NULL);
-    INSERT INTO mizusync_format VALUES ({FORMAT});
-    CREATE TABLE mizusync_changes (cursor INTEGER PRIMARY KEY AUTOINCREMENT,
-        first INTEGER NOT NULL, scope TEXT NOT NULL, time TEXT NOT NULL, data TEXT NOT NULL);
-    INSERT INTO sqlite_sequence VALUES ('mizusync_changes', 0);
-    CREATE INDEX mizusync_changes_of_scope ON mizusync_changes (scope, cursor);
-    CREATE TABLE mizusync_mutations (scope TEXT NOT NULL, id TEXT NOT NULL,
-        first INTEGER, last INTEGER NOT NULL, PRIMARY KEY (scope, id)) WITHOUT ROWID;
-    CREATE TABLE mizusync_trims (number INTEGER PRIMARY KEY, scope TEXT NOT NULL UNIQUE,
-        cursor INTEGER NOT NULL);
-    CREATE TABLE mizusync_epochs (number INTEGER PRIMARY KEY,
-        epoch TEXT NOT NULL UNIQUE, start INTEGER NOT NULL);
-    INSERT INTO mizusync_epochs VALUES (1, hex(randomblob(9)), 0);
-"""
+    def run(self, db: Any, sql: str, *parameters: Any) -> list[Any]:
+        """Run one statement, with `?` for each parameter, and return all its rows."""
+        raise NotImplementedError
 
-WAL_SIZE = (
-    64 * 1024 * 1024
-)  # bytes; SQLite itself keeps it near 4 MiB, unless reads overlap
-# Seconds between two looks at it. After a stat of a file Linux (6.13 and newer) gives
-# its next write an exact time, which the sync then has to write too: each commit took
-# 80 us longer.
-WAL_LOOK = 1.0
+    def run_scalar(self, db: Any, sql: str, *parameters: Any) -> Any:
+        """Run one statement; return the first column of its first row, or None."""
+        rows = self.run(db, sql, *parameters)
+        return rows[0][0] if rows else None
 
-StrPath = str | os.PathLike[str]
+    def read_current(self, db: Any, scope: str) -> int:
+        newest = self.read_nth_newest(db, scope, 1)
+        return newest or self.read_trimmed(db, scope)
 
-# SQLite's result codes (https://sqlite.org/rescode.html) when the disk is in the way,
-# the file, or another process: the statement itself was right, and may work later,
-# there or on a mended file.
-_DISK = (
+    def read_trimmed(self, db: Any, scope: str) -> int:
+        sql = "SELECT cursor FROM mizusync_trims WHERE scope = ?"
+        return self.run_scalar(db, sql, scope) or 0
+
+    def read_nth_newest(self, db: Any, scope: str, n: int) -> int:
+        sql = """
+            SELECT cursor FROM mizusync_changes WHERE scope = ?
+            ORDER BY cursor DESC LIMIT 1 OFFSET ?
+        """
+        return self.run_scalar(db, sql, scope, n - 1) or 0
+
+    def read_epoch_end(self, db: Any, epoch: str) -> int | None:
+        # An epoch ends where the next one begins, the newest at the head. Starts never
+        # fall within one file, so the least of the later ones is the next one's.
+        sql = """
+            SELECT coalesce(
+                (SELECT min(start) FROM mizusync_epochs WHERE number > this.number), ?)
+            FROM mizusync_epochs AS this WHERE epoch = ?
+        """
+        head = self.read_position(db).head
+        end: int | None = self.run_scalar(db, sql, head, epoch)
+        return end
+
+    def read_range(
+        self,
+        db: Any,
+        first: int,
+        last: int,
+    ) -> list[Row]:
+        sql = """
+            SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor
+        """
+        rows = self.run(db, sql, first, last)
+        return list(map(Row._make, rows))
+
+    def read_scopes_since(self, db: Any, position: Position) -> dict[str, int]:
+        sql = """
+            SELECT scope, max(cursor) FROM (
+                SELECT scope, cursor FROM mizusync_changes WHERE cursor > ?
+                UNION ALL SELECT scope, cursor FROM mizusync_trims WHERE number > ?
+            ) AS newer GROUP BY scope
+        """
+        rows = self.run(db, sql, position.head, position.trims)
+        return dict(rows)
+
+    def find_mark(self, db: Any, scope: str, id: str) -> Mark | None:
+        sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
+        rows = self.run(db, sql, scope, id)
+        return Mark(*rows[0]) if rows else None
+
+    def trim(
+        self,
+        db: Any,
+        scope: str,
+        before: int,
+        limit: int,
+    ) -> int:
+        # 1. The mutation that holds the limit-th change is the last one that may go.
+        sql = """
+            SELECT first FROM mizusync_changes WHERE scope = ?
+            ORDER BY cursor LIMIT 1 OFFSET ?
+        """
+        last_first = self.run_scalar(db, sql, scope, limit - 1) or before
+        # 2. Find the first mutation that stays: the one after that, or an earlier one
+        # with
+        #    a change that `before` protects. Of a mutation with the changes 5 to 8,
+        #    before=7 removes nothing.
+        sql = """
+            SELECT first FROM mizusync_changes
+            WHERE scope = ? AND (cursor >= ? OR first > ?) ORDER BY cursor LIMIT 1
+        """
+        end = self.run_scalar(db, sql, scope, before, last_first) or before
+        # 3. Record the highest cursor that goes, so that no reader below it is served.
+        sql = """
+            SELECT max(cursor), count(*) FROM mizusync_changes
+            WHERE scope = ? AND cursor < ?
+        """
+        newest, count = self.run(db, sql, scope, end)[0]
+        if not count:
+            return 0
+        sql = """
+            INSERT INTO mizusync_trims (number, scope, cursor)
+            VALUES ((SELECT coalesce(max(number), 0) + 1 FROM mizusync_trims), ?, ?)
+            ON CONFLICT (scope)
+            DO UPDATE SET number = excluded.number, cursor = excluded.cursor
+        """
+        self.run(db, sql, scope, newest)
+        # 4. Remove them.
+        sql = "DELETE FROM mizusync_changes WHERE scope = ? AND cursor <= ?"
+        self.run(db, sql, scope, newest)
+        return int(count)
+
+    def probe(self, db: Any) -> None:
+        # No mutation has an empty scope. (An UPDATE that changes nothing writes
+        # nothing.)
+        self.run(db, "INSERT INTO mizusync_mutations VALUES ('', '', NULL, 0)")
+        self.run(db, "DELETE FROM mizusync_mutations WHERE scope = ''")
+
+
+# --- Statements -----------------------------------------------------------------------
+# How the engine runs SQL of its own on SQLite. An error that may pass (a full disk, a
+# lock of another process) becomes StoreRefused; any other is a bug, and stays as it is.
+# A prefix marks these statements: see Guard.
+
+OWN_STATEMENT = "/* mizusync */ "
+
+# SQLite's result codes (https://sqlite.org/rescode.html) for a statement that is right,
+# and may work later: the disk, the file, or another process is in the way.
+_DISK_CODES = (
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_NOMEM,
     sqlite3.SQLITE_CORRUPT,
 )
-_REFUSED = (*_DISK, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL,
-            sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB)  # fmt: skip
-
-# What apply may not do to the engine's transaction; and what it may only read.
-_DENIED = sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_PRAGMA
-_OURS = "mizusync_", "sqlite_sequence"  # as names begin, of tables and all else
-_ASKED = (
-    ("data_version", None),
-    ("page_size", None),
-)  # as a pragma, by full-text search and R*Trees
+_REFUSAL_CODES = _DISK_CODES + (
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_NOTADB,
+)
 
 
 def primary_code(error: BaseException | None) -> int:
-    """SQLite's primary result code; 0 for what the Python module raised by itself."""
+    """Return SQLite's primary result code; 0 for an error of the Python module's
+    own."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
-
-
-def is_busy(refusal: StoreRefused) -> bool:
-    """Return whether another connection held the lock."""
-    return primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
 
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """SQLite's own refusals as StoreRefused; whatever else is wrong, as it is."""
+    """Turn an SQLite error that may pass into StoreRefused; leave every other as it
+    is."""
     try:
         yield
     except sqlite3.Error as error:
-        if primary_code(error) in _REFUSED:
+        if primary_code(error) in _REFUSAL_CODES:
             raise StoreRefused("the database refuses, for now") from error
         raise
 
 
-_PREFIX = (
-    "/* mizusync */ "  # what a statement of the engine's own begins with, and no other
+def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
+    """Run a statement of the engine's own, past the guard; return all its rows.
+
+    Raise StoreRefused.
+    """
+    try:
+        rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, parameters)
+        return rows.fetchall()
+    except sqlite3.Error:
+        with refusals():  # entered here: around each statement it would double the cost
+            raise
+
+
+def is_busy(refusal: StoreRefused) -> bool:
+    """Return whether another process's lock is the reason of a refusal."""
+    return primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
+
+
+def execute_with_retry(db: sqlite3.Connection, sql: str, timeout: float) -> None:
+    """Run a statement of the engine's own, retrying while another process holds the
+    lock.
+
+    SQLite's own busy handler sleeps up to 100 ms between two tries: beside a busy
+    writer of another process it would never have its turn. And journal_mode does not
+    ask it at all."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            run_own(db, sql)
+            return
+        except StoreRefused as refusal:
+            if not is_busy(refusal) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.0002)
+
+
+# --- Guard ----------------------------------------------------------------------------
+# The connection that `apply` and `snapshot` get. The application may do anything with
+# it except control the transaction, leave the file, or change the log's own tables. An
+# authorizer (https://sqlite.org/c3ref/set_authorizer.html) refuses these while
+# application code runs. It is asked only when a statement is prepared, and Python
+# caches prepared statements: so the engine spells its own with a prefix that no
+# application uses, or an application's COMMIT would find the engine's in the cache.
+
+_CONTROL = (  # these would end the transaction, or leave the file
+    sqlite3.SQLITE_TRANSACTION,
+    sqlite3.SQLITE_ATTACH,
+    sqlite3.SQLITE_DETACH,
+    sqlite3.SQLITE_PRAGMA,
+)
+_OWN_NAMES = ("mizusync_", "sqlite_sequence")  # prefixes; the sequence holds the head
+# Full-text search and R*Trees ask for these two.
+_HARMLESS_PRAGMAS = (("data_version", None), ("page_size", None))
+
+GUARD_NOTE = (
+    "In the engine's transaction, an application can't end the transaction, use PRAGMA "
+    "or ATTACH, create anything in TEMP, or change what is named mizusync_*. Because "
+    "sqlite_sequence holds the log's head, it also can't rename a table, or drop one "
+    "with AUTOINCREMENT."
 )
 
 
-def _run(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
-    """All rows of a statement of the engine's own, past the guard. Raises
-    StoreRefused."""
-    try:
-        return sqlite3.Connection.execute(db, _PREFIX + sql, parameters).fetchall()
-    except sqlite3.Error:
-        with refusals():  # around the statement it would cost as much as that does
-            raise
-
-
 class GuardedCursor(sqlite3.Cursor):
-    """Writes nothing outside the engine's transaction, and notes when the disk was in
-    the way."""
+    """A cursor that runs nothing once the transaction is lost.
 
-    def _guarded(self, method: Callable[..., Any], statement: Sequence[Any]) -> Any:
-        db: Any = self.connection
-        if (
-            db.lent and not db.in_transaction
-        ):  # SQLITE_FULL, say, has rolled it all back
-            raise sqlite3.OperationalError(
-                "the transaction is lost: this would commit by itself"
-            )
-        try:
-            return method(*statement)
-        except sqlite3.Error as error:  # which the application may catch
-            db.refused = db.refused or primary_code(error) in _DISK
-            raise
+    SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If `apply` catches
+    the error and goes on writing, each of its statements would commit by itself."""
 
     def execute(self, *statement: Any) -> Any:
-        return self._guarded(super().execute, statement)
+        self._check_transaction()
+        return super().execute(*statement)
 
     def executemany(self, *statement: Any) -> Any:
-        return self._guarded(super().executemany, statement)
+        self._check_transaction()
+        return super().executemany(*statement)
 
     def executescript(self, *statement: Any) -> Any:
-        return self._guarded(super().executescript, statement)
+        self._check_transaction()
+        return super().executescript(*statement)
+
+    def _check_transaction(self) -> None:
+        db: Any = self.connection
+        if db.guarded and not db.in_transaction:
+            raise sqlite3.OperationalError("the transaction was rolled back already")
 
 
 class GuardedConnection(sqlite3.Connection):
-    """The connection that `apply` and `snapshot` get: theirs for everything but the
-    transaction.
-
-    While it is lent, an authorizer refuses what would end the engine's transaction,
-    leave the file, or change the log's tables (or sqlite_sequence, which holds the
-    head); and every cursor that was opened is closed afterwards: a half-read INSERT ...
-    RETURNING makes a later COMMIT fail, and a half-read SELECT keeps an old state of
-    the file in use. At any time, also for the application's schema, the authorizer
-    refuses to create things in TEMP.
-
-    An authorizer is asked only when a statement is prepared, so what the engine itself
-    runs is spelled as no application spells it: an application's COMMIT must not find
-    ours in the cache (`cached_statements` in the sqlite3 module's documentation).
-    executescript begins with a COMMIT of Python's own, so `apply` can't use it."""
+    """A connection that runs application code under a savepoint, and restricts it."""
 
     def __init__(self, path: str, mode: str, timeout: float) -> None:
-        # Every byte is quoted: a name need not be UTF-8, and a URI that begins with two
-        # slashes names a host.
+        """Open the file; `mode` is "ro", "rw", or "rwc", which may create it."""
+        # Quote every byte: a name need not be UTF-8, and "//host" would be an
+        # authority.
         name = urllib.parse.quote(os.fsencode(path), safe="")
-        uri = f"file:{name}?mode={mode}"  # "rwc" may create the file
-        # In autocommit, until an explicit BEGIN; on any thread, but on one at a time.
-        options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
-        super().__init__(uri, timeout=timeout, uri=True, **options)
-        self.lent, self.refused, self._writes = False, False, mode != "ro"
+        super().__init__(
+            f"file:{name}?mode={mode}",
+            uri=True,
+            timeout=timeout,
+            isolation_level=None,  # nothing begins but by an explicit BEGIN
+            check_same_thread=False,  # any thread may use it, one at a time
+        )
+        self.guarded = False  # true while application code has the connection
+        self._writes = mode != "ro"
         self._opened: list[
             weakref.ref[Any]
-        ] = []  # cursors and blobs; one that is dropped closes
+        ] = []  # cursors and blobs of the application
         super().set_authorizer(self._authorize)
 
+    def run_guarded(self, work: Callable[[Any], T]) -> T:
+        """Return `work(self)`; if it raises, undo what it wrote.
+
+        Without a transaction the savepoint is one, so that all reads are of one moment
+        (https://sqlite.org/lang_savepoint.html). Raise StoreRefused if the transaction
+        did not survive, or if an error of the disk ended `work`: only another try can
+        tell whether the disk or the application is at fault."""
+        run_own(self, "SAVEPOINT mizusync_guard")
+        self.guarded = True
+        try:
+            result = work(self)
+        except BaseException as error:
+            self._end_guard()
+            self._leave_savepoint("ROLLBACK TO mizusync_guard", error)
+            if primary_code(error) in _DISK_CODES:
+                raise StoreRefused("the database refuses, for now") from error
+            if primary_code(error) == sqlite3.SQLITE_AUTH:
+                error.add_note(GUARD_NOTE)
+            raise
+        self._end_guard()
+        self._leave_savepoint("RELEASE mizusync_guard", None)
+        return result
+
+    def _end_guard(self) -> None:
+        """Close what the application left open, and undo its settings.
+
+        A half-read INSERT ... RETURNING makes a later COMMIT fail, and a half-read
+        SELECT keeps an old state of the file in use."""
+        self.guarded = False
+        self.row_factory = None
+        self.text_factory = str
+        while self._opened:
+            opened = self._opened.pop()()
+            if opened is not None:
+                with contextlib.suppress(
+                    sqlite3.Error
+                ):  # another thread may be using it
+                    opened.close()
+
+    def _leave_savepoint(self, how: str, failure: BaseException | None) -> None:
+        try:
+            run_own(self, how)
+            if failure is not None:
+                run_own(self, "RELEASE mizusync_guard")
+        except (sqlite3.Error, StoreRefused):
+            # The savepoint is gone: SQLite or the application rolled everything back.
+            raise StoreRefused("the transaction was rolled back") from failure
+
+    # -- the restrictions
+
     def _authorize(self, action: int, *names: str | None) -> int:
-        # To create anything in TEMP begins with an INSERT into its schema table. SQLite
-        # looks for a name in TEMP first: a table there could stand in for the log's.
-        temporary = action == sqlite3.SQLITE_INSERT and names[2] == "temp"
-        ours = any(str(name).lower().startswith(_OURS) for name in names[:2])
-        denied = action in _DENIED and names[:2] not in _ASKED
-        denied = denied or (ours and action != sqlite3.SQLITE_READ)
-        if temporary or (denied and self.lent):
+        """Answer SQLite, which asks when it prepares a statement.
+
+        `names` are two that depend on the action, the database's, and the trigger's.
+        """
+        if action == sqlite3.SQLITE_INSERT and names[2] == "temp":
+            # Creating anything in TEMP begins with an INSERT there. Names in TEMP come
+            # before all others, so a table or a trigger in it could shadow the log's,
+            # even in the application's schema.
             return sqlite3.SQLITE_DENY
+        if not self.guarded or action == sqlite3.SQLITE_READ:
+            return sqlite3.SQLITE_OK
+        if action in _CONTROL and names[:2] not in _HARMLESS_PRAGMAS:
+            return sqlite3.SQLITE_DENY
+        for name in names[:2]:
+            if name and name.lower().startswith(_OWN_NAMES):
+                return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK
 
     def set_authorizer(self, *callback: Any) -> None:
-        raise sqlite3.ProgrammingError("the engine has set its own authorizer")
+        raise sqlite3.ProgrammingError("the engine has an authorizer of its own")
 
-    def cursor(
-        self, factory: Any = None
-    ) -> Any:  # whatever is asked for: another has no guard
+    def backup(self, *target: Any, **options: Any) -> None:
+        if self.guarded and self._writes:
+            # It would wait for its own transaction for ever.
+            raise sqlite3.ProgrammingError("apply can't make a backup: use Engine.read")
+        super().backup(*target, **options)
+
+    def cursor(self, factory: Any = None) -> Any:
+        # `factory` is ignored: another class would have no guard.
         opened = super().cursor(GuardedCursor)
         self._opened.append(weakref.ref(opened))
         return opened
 
-    # Connection.execute does not go through an overridden cursor(), so each has to.
+    # Connection.execute and the others do not call an overridden cursor().
+
     def execute(self, *statement: Any) -> Any:
         return self.cursor().execute(*statement)
 
@@ -932,184 +1255,329 @@ class GuardedConnection(sqlite3.Connection):
     def executescript(self, *statement: Any) -> Any:
         return self.cursor().executescript(*statement)
 
-    def blobopen(self, table: str, *place: Any, **options: Any) -> Any:
-        if self.lent and table.lower().startswith(_OURS):  # no authorizer is asked
-            raise sqlite3.DatabaseError(f"not authorized: {table} is the engine's")
-        opened = super().blobopen(table, *place, **options)
+    def blobopen(self, *place: Any, **options: Any) -> Any:
+        opened = super().blobopen(*place, **options)
         self._opened.append(weakref.ref(opened))
         return opened
 
-    def backup(self, *target: Any, **options: Any) -> None:
-        if (
-            self.lent and self._writes
-        ):  # it would wait for its own transaction, for ever
-            raise sqlite3.ProgrammingError("no backup inside apply: take one in a read")
-        super().backup(*target, **options)
 
-    def close(self) -> None:
-        if self.lent:
-            raise sqlite3.ProgrammingError("the engine's connection stays open")
-        super().close()
+# --- Database file --------------------------------------------------------------------
+# How a file becomes a log, and how it is opened. A file that is not ours, or that can't
+# keep what it takes, is refused with one sentence before anything is written into it.
 
-    def lend(self, work: Callable[[Any], T]) -> T:
-        """`work(self)` in the application's hands, under a savepoint; afterwards all is
-        as before.
+FORMAT = 1  # of the tables below; a file with a higher one is refused
+APPLICATION_ID = (
+    0x6D697A75  # "mizu" (https://sqlite.org/pragma.html#pragma_application_id)
+)
 
-        If the application raises, it left no trace. Where there is no transaction yet,
-        the savepoint is one, of one moment (https://sqlite.org/lang_savepoint.html).
+# The columns stand in the order of Row and Mark. If you raise FORMAT, teach _create_log
+# to bring an older file up to date.
+#
+#   changes    `first` is the cursor of the first change of the same mutation.
+#   mutations  The dedupe marks.
+#   trims      A scope's highest trimmed cursor; each trim takes the next number.
+#   epochs     `start` is the head at which the epoch began.
+#
+# The rows inserted here give every log a head (in sqlite_sequence) and an epoch.
+LOG_SCHEMA = f"""
+    CREATE TABLE mizusync_format (format INTEGER NOT NULL);
+    INSERT INTO mizusync_format VALUES ({FORMAT});
+    CREATE TABLE mizusync_changes (
+        cursor INTEGER PRIMARY KEY AUTOINCREMENT, first INTEGER NOT NULL,
+        scope TEXT NOT NULL, time TEXT NOT NULL, data TEXT NOT NULL);
+    INSERT INTO sqlite_sequence VALUES ('mizusync_changes', 0);
+    CREATE INDEX mizusync_changes_of_scope ON mizusync_changes (scope, cursor);
+    CREATE TABLE mizusync_mutations (
+        scope TEXT NOT NULL, id TEXT NOT NULL, first INTEGER, last INTEGER NOT NULL,
+        PRIMARY KEY (scope, id)) WITHOUT ROWID;
+    CREATE TABLE mizusync_trims (
+        number INTEGER PRIMARY KEY, scope TEXT NOT NULL UNIQUE,
+        cursor INTEGER NOT NULL);
+    CREATE TABLE mizusync_epochs (
+        number INTEGER PRIMARY KEY, epoch TEXT NOT NULL UNIQUE, start INTEGER NOT NULL);
+    INSERT INTO mizusync_epochs VALUES (1, hex(randomblob(9)), 0);
+"""
+
+StrPath = str | os.PathLike[str]
+
+
+class DatabaseFile:
+    """The SQLite file of a log, with the application's own tables in it.
+
+    `schema` is the application's, and runs at each opening. `busy_timeout` (seconds)
+    limits how long a statement waits for another process's lock."""
+
+    def __init__(self, path: StrPath, schema: str, busy_timeout: float) -> None:
+        check_path(path)
+        self.path = os.path.abspath(path)
+        # SQLite follows a symbolic link, and puts the WAL beside the file itself.
+        self.wal_path = f"{os.path.realpath(self.path)}-wal"
+        self.created_log = False  # this process has made the log
+        self._schema = schema
+        self._busy_timeout = busy_timeout
+
+    def open(self, adopt: bool) -> tuple[GuardedConnection, GuardedConnection]:
+        """Return a connection that writes, and one that reads. Raise StoreError.
+
+        `adopt` adds the log to a database that an application already has.
         """
-        _run(self, "SAVEPOINT mizusync_lent")
-        self.lent, self.refused = True, False
+        with contextlib.ExitStack() as opened:
+            try:
+                self._refuse_orphan(adopt)
+                writer = opened.enter_context(contextlib.closing(self.connect("rwc")))
+                self.prepare_writer(writer, adopt)
+                reader = opened.enter_context(contextlib.closing(self.connect("ro")))
+                run_own(reader, "SELECT 1 FROM mizusync_format")  # opens the WAL
+                self._stat = os.stat(self.path)
+                self._wal_stat = os.stat(self.wal_path)
+            except (sqlite3.Error, StoreRefused, OSError) as error:
+                cause = error.__cause__ or error
+                advice = OPENING_ADVICE.get(primary_code(cause), "")
+                raise StoreError(
+                    f"the database {self.path} can't be used ({cause}){advice}"
+                ) from error
+            opened.pop_all()  # both stay open
+            return writer, reader
+
+    def connect(self, mode: str) -> GuardedConnection:
+        """Return a connection: "ro" reads, "rw" writes, "rwc" may create the file."""
+        return GuardedConnection(self.path, mode, self._busy_timeout)
+
+    def prepare_writer(self, db: GuardedConnection, adopt: bool = False) -> None:
+        """Make sure that the log and the application's tables exist. Raise
+        StoreError."""
+        run_own(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
+        run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
+        if not self._has_log(db, adopt):
+            self._create_log(db, adopt)
+        execute_with_retry(db, "PRAGMA journal_mode = WAL", self._busy_timeout)
+        run_own(db, "PRAGMA busy_timeout = 0")  # execute_with_retry waits instead
+        self._check_permission(db)
+        self._run_schema(db)
+
+    def _create_log(self, db: GuardedConnection, adopt: bool) -> None:
+        """Create the log's tables, unless another process has just done so."""
+        run_own(db, "PRAGMA busy_timeout = 0")  # execute_with_retry waits instead
+        execute_with_retry(db, "BEGIN IMMEDIATE", self._busy_timeout)
+        # If the file is not in WAL mode yet, COMMIT has to wait for its readers.
+        run_own(db, f"PRAGMA busy_timeout = {int(self._busy_timeout * 1000)}")
+        with db:  # commits, or rolls back
+            if self._has_log(db, adopt):  # another process has made it meanwhile
+                return
+            if not run_own(db, "SELECT 1 FROM sqlite_master"):
+                # An adopted file keeps the id of its application.
+                run_own(db, f"PRAGMA application_id = {APPLICATION_ID}")
+            for statement in LOG_SCHEMA.split(";")[:-1]:
+                run_own(db, statement)
+            self.created_log = True
+
+    # -- against files of other programs
+
+    def _has_log(self, db: GuardedConnection, adopt: bool) -> bool:
+        """Return whether the log exists. Raise StoreError if this file can't have
+        one."""
+        encoding = run_own(db, "PRAGMA encoding")[0][0]
+        if encoding != "UTF-8":
+            # In UTF-16, SQLite stores U+FFFE and U+FFFF as U+FFFD: scopes would merge.
+            raise StoreError(
+                f"the database {self.path} is in {encoding}: the log needs UTF-8"
+            )
+        # In one statement, because another process may be making the log right now.
+        sql = "SELECT count(*), max(name = 'mizusync_format') FROM sqlite_master"
+        objects, has_log = run_own(db, sql)[0]
+        if has_log:
+            format = run_own(db, "SELECT format FROM mizusync_format")[0][0]
+            if format > FORMAT:
+                raise StoreError(
+                    f"the database {self.path} has format {format}: "
+                    "use a newer mizusync"
+                )
+            return True
+        application_id = run_own(db, "PRAGMA application_id")[0][0]
+        foreign = application_id not in (0, APPLICATION_ID)
+        if (objects or foreign) and not adopt:
+            raise StoreError(
+                f"the database {self.path} belongs to another program: "
+                "name another file, or open it with adopt=True to add the log to it"
+            )
+        return False
+
+    def _refuse_orphan(self, adopt: bool) -> None:
+        """Look at a WAL that a crash left before SQLite moves it into the file."""
+        if not os.path.exists(self.wal_path):
+            return
+        if not os.path.exists(self.path):
+            raise StoreError(
+                f"{self.wal_path} exists, and {self.path} does not: put the database "
+                "back; or, to begin anew, remove its -wal and -shm as well"
+            )
+        with contextlib.closing(self.connect("ro")) as db:
+            self._has_log(db, adopt)
+
+    # -- against mistakes in the application's schema
+
+    def _run_schema(self, db: GuardedConnection) -> None:
+        """Run the application's schema. Raise StoreError, with the reason.
+
+        What stands between two PRAGMAs is one transaction. A PRAGMA runs by itself,
+        because many do nothing, or fail, inside a transaction."""
         try:
-            result = work(self)
-        except BaseException as error:
+            statements = list(split_statements(self._schema))
+            for statement in statements:
+                word = first_word(statement)
+                if word in ("BEGIN", "COMMIT", "END", "ROLLBACK"):
+                    raise StoreError(
+                        f"the schema for {self.path} can't be run: it is a transaction "
+                        f"by itself, so leave out {word}"
+                    )
+            for are_pragmas, group in itertools.groupby(statements, is_pragma):
+                if are_pragmas:
+                    for pragma in group:
+                        execute_with_retry(db, pragma, self._busy_timeout)
+                else:
+                    self._run_together(db, list(group))
+        except (sqlite3.Error, ValueError) as error:  # ValueError: a NUL, for example
+            reason = str(error)
             if primary_code(error) == sqlite3.SQLITE_AUTH:
-                error.add_note(
-                    "in the engine's transaction none may end it, use PRAGMA or ATTACH,"
-                )
-                error.add_note("create things in TEMP, change what is named")
-                error.add_note(
-                    "mizusync_*, rename a table, or drop one with AUTOINCREMENT"
-                )
-            self._take_back(error)
-            raise
-        self._take_back(None)
-        return result
+                reason += ": TEMP tables, views and triggers could shadow the log's"
+            raise StoreError(
+                f"the schema for {self.path} can't be run: {reason}"
+            ) from error
 
-    def _take_back(self, failure: BaseException | None) -> None:
-        """The connection is ours again, what failed is undone.
+    def _run_together(self, db: GuardedConnection, statements: Sequence[str]) -> None:
+        """Run statements in one transaction; take the write lock only if one of them
+        writes.
 
-        Raises StoreRefused where the disk was in the way, TransactionLost where the
-        application ended the transaction."""
-        self.lent, self.row_factory, self.text_factory = False, None, str
-        self.set_progress_handler(None, 0)
-        while self._opened:
-            with contextlib.suppress(
-                sqlite3.Error
-            ):  # a thread of the application's may be in it
-                if opened := self._opened.pop()():
-                    opened.close()
-        refused = self.refused or primary_code(failure) in _DISK
+        IF NOT EXISTS writes nothing, so a second process opens beside a busy writer.
+        """
         try:
-            if failure:
-                _run(self, "ROLLBACK TO mizusync_lent")
-            _run(self, "RELEASE mizusync_lent")
-        except (sqlite3.Error, StoreRefused):
-            # No savepoint: the whole transaction was rolled back. By SQLite, where the
-            # disk was in the way (SQLITE_FULL), although the application may have
-            # caught that and gone on; or else by the application itself
-            # (RAISE(ROLLBACK)).
-            if not refused:
-                raise TransactionLost(
-                    "the application ended the transaction"
-                ) from failure
-        if refused:
-            raise StoreRefused("the database gave up the transaction") from failure
+            self._run_in("BEGIN", db, statements)
+        except StoreRefused as refusal:
+            if not is_busy(refusal):
+                raise
+            self._run_in("BEGIN IMMEDIATE", db, statements)
+
+    def _run_in(
+        self, begin: str, db: GuardedConnection, statements: Sequence[str]
+    ) -> None:
+        execute_with_retry(db, begin, self._busy_timeout)
+        with db:  # commits, or rolls back
+            for statement in statements:
+                run_own(db, statement)
+
+    # -- against files that can't be written, or are gone
+
+    def _check_permission(self, db: GuardedConnection) -> None:
+        """Raise StoreRefused if SQLite opened the file read-only, as it does
+        silently."""
+        try:
+            run_own(db, "DELETE FROM mizusync_format WHERE false")  # writes nothing
+        except StoreRefused as refusal:
+            if not is_busy(refusal):  # another process's lock says nothing of this one
+                raise
+
+    def check(self) -> None:
+        """Raise StoreRefused if the file was removed or replaced."""
+        check_same_file(self.path, self._stat)
+
+    def check_wal(self) -> int:
+        """Return the size of the WAL (bytes); raise StoreRefused as check() does."""
+        return check_same_file(self.wal_path, self._wal_stat).st_size
 
 
-class SQLStore(Store):
-    """What a Store reads alike in every SQL database: tables with the columns of
-    LOG_SCHEMA."""
+def check_same_file(path: str, known: os.stat_result) -> os.stat_result:
+    """Return the state of a file; raise StoreRefused if it was removed or replaced.
 
-    def run(self, db: Any, sql: str, *parameters: Any) -> list[Any]:
-        """All rows of a statement, with question marks for its parameters."""
-        raise NotImplementedError
-
-    def one(self, db: Any, sql: str, *parameters: Any) -> Any:
-        """The first column of the first row; None where there is no row."""
-        rows = self.run(db, sql, *parameters)
-        return rows[0][0] if rows else None
-
-    def current(self, db: Any, scope: str) -> int:
-        return self.nth_newest(db, scope, 1) or self.trimmed(db, scope)
-
-    def nth_newest(self, db: Any, scope: str, n: int) -> int:
-        sql = "SELECT cursor FROM mizusync_changes WHERE scope = ? ORDER BY cursor DESC"
-        return self.one(db, f"{sql} LIMIT 1 OFFSET ?", scope, n - 1) or 0
-
-    def trimmed(self, db: Any, scope: str) -> int:
-        return (
-            self.one(db, "SELECT cursor FROM mizusync_trims WHERE scope = ?", scope)
-            or 0
-        )
-
-    def epoch_end(self, db: Any, epoch: str) -> int | None:
-        # Within one file starts never fall, so the least of those behind it is the next
-        # one's.
-        next_start = "SELECT min(start) FROM mizusync_epochs WHERE number > this.number"
-        sql = f"SELECT coalesce(({next_start}), ?) FROM mizusync_epochs AS this WHERE epoch = ?"
-        end: int | None = self.one(db, sql, self.position(db).head, epoch)
-        return end
-
-    def between(self, db: Any, first: int, last: int) -> list[Row]:
-        sql = "SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor"
-        return list(map(Row._make, self.run(db, sql, first, last)))
-
-    def touched(self, db: Any, since: Position) -> dict[str, int]:
-        changes = "SELECT scope, cursor FROM mizusync_changes WHERE cursor > ?"
-        trims = "SELECT scope, cursor FROM mizusync_trims WHERE number > ?"
-        sql = f"SELECT scope, max(cursor) FROM ({changes} UNION ALL {trims}) AS news GROUP BY scope"
-        return dict(self.run(db, sql, since.head, since.trims))
-
-    def find(self, db: Any, scope: str, id: str) -> Mark | None:
-        sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
-        rows = self.run(db, sql, scope, id)
-        return Mark(*rows[0]) if rows else None
-
-    def trim(self, db: Any, scope: str, before: int, limit: int) -> int:
-        changes = "FROM mizusync_changes WHERE scope = ?"
-        # Mutations go whole. The one in which the limit falls is the last that may go.
-        # The first that stays is the one behind it, or an earlier one with a change
-        # that `before` protects: of one with the changes 5 to 8, before=7 removes
-        # nothing.
-        at_limit = f"SELECT first {changes} ORDER BY cursor LIMIT 1 OFFSET ?"
-        last = self.one(db, at_limit, scope, limit - 1) or before
-        stays = f"SELECT first {changes} AND (cursor >= ? OR first > ?) ORDER BY cursor LIMIT 1"
-        end = self.one(db, stays, scope, before, last) or before
-        sql = f"SELECT max(cursor), count(*) {changes} AND cursor < ?"
-        newest, count = self.run(db, sql, scope, end)[0]
-        if count:
-            number = "(SELECT coalesce(max(number), 0) + 1 FROM mizusync_trims)"
-            sql = f"INSERT INTO mizusync_trims (number, scope, cursor) VALUES ({number}, ?, ?)"
-            moved = "SET number = excluded.number, cursor = excluded.cursor"
-            self.run(db, f"{sql} ON CONFLICT (scope) DO UPDATE {moved}", scope, newest)
-            self.run(db, f"DELETE {changes} AND cursor <= ?", scope, newest)
-        return int(count)
-
-    def probe(self, db: Any) -> None:
-        # No mutation has an empty scope. (An UPDATE to the same value writes nothing.)
-        self.run(db, "INSERT INTO mizusync_mutations VALUES ('', '', NULL, 0)")
-        self.run(db, "DELETE FROM mizusync_mutations WHERE scope = ''")
+    SQLite goes on writing into a file that no name leads to, and loses what it wrote
+    when the last process closes it."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        if os.path.samestat(found, known):
+            return found
+    raise StoreRefused(f"the file {path} was removed or replaced: restart the server")
 
 
-# Blanks and comments, then the first word of a statement.
-_FIRST_WORD = re.compile(r"(?:\s|--[^\n]*+|/\*.*?\*/)*+(\w*)", re.DOTALL)
-_TRANSACTION_WORDS = "BEGIN", "COMMIT", "END", "ROLLBACK"
-
-_ADVICE = {  # on what SQLite says when a database can't be used
-    sqlite3.SQLITE_BUSY: "another process holds its lock",
-    sqlite3.SQLITE_CANTOPEN: "its folder has to be there, and be writable",
-    sqlite3.SQLITE_NOTADB: "name another file",
-    sqlite3.SQLITE_READONLY: "the server's user has to be able to write to the file, to"
-    " its -wal and -shm, and to the folder",
+OPENING_ADVICE = {
+    sqlite3.SQLITE_BUSY: ": another process holds its lock",
+    sqlite3.SQLITE_CANTOPEN: ": its folder has to exist, and be writable",
+    sqlite3.SQLITE_NOTADB: ": name another file",
+    sqlite3.SQLITE_READONLY: (
+        ": the server's user needs to write to the file, to its -wal and -shm, "
+        "and to the folder"
+    ),
 }
 
 
+def check_path(path: StrPath) -> None:
+    """Raise StoreError for a path at which no log can be kept."""
+    if sqlite3.sqlite_version_info < (3, 31):
+        raise StoreError(
+            f"the log needs SQLite 3.31, and this is {sqlite3.sqlite_version}"
+        )
+    if os.fspath(path) in ("", ":memory:"):
+        raise StoreError("the log needs a file: name one")
+    try:
+        can_exist = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:  # the file system's encoding lacks a character
+        can_exist = False
+    if not can_exist:
+        raise StoreError(f"no file can be named {os.fspath(path)!r}")
+    if is_mount_point(os.path.realpath(path)):
+        # In a container, the -wal beside the file would stay outside of the mount.
+        raise StoreError(
+            f"only the file {path} is mounted here: mount the folder that it is in, "
+            "or its newest changes are lost"
+        )
+
+
+def is_mount_point(path: str) -> bool:
+    """Return whether a file is mounted by itself, if the system can tell (Linux).
+
+    os.path.ismount compares devices, and misses a file of the same file system.
+    """
+    try:
+        with open("/proc/self/mountinfo", "rb") as mountinfo:
+            return os.fsencode(path) in mount_points(mountinfo.read())
+    except OSError:
+        return False
+
+
+def mount_points(mountinfo: bytes) -> set[bytes]:
+    """Return the mount points in the content of /proc/self/mountinfo.
+
+    They are the fifth field, with blanks and backslashes as octal escapes (proc(5)).
+    """
+
+    def unescape(code: re.Match[bytes]) -> bytes:
+        return bytes([int(code[1], 8)])
+
+    found = set()
+    for line in mountinfo.split(b"\n"):
+        fields = line.split(b" ")
+        if len(fields) > 4:
+            found.add(re.sub(rb"\\([0-3][0-7]{2})", unescape, fields[4]))
+    return found
+
+
+# Blanks and comments, and then the first word of a statement.
+_FIRST_WORD = re.compile(r"(?:\s|--[^\n]*+|/\*.*?\*/)*+(\w*)", re.DOTALL)
+
+
 def first_word(statement: str) -> str:
-    """Return the first word of an SQL statement, in capitals; "" if there is none."""
+    """Return the first word of an SQL statement, in capitals, or ""."""
     match = _FIRST_WORD.match(statement)
     return match[1].upper() if match else ""
 
 
 def is_pragma(statement: str) -> bool:
-    """Return whether this SQL statement is a PRAGMA."""
+    """Return whether an SQL statement is a PRAGMA."""
     return first_word(statement) == "PRAGMA"
 
 
 def split_statements(script: str) -> Iterator[str]:
     """Yield the statements of an SQL script; the last one may lack its semicolon.
 
-    A semicolon in a string, in a comment or in the body of a trigger ends no statement.
+    A semicolon in a string, a comment or the body of a trigger ends no statement.
     """
     start = 0
     for semicolon in re.finditer(";", script):
@@ -1120,53 +1588,59 @@ def split_statements(script: str) -> Iterator[str]:
     yield script[start:]
 
 
-def mount_points(mountinfo: bytes) -> set[bytes]:
-    """Return the mount points in the content of /proc/self/mountinfo.
+# --- SQLite ---------------------------------------------------------------------------
+# The log and the application's tables share a file, so one transaction holds the dedupe
+# mark, the application's writes, and the changes: a crash leaves all of it or none. In
+# WAL mode, readers go on while the writer commits. There is one connection that writes,
+# one that only reads the position, and one for each concurrent read.
 
-    The mount point is the fifth field, with blanks and backslashes in octal (proc(5)).
-    """
-    found = set()
-    for line in mountinfo.split(b"\n"):
-        fields = line.split(b" ")
-        if len(fields) > 4:
-            octal = rb"\\([0-3][0-7]{2})"
-            found.add(re.sub(octal, lambda code: bytes([int(code[1], 8)]), fields[4]))
-    return found
-
-
-def is_mount_point(path: str) -> bool:
-    """Return whether this file is mounted by itself, where the system tells (Linux).
-
-    os.path.ismount compares devices, so it misses a file of the same file system.
-    """
-    try:
-        with open("/proc/self/mountinfo", "rb") as mountinfo:
-            return os.fsencode(os.path.realpath(path)) in mount_points(mountinfo.read())
-    except OSError:
-        return False
+MAX_WAL = 64 * 1024 * 1024  # bytes; SQLite keeps it near 4 MiB unless reads overlap
+# Seconds between two checks of the WAL. After a stat of a file, Linux (6.13 and newer)
+# gives its next write an exact time, which the sync has to write too: with a check at
+# each commit, commits took 80 us longer.
+WAL_CHECK_INTERVAL = 1.0
 
 
-def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
-    """Return whether this SQLite may lose a commit when several processes write.
+@dataclasses.dataclass(slots=True)
+class History:
+    """Decide whether the next commit begins an epoch: the only owner of that question.
 
-    It happens when one of them resets the WAL at the moment in which another writes
-    (https://sqlite.org/wal.html#walresetbug).
-    """
-    if version[:2] == (3, 44):
-        return version < (3, 44, 6)
-    if version[:2] == (3, 50):
-        return version < (3, 50, 7)
-    return version < (3, 51, 3)
+    It does after each opening, and after an older copy was restored under a running
+    server. In the example above, the server has seen the head 100 when a transaction
+    finds 60."""
+
+    epoch_begun: (
+        bool  # by a commit of this opening, in the copy of the file that is there
+    )
+    highest_head: int = 0  # that this process has seen
+
+    def saw(self, head: int) -> None:
+        """Note a head that any process committed."""
+        self.highest_head = max(self.highest_head, head)
+
+    def begin(self, head: int) -> None:
+        """Note the head that a transaction finds; a lower one is that of a restored
+        copy."""
+        if head < self.highest_head:
+            self.epoch_begun = False
+        self.highest_head = head
+
+    def commit(self, head: int | None) -> None:
+        """Note that a transaction is on disk: its epoch, and its head if that is
+        newer."""
+        self.epoch_begun = True
+        if head is not None:
+            self.highest_head = head
 
 
 class SQLiteStore(SQLStore):
     """The log in a SQLite file, together with the application's own tables.
 
-    `schema` is the application's (CREATE TABLE IF NOT EXISTS ...), run at each opening,
-    as one transaction. `adopt` takes an existing database of an application on.
-    `busy_timeout`, in seconds, is how long a commit waits for other processes'. Raises
-    StoreError for a file that is not ours or can't be used, and leaves it unchanged.
-    """
+    `schema` is the application's (CREATE TABLE IF NOT EXISTS ...); it runs at each
+    opening. `adopt` adds the log to a database that an application already has.
+    `busy_timeout` (seconds) limits how long a commit waits for another process. Raise
+    StoreError for a file that is not ours or can't be used, and leave that file as it
+    is."""
 
     def __init__(
         self,
@@ -1175,564 +1649,811 @@ class SQLiteStore(SQLStore):
         adopt: bool = False,
         busy_timeout: float = 5.0,
     ) -> None:
-        try:
-            can_exist = b"\0" not in os.fsencode(path)
-        except UnicodeEncodeError:  # the file system's encoding lacks a character
-            can_exist = False
-        if not can_exist:
-            raise StoreError(f"no file can be named {os.fspath(path)!r}")
-        self.path, self.schema, self.busy_timeout = (
-            os.path.abspath(path),
-            schema,
-            busy_timeout,
+        self._file = DatabaseFile(path, schema, busy_timeout)
+        self._busy_timeout = busy_timeout
+        self._writer: GuardedConnection | None  # None: the next transaction reconnects
+        self._looker: GuardedConnection | None
+        self._writer, self._looker = self._file.open(adopt)
+        self._history = History(epoch_begun=self._file.created_log)
+        self._looker_lock = threading.Lock()
+        self._latest: tuple[int, Position] | None = (
+            None  # a data_version, and its position
         )
-        self._connect = functools.partial(
-            GuardedConnection, self.path, timeout=busy_timeout
-        )
-        self._db: Any = (
-            None  # the writer's connection; None: begin() has to open it anew
-        )
-        self._looker: GuardedConnection | None = None
-        self._looking = threading.Lock()
-        self._seen: tuple[int, Position] = (
-            0,
-            Position(0, "", 0),
-        )  # the last look's version
-        self._idle: list[GuardedConnection] = []  # readers that nobody uses now
-        self._turnstile = threading.Lock()  # held: no read begins
-        self._wal_path = (
-            f"{os.path.realpath(self.path)}-wal"  # SQLite follows links, too
-        )
-        self._wal_limit, self._wal_size, self._wal_look = (
-            WAL_SIZE,
-            0,
-            0.0,
-        )  # the next look's time
-        # The highest head that we know of. A transaction that finds a lower one stands
-        # on a copy that was restored: it begins an epoch. Until our first commit this
-        # is above any head, so that one begins an epoch as well; but 0 in a file that
-        # we just made, which has its first.
-        self._known_head = self._next_head = MAX_CURSOR + 1
-        # Whether to look for other writers; the writer's data_version at its opening.
+        self._idle: list[GuardedConnection] = []  # connections of readers
+        self._read_barrier = threading.Lock()  # while it is held, no read begins
+        self._wal_size = 0
+        self._wal_limit = MAX_WAL
+        self._next_wal_check = 0.0
+        self._writer_version = self._read_data_version(self._writer)
         self._warns_of_others = has_wal_reset_bug(sqlite3.sqlite_version_info)
-        self._writers_version = 0
-        if os.fspath(path) in ("", ":memory:") or sqlite3.sqlite_version_info < (3, 31):
-            raise StoreError("the log needs a file, and SQLite 3.31 or newer")
-        if is_mount_point(self.path):
-            # SQLite would keep its -wal and -shm beside it, outside of what is mounted.
-            advice = "mount the folder that it is in, or its newest changes are lost"
-            raise StoreError(f"only the file {self.path} is mounted here: {advice}")
-        try:
-            if os.path.exists(self._wal_path):
-                if not os.path.exists(self.path):
-                    advice = "put that back; or, to begin anew, remove its -wal and -shm as well"
-                    raise StoreError(
-                        f"{self._wal_path} is there without {self.path}: {advice}"
-                    )
-                # A crash left it, of another program perhaps, and to open it for
-                # writing would move it into the file. So this looks first, and leaves a
-                # foreign file as it is.
-                with contextlib.closing(self._connect("ro")) as db:
-                    self._has_log(db, adopt)
-            self._db = self._connect("rwc")
-            self._prepare(self._db, adopt)
-            self._looker, self._file = self._connect("ro"), os.stat(self.path)
-            self.position(self._looker)  # which opens the WAL
-            self._wal = os.stat(self._wal_path)
-        except (sqlite3.Error, StoreRefused, OSError, StoreError) as error:
-            self.close()
-            if isinstance(error, StoreError):
-                raise
-            cause = error.__cause__ or error
-            advice = _ADVICE.get(primary_code(cause), "")
-            sentence = f"the database {self.path} can't be used ({cause})"
-            raise StoreError(": ".join(filter(None, (sentence, advice)))) from error
-
-    # -- opening
-
-    def _prepare(self, db: GuardedConnection, adopt: bool) -> None:
-        """Make the file ours, and this connection its writer. Raises StoreError."""
-        _run(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
-        _run(
-            db, "PRAGMA fullfsync = ON"
-        )  # on macOS fsync leaves the data in the drive's cache
-        if not self._has_log(db, adopt):
-            timeout = self.one(db, "PRAGMA busy_timeout")
-            _run(db, "PRAGMA busy_timeout = 0")  # _insist waits better
-            self._insist(db, "BEGIN IMMEDIATE")
-            # In a file that is not in WAL mode yet, the COMMIT has to wait for readers.
-            _run(db, f"PRAGMA busy_timeout = {timeout}")
-            with db:  # commits, or rolls back
-                if not self._has_log(db, adopt):  # unless another process just made it
-                    if not self.one(db, "SELECT count(*) FROM sqlite_master"):
-                        # An adopted file keeps its application's.
-                        _run(db, f"PRAGMA application_id = {APPLICATION_ID}")
-                    for statement in LOG_SCHEMA.split(";")[:-1]:
-                        _run(db, statement)
-                    self._known_head = 0
-        self._insist(db, "PRAGMA journal_mode = WAL")
-        _run(db, "PRAGMA busy_timeout = 0")  # _insist waits by itself
-        try:
-            # SQLite opens a file that it may not write to as read-only, without a word.
-            # This statement changes nothing, but it fails then. It also fails, with
-            # another code, while another process holds the lock, which does no harm.
-            _run(db, "DELETE FROM mizusync_format WHERE false")
-        except StoreRefused as refusal:
-            if not is_busy(refusal):
-                raise
-        self._run_schema(db)
-        self._writers_version = self.one(db, "PRAGMA data_version")
-
-    def _run_schema(self, db: GuardedConnection) -> None:
-        """Run the application's schema. Raise StoreError for a mistake in it.
-
-        It is one transaction, except that each PRAGMA runs by itself, at its place:
-        many do nothing inside a transaction, or fail there. It parts two transactions.
-        """
-        failed = f"the schema for {self.path} can't be run"
-        try:
-            statements = list(split_statements(self.schema))
-            for word in map(first_word, statements):
-                if word in _TRANSACTION_WORDS:
-                    raise StoreError(f"{failed}: it is a transaction, leave out {word}")
-            for are_pragmas, group in itertools.groupby(statements, is_pragma):
-                if are_pragmas:
-                    for pragma in group:
-                        self._insist(db, pragma)
-                else:
-                    self._run_together(db, list(group))
-        except (sqlite3.Error, ValueError) as error:  # ValueError: it holds a NUL, say
-            why = str(error)
-            if primary_code(error) == sqlite3.SQLITE_AUTH:
-                why += ": TEMP tables, views and triggers could stand in for the log's"
-            raise StoreError(f"{failed}: {why}") from error
-
-    def _run_together(self, db: GuardedConnection, statements: Sequence[str]) -> None:
-        """Run statements in one transaction, which takes the lock if one writes.
-
-        Where the lock can't be had, all of them run again once it can.
-        """
-
-        def transact(begin: str) -> None:
-            self._insist(db, begin)
-            with db:  # commits, or rolls back
-                for statement in statements:
-                    _run(db, statement)
-
-        try:
-            transact("BEGIN")
-        except StoreRefused as refusal:
-            if not is_busy(refusal):
-                raise
-            transact("BEGIN IMMEDIATE")
-
-    def _insist(self, db: GuardedConnection, sql: str) -> None:
-        """Run what takes a lock, until another process gives it back.
-
-        SQLite's own busy handler pauses up to 100 ms between two tries: beside a busy
-        writer of another process it would never get its turn. And journal_mode does not
-        ask it at all."""
-        deadline = time.monotonic() + self.busy_timeout
-        while True:
-            try:
-                _run(db, sql)
-                return
-            except StoreRefused as refusal:
-                if not is_busy(refusal) or time.monotonic() > deadline:
-                    raise
-            time.sleep(0.0002)
-
-    def _has_log(self, db: GuardedConnection, adopt: bool) -> bool:
-        """Whether the log is there. Raises StoreError for another program's, a newer
-        format."""
-        if (encoding := self.one(db, "PRAGMA encoding")) != "UTF-8":
-            # There SQLite makes U+FFFD of U+FFFE and U+FFFF, so it would merge scopes.
-            why = f"it is in {encoding}, the log needs UTF-8"
-            raise StoreError(f"the database {self.path} can't be used: {why}")
-        # In one look, for another process may be making the log just now.
-        sql = "SELECT count(*), max(name = 'mizusync_format') FROM sqlite_master"
-        ((objects, made),) = _run(db, sql)
-        if made:
-            if (found := self.one(db, "SELECT format FROM mizusync_format")) <= FORMAT:
-                return True
-            raise StoreError(
-                f"the database {self.path} has format {found}: use a newer mizusync"
-            )
-        marked = self.one(db, "PRAGMA application_id") not in (0, APPLICATION_ID)
-        if (objects or marked) and not adopt:
-            advice = (
-                "name another file, or open it with adopt=True to add the log to it"
-            )
-            raise StoreError(
-                f"the database {self.path} belongs to another program: {advice}"
-            )
-        return False
-
-    def _stat(self, path: str, known: os.stat_result) -> os.stat_result:
-        """What is there: a file that was unlinked or replaced takes commits, and they
-        are lost."""
-        with contextlib.suppress(OSError):
-            if os.path.samestat(found := os.stat(path), known):
-                return found
-        raise StoreRefused(
-            f"the database {path} was removed or replaced: restart the server"
-        )
-
-    def _check_wal(self) -> None:
-        """The WAL stays as long as anyone has the file open."""
-        if (now := time.monotonic()) >= self._wal_look:
-            self._wal_size = self._stat(self._wal_path, self._wal).st_size
-            self._wal_look = now + WAL_LOOK
 
     # -- reading
 
     def run(self, db: Any, sql: str, *parameters: Any) -> list[Any]:
-        return _run(db, sql, *parameters)
+        return run_own(db, sql, *parameters)
 
-    def look(self) -> Position:
-        with self._looking:
+    def read_position(self, db: Any) -> Position:
+        # The head comes from the sequence: a trim could lower max(cursor).
+        sql = """
+            SELECT (SELECT seq FROM sqlite_sequence WHERE name = 'mizusync_changes'),
+                   (SELECT epoch FROM mizusync_epochs ORDER BY number DESC LIMIT 1),
+                   (SELECT coalesce(max(number), 0) FROM mizusync_trims)
+        """
+        return Position(*run_own(db, sql)[0])
+
+    def read_changes(
+        self,
+        db: Any,
+        scope: str,
+        after: int,
+    ) -> Iterator[Row]:
+        sql = """
+            SELECT * FROM mizusync_changes
+            WHERE scope = ? AND cursor > ? ORDER BY cursor
+        """
+        execute = sqlite3.Connection.execute  # fetches the rows one by one
+        with contextlib.closing(
+            execute(db, OWN_STATEMENT + sql, (scope, after))
+        ) as rows:
+            yield from map(Row._make, rows)
+
+    def latest(self) -> Position:
+        """Return the position after the newest commit, whichever process made it."""
+        with self._looker_lock:
             if self._looker is None:
                 raise StoreRefused("the database is closed")
-            # Half the price of the position, and any commit moves it, whoever makes it
-            # (https://sqlite.org/pragma.html#pragma_data_version).
-            if (version := self.one(self._looker, "PRAGMA data_version")) != self._seen[
-                0
-            ]:
-                self._seen = version, self.position(self._looker)
-                if self._known_head <= MAX_CURSOR:  # others' commits count, too
-                    self._known_head = max(self._known_head, self._seen[1].head)
-            return self._seen[1]
+            # A commit of any other connection changes the version, and to read the
+            # version costs half as much as the position.
+            version = self._read_data_version(self._looker)
+            if self._latest is None or self._latest[0] != version:
+                self._latest = (version, self.read_position(self._looker))
+                self._history.saw(self._latest[1].head)
+            return self._latest[1]
+
+    def _read_data_version(self, db: GuardedConnection) -> int:
+        # https://sqlite.org/pragma.html#pragma_data_version
+        version: int = run_own(db, "PRAGMA data_version")[0][0]
+        return version
 
     @refusals()
     def read(self, work: Callable[[Any], T]) -> T:
-        self._stat(self.path, self._file)
-        with self._turnstile:
-            pass
+        """Return `work(db)`, run on a connection that only reads, in one transaction.
+
+        A connection that served a failed read is not used again: its state is unknown.
+        """
+        self._file.check()
+        with self._read_barrier:
+            pass  # wait while the WAL is being reset
         try:
             db = self._idle.pop()
         except IndexError:
-            db = self._connect("ro")
+            db = self._file.connect("ro")
         try:
-            result = db.lend(work)
+            result = db.run_guarded(work)
         except BaseException as error:
             db.close()
             if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY:
-                raise RuntimeError(
-                    "only apply may write"
-                ) from error  # it is not the disk's fault
+                raise RuntimeError("only apply may write to the database") from error
             raise
         self._idle.append(db)
         return result
-
-    def position(self, db: Any) -> Position:
-        # The sequence, not max(cursor), which a trim could lower.
-        head = "SELECT seq FROM sqlite_sequence WHERE name = 'mizusync_changes'"
-        epoch = "SELECT epoch FROM mizusync_epochs ORDER BY number DESC LIMIT 1"
-        trims = "SELECT coalesce(max(number), 0) FROM mizusync_trims"
-        return Position(*_run(db, f"SELECT ({head}), ({epoch}), ({trims})")[0])
-
-    def changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
-        sql = "SELECT * FROM mizusync_changes WHERE scope = ? AND cursor > ? ORDER BY cursor"
-        with contextlib.closing(
-            sqlite3.Connection.execute(db, sql, (scope, after))
-        ) as rows:
-            yield from map(Row._make, rows)
 
     # -- writing
 
     @refusals()
     def begin(self) -> tuple[Any, Position]:
-        self._stat(self.path, self._file)
-        if self._db is None:
-            db = self._connect("rw")
-            try:
-                self._prepare(db, adopt=False)
-            except BaseException:
-                db.close()
-                raise
-            self._db = db
-        self._insist(self._db, "BEGIN IMMEDIATE")
-        if self._warns_of_others:
-            self._look_for_others()
+        """Begin a transaction that excludes other writers, and in it an epoch if one is
+        due.
+
+        The position is read under the lock: no other process can commit until this one
+        does."""
+        self._file.check()
+        if self._writer is None:
+            self._writer = self._reconnect()
+        db = self._writer
+        execute_with_retry(db, "BEGIN IMMEDIATE", self._busy_timeout)
+        self._warn_of_others(db)
         self._check_wal()
-        position = self.position(self._db)
-        if position.head < self._known_head:
-            sql = "INSERT INTO mizusync_epochs (epoch, start) VALUES (hex(randomblob(9)), ?)"
-            _run(self._db, sql, position.head)
-            position = self.position(self._db)
-        self._next_head = position.head
-        return self._db, position
+        position = self.read_position(db)
+        self._history.begin(position.head)
+        if not self._history.epoch_begun:
+            sql = """
+                INSERT INTO mizusync_epochs (epoch, start)
+                VALUES (hex(randomblob(9)), ?)
+            """
+            run_own(db, sql, position.head)
+            position = self.read_position(db)
+        return db, position
 
-    def _look_for_others(self) -> None:
-        """Warn once of other writers: this version of SQLite may lose a commit then."""
-        version = self.one(self._db, "PRAGMA data_version")  # our own commits keep it
-        if version != self._writers_version:
-            self._warns_of_others = False
-            store_log.warning(
-                "another process writes to %s, and SQLite %s may lose a commit then:"
-                " use 3.51.3 or newer (https://sqlite.org/wal.html#walresetbug)",
-                self.path,
-                sqlite3.sqlite_version,
-            )
-
-    def attempt(self, work: Callable[[Any], T]) -> T:
-        made: T = self._db.lend(work)
-        return made
+    def run_guarded(self, work: Callable[[Any], T]) -> T:
+        assert self._writer is not None
+        return self._writer.run_guarded(work)
 
     @refusals()
-    def append(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
-        many = functools.partial(sqlite3.Connection.executemany, self._db)
-        many(f"{_PREFIX}INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)", rows)
-        many(f"{_PREFIX}INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", marks)
-        self._next_head = rows[-1].cursor if rows else self._next_head
-
-    def commit(self) -> None:
-        _run(self._db, "COMMIT")
-        self._known_head = self._next_head
+    def commit(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
+        """Append to the log and commit. COMMIT returns when the disk has it all."""
+        db = self._writer
+        assert db is not None
+        insert = functools.partial(sqlite3.Connection.executemany, db)
+        insert(
+            f"{OWN_STATEMENT}INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)", rows
+        )
+        insert(
+            f"{OWN_STATEMENT}INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", marks
+        )
+        run_own(db, "COMMIT")
+        self._history.commit(rows[-1].cursor if rows else None)
         if self._wal_size > self._wal_limit:
+            with contextlib.suppress(sqlite3.Error, StoreRefused):  # the commit is done
+                self._reset_wal(db)
+
+    def rollback(self) -> None:
+        """End the transaction, if there is one. What can't be rolled back is closed."""
+        db = self._writer
+        if db is None:
+            return
+        try:
+            if db.in_transaction:
+                run_own(db, "ROLLBACK")
+        except (sqlite3.Error, StoreRefused):
+            log_error(store_log, "a rollback failed: the next transaction reconnects")
+            self._writer = None
+            with contextlib.suppress(sqlite3.Error):
+                db.close()
+
+    def _reconnect(self) -> GuardedConnection:
+        """Open the writer's connection again, after a rollback that failed."""
+        db = self._file.connect("rw")
+        try:
+            self._file.prepare_writer(db)
+        except BaseException:
+            db.close()
+            raise
+        self._writer_version = self._read_data_version(db)
+        return db
+
+    def close(self) -> None:
+        """Close every connection; the last process to close writes the WAL into the
+        file."""
+        if self._writer is not None:
             with contextlib.suppress(
                 sqlite3.Error, StoreRefused
-            ):  # it is committed already
-                self._empty_wal()
+            ):  # a reader may hold it
+                run_own(self._writer, "PRAGMA wal_checkpoint(TRUNCATE)")
+        with self._looker_lock:
+            for db in (*self._idle, self._looker, self._writer):
+                if db is not None:
+                    db.close()
+            self._idle = []
+            self._looker = None
+            self._writer = None
 
-    def _empty_wal(self) -> None:
-        """Let no read begin until those under way have ended: the WAL begins anew only
-        then.
+    def stats(self) -> dict[str, int]:
+        """Return the sizes of the file and of its WAL. (In a Store, this is
+        optional.)"""
+        sizes = {"database_bytes": 0, "wal_bytes": 0}
+        with contextlib.suppress(OSError):  # the file may be gone
+            sizes["database_bytes"] = os.path.getsize(self._file.path)
+            sizes["wal_bytes"] = os.path.getsize(self._file.wal_path)
+        return sizes
 
-        Reads that overlap without a gap would let it grow for ever
+    # -- against a WAL that grows, or is removed
+
+    def _check_wal(self) -> None:
+        """Check from time to time that the WAL is still there, and how large it is."""
+        now = time.monotonic()
+        if now >= self._next_wal_check:
+            self._wal_size = self._file.check_wal()
+            self._next_wal_check = now + WAL_CHECK_INTERVAL
+
+    def _reset_wal(self, db: GuardedConnection) -> None:
+        """Block new reads until the current ones finish, so that SQLite can reset the
+        WAL.
+
+        Reads that overlap without a gap would let it grow without bound
         (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
         """
-        deadline, self._wal_size = (
-            time.monotonic() + 1,
-            0,
-        )  # until it is looked at again
+        deadline = time.monotonic() + 1
+        self._wal_size = 0  # until the next check
         self._wal_limit += (
-            WAL_SIZE  # if one takes long: others shall not wait at each commit
+            MAX_WAL  # if a read takes long, later commits do not wait for it
         )
-        with self._turnstile:
+        with self._read_barrier:
             while time.monotonic() < deadline:
-                if not self.one(
-                    self._db, "PRAGMA wal_checkpoint(TRUNCATE)"
-                ):  # busy: 0 or 1
-                    self._wal_limit = WAL_SIZE
+                busy = self.run_scalar(db, "PRAGMA wal_checkpoint(TRUNCATE)")
+                if not busy:
+                    self._wal_limit = MAX_WAL
                     return
                 time.sleep(0.001)
 
-    def rollback(self) -> None:
-        try:
-            if self._db and self._db.in_transaction:
-                _run(self._db, "ROLLBACK")
-        except (sqlite3.Error, StoreRefused):
-            complain(store_log, "a rollback failed: the database will be opened anew")
-            self._db.close()
-            self._db = None
+    # -- against other processes
 
-    def stats(self) -> dict[str, int]:
-        """Optional in a Store: what an operator may want to know of it."""
-        sizes = {"database_bytes": 0, "wal_bytes": 0}
-        with contextlib.suppress(OSError):  # the file may be gone
-            sizes["database_bytes"] = os.path.getsize(self.path)
-            sizes["wal_bytes"] = os.path.getsize(self._wal_path)
-        return sizes
-
-    def close(self) -> None:
-        """Close every connection; the last one out writes the WAL back into the
-        file."""
-        if self._db:
-            with contextlib.suppress(
-                sqlite3.Error, StoreRefused
-            ):  # a reader may hold it back
-                _run(self._db, "PRAGMA wal_checkpoint(TRUNCATE)")
-        with self._looking:
-            for db in filter(None, (*self._idle, self._looker, self._db)):
-                db.close()
-            self._idle, self._looker, self._db = [], None, None
+    def _warn_of_others(self, db: GuardedConnection) -> None:
+        """Warn once if another process writes, and this SQLite may lose a commit
+        then."""
+        # Our own commits do not change this number on the connection that makes them.
+        if (
+            self._warns_of_others
+            and self._read_data_version(db) != self._writer_version
+        ):
+            self._warns_of_others = False
+            store_log.warning(
+                "another process writes to %s, and SQLite %s may lose a commit then: "
+                "use 3.51.3 or newer (https://sqlite.org/wal.html#walresetbug)",
+                self._file.path,
+                sqlite3.sqlite_version,
+            )
 
 
-# --- Engine ---------------------------------------------------------------------------
-# The truth: push, pull, snapshot. One thread writes; it takes everything that waits and
-# commits it as one transaction, each mutation under a savepoint of its own: one fsync
-# serves all, and a failure spoils no other. The mark, the application's writes and the
-# changes commit together.
-#
-# What is in memory is a copy of the log's end, a *tail* a scope, and is believed only
-# while the file stands where the memory does: another process may write to the same
-# file.
+def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
+    """Return whether this SQLite may lose a commit if several processes write to a
+    file.
 
-COUNTED = ("pushes", "pushes_failed", "applied", "duplicate", "invalid_mutation", "not_found",
-           "conflict", "forbidden", "unavailable", "internal_error", "commits", "changes", "trims",
-           "pulls_from_memory", "pulls_from_disk", "snapshots")  # fmt: skip
+    One of them resets the WAL while another writes
+    (https://sqlite.org/wal.html#walresetbug)."""
+    if version[:2] == (3, 44):
+        return version < (3, 44, 6)
+    if version[:2] == (3, 50):
+        return version < (3, 50, 7)
+    return version < (3, 51, 3)
 
 
-class Hint(NamedTuple):
-    """A newest cursor and, while they are few, the encoded items after the one before.
-
-    `items` is None where another process made them: who wants them pulls.
-    """
-
-    cursor: int
-    epoch: str = ""
-    after: int = 0
-    items: tuple[bytes, ...] | None = None
-
-
-News = Mapping[str, Hint]  # what a commit did: the scopes in it
-Listener = Callable[[News], None]
-Mutations = Iterable[Mutation | Mapping[str, Any]]
-Loop = asyncio.AbstractEventLoop
-Call = tuple[Loop | None, Callable[[Any], None], Any]  # where, what, with what
+# --- Tail -----------------------------------------------------------------------------
+# A tail is a copy of the log's end for one scope, encoded, so that a pull is a join of
+# bytes. Memory is believed only while the store's latest position equals the position
+# that memory was brought up to: other processes write to the same file, and backups are
+# restored into it. Any other pull reads the database.
 
 
 @dataclasses.dataclass(slots=True)
 class Tail:
-    """The newest changes of one scope, encoded: all those above `after`.
+    """All changes of one scope above `after`, in order; the three lists run in
+    parallel.
 
-    Memory has one for each scope that is in use; a transaction makes one of what it
-    adds."""
+    Memory keeps one for each scope in use. A transaction makes one for each scope that
+    it touches, of what it adds; after the commit the first is extended by the second.
+    """
 
     after: int
     cursors: list[int] = dataclasses.field(default_factory=list)
-    firsts: list[int] = dataclasses.field(default_factory=list)
-    fragments: list[bytes] = dataclasses.field(default_factory=list)
+    firsts: list[int] = dataclasses.field(default_factory=list)  # as in Row
+    changes: list[bytes] = dataclasses.field(default_factory=list)  # encoded
     size: int = 0  # bytes of memory, about
-    trimmed: int = (
-        0  # of a transaction's: the highest cursor that it removed from the log
-    )
+    trimmed: int = 0  # the highest cursor that a transaction removed from the log
+
+    OVERHEAD: ClassVar = 200  # bytes of memory that a change takes besides its own
 
     @property
     def current(self) -> int:
+        """The newest cursor of the scope, also if its changes were all trimmed."""
         return self.cursors[-1] if self.cursors else self.after
 
     def add(self, row: Row) -> bytes:
-        """Encode one more change; returns the fragment."""
-        fragment = row.encode()
+        """Append one change, and return it encoded."""
+        encoded = row.encode()
         self.cursors.append(row.cursor)
         self.firsts.append(row.first)
-        self.fragments.append(fragment)
-        self.size += len(fragment) + 200
-        return fragment
+        self.changes.append(encoded)
+        self.size += len(encoded) + self.OVERHEAD
+        return encoded
 
     def extend(self, newer: Tail, keep: int) -> None:
-        """Follow a transaction; forget all but the newest `keep` once there are twice
-        as many."""
-        self.forget(newer.trimmed)
+        """Append what a transaction added; once twice `keep` are there, keep the
+        newest."""
+        self.drop_through(newer.trimmed)  # a pull below it has to be cursor_too_old
         self.cursors += newer.cursors
         self.firsts += newer.firsts
-        self.fragments += newer.fragments
+        self.changes += newer.changes
         self.size += newer.size
         if len(self.cursors) > 2 * keep:
-            self.forget(self.cursors[-keep - 1])
+            self.drop_through(self.cursors[-keep - 1])
 
-    def forget(self, cursor: int) -> None:
-        """Forget the changes up to this one."""
-        self.after, drop = (
-            max(self.after, cursor),
-            bisect.bisect_right(self.cursors, cursor),
-        )
-        self.size -= sum(map(len, self.fragments[:drop])) + 200 * drop
-        del self.cursors[:drop], self.firsts[:drop], self.fragments[:drop]
+    def drop_through(self, cursor: int) -> None:
+        """Remove the changes up to and including a cursor."""
+        self.after = max(self.after, cursor)
+        count = bisect.bisect_right(self.cursors, cursor)
+        removed = sum(map(len, self.changes[:count]))
+        self.size -= removed + self.OVERHEAD * count
+        del self.cursors[:count]
+        del self.firsts[:count]
+        del self.changes[:count]
 
-    def page(self, cursor: int, limit: int, size: int, epoch: str) -> Page:
-        start, length = bisect.bisect_right(self.cursors, cursor), len(self.cursors)
-        if start == length:
+    def page(
+        self,
+        cursor: int,
+        limit: int,
+        max_size: int,
+        epoch: str,
+    ) -> Page:
+        """Return up to `limit` changes above a cursor, of about `max_size` bytes."""
+        start = bisect.bisect_right(self.cursors, cursor)
+        end = len(self.cursors)
+        if start == end:
             return Page((), cursor, epoch)
-        stop = min(start + limit, length)
-        if self.size > size:  # then it is worth to look at each
-            sizes = itertools.accumulate(map(len, self.fragments[start:stop]))
-            stop = start + max(1, sum(1 for so_far in sizes if so_far <= size))
-        while stop < length and self.firsts[stop] == self.firsts[stop - 1]:
+        stop = min(start + limit, end)
+        if self.size > max_size:  # otherwise everything fits
+            room = max_size - len(self.changes[start])
+            for place in range(start + 1, stop):
+                room -= len(self.changes[place])
+                if room < 0:
+                    stop = place
+                    break
+        firsts = self.firsts
+        while stop < end and firsts[stop] == firsts[stop - 1]:
             stop += 1  # a page never ends inside a mutation
-        return Page(
-            self.fragments[start:stop], self.cursors[stop - 1], epoch, stop < length
-        )
+        last = self.cursors[stop - 1]
+        return Page(self.changes[start:stop], last, epoch, has_more=stop < end)
+
+
+class Tails:
+    """The tails of the scopes in use, and the position up to which they are complete.
+
+    `position` is the only record of where memory stands: it moves with the tails, under
+    one lock, which any thread holds for microseconds."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.position = store.latest()
+        self._store = store
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._tails: OrderedDict[str, Tail] = OrderedDict()  # least recently used first
+        self._size = 0
+
+    def page(
+        self, scope: str, cursor: int, limit: int, epoch: str, latest: Position
+    ) -> Page | None:
+        """Return a page, or None if only the database can answer.
+
+        `latest` is the store's position now. An older epoch than the newest is the
+        database's to judge: only its table knows where that one ended.
+        """
+        with self._lock:
+            tail = self._tails.get(scope)
+            if tail is None or latest != self.position:
+                return None
+            if epoch not in ("", latest.epoch):
+                return None
+            if not tail.after <= cursor <= latest.head:
+                return None
+            self._tails.move_to_end(scope)
+            return tail.page(cursor, limit, self._settings.max_page_size, latest.epoch)
+
+    def load_page(
+        self, db: Any, scope: str, cursor: int, epoch: str, limit: int
+    ) -> Page:
+        """Return a page from the database; keep it if it reaches the end of the log.
+
+        `db` is a transaction, so all of it is of one moment. Raise CursorUnknown,
+        CursorTooOld."""
+        # 1. Did this history issue the cursor, and does it still have what comes after
+        # it?
+        position = self._store.read_position(db)
+        trimmed = self._store.read_trimmed(db, scope)
+        end: int | None = position.head
+        if epoch not in ("", position.epoch):
+            end = self._store.read_epoch_end(db, epoch)
+        if end is None or cursor > end:
+            raise CursorUnknown(
+                f"this history never issued cursor {cursor}: take a snapshot"
+            )
+        if cursor < trimmed:
+            raise CursorTooOld(
+                f"changes {cursor + 1} to {trimmed} were trimmed: take a snapshot"
+            )
+        # 2. Read until the page is full, and then to the end of a mutation.
+        tail = Tail(cursor)
+        room = self._settings.max_page_size
+        for row in self._store.read_changes(db, scope, cursor):
+            is_full = len(tail.cursors) >= limit or room < len(row.data)
+            if is_full and tail.firsts and row.first != tail.firsts[-1]:
+                # This row begins a mutation that the page has no room for.
+                return Page(tail.changes, tail.current, position.epoch, has_more=True)
+            room -= len(tail.add(row))
+        # 3. The page reached the end of the log: the next pull can read it from memory.
+        if not tail.cursors:
+            tail.after = self._store.read_current(db, scope)
+        self._offer(scope, tail, position)
+        return Page(tail.changes, max(cursor, tail.current), position.epoch)
+
+    def current(self, scope: str, latest: Position) -> int | None:
+        """Return the scope's newest cursor, or None if only the database can answer."""
+        with self._lock:
+            tail = self._tails.get(scope)
+            if tail is None or latest != self.position:
+                return None
+            return tail.current
+
+    def __contains__(self, scope: str) -> bool:
+        return scope in self._tails
+
+    def commit(self, position: Position, added: Mapping[str, Tail]) -> None:
+        """Extend the tails by what a transaction added, and move to its position."""
+        with self._lock:
+            for scope, newer in added.items():
+                self._extend(scope, newer)
+            self.position = position
+
+    def forget(self, scopes: Iterable[str] | None, position: Position) -> None:
+        """Drop the tails of some scopes (None: of all), and move to a position."""
+        with self._lock:
+            for scope in list(self._tails) if scopes is None else scopes:
+                self._remove(scope)
+            self.position = position
+
+    def _offer(self, scope: str, tail: Tail, position: Position) -> None:
+        """Keep a tail that a reader built, unless a commit has overtaken it."""
+        with self._lock:
+            if position == self.position and scope not in self._tails:
+                self._extend(scope, tail)
+
+    def _extend(self, scope: str, newer: Tail) -> None:
+        tail = self._remove(scope) or Tail(newer.after)
+        tail.extend(newer, self._settings.max_tail_changes)
+        self._tails[scope] = tail
+        self._size += tail.size
+        # The least recently used scopes go first. A tail without changes takes some
+        # 1,000 bytes as well.
+        limit = self._settings.max_tail_size
+        while self._size + 1000 * len(self._tails) > limit:
+            self._remove(next(iter(self._tails)))
+
+    def _remove(self, scope: str) -> Tail | None:
+        tail = self._tails.pop(scope, None)
+        if tail is not None:
+            self._size -= tail.size
+        return tail
+
+
+# --- Listeners ------------------------------------------------------------------------
+# The way back from the writer's thread. Each commit makes one hop to each event loop
+# that waits for it; the hop carries the answers of that loop's pushes, and after them
+# the calls to its listeners. A listener gets the hints of all scopes that the commit
+# changed.
+
+Hints = Mapping[str, Hint]  # by scope
+Listener = Callable[[Hints], None]
+Loop = asyncio.AbstractEventLoop
+
+
+class Call(NamedTuple):
+    """A function to call on an event loop; None calls it on the present thread."""
+
+    loop: Loop | None
+    function: Callable[[Any], None]
+    argument: Any
+
+
+class Listeners:
+    """The functions to call after a commit: those of one scope, and those of all
+    (None)."""
+
+    def __init__(self) -> None:
+        self._by_scope: dict[
+            str | None, dict[object, tuple[Loop | None, Listener]]
+        ] = {}
+        # Reentrant: the garbage collector may close an abandoned pull on a thread that
+        # holds the lock, and closing it calls remove().
+        self._lock = threading.RLock()
+
+    def add(
+        self,
+        listener: Listener,
+        scope: str | None,
+    ) -> Callable[[], None]:
+        """Register a listener on the running loop, if any; return what removes it."""
+        key = object()
+        loop = None
+        with contextlib.suppress(RuntimeError):
+            loop = asyncio.get_running_loop()
+        with self._lock:
+            listeners = self._by_scope.setdefault(scope, {})
+            listeners[key] = (loop, listener)
+
+        def remove() -> None:
+            with self._lock:
+                others = self._by_scope.get(scope, {})
+                if others.pop(key, None) and not others:
+                    del self._by_scope[scope]
+
+        return remove
+
+    def notify(self, hints: Hints, answers: Iterable[Call] = ()) -> None:
+        """Deliver answers, and then hints."""
+        calls = list(answers)
+        if hints:
+            for scope in (None, *hints):
+                calls += self._calls(scope, hints)
+        deliver(calls)
+
+    def wake(self) -> None:
+        """Call the listeners of single scopes without a hint: every waiting pull
+        ends."""
+        with self._lock:
+            scopes = self._by_scope.copy()
+        calls: list[Call] = []
+        for scope in scopes:
+            if scope is not None:
+                calls += self._calls(scope, {})
+        deliver(calls)
+
+    def _calls(self, scope: str | None, hints: Hints) -> list[Call]:
+        with self._lock:
+            # copy() is one step. A loop over the dict itself could run the garbage
+            # collector, and with it remove(), between two of its entries.
+            listeners = self._by_scope.get(scope, {}).copy()
+        return [Call(loop, listener, hints) for loop, listener in listeners.values()]
+
+
+def deliver(calls: Iterable[Call]) -> None:
+    """Make the calls of each loop in one hop to it."""
+    by_loop: dict[Loop | None, list[Call]] = {}
+    for call in calls:
+        by_loop.setdefault(call.loop, []).append(call)
+    for loop, its_calls in by_loop.items():
+        if loop is None:
+            make_calls(its_calls)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(make_calls, its_calls)
+
+
+def make_calls(calls: Iterable[Call]) -> None:
+    """Make calls one after the other. One that fails keeps none of the others back."""
+    for call in calls:
+        try:
+            call.function(call.argument)
+        except Exception:
+            log_error(engine_log, "a listener failed")
+
+
+# --- Batch ----------------------------------------------------------------------------
+# What a transaction will append, collected until the commit: rows with their cursors,
+# the dedupe marks, and the same changes encoded, for memory and for the hints. A batch
+# lives on the writer's thread, and is dropped if its transaction fails.
+
+COUNTERS = (
+    "pushes",
+    "pushes_failed",
+    "applied",
+    "duplicate",
+    "invalid_mutation",
+    "not_found",
+    "conflict",
+    "forbidden",
+    "unavailable",
+    "internal_error",
+    "commits",
+    "changes",
+    "trims",
+    "pulls_from_memory",
+    "pulls_from_disk",
+    "snapshots",
+)
+
+# What `apply` may return by mistake: they are iterable, but not of changes.
+NO_ITERABLES_OF_CHANGES = (str, bytes, Mapping, Change, sqlite3.Cursor)
 
 
 class Batch:
-    """One transaction while it is being made: rows and marks that are not in the log
-    yet."""
+    """One transaction while it is made: the rows and marks that it will append.
+
+    The database does not have them before the commit, so a mutation that repeats one of
+    the same batch is looked up here first."""
 
     def __init__(self, store: Store, db: Any, position: Position) -> None:
-        self.store, self.db, self.position = store, db, position
-        self.time = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+        self.store = store
+        self.db = db
+        self.position = position  # where the log stood at its beginning
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.time = now.removesuffix("+00:00") + "Z"
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
-        self.grown: dict[
-            str, Tail
-        ] = {}  # of each touched scope: where it stood, and these rows
+        self.tails: dict[str, Tail] = {}  # by scope: what this transaction adds
         self.counts: Counter[str] = Counter(commits=1)
 
+    @property
+    def head(self) -> int:
+        """The highest cursor so far: no other writer can take a number meanwhile."""
+        return self.position.head + len(self.rows)
+
     def tail(self, scope: str) -> Tail:
-        if scope not in self.grown:
-            self.grown[scope] = Tail(self.store.current(self.db, scope))
-        return self.grown[scope]
+        """Return what the transaction adds to a scope, and where the scope stood
+        before."""
+        if scope not in self.tails:
+            current = self.store.read_current(self.db, scope)
+            self.tails[scope] = Tail(current)
+        return self.tails[scope]
+
+    def find_mark(self, mutation: Mutation) -> Mark | None:
+        """Return the mark of a mutation that was applied, in this batch or before
+        it."""
+        mark = self.marks.get((mutation.scope, mutation.id))
+        if mark is not None:
+            return mark
+        return self.store.find_mark(self.db, mutation.scope, mutation.id)
+
+    def make_rows(
+        self,
+        apply: Callable[[Any, Mutation], Iterable[Any]],
+        db: Any,
+        mutation: Mutation,
+        limit: int,
+    ) -> list[Row]:
+        """Call `apply`, and return its changes as numbered rows; add() takes them then.
+
+        Raise TypeError or ValueError for changes that are none, and InvalidMutation for
+        more than `limit` of them."""
+        made: Any = apply(db, mutation)
+        if isinstance(made, NO_ITERABLES_OF_CHANGES):
+            kind = type(made).__name__
+            raise TypeError(f"apply returns an iterable of changes, not one {kind}")
+        first = self.head + 1
+        number = first
+        rows: list[Row] = []
+        try:
+            for change in () if made is None else made:
+                data = change
+                scope = mutation.scope
+                if isinstance(change, Change):
+                    data = change.data
+                    scope = self._scope_of(change, mutation)
+                text = data.text if isinstance(data, Json) else encode_json(data)
+                text.encode()  # a lone surrogate fails here, where it can be undone
+                rows.append(Row(number, first, scope, self.time, text))
+                number += 1
+                if len(rows) > limit:
+                    raise InvalidMutation(f"the mutation makes over {limit} changes")
+        finally:
+            # End a generator now, while what it does at its end can be undone. To drop
+            # the reference ends one that is inside of another iterator.
+            if inspect.isgenerator(made):
+                made.close()
+            made = None
+        return rows
+
+    def _scope_of(self, change: Change, mutation: Mutation) -> str:
+        if change.scope is None:
+            return mutation.scope
+        if not is_name(change.scope, MAX_SCOPE):
+            raise ValueError(
+                f"apply made a change for {change.scope!r}, which is no scope"
+            )
+        return change.scope
 
     def add(self, mutation: Mutation, rows: Sequence[Row]) -> Result:
-        """Take what a mutation made, and mark it as applied."""
+        """Append the changes of a mutation, and mark it as applied."""
         self.counts["applied"] += 1
-        first, last = None, self.tail(mutation.scope).current
-        if rows:
-            first, last = rows[0].cursor, rows[-1].cursor
-        own: list[bytes] = []
+        shown = []
         for row in rows:
-            fragment = self.tail(row.scope).add(row)
+            encoded = self.tail(row.scope).add(row)
             if row.scope == mutation.scope:
-                own.append(fragment)
+                shown.append(encoded)
         self.rows += rows
+        first = None
+        last = self.tail(mutation.scope).current
+        if rows:
+            first = rows[0].cursor
+            last = rows[-1].cursor
         key = (mutation.scope, mutation.id)
         self.marks[key] = Mark(*key, first, last)
-        return Result.applied(last, own)
+        return Result.applied(last, shown)
 
     def repeat(self, mark: Mark, with_changes: bool) -> Result:
-        """Return the first answer of a mutation that was applied before.
-
-        Without changes, their rows are not even read.
-        """
+        """Return the first answer of a mutation that was applied before, or in this
+        batch."""
         self.counts["duplicate"] += 1
-        first, last = (
-            mark.first or mark.last + 1,
-            mark.last,
-        )  # without changes: an empty range
-        if not with_changes:
-            return Result.applied(last, None, again=True)
-        if first > (start := self.position.head):
+        shown = self._changes_of(mark) if with_changes else None
+        return Result.applied(mark.last, shown, duplicate=True)
+
+    def _changes_of(self, mark: Mark) -> list[bytes] | None:
+        """Return a mutation's changes in its own scope; None if any were trimmed."""
+        if mark.first is None:
+            return []
+        first = mark.first
+        last = mark.last
+        start = self.position.head
+        if first > start:  # this batch has applied it
             rows = self.rows[first - start - 1 : last - start]
         else:
-            rows = self.store.between(self.db, first, last)
-        if len(rows) < last - first + 1:  # some were trimmed, in whatever scope
-            return Result.applied(last, None, again=True)
-        own = [row.encode() for row in rows if row.scope == mark.scope]
-        return Result.applied(last, own, again=True)
+            rows = self.store.read_range(self.db, first, last)
+        if len(rows) < last - first + 1:
+            return None
+        return [row.encode() for row in rows if row.scope == mark.scope]
 
-    def news(self) -> News:
-        """What to tell, once it is in the log."""
+    def hints(self) -> Hints:
+        """Return a hint for each scope that this transaction changes."""
         epoch = self.position.epoch
-        told = {scope: tail for scope, tail in self.grown.items() if tail.fragments}
-        return {
-            s: Hint(t.current, epoch, t.after, tuple(t.fragments))
-            for s, t in told.items()
-        }
+        hints = {}
+        for scope, tail in self.tails.items():
+            if tail.changes:
+                changes = tuple(tail.changes)
+                hints[scope] = Hint(tail.current, epoch, tail.after, changes)
+        return hints
+
+
+# --- Retention ------------------------------------------------------------------------
+# Trims remove the oldest changes of a scope, whole mutations, a few in each
+# transaction. A client that is behind a trim continues from a snapshot. With
+# `keep_changes` the writer trims by itself, in the transactions of pushes and, until it
+# has caught up, between them.
+
+TRIM_STEP = (
+    200  # changes that one transaction removes: no push waits long behind a trim
+)
+
+
+class Retention:
+    """Trim scopes, and find those that have grown past `keep` changes (None: never).
+
+    The list of scopes may be incomplete: a scope that is dropped from it, because a
+    transaction failed, is found again when more changes come.
+    """
+
+    def __init__(self, store: Store, keep: int | None) -> None:
+        self.scopes_to_trim: dict[
+            str, None
+        ] = {}  # in the order in which they were found
+        self._store = store
+        self._keep = keep
+
+    def apply(self, batch: Batch) -> None:
+        """Trim some of the scopes found so far; look for more among those of a
+        batch."""
+        if self._keep is None:
+            return
+        # Twice as much goes as comes in, so the log shrinks; and no more, so no push
+        # waits for the trims of many scopes.
+        count = 1 + len(batch.rows) // 100
+        for scope in list(itertools.islice(self.scopes_to_trim, count)):
+            before = self._store.read_nth_newest(batch.db, scope, self._keep)
+            if not self.trim(batch, scope, before):
+                del self.scopes_to_trim[scope]
+        # To find where a trim would end takes `keep` steps. So a scope is chosen by
+        # chance, some ten times in `keep` changes: this needs no memory, and no pattern
+        # of pushes evades it.
+        for scope, tail in batch.tails.items():
+            if random.random() * self._keep < 10 * len(tail.changes):
+                self.scopes_to_trim[scope] = None
+
+    def trim(self, batch: Batch, scope: str, before: int) -> int:
+        """Remove some of the oldest changes below a cursor; return how many."""
+        before = min(before, MAX_CURSOR)
+        removed = self._store.trim(batch.db, scope, before, TRIM_STEP)
+        if removed:
+            batch.counts["trims"] += 1
+            trimmed = self._store.read_trimmed(batch.db, scope)
+            batch.tail(scope).trimmed = trimmed
+            batch.position = self._store.read_position(batch.db)
+        return removed
+
+
+# --- Jobs -----------------------------------------------------------------------------
+# What waits for the writer. A job is a push or a trim; its steps are what may have to
+# run again, each by itself. The caller that adds a job waits for its future.
 
 
 class Step(NamedTuple):
-    """One mutation, or one trim: what may become a transaction of its own."""
+    """One mutation, or one trim: the smallest part of a job that can be a
+    transaction."""
 
-    run: Callable[[Batch, int], Any]  # the int: bytes of its push's answer so far
-    name: tuple[str, str, str]  # for the log: the mutation's name, id and scope
+    run: Callable[[Batch, int], Any]  # the int: bytes of the push's answer so far
+    name: str  # for the log
 
 
 class Job(NamedTuple):
-    """Work for the writer, and the future to answer, on which loop (None: any thread).
+    """A push or a trim that waits for the writer, and the future that waits for it.
 
-    The outcome is a list of what each step gave, or an exception if nothing was done.
-    """
+    The future gets a list of what each step returned, or an exception if nothing was
+    done."""
 
     steps: Sequence[Step]
     future: asyncio.Future[list[Any]] | Future[list[Any]]
-    loop: Loop | None = None
+    loop: Loop | None = None  # the future's, if it belongs to one
     is_push: bool = True
 
     def answer(self, outcome: list[Any] | Exception) -> None:
-        if self.future.done():  # the caller has gone
+        """Resolve the future, on the loop that it belongs to."""
+        if self.future.done():  # the caller gave up
             return
         if isinstance(outcome, Exception):
             self.future.set_exception(outcome)
@@ -1741,25 +2462,415 @@ class Job(NamedTuple):
 
 
 def answer_size(result: Any) -> int:
-    """Return how many bytes of a push's answer a result takes; a trim's takes none."""
+    """Return how many bytes of a push's answer a step's result takes; a trim's takes
+    none."""
     return len(result.encoded) if isinstance(result, Result) else 0
 
 
-class Engine:
-    """The log and the application's `apply` function: a sync server without a network.
+class JobQueue:
+    """The jobs that wait for the writer, in the order in which they came.
 
-    `store` is the path of a SQLite file, or a Store of one's own. `schema` and `adopt`
-    are SQLiteStore's. Raises StoreError where the file can't be used.
+    Any thread may add one; the writer's thread alone takes them. Two pushes of one
+    client are applied in the order in which it sent them, because nothing overtakes in
+    here."""
+
+    def __init__(self, limit: int) -> None:
+        self.closed = False
+        self._limit = limit
+        self._waiting: queue.SimpleQueue[Job | None] = (
+            queue.SimpleQueue()
+        )  # None: look up
+        self._lock = threading.Lock()  # over `closed`: no job follows the last one
+
+    def __len__(self) -> int:
+        return self._waiting.qsize()
+
+    def add(self, job: Job) -> None:
+        """Add a job. Raise Unavailable if too many wait, or after close()."""
+        if len(self) >= self._limit:
+            raise Unavailable("too many pushes are waiting")
+        with self._lock:
+            if self.closed:
+                raise Unavailable("the engine is closed")
+            self._waiting.put(job)
+
+    def take(self, timeout: float) -> Job | None:
+        """Return the next job; None if none comes in time, or if wake() was called."""
+        try:
+            return self._waiting.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def wake(self) -> None:
+        """End a take() that waits. This never blocks."""
+        if not len(self):  # otherwise none waits
+            self._waiting.put(None)
+
+    def close(self) -> None:
+        """Take no more jobs. Those that wait are still to be done."""
+        with self._lock:
+            self.closed = True
+        self.wake()
+
+
+# --- Writer ---------------------------------------------------------------------------
+# One thread owns the write connection. It takes everything that waits and commits it as
+# one transaction (group commit): one fsync serves every push in it. Each mutation runs
+# under a savepoint of its own, so one that fails leaves no trace. After the commit the
+# writer brings memory up to date, then answers, then notifies: a client that hears of a
+# change finds it.
+#
+# If the transaction itself fails, every mutation in it runs again, alone. An error that
+# does not come back was a neighbour's. If it does come back, the engine makes a write
+# of its own: if that works, the mutation is at fault (internal_error); if it fails too,
+# the disk is, and everything that is left is unavailable.
+
+
+class Writer:
+    """The thread that writes, and the queue before it.
+
+    Everything here but submit() and close() runs on that thread.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        apply: Callable[[Any, Mutation], Iterable[Any]],
+        tails: Tails,
+        listeners: Listeners,
+        counts: Counter[str],
+        settings: Settings,
+    ) -> None:
+        self.busy = False  # it is at work, and needs the GIL now and then
+        self.rewinds = 0  # restored backups that it has noticed
+        self.jobs = JobQueue(settings.max_pending_pushes)
+        self._store = store
+        self._apply_function = apply
+        self._tails = tails
+        self._listeners = listeners
+        self._counts = counts
+        self._settings = settings
+        self._retention = Retention(store, settings.keep_changes)
+        self._thread = threading.Thread(
+            target=self._run, name="mizusync-writer", daemon=True
+        )
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raise Unavailable. Any thread may call this."""
+        self.jobs.add(job)
+        self.busy = True
+
+    def close(self, timeout: float | None) -> bool:
+        """Finish the jobs that wait, and end the thread; return whether it ended in
+        time."""
+        self.jobs.close()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # -- one transaction for all jobs that wait
+
+    def _run(self) -> None:
+        """Commit jobs until the writer is closed. No error ends this thread."""
+        watch = min(max(0.001, self._settings.watch_interval), threading.TIMEOUT_MAX)
+        while len(self.jobs) or not self.jobs.closed:
+            to_trim = bool(self._retention.scopes_to_trim)
+            job = self.jobs.take(0 if to_trim else watch)
+            try:
+                if job or to_trim:
+                    self._commit_together([job] if job else [])
+                else:
+                    self._watch()
+            except StoreRefused:
+                pass  # the next push will tell
+            except BaseException:
+                log_error(engine_log, "the writer goes on after this error")
+            self.busy = len(self.jobs) > 0
+
+    def _commit_together(self, jobs: list[Job]) -> None:
+        """Commit these jobs, and those that join them, as one transaction; answer
+        them."""
+        # 1. Take the lock. Without it, no job that waits can be served.
+        try:
+            batch = self._begin()
+        except StoreRefused as refusal:
+            self._refuse_all(jobs, refusal)
+            return
+        # 2. Apply the mutations, and put the result on disk and into memory.
+        try:
+            outcomes = self._run_jobs(batch, jobs)
+            self._retention.apply(batch)
+            self._commit(batch)
+        except Exception:
+            self._roll_back()
+            self._commit_alone(jobs)
+            return
+        # 3. Answer and notify, never sooner: an answer says that the data is on disk,
+        # and a
+        #    client that hears of a change finds it.
+        answered = zip(jobs, outcomes, strict=True)
+        self._deliver(answered, batch.hints())
+
+    def _begin(self) -> Batch:
+        """Begin a transaction, and bring memory up to date with other processes.
+
+        Raise StoreRefused for every reason.
+        """
+        try:
+            db, position = self._store.begin()
+            known = self._tails.position
+            if position != known:
+                # begin() may have begun an epoch, which is not committed yet: if this
+                # transaction fails, memory must not stand in an epoch that never was.
+                self._catch_up(db, position._replace(epoch=known.epoch))
+            return Batch(self._store, db, position)
+        except StoreRefused:
+            self._roll_back()
+            raise
+        except Exception as error:
+            self._roll_back()
+            log_error(store_log, "no transaction can begin")
+            raise StoreRefused("the database can't be used now") from error
+
+    def _run_jobs(
+        self,
+        batch: Batch,
+        jobs: list[Job],
+    ) -> list[list[Any]]:
+        """Run the jobs, and for a while those that arrive meanwhile: `jobs` grows."""
+        deadline = time.monotonic() + self._settings.max_commit_time
+        outcomes = []
+        for job in jobs:
+            results: list[Any] = []
+            size = 0
+            for step in job.steps:
+                results.append(step.run(batch, size))
+                size += answer_size(results[-1])
+            outcomes.append(results)
+            if time.monotonic() < deadline:
+                arrived = self.jobs.take(0)
+                if arrived:
+                    jobs.append(arrived)
+        return outcomes
+
+    def _commit(self, batch: Batch) -> None:
+        """Put a transaction on disk, and then into memory."""
+        marks = list(batch.marks.values())
+        self._store.commit(batch.rows, marks)
+        self._counts.update(batch.counts)
+        self._counts["changes"] += len(batch.rows)
+        position = batch.position._replace(head=batch.head)
+        self._tails.commit(position, batch.tails)
+
+    def _roll_back(self) -> None:
+        self._store.rollback()
+        self._retention.scopes_to_trim.clear()  # they will be found again
+
+    def _deliver(
+        self,
+        outcomes: Iterable[tuple[Job, list[Any] | Exception]],
+        hints: Hints | None = None,
+    ) -> None:
+        """Answer jobs, and notify of the commit."""
+        calls = []
+        for job, outcome in outcomes:
+            if job.is_push:
+                failed = isinstance(outcome, Exception)
+                self._counts["pushes_failed" if failed else "pushes"] += 1
+            calls.append(Call(job.loop, job.answer, outcome))
+        self._listeners.notify(hints or {}, calls)
+
+    # -- one mutation
+
+    def mutation_step(self, mutation: Mutation) -> Step:
+        """Return the step that applies a mutation. Raise InvalidMutation for its
+        args."""
+        try:
+            args = marshal.dumps(mutation.args)
+        except ValueError as error:
+            raise InvalidMutation(
+                f"args are made of JSON values, tuples and bytes: {error}"
+            ) from error
+        name = f"{mutation.name!r}, id {mutation.id!r} in scope {mutation.scope!r}"
+        run = functools.partial(self._apply, mutation=mutation, args=args)
+        return Step(run, name)
+
+    def _apply(
+        self, batch: Batch, size: int, mutation: Mutation, args: bytes
+    ) -> Result:
+        """Apply a mutation once; if it was applied before, repeat its first answer.
+
+        `size` is how many bytes the answer to its push has so far. Raise StoreRefused
+        if the whole transaction has failed."""
+        mark = batch.find_mark(mutation)
+        if mark:
+            # A hundred repeats of a large mutation are a small request: leave out their
+            # changes once the answer is as large as a page.
+            return batch.repeat(mark, with_changes=size <= self._settings.max_page_size)
+        limit = self._settings.max_mutation_changes
+        # Each run gets a copy of the args: what `apply` does to one can't change the
+        # next.
+        mutation = mutation.with_args(marshal.loads(args))
+        try:
+            rows = self._store.run_guarded(
+                lambda db: batch.make_rows(self._apply_function, db, mutation, limit)
+            )
+        except StoreRefused:
+            raise
+        except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
+            refusal: SyncError = error
+        except (
+            BaseException
+        ):  # SystemExit, too, is the application's and not this thread's
+            log_error(
+                engine_log,
+                "apply failed on %r, id %r in scope %r",
+                mutation.name,
+                mutation.id,
+                mutation.scope,
+            )
+            refusal = SyncError("the server failed on this mutation")
+        else:
+            return batch.add(mutation, rows)
+        batch.counts[refusal.code] += 1
+        return Result.refused(refusal)
+
+    # -- one trim
+
+    def trim_step(self, scope: str, before: int) -> Step:
+        """Return the step that removes some of the oldest changes below a cursor."""
+
+        def run(batch: Batch, size: int) -> int:
+            return self._retention.trim(batch, scope, before)
+
+        return Step(run, f"a trim of {scope!r}")
+
+    # -- against a transaction that fails
+
+    def _commit_alone(self, jobs: list[Job]) -> None:
+        """Run each step of these jobs again, in a transaction of its own; answer the
+        jobs.
+
+        Once the disk refuses, nothing more is tried: what is left is unavailable. A
+        push of which nothing was applied fails as a whole then, so its client gets a
+        503."""
+        for place, job in enumerate(jobs):
+            results: list[Any] = []
+            size = 0
+            try:
+                for step in job.steps:
+                    results.append(self._run_alone(step, size))
+                    size += answer_size(results[-1])
+            except StoreRefused as refusal:
+                rest = jobs[place:]
+                if any(isinstance(result, Result) and result.ok for result in results):
+                    count = len(job.steps) - len(results)
+                    self._counts["unavailable"] += count
+                    results += [Result.refused(refusal)] * count
+                    self._deliver([(job, results)])
+                    rest = jobs[place + 1 :]
+                self._refuse_all(rest, refusal)
+                return
+            self._deliver([(job, results)])
+
+    def _run_alone(self, step: Step, size: int) -> Any:
+        """Run one step in a transaction of its own, and return what it returns.
+
+        Raise StoreRefused if the disk refuses. A disk's error that comes although a
+        write of the engine's own works is the step's: an AUTOINCREMENT at its highest
+        number, for example, has the code of a full disk."""
+        batch = self._begin()
+        try:
+            result = step.run(batch, size)
+            self._commit(batch)
+        except Exception:
+            self._roll_back()
+            self._check_disk()
+            log_error(engine_log, "the transaction failed on %s", step.name)
+            self._counts["internal_error"] += 1
+            return Result.refused(SyncError("the server failed on this mutation"))
+        self._deliver((), batch.hints())
+        return result
+
+    def _check_disk(self) -> None:
+        """Commit a write of the engine's own; raise StoreRefused if that fails, too."""
+        batch = self._begin()
+        try:
+            self._store.probe(batch.db)
+            self._commit(batch)
+        except Exception as error:
+            self._roll_back()
+            raise StoreRefused("the database refuses, for now") from error
+
+    def _refuse_all(self, jobs: Sequence[Job], refusal: StoreRefused) -> None:
+        """Refuse these jobs, and all that wait: one by one each would wait as long."""
+        refused = list(jobs)
+        while len(self.jobs):
+            waiting = self.jobs.take(0)
+            if waiting:
+                refused.append(waiting)
+        if refused:
+            reason = refusal.__cause__ or refusal
+            log_error(store_log, "pushes failed: %s", reason, traceback=False)
+        self._deliver([(job, refusal) for job in refused])
+
+    # -- against other processes, and restored backups
+
+    def _watch(self) -> None:
+        """Check, while nothing waits, whether another process has committed."""
+        if self._store.latest() != self._tails.position:
+            self._store.read(
+                lambda db: self._catch_up(db, self._store.read_position(db))
+            )
+
+    def _catch_up(self, db: Any, position: Position) -> None:
+        """Forget what memory has of scopes that others changed, and notify of them.
+
+        `position` is the log's, and `db` a transaction that sees it.
+        """
+        known = self._tails.position
+        changed = self._store.read_scopes_since(db, known)
+        end = self._store.read_epoch_end(db, known.epoch)
+        # An older copy was restored, even if it has grown past `known` since.
+        rewound = end is None or end < known.head
+        if rewound:
+            self.rewinds += 1
+        self._tails.forget(None if rewound else changed, position)
+        self._listeners.notify(
+            {
+                scope: Hint(cursor, position.epoch)
+                for scope, cursor in changed.items()
+                if cursor > known.head  # not one that was trimmed alone
+            }
+        )
+
+
+# --- Engine ---------------------------------------------------------------------------
+# The truth, without a network: push, pull, snapshot. Writes go through the writer's
+# thread; reads come from memory, or from the database on a reader's thread. On the
+# event loop itself nothing waits for a disk, but for one look at the position (some
+# microseconds).
+
+
+Mutations = Iterable[Mutation | Mapping[str, Any]]
+
+
+class Engine:
+    """The log and an application's `apply` function: a sync server without a network.
+
+    `store` is the path of a SQLite file, or a Store. `schema` and `adopt` are those of
+    SQLiteStore. Raise StoreError if the file can't be used.
 
     `apply(db, mutation)` runs on the writer's thread, inside the transaction, and
-    returns the changes that it made: JSON values, or `Change`s. It refuses by raising
-    InvalidMutation, NotFound, Conflict, Forbidden, or Unavailable. It may run again for
-    one mutation, with the same args, if the transaction failed: what it does outside
-    `db` may happen twice. `snapshot(db, scope)` runs on a reader's thread and returns
-    the whole state of the scope: a JSON value, or `Json(text)`.
+    returns an iterable of changes: JSON values, or `Change`s. It refuses by raising
+    InvalidMutation, NotFound, Conflict, Forbidden or Unavailable. It may run more than
+    once for a mutation, because another one can make the transaction fail: what it does
+    outside `db` may then happen twice.
 
-    Its coroutines run on any loop; everything else may be called from any thread. After
-    a fork only the parent may use it: in the child every call raises RuntimeError.
+    `snapshot(db, scope)` runs on a reader's thread, and returns the whole state of the
+    scope: a JSON value, or `Json(text)`.
+
+    The coroutines run on any loop; any thread may call the other methods.
     """
 
     def __init__(
@@ -1775,447 +2886,69 @@ class Engine:
         self.settings = settings or Settings()
         if snapshot is None and self.settings.keep_changes is not None:
             raise ValueError(
-                "keep_changes: who is behind a trim needs a snapshot function"
+                "keep_changes needs a snapshot function: clients that are behind a "
+                "trim continue from a snapshot"
             )
         if isinstance(store, (str, os.PathLike)):
             store = SQLiteStore(store, schema, adopt, self.settings.busy_timeout)
         self.store: Store = store
-        self.counts = Counter(dict.fromkeys(COUNTED, 0))
-        self.committing = (
-            False  # the writer is at work, and wants the interpreter's lock at times
-        )
-        self._apply_function, self._snapshot_function = apply, snapshot
-        self._closed = False
+        self.counts = Counter(dict.fromkeys(COUNTERS, 0))
+        self._snapshot_function = snapshot
         self._process = os.getpid()
-        self.rewinds = 0  # how often an older copy of the log was restored into it
-        self._overfull: dict[
-            str, None
-        ] = {}  # scopes to trim, the one that waits longest first
-        self._looked_this_turn: dict[Loop, Position] = {}  # of this turn of each loop
-        # Over _position, the tails, the listeners and _closed; held for microseconds.
-        # Reentrant: on a thread that holds it the garbage collector may end a lost
-        # pull, which calls unlisten.
-        self._lock = threading.RLock()
-        self._position = store.look()
-        self._tails: OrderedDict[str, Tail] = (
-            OrderedDict()
-        )  # the least recently used first
-        self._tails_size = 0
-        self._listeners: dict[
-            str | None, dict[object, tuple[Loop | None, Listener]]
-        ] = {}
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None: look up
+        self._tails = Tails(store, self.settings)
+        self._listeners = Listeners()
         self._readers = ThreadPoolExecutor(self.settings.readers, "mizusync-reader")
-        self._writer = threading.Thread(
-            target=self._write, name="mizusync-writer", daemon=True
+        self._writer = Writer(
+            store, apply, self._tails, self._listeners, self.counts, self.settings
         )
-        self._writer.start()
 
     def _check_process(self) -> None:
         """Raise RuntimeError in a forked child, which has no writer's thread.
 
-        It stands before whatever takes a lock: a thread of the parent may have held it.
+        This comes before any lock: a thread of the parent may have held it at the fork.
         """
         if os.getpid() != self._process:
-            sentence = "this process was forked: open the engine after the fork"
-            raise RuntimeError(sentence)
+            raise RuntimeError(
+                "this process was forked: open the engine after the fork"
+            )
 
     # -- push
 
     async def push(self, mutations: Mutations) -> list[Result]:
-        """Apply mutations, in order; each succeeds or fails alone. One Result each, in
-        order.
+        """Apply mutations, in order; return a result for each. Each fails alone.
 
-        Those that are ok are on disk. Raises Unavailable if the store refuses (nothing
-        of this push was applied), and InvalidMutation for a mapping that is no mutation
-        or args that are not made of JSON values, tuples and bytes.
-        """
-        return await self._on_writer(self._steps_of(mutations))
+        Those that are ok are on disk. Raise Unavailable if the store refuses; nothing
+        of this push was applied then. Raise InvalidMutation for a value that is no
+        mutation."""
+        return await self._run_steps(self._steps(mutations))
 
     def submit(self, mutations: Mutations) -> Future[list[Result]]:
-        """The same for a thread that has no loop:
-        `engine.submit(mutations).result()`."""
+        """Push from a thread that has no loop: `engine.submit(mutations).result()`."""
         future: Future[list[Result]] = Future()
-        # it is pushed, whatever becomes of who asks
-        future.set_running_or_notify_cancel()
-        self._enqueue(Job(self._steps_of(mutations), future))
+        future.set_running_or_notify_cancel()  # from here on it can't be cancelled
+        self._writer.submit(Job(self._steps(mutations), future))
         return future
 
-    def _steps_of(self, values: Mutations) -> list[Step]:
+    def _steps(self, values: Mutations) -> list[Step]:
         self._check_process()
-        steps: list[Step] = []
+        steps = []
         for value in values:
             mutation = value if isinstance(value, Mutation) else Mutation.parse(value)
-            try:
-                args = marshal.dumps(mutation.args)
-            except ValueError as error:
-                sentence = f"args are JSON values, tuples and bytes: {error}"
-                raise InvalidMutation(sentence) from error
-            run = functools.partial(self._apply, mutation=mutation, args=args)
-            steps.append(Step(run, (mutation.name, mutation.id, mutation.scope)))
+            steps.append(self._writer.mutation_step(mutation))
         return steps
 
-    async def _on_writer(
-        self,
-        steps: Sequence[Step],
-        is_push: bool = True,
+    async def _run_steps(
+        self, steps: Sequence[Step], is_push: bool = True
     ) -> list[Any]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Any]] = loop.create_future()
-        self._enqueue(Job(steps, future, loop, is_push))
+        self._writer.submit(Job(steps, future, loop, is_push))
         return await future
 
-    def _enqueue(self, job: Job) -> None:
-        if self._jobs.qsize() >= self.settings.pending_pushes:
-            raise Unavailable("too many pushes are waiting")
-        with self._lock:  # so that the writer, once closed, leaves none behind
-            if self._closed:
-                raise Unavailable("the engine is closed")
-            self._jobs.put(job)
-        self.committing = True
-
-    def _apply(
-        self,
-        batch: Batch,
-        size: int,
-        mutation: Mutation,
-        args: bytes,
-    ) -> Result:
-        """Apply a mutation, with a copy of its args; or repeat its first answer.
-
-        `size` is how many bytes the answer to its push has already. Raises StoreRefused
-        if the transaction failed as a whole.
-        """
-        key = (mutation.scope, mutation.id)
-        if mark := batch.marks.get(key) or self.store.find(batch.db, *key):
-            # A hundred repeats of a large mutation, a small request, must stay small.
-            return batch.repeat(mark, with_changes=size <= self.settings.page_size)
-        # Whatever `apply` does with its args, another run gets them as they came.
-        mutation = dataclasses.replace(mutation, args=marshal.loads(args))
-        try:  # the store's savepoint and guard, in them the application's function
-            made = self.store.attempt(lambda db: self._rows_of(mutation, db, batch))
-        except StoreRefused:  # of the whole transaction
-            raise
-        except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
-            refusal: SyncError = error  # each of these is a count in COUNTED, too
-        except (
-            BaseException
-        ):  # SystemExit too: it is the application's, not this thread's
-            complain(
-                engine_log,
-                "apply failed on %r, %r of %r",
-                mutation.name,
-                *reversed(key),
-            )
-            refusal = SyncError("the server failed on this mutation")
-        else:
-            return batch.add(mutation, made)
-        batch.counts[refusal.code] += 1
-        return Result.refused(refusal)
-
-    def _rows_of(self, mutation: Mutation, db: Any, batch: Batch) -> list[Row]:
-        """What the application makes of a mutation, checked and numbered: data as
-        JSON."""
-        made: Any = self._apply_function(db, mutation)
-        if isinstance(made, (str, bytes, Mapping, Change, sqlite3.Cursor)):
-            raise TypeError(
-                f"apply returns an iterable of changes, not one {type(made).__name__}"
-            )
-        first, most = (
-            batch.position.head + len(batch.rows) + 1,
-            self.settings.mutation_changes,
-        )
-        rows: list[Row] = []
-        try:
-            for change in () if made is None else made:
-                data, scope = change, mutation.scope
-                if isinstance(change, Change):
-                    data, scope = (
-                        change.data,
-                        scope if change.scope is None else change.scope,
-                    )
-                    if not is_name(scope, MAX_SCOPE):
-                        raise ValueError(
-                            f"apply made a change for {scope!r}: that names no scope"
-                        )
-                text = data.text if isinstance(data, Json) else encode_json(data)
-                # half a surrogate pair fails here, where it can still be undone
-                text.encode()
-                rows.append(Row(first + len(rows), first, scope, batch.time, text))
-                if len(rows) > most:
-                    raise InvalidMutation(f"it makes over {most} changes")
-        finally:
-            if inspect.isgenerator(made):
-                # what it does at its end can be undone here, and not later
-                made.close()
-            made = None  # the same for one that another iterator holds
-        return rows
-
-    # -- the writer's thread
-
-    def _write(self) -> None:
-        """Commit what waits, until closed. Nothing that goes wrong in here may end the
-        thread."""
-        watch = min(max(0.001, self.settings.watch_interval), threading.TIMEOUT_MAX)
-        while not (self._closed and self._jobs.empty()):
-            job: Job | None = None
-            with contextlib.suppress(queue.Empty):
-                job = self._jobs.get(timeout=0.0 if self._overfull else watch)
-            try:
-                if job or self._overfull:
-                    self._commit([job] if job else [])
-                elif self.store.look() != self._position:
-                    # Another process has committed, while there was nothing to write.
-                    self.store.read(
-                        lambda db: self._catch_up(db, self.store.position(db))
-                    )
-            except BaseException as error:
-                if not isinstance(error, StoreRefused):  # a push will tell of that
-                    complain(engine_log, "the writer's thread goes on after this")
-            self.committing = not self._jobs.empty()
-
-    def _commit(self, jobs: list[Job]) -> None:
-        """Do these jobs and all that waits in one transaction, and answer them.
-
-        If the transaction fails, do each of their mutations again, alone: an error that
-        does not come back then was a neighbour's.
-        """
-        try:
-            batch = self._begin()
-        except StoreRefused as refusal:  # another process has the lock, say
-            self._refuse(jobs, refusal)
-            return
-        try:
-            outcomes = self._run_together(batch, jobs)
-            self._retain(batch)
-            self._finish(batch)
-        except BaseException as error:
-            self._undo()
-            if jobs:
-                self._run_alone(jobs)
-            else:
-                why = error.__cause__ or error
-                is_ours = not isinstance(error, StoreRefused)
-                complain(store_log, "a trim failed: %s", why, traceback=is_ours)
-        else:
-            self._answer(zip(jobs, outcomes, strict=True), batch.news())
-
-    def _begin(self) -> Batch:
-        """Begin a transaction. Raises StoreRefused, and nothing else."""
-        try:
-            db, position = self.store.begin()
-            if position != self._position:
-                # An epoch that begin() may have begun is not committed yet: if this
-                # transaction fails, memory must not stand in an epoch that never was.
-                self._catch_up(db, position._replace(epoch=self._position.epoch))
-            return Batch(self.store, db, position)
-        except BaseException as error:
-            self._undo()
-            if isinstance(error, StoreRefused):
-                raise
-            complain(store_log, "no transaction could begin")
-            raise StoreRefused("the database fails") from error
-
-    def _run_together(self, batch: Batch, jobs: list[Job]) -> list[list[Any]]:
-        """Run these jobs, and those that join them until `commit_time` is over."""
-        outcomes: list[list[Any]] = []
-        deadline = time.monotonic() + self.settings.commit_time
-        for job in jobs:  # it grows as we go
-            results: list[Any] = []
-            size = 0
-            for step in job.steps:
-                results.append(step.run(batch, size))
-                size += answer_size(results[-1])
-            outcomes.append(results)
-            with contextlib.suppress(queue.Empty):
-                if time.monotonic() < deadline and (more := self._jobs.get_nowait()):
-                    jobs.append(more)
-        return outcomes
-
-    def _finish(self, batch: Batch) -> None:
-        """Commit, then put it into memory: a client that is told finds it there."""
-        self.store.append(batch.rows, list(batch.marks.values()))
-        self.store.commit()
-        self.counts.update({**batch.counts, "changes": len(batch.rows)})
-        with self._lock:
-            for scope, tail in batch.grown.items():
-                self._keep_tail(scope, tail)
-            head = batch.position.head + len(batch.rows)
-            self._position = batch.position._replace(head=head)
-
-    def _undo(self) -> None:
-        self.store.rollback()
-        self._overfull.clear()  # they will be found again
-
-    def _run_alone(self, jobs: list[Job]) -> None:
-        """Run each mutation of a failed transaction in one of its own; answer each job.
-
-        Once the disk refuses, what is left and all that waits is unavailable, untried.
-        """
-        for place, job in enumerate(jobs):
-            results: list[Any] = []
-            outcome: list[Any] | Exception = results
-            size = 0
-            try:
-                for step in job.steps:
-                    results.append(self._run_step(step, size))
-                    size += answer_size(results[-1])
-            except StoreRefused as refusal:
-                if not any(isinstance(one, Result) and one.ok for one in results):
-                    self._refuse(jobs[place:], refusal)
-                    return
-                left = len(job.steps) - len(results)
-                self.counts["unavailable"] += left
-                self._answer([(job, results + [Result.refused(refusal)] * left)])
-                self._refuse(jobs[place + 1 :], refusal)
-                return
-            if not job.is_push and isinstance(results[0], Result):
-                outcome = SyncError(results[0].error)
-            self._answer([(job, outcome)])
-
-    def _run_step(self, step: Step, size: int) -> Any:
-        """Run one mutation, or one trim, in a transaction of its own.
-
-        Raises StoreRefused if the disk refuses. A disk's error that comes although an
-        empty write works is the mutation's own: an AUTOINCREMENT at its end, say, has
-        the code of a full disk.
-        """
-        batch = self._begin()
-        try:
-            result = step.run(batch, size)
-            self._finish(batch)
-        except BaseException as error:
-            self._undo()
-            ended = isinstance(error, TransactionLost)  # by the application
-            if isinstance(error, StoreRefused) and not ended:
-                self._probe()
-            complain(engine_log, "the transaction failed on %r, %r of %r", *step.name)
-            self.counts["internal_error"] += 1
-            return Result.refused(SyncError("the server failed on this mutation"))
-        self._answer((), batch.news())
-        return result
-
-    def _probe(self) -> None:
-        """Commit an empty write of our own. Raises StoreRefused if that fails, too."""
-        batch = self._begin()
-        try:
-            self.store.probe(batch.db)
-            self._finish(batch)
-        except BaseException as error:
-            self._undo()
-            if isinstance(error, StoreRefused):
-                raise
-            raise StoreRefused("the database fails") from error
-
-    def _refuse(self, jobs: Sequence[Job], refusal: StoreRefused) -> None:
-        """Refuse these jobs and all that waits: each would wait as long by itself."""
-        refused = list(jobs)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if job := self._jobs.get_nowait():
-                    refused.append(job)
-        if refused:
-            why = refusal.__cause__ or refusal
-            complain(store_log, "pushes failed: %s", why, traceback=False)
-        self._answer([(job, refusal) for job in refused])
-
-    def _answer(
-        self,
-        outcomes: Iterable[tuple[Job, list[Any] | Exception]],
-        news: News | None = None,
-    ) -> None:
-        """Count and send the outcomes of jobs, and tell of the commit."""
-        calls: list[Call] = []
-        for job, outcome in outcomes:
-            failed = isinstance(outcome, Exception)
-            if job.is_push:
-                self.counts["pushes_failed" if failed else "pushes"] += 1
-            calls.append((job.loop, job.answer, outcome))
-        self._tell(news or {}, calls)
-
-    def _retain(self, batch: Batch) -> None:
-        """Trim some of the scopes that grew past `keep_changes`: in each commit a
-        little."""
-        if (keep := self.settings.keep_changes) is None:
-            return
-        # Twice what comes in goes, and no more: no push waits for the trims of many
-        # scopes.
-        for scope in list(itertools.islice(self._overfull, 1 + len(batch.rows) // 100)):
-            if not self._trim(
-                batch, scope, self.store.nth_newest(batch.db, scope, keep)
-            ):
-                del self._overfull[scope]
-        # To find the change where a trim ends takes `keep` steps, so it is done some
-        # ten times in as many changes, by chance: that needs no memory, and no pattern
-        # of pushes evades it.
-        for scope, tail in batch.grown.items():
-            if random.random() * keep < 10 * len(tail.fragments):
-                self._overfull[scope] = None
-
-    def _trim(self, batch: Batch, scope: str, before: int) -> int:
-        # So few at a time that no push waits long behind them.
-        if removed := self.store.trim(
-            batch.db, scope, min(before, MAX_CURSOR + 1), 200
-        ):
-            batch.counts["trims"] += 1
-            batch.tail(scope).trimmed = self.store.trimmed(batch.db, scope)
-            batch.position = self.store.position(batch.db)
-        return removed
-
-    def _keep_tail(self, scope: str, newer: Tail) -> None:
-        """Extend a tail and put it last, at the cost of the least recently used. Under
-        the lock."""
-        tail = self._drop_tail(scope) or Tail(newer.after)
-        tail.extend(newer, self.settings.tail_changes)
-        self._tails[scope] = tail
-        self._tails_size += tail.size
-        # One without changes takes about 1,000 bytes, too.
-        while self._tails_size + 1000 * len(self._tails) > self.settings.tail_size:
-            self._drop_tail(next(iter(self._tails)))
-
-    def _drop_tail(self, scope: str) -> Tail | None:
-        if tail := self._tails.pop(scope, None):
-            self._tails_size -= tail.size
-        return tail
-
-    def _catch_up(self, db: Any, position: Position) -> None:
-        """Forget what memory has of scopes that another process wrote to, and tell of
-        them."""
-        known, touched = self._position.head, self.store.touched(db, self._position)
-        # An older copy was restored into it, and may have grown again since.
-        end = self.store.epoch_end(db, self._position.epoch)
-        went_back = end is None or end < self._position.head
-        self.rewinds += went_back
-        with self._lock:
-            for scope in list(self._tails) if went_back else touched:
-                self._drop_tail(scope)
-            self._position = position
-        newer = {
-            scope: cursor for scope, cursor in touched.items() if cursor > known
-        }  # not trims
-        self._tell(
-            {scope: Hint(cursor, position.epoch) for scope, cursor in newer.items()}
-        )
-
-    def _tell(self, news: News, answers: Iterable[Call] = ()) -> None:
-        """Answer, then call who listens to these scopes: each on its loop, in one hop
-        to each."""
-        with self._lock:
-            scopes = (None, *news) if news else ()
-            heard = [list(self._listeners.get(scope, {}).values()) for scope in scopes]
-        of_loop: dict[Loop | None, list[Call]] = {}
-        for call in (*answers, *((*to, news) for hearers in heard for to in hearers)):
-            of_loop.setdefault(call[0], []).append(call)
-        for loop, calls in of_loop.items():
-            if loop is None:
-                call_here(
-                    calls, BaseException
-                )  # SystemExit, too, is not for this thread
-            else:
-                with contextlib.suppress(
-                    RuntimeError
-                ):  # a closed loop: nobody waits there
-                    loop.call_soon_threadsafe(call_here, calls)
+    @property
+    def committing(self) -> bool:
+        """True while the writer is at work, and needs the GIL now and then."""
+        return self._writer.busy
 
     # -- pull
 
@@ -2228,149 +2961,85 @@ class Engine:
         limit: int | None = None,
         wait: float = 0.0,
     ) -> Page:
-        """The scope's changes above `cursor`, in order: `limit` of them, then to a
-        mutation's end.
+        """Return the scope's changes above `cursor`, in order.
 
-        `wait` (seconds) holds an empty page back until there is a change. `epoch` is
-        the one that the cursor was read in, if known. Raises CursorTooOld,
+        A page holds `limit` of them, and then those up to the end of a mutation. `wait`
+        (seconds) holds an empty page back until there is a change. `epoch` is the one
+        in which the client read the cursor, if it knows. Raise CursorTooOld,
         CursorUnknown, Unavailable."""
         self._check_process()
         limit = min(
-            max(1, limit or self.settings.pull_limit), self.settings.pull_limit_max
+            max(1, limit or self.settings.pull_limit), self.settings.max_pull_limit
         )
         if wait <= 0:
-            return await self._page(scope, cursor, epoch, limit)
-        # The listener stands before the page is looked at: no commit can fall between
-        # the two.
+            return await self._read_page(scope, cursor, epoch, limit)
         changed = asyncio.Event()
 
-        def hear(news: News) -> None:
-            # Of another process's commit the watcher tells late: it may be in the page
-            # already.
-            if (
-                not news or news[scope].cursor > cursor
-            ):  # without any it is wake() that calls
+        def on_commit(hints: Hints) -> None:
+            # Without hints the engine wakes every pull. A hint for another process's
+            # commit comes late: the page may have its changes already.
+            if not hints or hints[scope].cursor > cursor:
                 changed.set()
 
-        unlisten = self.listen(hear, scope)
+        # Listen first, then read: no commit can fall between the two.
+        remove_listener = self.add_listener(on_commit, scope)
         try:
-            if self._closed:  # after that nothing would wake it
+            if self._writer.jobs.closed:  # nothing would end the wait
                 raise Unavailable("the engine is closed")
-            page = await self._page(scope, cursor, epoch, limit)
-            if not page.fragments:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(wait, self.settings.pull_wait_max)):
-                        await changed.wait()
-                page = await self._page(scope, cursor, epoch, limit)
-            return page
+            page = await self._read_page(scope, cursor, epoch, limit)
+            if page.encoded_changes:
+                return page
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(wait, self.settings.max_pull_wait)):
+                    await changed.wait()
+            return await self._read_page(scope, cursor, epoch, limit)
         finally:
-            unlisten()
+            remove_listener()
 
-    def wake(self) -> None:
-        """End every pull that waits, now: a listener of one scope is called with no
-        news at all."""
-        self._check_process()
-        with self._lock:
-            of_scopes = [
-                to for scope, to in list(self._listeners.items()) if scope is not None
-            ]
-            calls: list[Call] = [
-                (*to, {}) for one in of_scopes for to in list(one.values())
-            ]
-        self._tell({}, calls)
-
-    async def _page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:
+    async def _read_page(
+        self,
+        scope: str,
+        cursor: int,
+        epoch: str,
+        limit: int,
+    ) -> Page:
+        """Return a page from memory if that is up to date, or else from the
+        database."""
         if scope in self._tails:
-            position = self._look()
-            with self._lock:
-                # Where the file stands elsewhere, it has commits that memory does not
-                # hold yet; and only the file knows how far an older epoch goes.
-                known = position == self._position and epoch in ("", position.epoch)
-                tail = self._tails.get(scope)
-                if known and tail and tail.after <= cursor <= position.head:
-                    self._tails.move_to_end(scope)
-                    self.counts["pulls_from_memory"] += 1
-                    return tail.page(
-                        cursor, limit, self.settings.page_size, position.epoch
-                    )
+            latest = self.store.latest()
+            page = self._tails.page(scope, cursor, limit, epoch, latest)
+            if page is not None:
+                self.counts["pulls_from_memory"] += 1
+                return page
         self.counts["pulls_from_disk"] += 1
         return await self.read(
-            lambda db: self._page_on_disk(db, scope, cursor, epoch, limit)
+            lambda db: self._tails.load_page(db, scope, cursor, epoch, limit)
         )
 
-    def _look(self) -> Position:
-        """Where the file stands: while that is where memory stands, asked once a turn
-        of the loop.
+    async def follow(
+        self, scope: str = DEFAULT_SCOPE, cursor: int = 0
+    ) -> AsyncIterator[Change]:
+        """Yield every change of the scope above `cursor`, then each new one, for
+        ever."""
+        epoch = ""
+        while True:
+            wait = self.settings.max_pull_wait
+            page = await self.pull(scope, cursor, epoch=epoch, wait=wait)
+            for change in page.changes:
+                yield change
+            cursor = page.cursor
+            epoch = page.epoch
+            if not page.encoded_changes:
+                await asyncio.sleep(
+                    0.05
+                )  # yield to the loop even if max_pull_wait is 0
 
-        One look serves all pulls of the turn: asyncio reads the sockets once a turn, so
-        these were asked before it, and what comes after it is handled after the pop.
-        """
-        loop = asyncio.get_running_loop()
-        if self._looked_this_turn.get(loop) != self._position:
-            self._looked_this_turn[loop] = self.store.look()
-            loop.call_soon(self._looked_this_turn.pop, loop, None)
-        return self._looked_this_turn[loop]
-
-    def _page_on_disk(
-        self, db: Any, scope: str, cursor: int, epoch: str, limit: int
-    ) -> Page:
-        position = self.store.position(db)
-        trimmed = self.store.trimmed(db, scope)
-        newest = epoch in ("", position.epoch)
-        end = position.head if newest else self.store.epoch_end(db, epoch)
-        if end is None or cursor > end:
-            raise CursorUnknown(
-                f"this history never gave out cursor {cursor}: take a snapshot"
-            )
-        if cursor < trimmed:
-            raise CursorTooOld(
-                f"changes {cursor} to {trimmed} were trimmed: take a snapshot"
-            )
-        tail, room = Tail(cursor), self.settings.page_size
-        for row in self.store.changes(db, scope, cursor):
-            full = len(tail.cursors) >= limit or room < len(row.data)
-            if full and tail.firsts and row.first != tail.firsts[-1]:
-                # It begins a mutation that the page has no room for.
-                return Page(tail.fragments, tail.current, position.epoch, has_more=True)
-            room -= len(tail.add(row))
-        # The page reached the log's end: the next pull here will find it in memory.
-        if not tail.cursors:
-            tail.after = self.store.current(db, scope)
-        with self._lock:
-            if position == self._position and scope not in self._tails:
-                self._keep_tail(scope, tail)
-        return Page(tail.fragments, max(cursor, tail.current), position.epoch)
-
-    async def read(self, work: Callable[[Any], T]) -> T:
-        """`work(db)` on a reader's thread, in a transaction of its own: all of one
-        moment.
-
-        Raises Unavailable, and what `work` raises.
-        """
-        self._check_process()
-
-        def read() -> T:
-            try:
-                return self.store.read(work)
-            except BaseException as error:
-                # The application's: neither a future nor a loop can hold all of these.
-                if isinstance(error, StopIteration) or not isinstance(error, Exception):
-                    raise RuntimeError("a read failed") from error
-                raise
-
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
-        except RuntimeError:  # the executor's, too
-            if self._closed:
-                raise Unavailable("the engine is closed") from None
-            raise
-
-    # -- and the rest
+    # -- snapshots and other reads
 
     async def snapshot(self, scope: str = DEFAULT_SCOPE) -> Snapshot:
-        """The scope's whole state, and its cursor at the same moment.
+        """Return the scope's whole state, and its cursor at the same moment.
 
-        Raises NotFound where the application has no snapshot function, and what that
+        Raise NotFound if the application has no snapshot function, and what that
         raises."""
         self._check_process()
         take = self._snapshot_function
@@ -2378,103 +3047,107 @@ class Engine:
             raise NotFound("this application has no snapshots: pull from cursor 0")
         self.counts["snapshots"] += 1
 
-        def read(db: Any) -> Snapshot:
-            cursor, epoch = self.store.current(db, scope), self.store.position(db).epoch
+        def take_in(db: Any) -> Snapshot:
+            cursor = self.store.read_current(db, scope)
+            epoch = self.store.read_position(db).epoch
             data = take(db, scope)
             text = data.text if isinstance(data, Json) else encode_json(data)
             return Snapshot(text, cursor, epoch)
 
-        return await self.read(read)
+        return await self.read(take_in)
 
-    async def head(self, scope: str = DEFAULT_SCOPE) -> int:
-        """The scope's current cursor: of its newest change, 0 before the first."""
+    async def current(self, scope: str = DEFAULT_SCOPE) -> int:
+        """Return the scope's current cursor: that of its newest change, or 0."""
         self._check_process()
-        position = self._look()
-        with self._lock:
-            if position == self._position and (tail := self._tails.get(scope)):
-                return tail.current
-        return await self.read(lambda db: self.store.current(db, scope))
+        if scope in self._tails:
+            current = self._tails.current(scope, self.store.latest())
+            if current is not None:
+                return current
+        return await self.read(lambda db: self.store.read_current(db, scope))
 
     async def position(self) -> Position:
-        """The highest cursor over all scopes, and the epoch. Raises Unavailable."""
-        return await self.read(self.store.position)
+        """Return the position of the log. Raise Unavailable."""
+        return await self.read(self.store.read_position)
 
-    def stats(self) -> dict[str, int]:
-        """Where the log stands, what waits, and what was done since the start."""
-        self._check_process()
-        now = {"cursor": self._position.head, "pushes_waiting": self._jobs.qsize()}
-        return {**now, **getattr(self.store, "stats", dict)(), **self.counts}
+    async def read(self, work: Callable[[Any], T]) -> T:
+        """Return `work(db)`, run on a reader's thread; all that it reads is of one
+        moment.
 
-    async def follow(
-        self, scope: str = DEFAULT_SCOPE, cursor: int = 0
-    ) -> AsyncIterator[Change]:
-        """Every change of the scope above `cursor`, then each new one as it comes,
-        without end."""
-        epoch = ""
-        while True:
-            page = await self.pull(
-                scope, cursor, epoch=epoch, wait=self.settings.pull_wait_max
-            )
-            for change in page.changes:
-                yield change
-            cursor, epoch = page.cursor, page.epoch
-            if (
-                not page.fragments
-            ):  # where pulls may not wait, it would keep the loop to itself
-                await asyncio.sleep(0.05)
-
-    def listen(
-        self, callback: Listener, scope: str | None = None
-    ) -> Callable[[], None]:
-        """Call `callback(news)` after each commit (to `scope`).
-
-        On this loop, or where none runs on the writer's thread: it must be quick.
-        Returns the function that ends it."""
-        self._check_process()
-        key, loop = object(), None
-        with contextlib.suppress(RuntimeError):
-            loop = asyncio.get_running_loop()
-        with self._lock:
-            self._listeners.setdefault(scope, {})[key] = loop, callback
-
-        def unlisten() -> None:
-            with self._lock:
-                if (
-                    (others := self._listeners.get(scope))
-                    and others.pop(key, None)
-                    and not others
-                ):
-                    del self._listeners[scope]
-
-        return unlisten
-
-    def catch_up(self) -> None:
-        """Look at once, not only each `watch_interval`, whether another process has
-        committed.
-
-        For a store that is told of it. From any thread; it never blocks.
+        Raise Unavailable, and what `work` raises.
         """
         self._check_process()
-        if self._jobs.empty():  # whoever waits there looks, too
-            self._jobs.put(None)
+
+        def read() -> T:
+            try:
+                return self.store.read(work)
+            except BaseException as error:
+                # A future can't hold StopIteration; KeyboardInterrupt would end the
+                # loop.
+                if isinstance(error, StopIteration) or not isinstance(error, Exception):
+                    raise RuntimeError(f"a read ended with {error!r}") from error
+                raise
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        except RuntimeError:  # the executor raises it, too, after close()
+            if self._writer.jobs.closed:
+                raise Unavailable("the engine is closed") from None
+            raise
+
+    def stats(self) -> dict[str, int]:
+        """Return numbers for an operator: of the present, and since the start."""
+        self._check_process()
+        return {
+            "cursor": self._tails.position.head,
+            "pushes_waiting": len(self._writer.jobs),
+            **getattr(self.store, "stats", dict)(),
+            **self.counts,
+        }
+
+    # -- listeners, trims, the end
+
+    def add_listener(
+        self, callback: Listener, scope: str | None = None
+    ) -> Callable[[], None]:
+        """Call `callback(hints)` after each commit that changes `scope`, or any scope.
+
+        It is called on the running loop; without one, on the writer's thread, and must
+        be quick. Return a function that removes it."""
+        self._check_process()
+        return self._listeners.add(callback, scope)
+
+    def wake(self) -> None:
+        """End every pull that waits, now."""
+        self._check_process()
+        self._listeners.wake()
+
+    def catch_up(self) -> None:
+        """Check now for commits of other processes, for a store that is told of them.
+
+        Otherwise the writer checks each `watch_interval`. This never blocks.
+        """
+        self._check_process()
+        self._writer.jobs.wake()
+
+    @property
+    def rewinds(self) -> int:
+        """The number of times that an older copy was restored under this engine."""
+        return self._writer.rewinds
 
     async def trim(self, scope: str, before: int) -> int:
-        """Remove the scope's changes with cursors below `before`, whole mutations; how
-        many.
+        """Remove the scope's changes below `before`, whole mutations; return how many.
 
-        Who is behind then gets CursorTooOld and takes a snapshot: so it raises NotFound
-        where the application has no snapshot function. Raises Unavailable."""
+        A client that is behind gets CursorTooOld and takes a snapshot. Raise NotFound
+        if the application has no snapshot function. Raise Unavailable."""
         self._check_process()
         if self._snapshot_function is None:
             raise NotFound("without a snapshot function the log is never trimmed")
-
-        def remove(batch: Batch, size: int) -> int:
-            return self._trim(batch, scope, before)
-
-        step = Step(remove, ("trim", "", scope))
+        step = self._writer.trim_step(scope, before)
         total = 0
         while True:
-            (removed,) = await self._on_writer([step], is_push=False)
+            (removed,) = await self._run_steps([step], is_push=False)
+            if isinstance(removed, Result):
+                raise SyncError("the server failed on this trim")
             if not removed:
                 return total
             total += removed
@@ -2482,28 +3155,15 @@ class Engine:
     def close(self, timeout: float | None = None) -> None:
         """Finish what waits, write the WAL back into the file, end the threads. Blocks.
 
-        A writer that still waits after `timeout` seconds, for another process's lock or
-        for `apply`, is left to the end of this process.
-        """
+        After `timeout` seconds, a writer that still waits for another process's lock,
+        or for `apply`, is left to the end of the process."""
         self._check_process()
-        with self._lock:
-            self._closed = True
-            self._jobs.put(None)
-        self._writer.join(timeout)
-        if self._writer.is_alive():
-            complain(engine_log, "the writer did not end in time", traceback=False)
+        if not self._writer.close(timeout):
+            log_error(engine_log, "the writer did not end in time", traceback=False)
             return
-        self.wake()
+        self._listeners.wake()
         self._readers.shutdown()
         self.store.close()
-
-
-def call_here(calls: Iterable[Call], caught: type[BaseException] = Exception) -> None:
-    for _, function, argument in calls:
-        try:
-            function(argument)
-        except caught:
-            complain(engine_log, "a listener failed")
 
 
 # --- Hub ------------------------------------------------------------------------------
@@ -2515,7 +3175,6 @@ def call_here(calls: Iterable[Call], caught: type[BaseException] = Exception) ->
 
 
 HANDFUL = 500  # followers that are told before the loop goes round: some 5 ms
-SYNC = "sync:"  # what the engine's topics begin with; clients know it
 
 
 class Subscriber(Protocol):
@@ -2543,7 +3202,7 @@ class Topic:
     followers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
 
     @property
-    def wants_items(self) -> bool:
+    def wants_changes(self) -> bool:
         return any(self.followers.values())
 
 
@@ -2570,22 +3229,17 @@ class Hub:
     def publish(self, name: str, data: bytes) -> None:
         """Send JSON to every follower of a topic; none of it is merged or skipped."""
         if topic := self.topics.get(name):
-            message = self._message(name, data)
+            message = self.encode(encode_message(name, data))
             for subscriber in list(topic.followers):
                 try:
                     subscriber.message(message)
                 except Exception:  # another transport's: it hurts nobody else
-                    complain(live_log, "a follower of %s failed", name)
+                    log_error(live_log, "a follower of %s failed", name)
 
-    def _message(self, name: str, data: bytes) -> bytes:
-        return self.encode(
-            b'{"topic":%b,"data":%b}' % (encode_name(name).encode(), data)
-        )
-
-    def notify(self, news: Mapping[str, Hint]) -> None:
-        """The arrow, `engine.listen(hub.notify)`: a hint to the followers of each
+    def notify(self, hints: Mapping[str, Hint]) -> None:
+        """The arrow, `engine.add_listener(hub.notify)`: a hint to the followers of each
         scope."""
-        for scope, hint in news.items():
+        for scope, hint in hints.items():
             self.hint(f"{SYNC}{scope}", hint)
 
     def hint(self, name: str, hint: Hint) -> None:
@@ -2595,23 +3249,23 @@ class Hub:
             return
         # Two that follow on are one with the items of both; of others only the newer
         # cursor stays.
-        older, items, most = topic.pending, hint.items, self.settings.hint_changes
-        if older and older.items and items and hint.after == older.cursor:
-            both = older.items + items
+        older, items, most = topic.pending, hint.changes, self.settings.max_hint_changes
+        if older and older.changes and items and hint.after == older.cursor:
+            both = older.changes + items
             if (
                 len(items) <= most < len(both)
-                and topic.wants_items
+                and topic.wants_changes
                 and not topic.speaking
             ):
                 self._fan_out(
                     name, topic
                 )  # now, while they fit: to pull them would cost more
             else:
-                hint = hint._replace(after=older.after, items=both)
+                hint = hint._replace(after=older.after, changes=both)
         elif older:
             hint = Hint(max(older.cursor, hint.cursor), hint.epoch)
-        if hint.items and len(hint.items) > most:
-            hint = hint._replace(items=None)
+        if hint.changes and len(hint.changes) > most:
+            hint = hint._replace(changes=None)
         self.counts["hints_merged"] += topic.pending is not None
         topic.pending = hint
         if (
@@ -2631,12 +3285,12 @@ class Hub:
         topic.pending, topic.speaking, topic.spoke = None, True, time.monotonic()
         topic.cursor = max(hint.cursor, topic.cursor)
         self.topics.move_to_end(name)
-        short = long = self._message(name, b'{"cursor":%d}' % topic.cursor)
-        changes = b",".join(hint.items or ()) if topic.wants_items else b""
-        if 0 < len(changes) <= self.settings.hint_size and hint.cursor == topic.cursor:
-            words = hint.cursor, hint.epoch.encode(), hint.after, changes
-            whole = b'{"cursor":%d,"epoch":"%b","after":%d,"changes":[%b]}' % words
-            long = self._message(name, whole)
+        short = self.encode(encode_message(name, encode_cursor(topic.cursor)))
+        long = short
+        size = sum(map(len, hint.changes or ()))
+        fits = 0 < size <= self.settings.max_hint_size
+        if fits and topic.wants_changes and hint.cursor == topic.cursor:
+            long = self.encode(encode_message(name, hint.encode()))
         followers, cursor = list(topic.followers.items()), topic.cursor
 
         def tell_some(start: int) -> None:
@@ -2645,7 +3299,7 @@ class Hub:
                     try:
                         subscriber.hint(name, cursor, long if items else short)
                     except Exception:  # another transport's: it hurts nobody else
-                        complain(live_log, "a follower of %s failed", name)
+                        log_error(live_log, "a follower of %s failed", name)
             if start + HANDFUL < len(followers):
                 asyncio.get_running_loop().call_soon(tell_some, start + HANDFUL)
                 return
@@ -2654,7 +3308,7 @@ class Hub:
             # So hints take a fifth of the loop; or a 17th, where each follower comes
             # and pulls then, which costs more than its frame. More only where hint_gap
             # ends the pause before.
-            now, pause = time.monotonic(), 4 if topic.wants_items else 16
+            now, pause = time.monotonic(), 4 if topic.wants_changes else 16
             topic.ready = now + min(pause * (now - topic.spoke), self.settings.hint_gap)
             if topic.pending:
                 self._plan(name, topic)
@@ -2666,9 +3320,8 @@ class Hub:
         since."""
         if (topic := self.topics.get(name)) and subscriber in topic.followers:
             topic.cursor = cursor = max(cursor, topic.cursor)
-            subscriber.hint(
-                name, cursor, self._message(name, b'{"cursor":%d}' % cursor)
-            )
+            message = self.encode(encode_message(name, encode_cursor(cursor)))
+            subscriber.hint(name, cursor, message)
 
     def beat(self, now: float) -> None:
         """Send again what topics said last that have been silent for long: a lost hint
@@ -2691,7 +3344,8 @@ class Hub:
 # connection closed.
 
 _SINGLE = {  # fields that a second line makes ambiguous, not longer
-    "authorization", "content-length", "content-type", "host", "origin", "sec-websocket-key",
+    "authorization", "content-length", "content-type", "host", "origin",
+    "sec-websocket-key",
     "sec-websocket-version", "transfer-encoding",
 }  # fmt: skip
 _SENT_BY_ITSELF = {
@@ -2810,9 +3464,9 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     (RFC 9112 §2, §3)."""
     skip_empty_lines(buffer)
     find_line(
-        buffer, b"\r\n", 0, settings.target_size + 64, 414
+        buffer, b"\r\n", 0, settings.max_target_size + 64, 414
     )  # has a limit of its own
-    end = find_line(buffer, b"\r\n\r\n", 0, settings.head_size, 431)
+    end = find_line(buffer, b"\r\n\r\n", 0, settings.max_head_size, 431)
     if end < 0:
         return None
     line, *fields = buffer[:end].decode("latin-1").split("\r\n")
@@ -2822,12 +3476,14 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     version = int(major), min(int(minor), 1)
     if version[0] != 1:
         raise HTTPError(505, "this server speaks HTTP/1.1")
-    if len(target) > settings.target_size:
+    if len(target) > settings.max_target_size:
         raise HTTPError(
-            414, f"the request target is longer than {settings.target_size} bytes"
+            414, f"the request target is longer than {settings.max_target_size} bytes"
         )
-    if len(fields) > settings.head_fields:
-        raise HTTPError(431, f"the head has more than {settings.head_fields} fields")
+    if len(fields) > settings.max_head_fields:
+        raise HTTPError(
+            431, f"the head has more than {settings.max_head_fields} fields"
+        )
     headers = parse_fields(fields)
     host = headers.get(
         "host", "" if version < (1, 1) else "?"
@@ -2942,14 +3598,17 @@ class ChunkedBody:
         """Take what is whole off the front of `buffer`; True when the body is. Raises
         SyncError."""
         longest = (
-            self.settings.target_size
+            self.settings.max_target_size
         )  # bytes of a line; of the last chunk with its trailers
         while (end := find_line(buffer, b"\r\n", 0, longest, 431)) >= 0:
             if not (digits := _CHUNK_SIZE.fullmatch(buffer[:end].decode("latin-1"))):
                 raise InvalidRequest("a chunk does not begin with its size")
-            if len(self.body) + (size := int(digits[1], 16)) > self.settings.body_size:
+            if (
+                len(self.body) + (size := int(digits[1], 16))
+                > self.settings.max_body_size
+            ):
                 raise TooLarge(
-                    f"the body is longer than {self.settings.body_size} bytes"
+                    f"the body is longer than {self.settings.max_body_size} bytes"
                 )
             if size == 0:
                 if (end := find_line(buffer, b"\r\n\r\n", end, longest, 431)) < 0:
@@ -2966,7 +3625,7 @@ class ChunkedBody:
             self.body += buffer[end + 2 : stop]
             del buffer[: stop + 2]
             self.framing += end + 4
-            if self.framing > self.settings.head_size:
+            if self.framing > self.settings.max_head_size:
                 raise TooLarge(
                     "the chunked body has more framing than a head may have bytes"
                 )
@@ -3022,9 +3681,7 @@ class Response:
     @classmethod
     def refusal(cls, error: SyncError) -> Response:
         """The one envelope of all errors."""
-        body = encode_json({"code": error.code, "error": str(error)}).encode(
-            errors="replace"
-        )
+        body = encode_error(error.code, str(error))
         return cls(error.status, body, error.headers)
 
     @classmethod
@@ -3083,7 +3740,8 @@ class Response:
             304,
         )  # (RFC 9112 §6.3, 9110 §8.6)
         if not bodiless:
-            head += f"Content-Type: {self.content_type}\r\nContent-Length: {len(self.body)}\r\n"
+            head += f"Content-Type: {self.content_type}\r\n"
+            head += f"Content-Length: {len(self.body)}\r\n"
         if self._has("upgrade"):  # a field of this connection alone (RFC 9110 §7.8)
             connection = f"Upgrade, {connection}" if connection else "Upgrade"
         if connection:
@@ -3404,7 +4062,9 @@ class Connection(asyncio.Protocol):
                 if request := parse_request(buffer, settings):
                     break
                 limit = (
-                    settings.head_size if b"\n" in buffer else settings.target_size + 64
+                    settings.max_head_size
+                    if b"\n" in buffer
+                    else settings.max_target_size + 64
                 )
             start = max(0, len(buffer) - 2)
             await self.receive()
@@ -3418,10 +4078,13 @@ class Connection(asyncio.Protocol):
         at."""
         if (size := request.length) == 0:
             return b""
-        if size and size > self.settings.body_size:
-            raise TooLarge(f"the body is longer than {self.settings.body_size} bytes")
+        if size and size > self.settings.max_body_size:
+            raise TooLarge(
+                f"the body is longer than {self.settings.max_body_size} bytes"
+            )
         if "100-continue" in request.tokens("expect") and request.version >= (1, 1):
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # (RFC 9110 §10.1.1)
+            # (RFC 9110 §10.1.1)
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.give(self.settings.body_timeout, self._time_out)
         chunked = ChunkedBody(self.settings)
         try:
@@ -3479,7 +4142,7 @@ class Connection(asyncio.Protocol):
         self._press()
         await self.drain()  # until all that we said is the kernel's
         self.lingering = True
-        self.give(self.settings.linger, self.abort)
+        self.give(self.settings.linger_timeout, self.abort)
         if self.transport.is_closing():
             return
         by_half = self.transport.can_write_eof()  # TLS can't
@@ -3515,7 +4178,7 @@ class WebSocket:
         )  # for the log: who it is, why it was closed
         self.error: Exception | None = None  # what went wrong, if anything did
         self._response = handshake(request)
-        self._assembler = Assembler(self.settings.message_size)
+        self._assembler = Assembler(self.settings.max_message_size)
 
     def accept(self) -> None:
         """Answer the handshake: from here on it is a WebSocket."""
@@ -3681,11 +4344,15 @@ class Session:
         return subscribed | {self.scope} if self.holds_scope else subscribed
 
     def send(self, topic: str, data: Any) -> None:
-        """Send a message of the application's. Past `session_queue` unsent bytes:
+        """Send a message of the application's. Past `max_session_queue` unsent bytes:
         1013."""
-        self.message(
-            encode_frame(TEXT, encode_json({"topic": topic, "data": data}).encode())
-        )
+        text = encode_message(topic, encode_json(data).encode())
+        self.message(encode_frame(TEXT, text))
+
+    def send_error(self, code: str, sentence: str, scope: str | None = None) -> None:
+        """Tell the client that a message, or a scope, is refused."""
+        text = encode_message("error", encode_error(code, sentence, scope))
+        self.message(encode_frame(TEXT, text))
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Close with a code of RFC 6455 §7.4."""
@@ -3705,19 +4372,19 @@ class Session:
 
     def message(self, message: bytes) -> None:
         unsent = self.websocket.connection.transport.get_write_buffer_size()
-        if unsent + len(message) > self.settings.session_queue:
+        if unsent + len(message) > self.settings.max_session_queue:
             self.close(1013, "too slow for a topic that is not merged")
         else:
             self.websocket.write(message)
 
     def follow(self, topic: str, items: bool = False) -> None:
-        """Subscribe. Raises TooLarge past `session_topics`."""
+        """Subscribe. Raises TooLarge past `max_session_topics`."""
         if (
             topic not in self.topics
-            and len(self.topics) >= self.settings.session_topics
+            and len(self.topics) >= self.settings.max_session_topics
         ):
             raise TooLarge(
-                f"a session has at most {self.settings.session_topics} topics"
+                f"a session has at most {self.settings.max_session_topics} topics"
             )
         self.topics.setdefault(topic, 0)
         self.hub.subscribe(topic, self, items)
@@ -3737,8 +4404,7 @@ class Session:
         if scope == self.scope:
             self.holds_scope = False
         self.leave(f"{SYNC}{scope}")
-        error = {"code": refusal.code, "error": str(refusal), "scope": scope}
-        self.send("error", error)
+        self.send_error(refusal.code, str(refusal), scope)
 
 
 # --- Gate -----------------------------------------------------------------------------
@@ -4030,7 +4696,7 @@ class Server:
 
     def subscribe(self, session: Session, topic: str) -> None:
         """Let a session follow a topic, while it lives. Raises TooLarge past
-        `session_topics`."""
+        `max_session_topics`."""
         if session in self.sessions:
             session.follow(topic)
 
@@ -4055,7 +4721,7 @@ class Server:
     async def _serve(self, sock: socket.socket, ssl: tls.SSLContext | None) -> None:
         """A connection's whole life."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        crowded = len(self._connections) >= self.settings.connections
+        crowded = len(self._connections) >= self.settings.max_connections
 
         def on_lost() -> None:
             websocket = self._connections.pop(connection, None)
@@ -4079,7 +4745,7 @@ class Server:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # Without limits, a peer that does not answer TLS's handshake would hold its
             # socket for 60 s, one that does not answer its close for 30 s.
-            begin, end = self.settings.head_timeout, self.settings.linger
+            begin, end = self.settings.head_timeout, self.settings.linger_timeout
             limits = (
                 {"ssl_handshake_timeout": begin, "ssl_shutdown_timeout": end}
                 if ssl
@@ -4133,7 +4799,7 @@ class Server:
         except (
             Exception
         ):  # our bug, or the application's: the log sees it, the client a bare 500
-            complain(http_log, "failed on %s %s", request.method, request.path)
+            log_error(http_log, "failed on %s %s", request.method, request.path)
             response = Response.refusal(SyncError("the server failed on this request"))
         if response is None:
             return False
@@ -4204,7 +4870,7 @@ class Server:
             response = Response(
                 response.status, response.body, headers, response.content_type
             )
-        if len(response.body) > self.settings.gzip_size and request.takes_gzip:
+        if len(response.body) > self.settings.min_gzip_size and request.takes_gzip:
             response = await asyncio.to_thread(response.compress)
         word = "" if keep else "close"
         if keep and request.version < (1, 1):
@@ -4227,7 +4893,9 @@ class Server:
             ):  # it may be another's loss
                 if not websocket.accepted:
                     raise
-                complain(live_log, "the WebSocket at %s failed", websocket.request.path)
+                log_error(
+                    live_log, "the WebSocket at %s failed", websocket.request.path
+                )
                 websocket.close(1011, "the server failed")
         with contextlib.suppress(
             RuntimeError
@@ -4240,7 +4908,7 @@ class Server:
         media_type = request.headers.get("content-type", "").partition(";")[0]
         if media_type.strip(" \t").lower() != "application/json":
             raise HTTPError(415, "a push is application/json")
-        values, most = await self._parse(request.body), self.settings.push_mutations
+        values, most = await self._parse(request.body), self.settings.max_push_mutations
         if not isinstance(values, list) or not values:
             raise InvalidRequest(f"a push is a JSON array of 1 to {most} mutations")
         if len(values) > most:
@@ -4271,7 +4939,7 @@ class Server:
 
     async def _parse(self, text: bytes) -> Any:
         """Strict JSON. A large text takes 0.1 s at worst, which the loop has not."""
-        depth, most = self.settings.json_depth, self.settings.max_json_values
+        depth, most = self.settings.max_json_depth, self.settings.max_json_values
         parse = functools.partial(parse_json, text, depth, most)
         return parse() if len(text) < READ_SIZE else await asyncio.to_thread(parse)
 
@@ -4315,7 +4983,7 @@ class Server:
     async def _live(self, websocket: WebSocket) -> None:
         """/ws: a session, from its handshake to on_close."""
         scope, identity = await self._admit(websocket.request)
-        if len(self.sessions) >= self.settings.sessions:
+        if len(self.sessions) >= self.settings.max_sessions:
             raise Unavailable("the server has too many sessions")
         websocket.accept()
         session = Session(websocket, self.hub, scope, identity)
@@ -4372,18 +5040,15 @@ class Server:
                     self._call(self.on_message, session, topic, message.get("data"))
                 )
             else:
-                error = {
-                    "code": "unknown_topic",
-                    "error": f"nothing listens to {topic[:100]!r}",
-                }
-                session.send("error", error)
+                sentence = f"nothing listens to {topic[:100]!r}"
+                session.send_error("unknown_topic", sentence)
         except SyncError as refusal:
             code = (
                 "invalid_message"
                 if isinstance(refusal, InvalidRequest)
                 else refusal.code
             )
-            session.send("error", {"code": code, "error": str(refusal)})
+            session.send_error(code, str(refusal))
         return None
 
     async def _subscribe(self, session: Session, verb: str, wish: Any) -> None:
@@ -4397,10 +5062,14 @@ class Server:
             if not await self._finish(asking, session.websocket):
                 asking.cancel()
                 raise ConnectionLost("the peer is gone: nobody is left to be told")
-            await asking
+            try:
+                await asking
+            except Forbidden as refusal:
+                session.forbid(scope, refusal)
+                return
             # First follow, then read: no change can fall between the two.
             session.follow(f"{SYNC}{scope}", wish.get("changes") is True)
-            self.hub.tell(f"{SYNC}{scope}", session, await self.engine.head(scope))
+            self.hub.tell(f"{SYNC}{scope}", session, await self.engine.current(scope))
 
     async def _ask_again(self, session: Session) -> None:
         """Ask on_auth about each scope of a session again, and obey the answers.
@@ -4424,7 +5093,7 @@ class Server:
                 reason = str(refusal)
             except Exception:
                 failed = True
-                complain(live_log, "on_auth failed for a session of %r", scope)
+                log_error(live_log, "on_auth failed for a session of %r", scope)
             else:
                 session.allow(scope, identity)
         session.failures = session.failures + 1 if failed else 0
@@ -4441,7 +5110,7 @@ class Server:
         try:
             await call_app(function, *arguments)
         except Exception:
-            complain(live_log, "%s failed", getattr(function, "__name__", function))
+            log_error(live_log, "%s failed", getattr(function, "__name__", function))
 
     # -- life
 
@@ -4531,7 +5200,7 @@ class Server:
         has_lock = self.gate.token is not None or self.gate.on_auth is not None
         if self.beyond_loopback and not has_lock:
             log.warning("without token and on_auth %s is open to anybody", name)
-        self._stopping, unlisten = False, self.engine.listen(self.hub.notify)
+        self._stopping, unlisten = False, self.engine.add_listener(self.hub.notify)
         accepting, sweeping = (
             self._spawn(self._accept(listener, ssl)),
             self._spawn(self._sweep()),
@@ -4574,7 +5243,9 @@ class Server:
                     for task in self._tasks:
                         task.cancel()
                     if self._tasks:
-                        await asyncio.wait(self._tasks, timeout=self.settings.linger)
+                        await asyncio.wait(
+                            self._tasks, timeout=self.settings.linger_timeout
+                        )
 
     async def _accept(
         self, listener: socket.socket, ssl: tls.SSLContext | None
@@ -4591,7 +5262,7 @@ class Server:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:
                 if (now := time.monotonic()) >= silent:
-                    complain(http_log, "new clients wait: %s", error, traceback=False)
+                    log_error(http_log, "new clients wait: %s", error, traceback=False)
                     silent = now + 60  # it may come and go ten times a second
                 await asyncio.sleep(0.1)
             else:
@@ -4646,7 +5317,8 @@ class Server:
 
 TODO_SCHEMA = """
     CREATE TABLE IF NOT EXISTS todos (position INTEGER PRIMARY KEY, scope TEXT NOT NULL,
-        id TEXT NOT NULL, title TEXT NOT NULL, completed INTEGER NOT NULL, UNIQUE (scope, id));
+        id TEXT NOT NULL, title TEXT NOT NULL, completed INTEGER NOT NULL,
+        UNIQUE (scope, id));
 """
 
 
@@ -4689,7 +5361,8 @@ def apply_todo(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
         case _:
             raise InvalidMutation(f"there is no mutation {mutation.name!r}")
     sql = """
-        INSERT INTO todos (scope, id, title, completed) VALUES (:scope, :id, :title, :completed)
+        INSERT INTO todos (scope, id, title, completed)
+        VALUES (:scope, :id, :title, :completed)
         ON CONFLICT (scope, id) DO UPDATE SET title = :title, completed = :completed
     """
     db.execute(sql, where | new)
@@ -4824,9 +5497,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
         parser.error(f"--port {args.port}: a port is a number from 0 to 65535")
-    if args.keep_changes is not None and args.keep_changes < 1:
+    try:
+        Settings(keep_changes=args.keep_changes)
+    except ValueError:
         parser.error(
-            f"--keep-changes {args.keep_changes}: at least the newest change stays"
+            f"--keep-changes {args.keep_changes}: keep 1 to {10**15:,} changes"
         )
     if bool(args.certfile) != bool(args.keyfile):
         parser.error("--certfile and --keyfile go together")
