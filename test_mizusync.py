@@ -7453,6 +7453,24 @@ def test_a_scope_whose_permission_ended_is_unsubscribed_and_told(
         assert client.subscribe(scope="s")["data"]["cursor"] == 1
 
 
+def test_a_subscribe_that_is_refused_ends_the_subscription_of_before(
+    tmp_path: Path, permits: Permits
+) -> None:
+    with serve(tmp_path, on_auth=permits) as live:  # nothing but the client asks
+        client = live.socket()
+        client.subscribe(scope="s")
+        client.subscribe(scope="t")
+        permits.answers["s"] = mizusync.Forbidden("no more")
+        client.say("subscribe", {"scope": "s"})
+        told = client.read_json()["data"]
+        assert (told["code"], told["scope"]) == ("forbidden", "s")
+        live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(
+            PATIENCE
+        )
+        assert client.read_json()["topic"] == "sync:t"
+        assert client.quiet()
+
+
 def test_a_session_may_outlive_the_scope_that_it_came_with(
     tmp_path: Path, permits: Permits
 ) -> None:
