@@ -42,6 +42,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -121,8 +122,13 @@ REFUSALS: dict[str, type[mizusync.SyncError]] = {
 
 
 def apply(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-    """The tests' application: one mutation for each thing that can become of one."""
+    """Apply a mutation of the tests: one name for each thing that can become of one."""
     match mutation.name, mutation.args:
+        case "hold", _:  # see writer_held
+            held = HELD[mutation.id]
+            held.entered.set()
+            assert held.release.wait(PATIENCE)
+            return []
         case "note", data:
             db.execute(
                 "INSERT INTO notes VALUES (?, ?)", (mutation.scope, json.dumps(data))
@@ -142,6 +148,39 @@ def apply(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
 def snapshot(db: sqlite3.Connection, scope: str) -> list[Any]:
     rows = db.execute("SELECT data FROM notes WHERE scope = ? ORDER BY rowid", (scope,))
     return [json.loads(data) for (data,) in rows]
+
+
+class Held(NamedTuple):
+    """The two moments of a mutation that keeps the writer busy."""
+
+    entered: threading.Event
+    release: threading.Event
+
+
+HELD: dict[str, Held] = {}  # by the id of the mutation
+
+
+@contextmanager
+def writer_held(engine: Engine) -> Iterator[None]:
+    """Keep the engine's writer inside a mutation while the block lasts.
+
+    What is pushed in the block waits, and joins that mutation's transaction if the engine's
+    `max_commit_time` allows it (see ONE_TRANSACTION). Its `apply` has to hand the mutation
+    "hold" to the tests' own.
+    """
+    key = f"hold {uuid.uuid4()}"
+    held = HELD[key] = Held(threading.Event(), threading.Event())
+    holding = engine.submit([{"id": key, "name": "hold"}])
+    assert held.entered.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        held.release.set()
+        assert holding.result(PATIENCE)[0].ok
+
+
+# Whatever waits for the writer joins the transaction that is being made.
+ONE_TRANSACTION = Settings(max_commit_time=PATIENCE)
 
 
 def note(key: str, args: Any = None, **fields: Any) -> dict[str, Any]:
