@@ -164,10 +164,9 @@ HELD: dict[str, Held] = {}  # by the id of the mutation
 def writer_held(engine: Engine) -> Iterator[None]:
     """Keep the engine's writer inside a mutation while the block lasts.
 
-    What is pushed in the block waits, and joins that mutation's transaction if the engine's
-    `max_commit_time` allows it (see ONE_TRANSACTION). Its `apply` has to hand the mutation
-    "hold" to the tests' own.
-    """
+    What is pushed in the block waits, and joins that mutation's transaction if the
+    engine's `max_commit_time` allows it (see ONE_TRANSACTION). Its `apply` has to hand
+    the mutation "hold" to the tests' own. """
     key = f"hold {uuid.uuid4()}"
     held = HELD[key] = Held(threading.Event(), threading.Event())
     holding = engine.submit([{"id": key, "name": "hold"}])
