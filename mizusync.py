@@ -196,11 +196,11 @@ LARGEST = {"readers": 256, "send_buffer": 2**31 - 1, "busy_timeout": 10**6}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The limits of an engine and of a server: `Settings(max_sessions=100)` changes
-    one.
+    """The limits of an engine and a server: `Settings(max_sessions=100)` changes one.
 
     Raise TypeError for a value of another type, and ValueError for one out of its
-    range."""
+    range.
+    """
 
     # One request.
     max_push_mutations: int = 100
@@ -262,8 +262,7 @@ class Settings:
 
 
 def check_setting(name: str, value: Any, is_whole: bool) -> None:
-    """Raise TypeError or ValueError, with the name and the value, for a wrong
-    setting."""
+    """Raise TypeError or ValueError for a wrong setting, and name it."""
     kind = "a whole number" if is_whole else "a number of seconds"
     types = int if is_whole else (int, float)
     if not isinstance(value, types) or isinstance(value, bool):
@@ -321,8 +320,7 @@ class Unauthorized(SyncError, status=401, code="unauthorized"):
 
 
 class Forbidden(SyncError, status=403, code="forbidden"):
-    """The client is authenticated, but not allowed. `apply` and `on_auth` may raise
-    it."""
+    """The client is authenticated, but not allowed. `apply`, `on_auth` may raise it."""
 
 
 class NotFound(SyncError, status=404, code="not_found"):
@@ -355,8 +353,7 @@ class Unavailable(SyncError, status=503, code="unavailable"):
 
 
 class StoreRefused(Unavailable):
-    """The database refused a step: the disk is full, say, or another process has the
-    lock.
+    """The database refused a step: a full disk, say, or another process's lock.
 
     If it happens inside a transaction, that transaction is lost as a whole.
     """
@@ -393,8 +390,7 @@ class StoreError(Exception):
 
 
 class ProtocolError(Exception):
-    """The peer broke a rule of RFC 6455. `code` is the close code, the text the
-    reason."""
+    """The peer broke a rule of RFC 6455. `code` is the code to close with."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -412,8 +408,7 @@ def log_error(logger: logging.Logger, *message: Any, traceback: bool = True) -> 
 # json.loads has a depth limit that differs between versions, no other limit, and it
 # blocks every thread while it parses.
 
-# Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without needless
-# spaces.
+# Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without spaces.
 encode_json = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":")
 ).encode
@@ -427,7 +422,8 @@ def parse_json(raw: bytes, max_depth: int = 64, max_values: int = 100_000) -> An
     An integer that does not fit 64 bits (SQLite's limit) becomes a float, as in
     JavaScript. Raise TooLarge for more than `max_values` values. Raise InvalidRequest
     for text that is no JSON or nested deeper than `max_depth`, NaN, infinities, and
-    half a surrogate pair."""
+    half a surrogate pair.
+    """
     # Count before anything is built, or recurses. The plain counts are too high if
     # strings contain such characters; only then are the strings taken out.
     openings = raw.count(b"[") + raw.count(b"{")
@@ -477,8 +473,7 @@ _LEVELS = {
 
 
 def without_strings(raw: bytes) -> bytes:
-    """Return JSON text without its strings; one without its end extends to the last
-    byte.
+    """Return JSON text without its strings; one that does not end goes to the end.
 
     A backslash outside of a string may confuse this, but parsing fails there anyway.
     The time is linear in the size. A regular expression would take four times as long.
@@ -520,8 +515,7 @@ SYNC = "sync:"  # the topic of a scope is this prefix and the scope; clients kno
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Json:
-    """JSON text that is encoded already, by `json_group_array` say; it is sent as it
-    is."""
+    """JSON text that is encoded already, by `json_group_array` for example."""
 
     text: str
 
@@ -535,7 +529,8 @@ class Mutation:
     """A client's request to change the data. Within its scope, an `id` applies once.
 
     `args` is any JSON value; `identity` is what `on_auth` returned for the client.
-    Raise InvalidMutation if the id, the name or the scope can't be one."""
+    Raise InvalidMutation if the id, the name or the scope can't be one.
+    """
 
     id: str
     name: str
@@ -584,8 +579,7 @@ class Change:
 
 
 class Result(NamedTuple):
-    """The outcome of one mutation. `encoded` is the same as the JSON that a client
-    gets."""
+    """The outcome of one mutation. `encoded` is the JSON that the client gets."""
 
     encoded: bytes
     ok: bool
@@ -604,7 +598,8 @@ class Result(NamedTuple):
         """Return the result of an applied mutation.
 
         `changes` are those in its own scope, encoded; None leaves them out of the
-        answer."""
+        answer.
+        """
         shown = b"" if changes is None else b',"changes":[%b]' % b",".join(changes)
         again = b',"duplicate":true' if duplicate else b""
         encoded = b'{"ok":true,"cursor":%d%b%b}' % (cursor, shown, again)
@@ -625,8 +620,7 @@ class Result(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Some changes of one scope, in order. A client asks for the next page at
-    `cursor`."""
+    """Some changes of one scope, in order. The next page begins after `cursor`."""
 
     encoded_changes: Sequence[bytes]
     cursor: int
@@ -766,7 +760,8 @@ class Position(NamedTuple):
     """The state of the log; every commit that concerns it changes at least one field.
 
     Two equal positions mean that nothing happened in between: this is how the engine
-    knows that what it has in memory is still true."""
+    knows that what it has in memory is still true.
+    """
 
     head: int  # the newest cursor of the log
     epoch: str  # the newest epoch
@@ -808,12 +803,10 @@ class Store(Protocol):
     # Any thread may call these.
 
     def latest(self) -> Position:
-        """Return the position after the newest commit of any process, without
-        waiting."""
+        """Return the position after the newest commit of any process; don't wait."""
 
     def read(self, work: Callable[[Any], T]) -> T:
-        """Return `work(db)`; all that it reads is of one moment (snapshot
-        isolation)."""
+        """Return `work(db)`, run with snapshot isolation."""
 
     def close(self) -> None: ...
 
@@ -822,8 +815,7 @@ class Store(Protocol):
     def read_position(self, db: Any) -> Position: ...
 
     def read_current(self, db: Any, scope: str) -> int:
-        """Return the scope's newest cursor, which a trim does not lower; 0 without
-        any."""
+        """Return the scope's newest cursor, or 0. A trim does not lower it."""
 
     def read_trimmed(self, db: Any, scope: str) -> int:
         """Return the scope's highest trimmed cursor, or 0."""
@@ -883,7 +875,8 @@ class Store(Protocol):
         """Append to the log, and commit: all of it is on disk when this returns.
 
         The engine has numbered the rows: from the head that begin() found, without a
-        gap."""
+        gap.
+        """
 
     def rollback(self) -> None:
         """End the transaction. This never raises: it abandons what it can't undo."""
@@ -1035,15 +1028,13 @@ _REFUSAL_CODES = _DISK_CODES + (
 
 
 def primary_code(error: BaseException | None) -> int:
-    """Return SQLite's primary result code; 0 for an error of the Python module's
-    own."""
+    """Return SQLite's primary result code; 0 for an error of the Python module."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Turn an SQLite error that may pass into StoreRefused; leave every other as it
-    is."""
+    """Turn an SQLite error that may pass into StoreRefused; let others pass."""
     try:
         yield
     except sqlite3.Error as error:
@@ -1071,12 +1062,12 @@ def is_busy(refusal: StoreRefused) -> bool:
 
 
 def execute_with_retry(db: sqlite3.Connection, sql: str, timeout: float) -> None:
-    """Run a statement of the engine's own, retrying while another process holds the
-    lock.
+    """Run a statement, retrying while another process holds the lock.
 
     SQLite's own busy handler sleeps up to 100 ms between two tries: beside a busy
     writer of another process it would never have its turn. And journal_mode does not
-    ask it at all."""
+    ask it at all.
+    """
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -1118,7 +1109,8 @@ class GuardedCursor(sqlite3.Cursor):
     """A cursor that runs nothing once the transaction is lost.
 
     SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If `apply` catches
-    the error and goes on writing, each of its statements would commit by itself."""
+    the error and goes on writing, each of its statements would commit by itself.
+    """
 
     def execute(self, *statement: Any) -> Any:
         self._check_transaction()
@@ -1143,8 +1135,7 @@ class GuardedConnection(sqlite3.Connection):
 
     def __init__(self, path: str, mode: str, timeout: float) -> None:
         """Open the file; `mode` is "ro", "rw", or "rwc", which may create it."""
-        # Quote every byte: a name need not be UTF-8, and "//host" would be an
-        # authority.
+        # Quote every byte. A name need not be UTF-8, and "//host" would be a host.
         name = urllib.parse.quote(os.fsencode(path), safe="")
         super().__init__(
             f"file:{name}?mode={mode}",
@@ -1166,7 +1157,8 @@ class GuardedConnection(sqlite3.Connection):
         Without a transaction the savepoint is one, so that all reads are of one moment
         (https://sqlite.org/lang_savepoint.html). Raise StoreRefused if the transaction
         did not survive, or if an error of the disk ended `work`: only another try can
-        tell whether the disk or the application is at fault."""
+        tell whether the disk or the application is at fault.
+        """
         run_own(self, "SAVEPOINT mizusync_guard")
         self.guarded = True
         try:
@@ -1187,7 +1179,8 @@ class GuardedConnection(sqlite3.Connection):
         """Close what the application left open, and undo its settings.
 
         A half-read INSERT ... RETURNING makes a later COMMIT fail, and a half-read
-        SELECT keeps an old state of the file in use."""
+        SELECT keeps an old state of the file in use.
+        """
         self.guarded = False
         self.row_factory = None
         self.text_factory = str
@@ -1305,7 +1298,8 @@ class DatabaseFile:
     """The SQLite file of a log, with the application's own tables in it.
 
     `schema` is the application's, and runs at each opening. `busy_timeout` (seconds)
-    limits how long a statement waits for another process's lock."""
+    limits how long a statement waits for another process's lock.
+    """
 
     def __init__(self, path: StrPath, schema: str, busy_timeout: float) -> None:
         check_path(path)
@@ -1344,8 +1338,7 @@ class DatabaseFile:
         return GuardedConnection(self.path, mode, self._busy_timeout)
 
     def prepare_writer(self, db: GuardedConnection, adopt: bool = False) -> None:
-        """Make sure that the log and the application's tables exist. Raise
-        StoreError."""
+        """Make sure that the log and the application's tables exist."""
         run_own(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
         run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
         if not self._has_log(db, adopt):
@@ -1374,8 +1367,7 @@ class DatabaseFile:
     # -- against files of other programs
 
     def _has_log(self, db: GuardedConnection, adopt: bool) -> bool:
-        """Return whether the log exists. Raise StoreError if this file can't have
-        one."""
+        """Return whether the log exists. Raise StoreError for an unfit file."""
         encoding = run_own(db, "PRAGMA encoding")[0][0]
         if encoding != "UTF-8":
             # In UTF-16, SQLite stores U+FFFE and U+FFFF as U+FFFD: scopes would merge.
@@ -1420,7 +1412,8 @@ class DatabaseFile:
         """Run the application's schema. Raise StoreError, with the reason.
 
         What stands between two PRAGMAs is one transaction. A PRAGMA runs by itself,
-        because many do nothing, or fail, inside a transaction."""
+        because many do nothing, or fail, inside a transaction.
+        """
         try:
             statements = list(split_statements(self._schema))
             for statement in statements:
@@ -1445,8 +1438,7 @@ class DatabaseFile:
             ) from error
 
     def _run_together(self, db: GuardedConnection, statements: Sequence[str]) -> None:
-        """Run statements in one transaction; take the write lock only if one of them
-        writes.
+        """Run statements in one transaction; lock only if one of them writes.
 
         IF NOT EXISTS writes nothing, so a second process opens beside a busy writer.
         """
@@ -1468,8 +1460,7 @@ class DatabaseFile:
     # -- against files that can't be written, or are gone
 
     def _check_permission(self, db: GuardedConnection) -> None:
-        """Raise StoreRefused if SQLite opened the file read-only, as it does
-        silently."""
+        """Raise StoreRefused if SQLite has silently opened the file read-only."""
         try:
             run_own(db, "DELETE FROM mizusync_format WHERE false")  # writes nothing
         except StoreRefused as refusal:
@@ -1489,7 +1480,8 @@ def check_same_file(path: str, known: os.stat_result) -> os.stat_result:
     """Return the state of a file; raise StoreRefused if it was removed or replaced.
 
     SQLite goes on writing into a file that no name leads to, and loses what it wrote
-    when the last process closes it."""
+    when the last process closes it.
+    """
     with contextlib.suppress(OSError):
         found = os.stat(path)
         if os.path.samestat(found, known):
@@ -1607,7 +1599,8 @@ class History:
 
     It does after each opening, and after an older copy was restored under a running
     server. In the example above, the server has seen the head 100 when a transaction
-    finds 60."""
+    finds 60.
+    """
 
     epoch_begun: (
         bool  # by a commit of this opening, in the copy of the file that is there
@@ -1619,15 +1612,13 @@ class History:
         self.highest_head = max(self.highest_head, head)
 
     def begin(self, head: int) -> None:
-        """Note the head that a transaction finds; a lower one is that of a restored
-        copy."""
+        """Note the head that a transaction finds; a lower one is a restored copy's."""
         if head < self.highest_head:
             self.epoch_begun = False
         self.highest_head = head
 
     def commit(self, head: int | None) -> None:
-        """Note that a transaction is on disk: its epoch, and its head if that is
-        newer."""
+        """Note that a transaction is on disk: its epoch, and its head if it has one."""
         self.epoch_begun = True
         if head is not None:
             self.highest_head = head
@@ -1640,7 +1631,8 @@ class SQLiteStore(SQLStore):
     opening. `adopt` adds the log to a database that an application already has.
     `busy_timeout` (seconds) limits how long a commit waits for another process. Raise
     StoreError for a file that is not ours or can't be used, and leave that file as it
-    is."""
+    is.
+    """
 
     def __init__(
         self,
@@ -1742,11 +1734,11 @@ class SQLiteStore(SQLStore):
 
     @refusals()
     def begin(self) -> tuple[Any, Position]:
-        """Begin a transaction that excludes other writers, and in it an epoch if one is
-        due.
+        """Begin a transaction, and in it an epoch if one is due.
 
         The position is read under the lock: no other process can commit until this one
-        does."""
+        does.
+        """
         self._file.check()
         if self._writer is None:
             self._writer = self._reconnect()
@@ -1813,8 +1805,7 @@ class SQLiteStore(SQLStore):
         return db
 
     def close(self) -> None:
-        """Close every connection; the last process to close writes the WAL into the
-        file."""
+        """Close every connection, and write the WAL into the file if possible."""
         if self._writer is not None:
             with contextlib.suppress(
                 sqlite3.Error, StoreRefused
@@ -1829,8 +1820,7 @@ class SQLiteStore(SQLStore):
             self._writer = None
 
     def stats(self) -> dict[str, int]:
-        """Return the sizes of the file and of its WAL. (In a Store, this is
-        optional.)"""
+        """Return the sizes of the file and its WAL. (Optional in a Store.)"""
         sizes = {"database_bytes": 0, "wal_bytes": 0}
         with contextlib.suppress(OSError):  # the file may be gone
             sizes["database_bytes"] = os.path.getsize(self._file.path)
@@ -1847,8 +1837,7 @@ class SQLiteStore(SQLStore):
             self._next_wal_check = now + WAL_CHECK_INTERVAL
 
     def _reset_wal(self, db: GuardedConnection) -> None:
-        """Block new reads until the current ones finish, so that SQLite can reset the
-        WAL.
+        """Block new reads until the current ones finish; let SQLite reset the WAL.
 
         Reads that overlap without a gap would let it grow without bound
         (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
@@ -1869,8 +1858,7 @@ class SQLiteStore(SQLStore):
     # -- against other processes
 
     def _warn_of_others(self, db: GuardedConnection) -> None:
-        """Warn once if another process writes, and this SQLite may lose a commit
-        then."""
+        """Warn once of other processes that write, if that may lose a commit."""
         # Our own commits do not change this number on the connection that makes them.
         if (
             self._warns_of_others
@@ -1886,11 +1874,11 @@ class SQLiteStore(SQLStore):
 
 
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
-    """Return whether this SQLite may lose a commit if several processes write to a
-    file.
+    """Return whether this SQLite may lose a commit if several processes write.
 
     One of them resets the WAL while another writes
-    (https://sqlite.org/wal.html#walresetbug)."""
+    (https://sqlite.org/wal.html#walresetbug).
+    """
     if version[:2] == (3, 44):
         return version < (3, 44, 6)
     if version[:2] == (3, 50):
@@ -1907,8 +1895,7 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class Tail:
-    """All changes of one scope above `after`, in order; the three lists run in
-    parallel.
+    """All changes of one scope above `after`, in order, as three parallel lists.
 
     Memory keeps one for each scope in use. A transaction makes one for each scope that
     it touches, of what it adds; after the commit the first is extended by the second.
@@ -1938,8 +1925,7 @@ class Tail:
         return encoded
 
     def extend(self, newer: Tail, keep: int) -> None:
-        """Append what a transaction added; once twice `keep` are there, keep the
-        newest."""
+        """Append what a transaction added. At twice `keep`, drop down to `keep`."""
         self.drop_through(newer.trimmed)  # a pull below it has to be cursor_too_old
         self.cursors += newer.cursors
         self.firsts += newer.firsts
@@ -1989,7 +1975,8 @@ class Tails:
     """The tails of the scopes in use, and the position up to which they are complete.
 
     `position` is the only record of where memory stands: it moves with the tails, under
-    one lock, which any thread holds for microseconds."""
+    one lock, which any thread holds for microseconds.
+    """
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.position = store.latest()
@@ -2024,7 +2011,8 @@ class Tails:
         """Return a page from the database; keep it if it reaches the end of the log.
 
         `db` is a transaction, so all of it is of one moment. Raise CursorUnknown,
-        CursorTooOld."""
+        CursorTooOld.
+        """
         # 1. Did this history issue the cursor, and does it still have what comes after
         # it?
         position = self._store.read_position(db)
@@ -2107,8 +2095,7 @@ class Tails:
 # --- Listeners ------------------------------------------------------------------------
 # The way back from the writer's thread. Each commit makes one hop to each event loop
 # that waits for it; the hop carries the answers of that loop's pushes, and after them
-# the calls to its listeners. A listener gets the hints of all scopes that the commit
-# changed.
+# the calls to its listeners. A listener gets the hints of all scopes in the commit.
 
 Hints = Mapping[str, Hint]  # by scope
 Listener = Callable[[Hints], None]
@@ -2124,8 +2111,7 @@ class Call(NamedTuple):
 
 
 class Listeners:
-    """The functions to call after a commit: those of one scope, and those of all
-    (None)."""
+    """The functions to call after a commit, by scope; None is for all scopes."""
 
     def __init__(self) -> None:
         self._by_scope: dict[
@@ -2166,8 +2152,7 @@ class Listeners:
         deliver(calls)
 
     def wake(self) -> None:
-        """Call the listeners of single scopes without a hint: every waiting pull
-        ends."""
+        """Call the listeners of single scopes without hints: waiting pulls end."""
         with self._lock:
             scopes = self._by_scope.copy()
         calls: list[Call] = []
@@ -2238,7 +2223,8 @@ class Batch:
     """One transaction while it is made: the rows and marks that it will append.
 
     The database does not have them before the commit, so a mutation that repeats one of
-    the same batch is looked up here first."""
+    the same batch is looked up here first.
+    """
 
     def __init__(self, store: Store, db: Any, position: Position) -> None:
         self.store = store
@@ -2257,16 +2243,14 @@ class Batch:
         return self.position.head + len(self.rows)
 
     def tail(self, scope: str) -> Tail:
-        """Return what the transaction adds to a scope, and where the scope stood
-        before."""
+        """Return the tail of what the transaction adds to a scope."""
         if scope not in self.tails:
             current = self.store.read_current(self.db, scope)
             self.tails[scope] = Tail(current)
         return self.tails[scope]
 
     def find_mark(self, mutation: Mutation) -> Mark | None:
-        """Return the mark of a mutation that was applied, in this batch or before
-        it."""
+        """Return the mark of a mutation that this batch or an earlier one applied."""
         mark = self.marks.get((mutation.scope, mutation.id))
         if mark is not None:
             return mark
@@ -2282,7 +2266,8 @@ class Batch:
         """Call `apply`, and return its changes as numbered rows; add() takes them then.
 
         Raise TypeError or ValueError for changes that are none, and InvalidMutation for
-        more than `limit` of them."""
+        more than `limit` of them.
+        """
         made: Any = apply(db, mutation)
         if isinstance(made, NO_ITERABLES_OF_CHANGES):
             kind = type(made).__name__
@@ -2339,8 +2324,7 @@ class Batch:
         return Result.applied(last, shown)
 
     def repeat(self, mark: Mark, with_changes: bool) -> Result:
-        """Return the first answer of a mutation that was applied before, or in this
-        batch."""
+        """Return the first answer of a mutation again."""
         self.counts["duplicate"] += 1
         shown = self._changes_of(mark) if with_changes else None
         return Result.applied(mark.last, shown, duplicate=True)
@@ -2397,8 +2381,7 @@ class Retention:
         self._keep = keep
 
     def apply(self, batch: Batch) -> None:
-        """Trim some of the scopes found so far; look for more among those of a
-        batch."""
+        """Trim some of the scopes found so far, and look for more in a batch."""
         if self._keep is None:
             return
         # Twice as much goes as comes in, so the log shrinks; and no more, so no push
@@ -2433,8 +2416,7 @@ class Retention:
 
 
 class Step(NamedTuple):
-    """One mutation, or one trim: the smallest part of a job that can be a
-    transaction."""
+    """One mutation, or one trim: the part of a job that can be a transaction."""
 
     run: Callable[[Batch, int], Any]  # the int: bytes of the push's answer so far
     name: str  # for the log
@@ -2444,7 +2426,8 @@ class Job(NamedTuple):
     """A push or a trim that waits for the writer, and the future that waits for it.
 
     The future gets a list of what each step returned, or an exception if nothing was
-    done."""
+    done.
+    """
 
     steps: Sequence[Step]
     future: asyncio.Future[list[Any]] | Future[list[Any]]
@@ -2462,8 +2445,7 @@ class Job(NamedTuple):
 
 
 def answer_size(result: Any) -> int:
-    """Return how many bytes of a push's answer a step's result takes; a trim's takes
-    none."""
+    """Return how many bytes a step's result adds to the answer of its push."""
     return len(result.encoded) if isinstance(result, Result) else 0
 
 
@@ -2472,7 +2454,8 @@ class JobQueue:
 
     Any thread may add one; the writer's thread alone takes them. Two pushes of one
     client are applied in the order in which it sent them, because nothing overtakes in
-    here."""
+    here.
+    """
 
     def __init__(self, limit: int) -> None:
         self.closed = False
@@ -2562,8 +2545,7 @@ class Writer:
         self.busy = True
 
     def close(self, timeout: float | None) -> bool:
-        """Finish the jobs that wait, and end the thread; return whether it ended in
-        time."""
+        """Finish the jobs, and end the thread. Return whether it ended in time."""
         self.jobs.close()
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -2588,8 +2570,7 @@ class Writer:
             self.busy = len(self.jobs) > 0
 
     def _commit_together(self, jobs: list[Job]) -> None:
-        """Commit these jobs, and those that join them, as one transaction; answer
-        them."""
+        """Commit these jobs, and those that join them, together."""
         # 1. Take the lock. Without it, no job that waits can be served.
         try:
             batch = self._begin()
@@ -2601,13 +2582,14 @@ class Writer:
             outcomes = self._run_jobs(batch, jobs)
             self._retention.apply(batch)
             self._commit(batch)
-        except Exception:
+        except Exception as error:
             self._roll_back()
+            if not jobs:  # a trim by retention, which the next commit tries again
+                log_error(store_log, "a trim failed: %r", error, traceback=False)
             self._commit_alone(jobs)
             return
         # 3. Answer and notify, never sooner: an answer says that the data is on disk,
-        # and a
-        #    client that hears of a change finds it.
+        #    and a client that gets a hint finds the change.
         answered = zip(jobs, outcomes, strict=True)
         self._deliver(answered, batch.hints())
 
@@ -2683,8 +2665,7 @@ class Writer:
     # -- one mutation
 
     def mutation_step(self, mutation: Mutation) -> Step:
-        """Return the step that applies a mutation. Raise InvalidMutation for its
-        args."""
+        """Return the step that applies a mutation. Raise InvalidMutation."""
         try:
             args = marshal.dumps(mutation.args)
         except ValueError as error:
@@ -2701,15 +2682,15 @@ class Writer:
         """Apply a mutation once; if it was applied before, repeat its first answer.
 
         `size` is how many bytes the answer to its push has so far. Raise StoreRefused
-        if the whole transaction has failed."""
+        if the whole transaction has failed.
+        """
         mark = batch.find_mark(mutation)
         if mark:
             # A hundred repeats of a large mutation are a small request: leave out their
             # changes once the answer is as large as a page.
             return batch.repeat(mark, with_changes=size <= self._settings.max_page_size)
         limit = self._settings.max_mutation_changes
-        # Each run gets a copy of the args: what `apply` does to one can't change the
-        # next.
+        # Each run gets a copy of the args, because `apply` may change them.
         mutation = mutation.with_args(marshal.loads(args))
         try:
             rows = self._store.run_guarded(
@@ -2719,16 +2700,10 @@ class Writer:
             raise
         except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
             refusal: SyncError = error
-        except (
-            BaseException
-        ):  # SystemExit, too, is the application's and not this thread's
-            log_error(
-                engine_log,
-                "apply failed on %r, id %r in scope %r",
-                mutation.name,
-                mutation.id,
-                mutation.scope,
-            )
+        except BaseException:
+            # SystemExit, too, is the application's error, and must not end this thread.
+            names = (mutation.name, mutation.id, mutation.scope)
+            log_error(engine_log, "apply failed on %r, id %r in scope %r", *names)
             refusal = SyncError("the server failed on this mutation")
         else:
             return batch.add(mutation, rows)
@@ -2748,12 +2723,12 @@ class Writer:
     # -- against a transaction that fails
 
     def _commit_alone(self, jobs: list[Job]) -> None:
-        """Run each step of these jobs again, in a transaction of its own; answer the
-        jobs.
+        """Run each step again, in a transaction of its own; answer the jobs.
 
         Once the disk refuses, nothing more is tried: what is left is unavailable. A
         push of which nothing was applied fails as a whole then, so its client gets a
-        503."""
+        503.
+        """
         for place, job in enumerate(jobs):
             results: list[Any] = []
             size = 0
@@ -2778,7 +2753,8 @@ class Writer:
 
         Raise StoreRefused if the disk refuses. A disk's error that comes although a
         write of the engine's own works is the step's: an AUTOINCREMENT at its highest
-        number, for example, has the code of a full disk."""
+        number, for example, has the code of a full disk.
+        """
         batch = self._begin()
         try:
             result = step.run(batch, size)
@@ -2805,7 +2781,7 @@ class Writer:
     def _refuse_all(self, jobs: Sequence[Job], refusal: StoreRefused) -> None:
         """Refuse these jobs, and all that wait: one by one each would wait as long."""
         refused = list(jobs)
-        while len(self.jobs):
+        for _ in range(len(self.jobs)):
             waiting = self.jobs.take(0)
             if waiting:
                 refused.append(waiting)
@@ -2919,7 +2895,8 @@ class Engine:
 
         Those that are ok are on disk. Raise Unavailable if the store refuses; nothing
         of this push was applied then. Raise InvalidMutation for a value that is no
-        mutation."""
+        mutation.
+        """
         return await self._run_steps(self._steps(mutations))
 
     def submit(self, mutations: Mutations) -> Future[list[Result]]:
@@ -2966,7 +2943,8 @@ class Engine:
         A page holds `limit` of them, and then those up to the end of a mutation. `wait`
         (seconds) holds an empty page back until there is a change. `epoch` is the one
         in which the client read the cursor, if it knows. Raise CursorTooOld,
-        CursorUnknown, Unavailable."""
+        CursorUnknown, Unavailable.
+        """
         self._check_process()
         limit = min(
             max(1, limit or self.settings.pull_limit), self.settings.max_pull_limit
@@ -3003,8 +2981,7 @@ class Engine:
         epoch: str,
         limit: int,
     ) -> Page:
-        """Return a page from memory if that is up to date, or else from the
-        database."""
+        """Return a page from memory if it is up to date, else from the database."""
         if scope in self._tails:
             latest = self.store.latest()
             page = self._tails.page(scope, cursor, limit, epoch, latest)
@@ -3019,8 +2996,7 @@ class Engine:
     async def follow(
         self, scope: str = DEFAULT_SCOPE, cursor: int = 0
     ) -> AsyncIterator[Change]:
-        """Yield every change of the scope above `cursor`, then each new one, for
-        ever."""
+        """Yield every change of the scope above `cursor`, then each new one."""
         epoch = ""
         while True:
             wait = self.settings.max_pull_wait
@@ -3040,7 +3016,8 @@ class Engine:
         """Return the scope's whole state, and its cursor at the same moment.
 
         Raise NotFound if the application has no snapshot function, and what that
-        raises."""
+        raises.
+        """
         self._check_process()
         take = self._snapshot_function
         if take is None:
@@ -3070,8 +3047,7 @@ class Engine:
         return await self.read(self.store.read_position)
 
     async def read(self, work: Callable[[Any], T]) -> T:
-        """Return `work(db)`, run on a reader's thread; all that it reads is of one
-        moment.
+        """Return `work(db)`, run on a reader's thread with snapshot isolation.
 
         Raise Unavailable, and what `work` raises.
         """
@@ -3081,8 +3057,7 @@ class Engine:
             try:
                 return self.store.read(work)
             except BaseException as error:
-                # A future can't hold StopIteration; KeyboardInterrupt would end the
-                # loop.
+                # A future can't hold StopIteration; KeyboardInterrupt ends the loop.
                 if isinstance(error, StopIteration) or not isinstance(error, Exception):
                     raise RuntimeError(f"a read ended with {error!r}") from error
                 raise
@@ -3112,7 +3087,8 @@ class Engine:
         """Call `callback(hints)` after each commit that changes `scope`, or any scope.
 
         It is called on the running loop; without one, on the writer's thread, and must
-        be quick. Return a function that removes it."""
+        be quick. Return a function that removes it.
+        """
         self._check_process()
         return self._listeners.add(callback, scope)
 
@@ -3138,7 +3114,8 @@ class Engine:
         """Remove the scope's changes below `before`, whole mutations; return how many.
 
         A client that is behind gets CursorTooOld and takes a snapshot. Raise NotFound
-        if the application has no snapshot function. Raise Unavailable."""
+        if the application has no snapshot function. Raise Unavailable.
+        """
         self._check_process()
         if self._snapshot_function is None:
             raise NotFound("without a snapshot function the log is never trimmed")
@@ -3156,7 +3133,8 @@ class Engine:
         """Finish what waits, write the WAL back into the file, end the threads. Blocks.
 
         After `timeout` seconds, a writer that still waits for another process's lock,
-        or for `apply`, is left to the end of the process."""
+        or for `apply`, is left to the end of the process.
+        """
         self._check_process()
         if not self._writer.close(timeout):
             log_error(engine_log, "the writer did not end in time", traceback=False)
