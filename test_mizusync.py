@@ -166,7 +166,7 @@ def writer_held(engine: Engine) -> Iterator[None]:
 
     What is pushed in the block waits, and joins that mutation's transaction if the
     engine's `max_commit_time` allows it (see ONE_TRANSACTION). Its `apply` has to hand
-    the mutation "hold" to the tests' own. """
+    the mutation "hold" to the tests' own."""
     key = f"hold {uuid.uuid4()}"
     held = HELD[key] = Held(threading.Event(), threading.Event())
     holding = engine.submit([{"id": key, "name": "hold"}])
