@@ -34,33 +34,34 @@ right half alone is a live server: it keeps nothing, and may lose a hint without
 
 The life of one change, and the section in which each step stands:
 
-    bytes -> Request                HTTP/1.1        parsers do no I/O
+    bytes -> Request                HTTP/1.1        refused if two parsers could differ
     Request -> [Mutation, ...]      Server          checked once, at the door
-    -> a Job in the queue           Engine          with all that waits
-    -> rows, marks, results         Batch           each mutation under its savepoint
-    -> one transaction              Writer          one fsync for everybody
+    -> a Job in the queue           Jobs            in the order of arrival
+    -> rows, a mark, a result       Batch           each mutation under a savepoint
+    -> one transaction              Writer          one fsync for all jobs that wait
     -> Change 42 in the log         SQLite          a number that is never issued again
     -> the answer, and the hint     Listeners       one hop from the writer to the loop
-    -> every session                Hub             the same bytes to all
-    -> a pull                       Tail            from memory: a join of encoded bytes
+    -> every session                Hub             the same bytes for all
+    -> a pull                       Tail            a join of encoded bytes
 
-Contents. Each section uses only what stands above it:
+Contents. A section calls only what stands above it. In each one the heart comes first;
+what stands behind a line "-- against ..." protects it, and can wait for a second
+reading:
 
     Settings        every limit and every timeout
     Errors          what a client may be told; what closes a socket
     JSON            strict, and limited before it is parsed
     Protocol        the words of protocol 1, and every byte of it
     Store           the change log: its steps, and the SQL that is the same everywhere
-    Statements      the engine's own SQL on SQLite
     Guard           the connection that `apply` gets, and what it may not do
-    Database file   how a file is created, checked and opened
+    Database file   how a file is created, opened and checked
     SQLite          the log in that file
     Tail            the newest changes in memory
     Listeners       from the writer's thread back to each loop
     Batch           one transaction in the making
     Retention       trims
     Jobs            what waits for the writer
-    Writer          one thread, one transaction, one fsync for all that waits
+    Writer          one thread, one transaction, one fsync
     Engine          push, pull and snapshot, without a network
     Hub             topics, and their subscribers
     HTTP/1.1        bytes to requests, responses to bytes
@@ -72,9 +73,9 @@ Contents. Each section uses only what stands above it:
     Todo            the demo, as an application would write it
     Command line    python mizusync.py
 
-Where to add: a limit in Settings; a refusal in Errors, and in Writer._apply if `apply`
-may raise it; a number in COUNTERS; a column in LOG_SCHEMA, with FORMAT and Row; an
-endpoint where Server is made; state of one client in Session.
+Where to add: a limit in Settings; an error in Errors, and in APPLY_MAY_RAISE; a counter
+in COUNTERS; a column in LOG_SCHEMA, with FORMAT and Row; an endpoint where Server is
+made; state of one client in Session.
 
 To run the demo: `python mizusync.py`. To build on it, copy this file and write `apply`:
 
@@ -174,32 +175,28 @@ T = TypeVar("T")
 # Whatever a peer can make grow has a limit here, or a constant beside the code that
 # uses it.
 
+MIB = 1024 * 1024  # bytes
+
 # These may be 0. Other whole numbers are at least 1, and other times above 0.
 MAY_BE_ZERO = {
-    "max_pull_wait",
-    "min_gzip_size",
-    "linger_timeout",
-    "max_hint_changes",
-    "max_hint_size",
-    "hint_gap",
-    "max_sessions",
-    "shutdown_timeout",
-    "max_commit_time",
-    "max_tail_changes",
-    "max_tail_size",
-    "busy_timeout",
+    "max_pull_wait", "min_gzip_size", "linger_timeout", "max_hint_changes",
+    "max_hint_size", "hint_gap", "max_sessions", "shutdown_timeout", "max_commit_time",
+    "max_tail_changes", "max_tail_size", "busy_timeout",
+}  # fmt: skip
+# Limits of the system: a thread that reads needs descriptors, SO_SNDBUF and SQLite's
+# busy timeout (in milliseconds) are C integers.
+LARGEST = {
+    "readers": 256,
+    "send_buffer": 2**31 - 1,
+    "busy_timeout": 10**6,
 }
-# The system's own limits. The server tries for each new client whether the readers
-# would have descriptors; a larger busy_timeout would overflow SQLite's milliseconds.
-LARGEST = {"readers": 256, "send_buffer": 2**31 - 1, "busy_timeout": 10**6}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The limits of an engine and a server: `Settings(max_sessions=100)` changes one.
 
-    Raise TypeError for a value of another type, and ValueError for one out of its
-    range.
+    Raise TypeError for a value of another type, ValueError for one out of its range.
     """
 
     # One request.
@@ -208,12 +205,12 @@ class Settings:
     pull_limit: int = 100  # changes in a page, if the client names no number
     max_pull_limit: int = 1000
     max_pull_wait: float = 60.0
-    max_page_size: int = 4 * 1024 * 1024  # of a page, about; the next page has the rest
+    max_page_size: int = 4 * MIB  # of a page, about; the next page has the rest
     # HTTP/1.1.
     max_target_size: int = 8 * 1024
     max_head_size: int = 64 * 1024
     max_head_fields: int = 100
-    max_body_size: int = 1024 * 1024
+    max_body_size: int = MIB
     max_json_depth: int = 64  # json.loads has another limit in each version of Python
     max_json_values: int = 100_000  # a megabyte of `[]` would block the loop for 0.3 s
     head_timeout: float = 10.0  # from the first byte of a head to its last
@@ -223,14 +220,12 @@ class Settings:
     min_gzip_size: int = 16 * 1024  # a smaller answer is not compressed
     linger_timeout: float = 2.0  # after a refusal, for the peer to read it
     # WebSocket.
-    max_message_size: int = 1024 * 1024
+    max_message_size: int = MIB
     max_session_topics: int = 1000
-    max_session_queue: int = (
-        1024 * 1024
-    )  # of messages that may not be merged; then 1013
+    max_session_queue: int = MIB  # unsent messages that may not be merged; then 1013
     send_buffer: int = 64 * 1024  # SO_SNDBUF: what the kernel holds for a slow reader
     ping_interval: float = 20.0  # common proxies drop a quiet connection after 60
-    ping_timeout: float = 60.0  # without a byte after a ping the peer is dead
+    ping_timeout: float = 60.0  # without a byte after a ping, the peer is dead
     close_timeout: float = 5.0  # for the peer's half of the closing handshake
     heartbeat: float = 25.0  # of silence before a topic's newest hint is sent again
     max_hint_changes: int = 32  # in one hint
@@ -240,16 +235,14 @@ class Settings:
     # The whole server.
     max_sessions: int = 10_000
     max_connections: int = 12_000
-    max_unsent: int = (
-        256 * 1024 * 1024
-    )  # of answers that no peer has read yet; then 503
+    max_unsent: int = 256 * MIB  # of answers that no peer has read yet; then 503
     shutdown_timeout: float = 8.0
     # The engine.
-    max_commit_time: float = 0.02  # no mutation joins a transaction that is older
+    max_commit_time: float = 0.02  # no more pushes join a transaction that is older
     max_pending_pushes: int = 10_000
     keep_changes: int | None = None  # of each scope, about; older ones are trimmed
     max_tail_changes: int = 1000  # of one scope in memory
-    max_tail_size: int = 16 * 1024 * 1024  # of all scopes together
+    max_tail_size: int = 16 * MIB  # of all scopes together
     readers: int = 4  # threads that read the disk
     watch_interval: float = 0.05  # how often an idle writer checks for foreign commits
     busy_timeout: float = 5.0  # how long a commit waits for another process
@@ -257,8 +250,11 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None or field.default is not None:
-                check_setting(field.name, value, str(field.type).startswith("int"))
+            if value is None and field.default is None:
+                continue
+            # Annotations are strings here, because of the import from __future__.
+            is_whole = str(field.type).startswith("int")
+            check_setting(field.name, value, is_whole)
 
 
 def check_setting(name: str, value: Any, is_whole: bool) -> None:
@@ -269,17 +265,17 @@ def check_setting(name: str, value: Any, is_whole: bool) -> None:
         raise TypeError(f"Settings({name}={value!r}): it has to be {kind}")
     largest = LARGEST.get(name, 10**15)
     if name in MAY_BE_ZERO:
-        range_words = "0 or more"
+        rule = "0 or more"
         fits = 0 <= value <= largest
     elif is_whole:
-        range_words = "1 or more"
+        rule = "1 or more"
         fits = 1 <= value <= largest
     else:
-        range_words = "above 0"
+        rule = "above 0"
         fits = 0 < value <= largest
     if not fits:  # NaN compares with nothing, so it does not fit
         raise ValueError(
-            f"Settings({name}={value!r}): it has to be {kind}, {range_words}, "
+            f"Settings({name}={value!r}): it has to be {kind}, {rule}, "
             f"at most {largest:,}"
         )
 
@@ -291,7 +287,7 @@ def check_setting(name: str, value: Any, is_whole: bool) -> None:
 
 
 class SyncError(Exception):
-    """A refusal that the client may see; the base class itself is internal_error.
+    """A refusal that the client may see. Raised itself, it reports internal_error.
 
     A subclass inherits the status and the code that it does not name.
     """
@@ -310,7 +306,7 @@ class InvalidRequest(SyncError, status=400, code="invalid_request"):
 
 
 class InvalidMutation(SyncError, status=400, code="invalid_mutation"):
-    """The mutation can never work, so the client drops it. `apply` may raise this."""
+    """The mutation can never work, so the client drops it."""
 
 
 class Unauthorized(SyncError, status=401, code="unauthorized"):
@@ -320,15 +316,15 @@ class Unauthorized(SyncError, status=401, code="unauthorized"):
 
 
 class Forbidden(SyncError, status=403, code="forbidden"):
-    """The client is authenticated, but not allowed. `apply`, `on_auth` may raise it."""
+    """The client is authenticated, but not allowed. `on_auth` may raise this."""
 
 
 class NotFound(SyncError, status=404, code="not_found"):
-    """The thing that the client names does not exist. `apply` may raise this."""
+    """The thing that the client names does not exist."""
 
 
 class Conflict(SyncError, status=409, code="conflict"):
-    """The data is not in the state that the mutation needs. `apply` may raise this."""
+    """The data is not in the state that the mutation needs."""
 
 
 class CursorTooOld(SyncError, status=410, code="cursor_too_old"):
@@ -347,7 +343,7 @@ class TooLarge(SyncError, status=413, code="too_large"):
 
 
 class Unavailable(SyncError, status=503, code="unavailable"):
-    """The server can't do this now, and applied nothing. `apply` may raise this."""
+    """The server can't do this now, and applied nothing of it."""
 
     headers = {"Retry-After": "1"}
 
@@ -359,34 +355,33 @@ class StoreRefused(Unavailable):
     """
 
 
+# What `apply` raises to refuse a mutation; a subclass may add a code of its own.
+APPLY_MAY_RAISE = (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable)
+
+
 class HTTPError(SyncError):
     """A refusal that concerns HTTP alone. Its status implies its code."""
 
     CODES: ClassVar = {
-        405: "method_not_allowed",
-        408: "request_timeout",
-        414: "uri_too_long",
-        415: "unsupported_media_type",
-        426: "upgrade_required",
-        431: "headers_too_large",
-        501: "not_implemented",
-        505: "version_not_supported",
-    }
+        405: "method_not_allowed", 408: "request_timeout", 414: "uri_too_long",
+        415: "unsupported_media_type", 426: "upgrade_required",
+        431: "headers_too_large", 501: "not_implemented", 505: "version_not_supported",
+    }  # fmt: skip
 
     def __init__(
         self,
         status: int,
         sentence: str,
-        headers: Mapping[str, str] = {},
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(sentence)
         self.status = status
         self.code = self.CODES[status]
-        self.headers = headers
+        self.headers = headers or {}
 
 
 class StoreError(Exception):
-    """The database can't be opened: another program's file, or a newer format, say."""
+    """The database can't be opened: another program's file, say, or a newer format."""
 
 
 class ProtocolError(Exception):
@@ -421,11 +416,11 @@ def parse_json(raw: bytes, max_depth: int = 64, max_values: int = 100_000) -> An
 
     An integer that does not fit 64 bits (SQLite's limit) becomes a float, as in
     JavaScript. Raise TooLarge for more than `max_values` values. Raise InvalidRequest
-    for text that is no JSON or nested deeper than `max_depth`, NaN, infinities, and
-    half a surrogate pair.
+    for text that is no JSON or is nested deeper than `max_depth`, for NaN and
+    infinities, and for half a surrogate pair.
     """
-    # Count before anything is built, or recurses. The plain counts are too high if
-    # strings contain such characters; only then are the strings taken out.
+    # These counts include the brackets and commas inside strings. Only if they exceed a
+    # limit, count again without the strings.
     openings = raw.count(b"[") + raw.count(b"{")
     if openings > max_depth or openings + raw.count(b",") > max_values:
         check_structure(without_strings(raw), max_depth, max_values)
@@ -461,7 +456,8 @@ _DECODER = json.JSONDecoder(
     parse_int=parse_integer, parse_float=parse_finite, parse_constant=parse_finite
 )
 
-# Against JSON that is deep, or has very many values:
+
+# Against JSON that is deep, or has very many values.
 
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _LEVELS = {
@@ -473,10 +469,10 @@ _LEVELS = {
 
 
 def without_strings(raw: bytes) -> bytes:
-    """Return JSON text without its strings; one that does not end goes to the end.
+    """Return JSON text without its strings. An unterminated string runs to the end.
 
-    A backslash outside of a string may confuse this, but parsing fails there anyway.
-    The time is linear in the size. A regular expression would take four times as long.
+    The time is linear in the size; a regular expression takes four times as long. A
+    backslash outside of a string may confuse this, but parsing fails there anyway.
     """
     # First remove pairs of backslashes: an odd number of them escapes a quote.
     unescaped = raw.replace(rb"\\", b"").replace(rb"\"", b"")
@@ -491,8 +487,9 @@ def check_structure(bare: bytes, max_depth: int, max_values: int) -> None:
     openings = bare.count(b"[") + bare.count(b"{")
     if openings + bare.count(b",") > max_values:
         raise TooLarge(f"the JSON has more than {max_values} values")
-    # As many brackets close as open. Behind that many, or behind what is not balanced
-    # and may count as less deep, parsing fails.
+    # A valid text has as many closing brackets as opening ones: cut there, so that a
+    # megabyte of `]` costs nothing. An invalid text may look shallower than it is, but
+    # the parser stops at the bracket that does not match.
     brackets = bare.translate(None, _NOT_BRACKETS)[: 2 * openings]
     levels = itertools.accumulate(map(_LEVELS.__getitem__, brackets))
     if max(levels, default=0) > max_depth:
@@ -500,17 +497,17 @@ def check_structure(bare: bytes, max_depth: int, max_values: int) -> None:
 
 
 # --- Protocol -------------------------------------------------------------------------
-# The words of protocol 1 as values, and every byte of it spelled once: this is the only
-# section that knows the shape of a change, a result, a page, a snapshot, a hint, an
-# error, or a message. Data from outside is checked here, once; after that the types are
-# true. A change is encoded once, on its way into the log; answers, pages and hints are
-# joined from these encoded changes.
+# The words of protocol 1 as values, and every byte of it spelled once: only this
+# section knows the shape of a change, a result, a page, a snapshot, a hint, an error or
+# a message. Data from outside is checked here, once; after that the types are true. A
+# change is encoded once, on its way into the log; answers, pages and hints are joined
+# from these encoded changes.
 
 DEFAULT_SCOPE = "_default"
 MAX_CURSOR = 2**53 - 1  # every JSON parser represents it exactly (RFC 8259 §6)
 MAX_SCOPE = 256  # characters
 MAX_NAME = 128  # characters of a mutation's id, and of its name
-SYNC = "sync:"  # the topic of a scope is this prefix and the scope; clients know it
+SYNC = "sync:"  # the topic of a scope is this prefix and the scope
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -546,10 +543,6 @@ class Mutation:
         if not is_name(self.scope, MAX_SCOPE):
             raise InvalidMutation(explain_name("scope", self.scope, MAX_SCOPE))
 
-    def with_args(self, args: Any) -> Mutation:
-        """Return this mutation with other args."""
-        return Mutation(self.id, self.name, args, self.scope, self.identity)
-
     @classmethod
     def parse(cls, value: Any) -> Mutation:
         """Return the mutation that a JSON value describes. Raise InvalidMutation."""
@@ -561,6 +554,10 @@ class Mutation:
             args=value.get("args"),
             scope=value.get("scope", DEFAULT_SCOPE),
         )
+
+    def with_args(self, args: Any) -> Mutation:
+        """Return this mutation with other args."""
+        return Mutation(self.id, self.name, args, self.scope, self.identity)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -579,7 +576,11 @@ class Change:
 
 
 class Result(NamedTuple):
-    """The outcome of one mutation. `encoded` is the JSON that the client gets."""
+    """The outcome of one mutation. `encoded` is the JSON that the client gets.
+
+    `cursor` is that of the mutation's last change, in whatever scope: a client may not
+    pull from there, because others' changes may lie before it.
+    """
 
     encoded: bytes
     ok: bool
@@ -590,15 +591,11 @@ class Result(NamedTuple):
 
     @classmethod
     def applied(
-        cls,
-        cursor: int,
-        changes: Sequence[bytes] | None,
-        duplicate: bool = False,
+        cls, cursor: int, changes: Sequence[bytes] | None, duplicate: bool = False
     ) -> Result:
         """Return the result of an applied mutation.
 
-        `changes` are those in its own scope, encoded; None leaves them out of the
-        answer.
+        `changes` are those in its own scope, encoded; None leaves them out.
         """
         shown = b"" if changes is None else b',"changes":[%b]' % b",".join(changes)
         again = b',"duplicate":true' if duplicate else b""
@@ -615,6 +612,7 @@ class Result(NamedTuple):
 
     @property
     def changes(self) -> list[Change]:
+        """The changes in the mutation's own scope; none if they were left out."""
         found = json.loads(self.encoded).get("changes", ())
         return [Change(**change) for change in found]
 
@@ -661,7 +659,7 @@ class Snapshot(NamedTuple):
 class Hint(NamedTuple):
     """The newest cursor of a scope and, if they are few, the changes above `after`.
 
-    `changes` (encoded) is None if another process made them: its clients have to pull.
+    `changes` (encoded) is None for a commit of another process: subscribers must pull.
     """
 
     cursor: int
@@ -735,32 +733,43 @@ def check_scope(value: Any) -> str:
 
 
 # --- Store ----------------------------------------------------------------------------
-# One row a change. AUTOINCREMENT never reuses a number, even after a trim or a restart
-# (https://sqlite.org/autoinc.html). One row a mutation that was applied, its dedupe
-# mark, is kept for ever. There is one writer at a time, so cursors rise in commit
-# order: a reader at cursor N has everything up to N. Everything here blocks: writes run
-# on the writer's thread, reads on connections of their own.
+# The change log. Each change is a row. Each mutation that was applied leaves a row as
+# well, its dedupe mark, which is never deleted. Everything here blocks: writes run on
+# the writer's thread, reads on connections of their own.
 #
-# Epochs are how a client notices that an older copy of the database was restored. Each
-# is a random name and the head at which it began; the first commit after each opening
-# begins one. (epoch, cursor) belongs to this history if the epoch is in the table and
-# the cursor is at most the start of the next one. An example:
+# A reader at cursor N has everything of its scope up to N, because
+#   1. one writer at a time, over all processes, issues the cursors. Each transaction
+#      starts from the head that it finds under the write lock: so cursors rise in
+#      commit order, and none is issued twice, even after a trim or a restart
+#      (AUTOINCREMENT, https://sqlite.org/autoinc.html);
+#   2. a read is one transaction and sees one moment, and a page never ends inside the
+#      changes of one mutation;
+#   3. a reader below the scope's highest trimmed cursor is refused (cursor_too_old);
+#   4. a reader with a cursor of another history is refused (cursor_unknown).
+#
+# The fourth needs epochs, because an older copy of the database may be restored and
+# grow again. An example:
 #
 #     A begins at 0    The log grows to 60, and someone makes a backup. It grows to 100;
 #                      a client pulls, and remembers (A, 100).
-#     B begins at 60   The backup is restored, so the log ends at 60 again; its next
+#     B begins at 60   The backup is restored, so the log ends at 60 again. Its next
 #                      commit begins an epoch. The log grows to 200: the cursors 61 to
 #                      100 now belong to other changes.
 #     (A, 100) asks    A ended at 60, so the server answers cursor_unknown, and the
 #                      client takes a snapshot. By the head alone, 100 of 200 would look
 #                      valid, and the client would miss 40 changes.
+#
+# An epoch is a random name and the head at which it begins. The first commit after each
+# opening of the database begins one, so two copies that went different ways differ.
+# (epoch, cursor) belongs to this history if the epoch is in the table and the cursor is
+# at most the start of the next epoch. An ordinary restart disturbs nobody: the new
+# epoch starts at the head, which no client is above.
 
 
 class Position(NamedTuple):
-    """The state of the log; every commit that concerns it changes at least one field.
+    """The state of the log: equal positions mean that no change or trim came between.
 
-    Two equal positions mean that nothing happened in between: this is how the engine
-    knows that what it has in memory is still true.
+    This is how the engine knows that what it has in memory is still true.
     """
 
     head: int  # the newest cursor of the log
@@ -797,7 +806,7 @@ class Mark(NamedTuple):
 class Store(Protocol):
     """The steps that an engine needs from a database. Each may raise StoreRefused.
 
-    `db` is the database's own connection; `apply` and `snapshot` get it as it is.
+    `db` is a connection of the store's; `apply` and `snapshot` get it as it is.
     """
 
     # Any thread may call these.
@@ -806,9 +815,12 @@ class Store(Protocol):
         """Return the position after the newest commit of any process; don't wait."""
 
     def read(self, work: Callable[[Any], T]) -> T:
-        """Return `work(db)`, run with snapshot isolation."""
+        """Return `work(db)`, run in a transaction that sees one moment."""
 
     def close(self) -> None: ...
+
+    def stats(self) -> dict[str, int]:
+        """Return numbers for Engine.stats, by name."""
 
     # These run inside a transaction, on any thread.
 
@@ -843,15 +855,21 @@ class Store(Protocol):
         """Return the changes of all scopes from one cursor to another, in order."""
 
     def read_scopes_since(self, db: Any, position: Position) -> dict[str, int]:
-        """Return the scopes that were changed or trimmed since, with their cursors."""
+        """Return the scopes that were changed or trimmed since.
+
+        With each comes its newest change or its trim, whichever is the higher cursor.
+        """
 
     def find_mark(self, db: Any, scope: str, id: str) -> Mark | None: ...
 
-    # These run on the writer's thread: begin(), then run_guarded() for each mutation,
-    # then commit() or rollback().
+    # These run on the writer's thread: begin(), then the others in any order, and at
+    # the end commit() or rollback().
 
     def begin(self) -> tuple[Any, Position]:
-        """Begin a transaction that excludes every other writer; wait a while for it."""
+        """Begin a transaction that excludes every other writer.
+
+        Wait a while for the lock. Return the connection, and the position under it.
+        """
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
         """Return `work(db)`, application code; undo what it wrote if it raises.
@@ -871,21 +889,18 @@ class Store(Protocol):
         Mutations go whole or not at all.
         """
 
-    def commit(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
+    def probe(self, db: Any) -> None:
+        """Write something and take it back, so that a disk that refuses is noticed."""
+
+    def commit(self, rows: Sequence[Row], marks: Sequence[Mark]) -> Position:
         """Append to the log, and commit: all of it is on disk when this returns.
 
-        The engine has numbered the rows: from the head that begin() found, without a
-        gap.
+        The engine has numbered the rows, from the head of begin() without a gap. Begin
+        an epoch at that head if one is due. Return the position after the commit.
         """
 
     def rollback(self) -> None:
         """End the transaction. This never raises: it abandons what it can't undo."""
-
-    def probe(self, db: Any) -> None:
-        """Write something and take it back; raise StoreRefused if the disk refuses.
-
-        The engine asks when a mutation fails alone: is it at fault, or the disk?
-        """
 
 
 class SQLStore(Store):
@@ -916,8 +931,8 @@ class SQLStore(Store):
         return self.run_scalar(db, sql, scope, n - 1) or 0
 
     def read_epoch_end(self, db: Any, epoch: str) -> int | None:
-        # An epoch ends where the next one begins, the newest at the head. Starts never
-        # fall within one file, so the least of the later ones is the next one's.
+        # An epoch ends where the next one begins, the newest at the head. Within one
+        # file `start` never decreases, so the least of the later ones is the next.
         sql = """
             SELECT coalesce(
                 (SELECT min(start) FROM mizusync_epochs WHERE number > this.number), ?)
@@ -961,22 +976,22 @@ class SQLStore(Store):
         before: int,
         limit: int,
     ) -> int:
-        # 1. The mutation that holds the limit-th change is the last one that may go.
+        # 1. The mutation with the limit-th change is the last one that may go. With
+        #    fewer changes, only `before` limits the trim.
         sql = """
             SELECT first FROM mizusync_changes WHERE scope = ?
             ORDER BY cursor LIMIT 1 OFFSET ?
         """
-        last_first = self.run_scalar(db, sql, scope, limit - 1) or before
-        # 2. Find the first mutation that stays: the one after that, or an earlier one
-        # with
-        #    a change that `before` protects. Of a mutation with the changes 5 to 8,
-        #    before=7 removes nothing.
+        last_removable = self.run_scalar(db, sql, scope, limit - 1) or before
+        # 2. Find where the first mutation begins that stays: the next one, or an
+        #    earlier one with a change that `before` protects. Of a mutation with the
+        #    changes 5 to 8, before=7 removes nothing.
         sql = """
             SELECT first FROM mizusync_changes
             WHERE scope = ? AND (cursor >= ? OR first > ?) ORDER BY cursor LIMIT 1
         """
-        end = self.run_scalar(db, sql, scope, before, last_first) or before
-        # 3. Record the highest cursor that goes, so that no reader below it is served.
+        end = self.run_scalar(db, sql, scope, before, last_removable) or before
+        # 3. Record the highest cursor that goes, so that readers below it are refused.
         sql = """
             SELECT max(cursor), count(*) FROM mizusync_changes
             WHERE scope = ? AND cursor < ?
@@ -997,137 +1012,56 @@ class SQLStore(Store):
         return int(count)
 
     def probe(self, db: Any) -> None:
-        # No mutation has an empty scope. (An UPDATE that changes nothing writes
-        # nothing.)
+        # No mutation has an empty scope. An UPDATE that changes nothing would not do:
+        # SQLite does not write it.
         self.run(db, "INSERT INTO mizusync_mutations VALUES ('', '', NULL, 0)")
         self.run(db, "DELETE FROM mizusync_mutations WHERE scope = ''")
 
-
-# --- Statements -----------------------------------------------------------------------
-# How the engine runs SQL of its own on SQLite. An error that may pass (a full disk, a
-# lock of another process) becomes StoreRefused; any other is a bug, and stays as it is.
-# A prefix marks these statements: see Guard.
-
-OWN_STATEMENT = "/* mizusync */ "
-
-# SQLite's result codes (https://sqlite.org/rescode.html) for a statement that is right,
-# and may work later: the disk, the file, or another process is in the way.
-_DISK_CODES = (
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_CORRUPT,
-)
-_REFUSAL_CODES = _DISK_CODES + (
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_PROTOCOL,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_NOTADB,
-)
-
-
-def primary_code(error: BaseException | None) -> int:
-    """Return SQLite's primary result code; 0 for an error of the Python module."""
-    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Turn an SQLite error that may pass into StoreRefused; let others pass."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        if primary_code(error) in _REFUSAL_CODES:
-            raise StoreRefused("the database refuses, for now") from error
-        raise
-
-
-def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
-    """Run a statement of the engine's own, past the guard; return all its rows.
-
-    Raise StoreRefused.
-    """
-    try:
-        rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, parameters)
-        return rows.fetchall()
-    except sqlite3.Error:
-        with refusals():  # entered here: around each statement it would double the cost
-            raise
-
-
-def is_busy(refusal: StoreRefused) -> bool:
-    """Return whether another process's lock is the reason of a refusal."""
-    return primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
-
-
-def execute_with_retry(db: sqlite3.Connection, sql: str, timeout: float) -> None:
-    """Run a statement, retrying while another process holds the lock.
-
-    SQLite's own busy handler sleeps up to 100 ms between two tries: beside a busy
-    writer of another process it would never have its turn. And journal_mode does not
-    ask it at all.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            run_own(db, sql)
-            return
-        except StoreRefused as refusal:
-            if not is_busy(refusal) or time.monotonic() > deadline:
-                raise
-        time.sleep(0.0002)
+    def stats(self) -> dict[str, int]:
+        return {}
 
 
 # --- Guard ----------------------------------------------------------------------------
 # The connection that `apply` and `snapshot` get. The application may do anything with
 # it except control the transaction, leave the file, or change the log's own tables. An
 # authorizer (https://sqlite.org/c3ref/set_authorizer.html) refuses these while
-# application code runs. It is asked only when a statement is prepared, and Python
-# caches prepared statements: so the engine spells its own with a prefix that no
-# application uses, or an application's COMMIT would find the engine's in the cache.
+# application code runs.
+#
+# SQLite asks the authorizer only when it prepares a statement, and Python caches what
+# it has prepared. If the engine's COMMIT and an application's were the same text, the
+# application's would come from the cache, unasked. So the engine's own statements begin
+# with a comment that no application uses.
 
-_CONTROL = (  # these would end the transaction, or leave the file
+OWN_STATEMENT = "/* mizusync */ "
+
+# What would end the transaction, or leave the file. SAVEPOINT is not among them: it is
+# allowed, and the engine's own is protected by its name.
+_CONTROL = (
     sqlite3.SQLITE_TRANSACTION,
     sqlite3.SQLITE_ATTACH,
     sqlite3.SQLITE_DETACH,
     sqlite3.SQLITE_PRAGMA,
 )
 _OWN_NAMES = ("mizusync_", "sqlite_sequence")  # prefixes; the sequence holds the head
-# Full-text search and R*Trees ask for these two.
-_HARMLESS_PRAGMAS = (("data_version", None), ("page_size", None))
-
+# Full-text search and R*Trees ask for these two pragmas.
+_HARMLESS = (("data_version", None), ("page_size", None))
 GUARD_NOTE = (
-    "In the engine's transaction, an application can't end the transaction, use PRAGMA "
-    "or ATTACH, create anything in TEMP, or change what is named mizusync_*. Because "
-    "sqlite_sequence holds the log's head, it also can't rename a table, or drop one "
-    "with AUTOINCREMENT."
+    "In the engine's transaction, an application can't end the transaction, use "
+    "PRAGMA, ATTACH or executescript, create anything in TEMP, or change what is named "
+    "mizusync_*. Because sqlite_sequence holds the log's head, it also can't rename a "
+    "table, or drop one with AUTOINCREMENT."
 )
 
 
-class GuardedCursor(sqlite3.Cursor):
-    """A cursor that runs nothing once the transaction is lost.
-
-    SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If `apply` catches
-    the error and goes on writing, each of its statements would commit by itself.
-    """
-
-    def execute(self, *statement: Any) -> Any:
-        self._check_transaction()
-        return super().execute(*statement)
-
-    def executemany(self, *statement: Any) -> Any:
-        self._check_transaction()
-        return super().executemany(*statement)
-
-    def executescript(self, *statement: Any) -> Any:
-        self._check_transaction()
-        return super().executescript(*statement)
-
-    def _check_transaction(self) -> None:
-        db: Any = self.connection
-        if db.guarded and not db.in_transaction:
-            raise sqlite3.OperationalError("the transaction was rolled back already")
+def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
+    """Run a statement of the engine's own; return all its rows. Raise StoreRefused."""
+    try:
+        rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, parameters)
+        return rows.fetchall()
+    except sqlite3.Error as error:
+        if primary_code(error) in REFUSAL_CODES:
+            raise StoreRefused("the database refuses, for now") from error
+        raise
 
 
 class GuardedConnection(sqlite3.Connection):
@@ -1135,29 +1069,27 @@ class GuardedConnection(sqlite3.Connection):
 
     def __init__(self, path: str, mode: str, timeout: float) -> None:
         """Open the file; `mode` is "ro", "rw", or "rwc", which may create it."""
-        # Quote every byte. A name need not be UTF-8, and "//host" would be a host.
+        # Quote every byte: a name need not be UTF-8, and in a URI //x is a host.
         name = urllib.parse.quote(os.fsencode(path), safe="")
         super().__init__(
             f"file:{name}?mode={mode}",
             uri=True,
             timeout=timeout,
-            isolation_level=None,  # nothing begins but by an explicit BEGIN
+            isolation_level=None,  # only an explicit BEGIN begins a transaction
             check_same_thread=False,  # any thread may use it, one at a time
         )
-        self.guarded = False  # true while application code has the connection
+        self.guarded = False  # application code has the connection
         self._writes = mode != "ro"
-        self._opened: list[
-            weakref.ref[Any]
-        ] = []  # cursors and blobs of the application
+        self._opened: list[weakref.ref[Any]] = []  # the application's cursors and blobs
         super().set_authorizer(self._authorize)
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
         """Return `work(self)`; if it raises, undo what it wrote.
 
-        Without a transaction the savepoint is one, so that all reads are of one moment
-        (https://sqlite.org/lang_savepoint.html). Raise StoreRefused if the transaction
-        did not survive, or if an error of the disk ended `work`: only another try can
-        tell whether the disk or the application is at fault.
+        Outside of a transaction, the savepoint begins one, so that all reads see one
+        moment (https://sqlite.org/lang_savepoint.html). Raise StoreRefused if the
+        transaction did not survive, and also if `work` ended with an error of the disk:
+        the writer then finds out whether the disk or the application is at fault.
         """
         run_own(self, "SAVEPOINT mizusync_guard")
         self.guarded = True
@@ -1166,7 +1098,8 @@ class GuardedConnection(sqlite3.Connection):
         except BaseException as error:
             self._end_guard()
             self._leave_savepoint("ROLLBACK TO mizusync_guard", error)
-            if primary_code(error) in _DISK_CODES:
+            self._leave_savepoint("RELEASE mizusync_guard", error)
+            if primary_code(error) in DISK_CODES:
                 raise StoreRefused("the database refuses, for now") from error
             if primary_code(error) == sqlite3.SQLITE_AUTH:
                 error.add_note(GUARD_NOTE)
@@ -1184,40 +1117,42 @@ class GuardedConnection(sqlite3.Connection):
         self.guarded = False
         self.row_factory = None
         self.text_factory = str
+        with contextlib.suppress(sqlite3.Error):  # the application has closed it
+            self.set_progress_handler(None, 0)
         while self._opened:
             opened = self._opened.pop()()
             if opened is not None:
-                with contextlib.suppress(
-                    sqlite3.Error
-                ):  # another thread may be using it
+                with contextlib.suppress(sqlite3.Error):  # a thread may be using it
                     opened.close()
 
     def _leave_savepoint(self, how: str, failure: BaseException | None) -> None:
         try:
             run_own(self, how)
-            if failure is not None:
-                run_own(self, "RELEASE mizusync_guard")
         except (sqlite3.Error, StoreRefused):
             # The savepoint is gone: SQLite or the application rolled everything back.
             raise StoreRefused("the transaction was rolled back") from failure
 
-    # -- the restrictions
+    # -- against an application that controls the transaction
 
-    def _authorize(self, action: int, *names: str | None) -> int:
-        """Answer SQLite, which asks when it prepares a statement.
-
-        `names` are two that depend on the action, the database's, and the trigger's.
-        """
-        if action == sqlite3.SQLITE_INSERT and names[2] == "temp":
-            # Creating anything in TEMP begins with an INSERT there. Names in TEMP come
-            # before all others, so a table or a trigger in it could shadow the log's,
-            # even in the application's schema.
+    def _authorize(
+        self,
+        action: int,
+        first: str | None,
+        second: str | None,
+        database: str | None,
+        trigger: str | None,
+    ) -> int:
+        """Allow or deny an action. Its first two names depend on the action."""
+        if action == sqlite3.SQLITE_INSERT and database == "temp":
+            # Everything that is created in TEMP begins with an INSERT there. SQLite
+            # looks up names in TEMP first, so a table or trigger there could shadow the
+            # log's. Refuse it at any time, also in the application's schema.
             return sqlite3.SQLITE_DENY
         if not self.guarded or action == sqlite3.SQLITE_READ:
             return sqlite3.SQLITE_OK
-        if action in _CONTROL and names[:2] not in _HARMLESS_PRAGMAS:
+        if action in _CONTROL and (first, second) not in _HARMLESS:
             return sqlite3.SQLITE_DENY
-        for name in names[:2]:
+        for name in (first, second):
             if name and name.lower().startswith(_OWN_NAMES):
                 return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK
@@ -1231,13 +1166,24 @@ class GuardedConnection(sqlite3.Connection):
             raise sqlite3.ProgrammingError("apply can't make a backup: use Engine.read")
         super().backup(*target, **options)
 
+    # -- against cursors that outlive apply, or write after a rollback
+
     def cursor(self, factory: Any = None) -> Any:
-        # `factory` is ignored: another class would have no guard.
+        # `factory` is ignored: a cursor of another class would have no guard.
         opened = super().cursor(GuardedCursor)
         self._opened.append(weakref.ref(opened))
         return opened
 
-    # Connection.execute and the others do not call an overridden cursor().
+    def check_transaction(self) -> None:
+        """Raise OperationalError if the application goes on after a rollback.
+
+        SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If `apply`
+        caught the error and went on writing, each statement would commit by itself.
+        """
+        if self.guarded and not self.in_transaction:
+            raise sqlite3.OperationalError("the transaction was rolled back already")
+
+    # sqlite3.Connection's own do not call an overridden cursor().
 
     def execute(self, *statement: Any) -> Any:
         return self.cursor().execute(*statement)
@@ -1249,9 +1195,88 @@ class GuardedConnection(sqlite3.Connection):
         return self.cursor().executescript(*statement)
 
     def blobopen(self, *place: Any, **options: Any) -> Any:
+        self.check_transaction()
         opened = super().blobopen(*place, **options)
         self._opened.append(weakref.ref(opened))
         return opened
+
+
+class GuardedCursor(sqlite3.Cursor):
+    """A cursor that runs nothing once the transaction is lost."""
+
+    connection: GuardedConnection
+
+    def execute(self, *statement: Any) -> Any:
+        self.connection.check_transaction()
+        return super().execute(*statement)
+
+    def executemany(self, *statement: Any) -> Any:
+        self.connection.check_transaction()
+        return super().executemany(*statement)
+
+    def executescript(self, *statement: Any) -> Any:
+        self.connection.check_transaction()
+        return super().executescript(*statement)
+
+
+# Against a database that refuses. SQLite's result codes: https://sqlite.org/rescode.html
+
+# The disk or the file is in the way, or seems to be: an AUTOINCREMENT at its highest
+# number has the code of a full disk.
+DISK_CODES = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_CORRUPT,
+)
+# The statement is right, but the disk, the file or another process is in the way.
+REFUSAL_CODES = (
+    *DISK_CODES,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_NOTADB,
+)
+
+
+def primary_code(error: BaseException | None) -> int:
+    """Return SQLite's primary result code; 0 for an error of the Python module."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turn SQLite's refusals in the block into StoreRefused."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if primary_code(error) in REFUSAL_CODES:
+            raise StoreRefused("the database refuses, for now") from error
+        raise
+
+
+def is_busy(refusal: StoreRefused) -> bool:
+    """Return whether another process's lock is the reason of a refusal."""
+    return primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
+
+
+def execute_with_retry(db: sqlite3.Connection, sql: str, timeout: float) -> None:
+    """Run a statement, retrying while another process holds the lock.
+
+    SQLite's own busy handler sleeps up to 100 ms between two tries: beside a busy
+    writer of another process it might never get the lock. And PRAGMA journal_mode does
+    not ask the busy handler at all.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            run_own(db, sql)
+            return
+        except StoreRefused as refusal:
+            if not is_busy(refusal) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.0002)
 
 
 # --- Database file --------------------------------------------------------------------
@@ -1259,9 +1284,8 @@ class GuardedConnection(sqlite3.Connection):
 # keep what it takes, is refused with one sentence before anything is written into it.
 
 FORMAT = 1  # of the tables below; a file with a higher one is refused
-APPLICATION_ID = (
-    0x6D697A75  # "mizu" (https://sqlite.org/pragma.html#pragma_application_id)
-)
+# "mizu" (https://sqlite.org/pragma.html#pragma_application_id)
+APPLICATION_ID = 0x6D697A75
 
 # The columns stand in the order of Row and Mark. If you raise FORMAT, teach _create_log
 # to bring an older file up to date.
@@ -1297,8 +1321,8 @@ StrPath = str | os.PathLike[str]
 class DatabaseFile:
     """The SQLite file of a log, with the application's own tables in it.
 
-    `schema` is the application's, and runs at each opening. `busy_timeout` (seconds)
-    limits how long a statement waits for another process's lock.
+    `schema` is the application's, and runs whenever a connection that writes is opened.
+    `busy_timeout` (seconds) limits how long a statement waits for another process.
     """
 
     def __init__(self, path: StrPath, schema: str, busy_timeout: float) -> None:
@@ -1306,7 +1330,7 @@ class DatabaseFile:
         self.path = os.path.abspath(path)
         # SQLite follows a symbolic link, and puts the WAL beside the file itself.
         self.wal_path = f"{os.path.realpath(self.path)}-wal"
-        self.created_log = False  # this process has made the log
+        self.created_log = False  # by this process
         self._schema = schema
         self._busy_timeout = busy_timeout
 
@@ -1317,7 +1341,7 @@ class DatabaseFile:
         """
         with contextlib.ExitStack() as opened:
             try:
-                self._refuse_orphan(adopt)
+                self._check_leftover_wal(adopt)
                 writer = opened.enter_context(contextlib.closing(self.connect("rwc")))
                 self.prepare_writer(writer, adopt)
                 reader = opened.enter_context(contextlib.closing(self.connect("ro")))
@@ -1344,25 +1368,24 @@ class DatabaseFile:
         if not self._has_log(db, adopt):
             self._create_log(db, adopt)
         execute_with_retry(db, "PRAGMA journal_mode = WAL", self._busy_timeout)
-        run_own(db, "PRAGMA busy_timeout = 0")  # execute_with_retry waits instead
+        run_own(db, "PRAGMA busy_timeout = 0")  # execute_with_retry() waits instead
         self._check_permission(db)
         self._run_schema(db)
 
     def _create_log(self, db: GuardedConnection, adopt: bool) -> None:
         """Create the log's tables, unless another process has just done so."""
-        run_own(db, "PRAGMA busy_timeout = 0")  # execute_with_retry waits instead
+        run_own(db, "PRAGMA busy_timeout = 0")  # execute_with_retry() waits instead
         execute_with_retry(db, "BEGIN IMMEDIATE", self._busy_timeout)
         # If the file is not in WAL mode yet, COMMIT has to wait for its readers.
         run_own(db, f"PRAGMA busy_timeout = {int(self._busy_timeout * 1000)}")
         with db:  # commits, or rolls back
-            if self._has_log(db, adopt):  # another process has made it meanwhile
-                return
-            if not run_own(db, "SELECT 1 FROM sqlite_master"):
-                # An adopted file keeps the id of its application.
-                run_own(db, f"PRAGMA application_id = {APPLICATION_ID}")
-            for statement in LOG_SCHEMA.split(";")[:-1]:
-                run_own(db, statement)
-            self.created_log = True
+            if not self._has_log(db, adopt):
+                if not run_own(db, "SELECT 1 FROM sqlite_master"):
+                    # An adopted file keeps the id of its application.
+                    run_own(db, f"PRAGMA application_id = {APPLICATION_ID}")
+                for statement in LOG_SCHEMA.split(";")[:-1]:
+                    run_own(db, statement)
+                self.created_log = True
 
     # -- against files of other programs
 
@@ -1374,7 +1397,7 @@ class DatabaseFile:
             raise StoreError(
                 f"the database {self.path} is in {encoding}: the log needs UTF-8"
             )
-        # In one statement, because another process may be making the log right now.
+        # One statement, because another process may be making the log right now.
         sql = "SELECT count(*), max(name = 'mizusync_format') FROM sqlite_master"
         objects, has_log = run_own(db, sql)[0]
         if has_log:
@@ -1386,16 +1409,19 @@ class DatabaseFile:
                 )
             return True
         application_id = run_own(db, "PRAGMA application_id")[0][0]
-        foreign = application_id not in (0, APPLICATION_ID)
-        if (objects or foreign) and not adopt:
+        is_foreign = application_id not in (0, APPLICATION_ID)
+        if (objects or is_foreign) and not adopt:
             raise StoreError(
                 f"the database {self.path} belongs to another program: "
                 "name another file, or open it with adopt=True to add the log to it"
             )
         return False
 
-    def _refuse_orphan(self, adopt: bool) -> None:
-        """Look at a WAL that a crash left before SQLite moves it into the file."""
+    def _check_leftover_wal(self, adopt: bool) -> None:
+        """Refuse a WAL without its database, or of another program.
+
+        A crash leaves a WAL, and SQLite would merge it as soon as it opens the file.
+        """
         if not os.path.exists(self.wal_path):
             return
         if not os.path.exists(self.path):
@@ -1416,8 +1442,7 @@ class DatabaseFile:
         """
         try:
             statements = list(split_statements(self._schema))
-            for statement in statements:
-                word = first_word(statement)
+            for word in map(first_word, statements):
                 if word in ("BEGIN", "COMMIT", "END", "ROLLBACK"):
                     raise StoreError(
                         f"the schema for {self.path} can't be run: it is a transaction "
@@ -1443,13 +1468,13 @@ class DatabaseFile:
         IF NOT EXISTS writes nothing, so a second process opens beside a busy writer.
         """
         try:
-            self._run_in("BEGIN", db, statements)
+            self._run_after("BEGIN", db, statements)
         except StoreRefused as refusal:
             if not is_busy(refusal):
                 raise
-            self._run_in("BEGIN IMMEDIATE", db, statements)
+            self._run_after("BEGIN IMMEDIATE", db, statements)
 
-    def _run_in(
+    def _run_after(
         self, begin: str, db: GuardedConnection, statements: Sequence[str]
     ) -> None:
         execute_with_retry(db, begin, self._busy_timeout)
@@ -1479,7 +1504,7 @@ class DatabaseFile:
 def check_same_file(path: str, known: os.stat_result) -> os.stat_result:
     """Return the state of a file; raise StoreRefused if it was removed or replaced.
 
-    SQLite goes on writing into a file that no name leads to, and loses what it wrote
+    SQLite goes on writing into a file that no name leads to, and what it writes is lost
     when the last process closes it.
     """
     with contextlib.suppress(OSError):
@@ -1503,9 +1528,8 @@ OPENING_ADVICE = {
 def check_path(path: StrPath) -> None:
     """Raise StoreError for a path at which no log can be kept."""
     if sqlite3.sqlite_version_info < (3, 31):
-        raise StoreError(
-            f"the log needs SQLite 3.31, and this is {sqlite3.sqlite_version}"
-        )
+        found = sqlite3.sqlite_version
+        raise StoreError(f"the log needs SQLite 3.31 or newer, and this is {found}")
     if os.fspath(path) in ("", ":memory:"):
         raise StoreError("the log needs a file: name one")
     try:
@@ -1577,16 +1601,18 @@ def split_statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             start = semicolon.end()
-    yield script[start:]
+    rest = script[start:]
+    if rest.strip():
+        yield rest
 
 
 # --- SQLite ---------------------------------------------------------------------------
-# The log and the application's tables share a file, so one transaction holds the dedupe
-# mark, the application's writes, and the changes: a crash leaves all of it or none. In
-# WAL mode, readers go on while the writer commits. There is one connection that writes,
-# one that only reads the position, and one for each concurrent read.
+# The log in one file. It shares the file with the application's tables, so one
+# transaction holds the dedupe mark, the application's writes and the changes: a crash
+# leaves all of it or none. In WAL mode, readers go on while the writer commits. One
+# connection writes, one only reads the position, and each concurrent read has its own.
 
-MAX_WAL = 64 * 1024 * 1024  # bytes; SQLite keeps it near 4 MiB unless reads overlap
+MAX_WAL = 64 * MIB  # SQLite keeps the WAL near 4 MiB, unless reads overlap
 # Seconds between two checks of the WAL. After a stat of a file, Linux (6.13 and newer)
 # gives its next write an exact time, which the sync has to write too: with a check at
 # each commit, commits took 80 us longer.
@@ -1594,34 +1620,35 @@ WAL_CHECK_INTERVAL = 1.0
 
 
 @dataclasses.dataclass(slots=True)
-class History:
-    """Decide whether the next commit begins an epoch: the only owner of that question.
+class EpochRule:
+    """Whether the next commit has to begin an epoch: nothing else keeps track of that.
 
-    It does after each opening, and after an older copy was restored under a running
-    server. In the example above, the server has seen the head 100 when a transaction
-    finds 60.
+    It has to after each opening, and after an older copy was restored under a running
+    server. In the example of Store, the server has seen the head 100, and the next
+    transaction finds 60. If that transaction fails, the next one has to begin the epoch
+    instead, so `is_due` stays.
     """
 
-    epoch_begun: (
-        bool  # by a commit of this opening, in the copy of the file that is there
-    )
-    highest_head: int = 0  # that this process has seen
+    is_due: bool
+    expected_head: int = 0  # the highest head seen in the present copy of the file
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def saw(self, head: int) -> None:
-        """Note a head that any process committed."""
-        self.highest_head = max(self.highest_head, head)
+        """Note a head that any process has committed. Any thread may call this."""
+        with self.lock:
+            self.expected_head = max(self.expected_head, head)
 
-    def begin(self, head: int) -> None:
+    def found(self, head: int) -> None:
         """Note the head that a transaction finds; a lower one is a restored copy's."""
-        if head < self.highest_head:
-            self.epoch_begun = False
-        self.highest_head = head
+        with self.lock:
+            if head < self.expected_head:
+                self.is_due = True
+            self.expected_head = head
 
-    def commit(self, head: int | None) -> None:
-        """Note that a transaction is on disk: its epoch, and its head if it has one."""
-        self.epoch_begun = True
-        if head is not None:
-            self.highest_head = head
+    def committed(self, head: int) -> None:
+        """Note the head after a commit. If an epoch was due, it has begun."""
+        self.is_due = False
+        self.saw(head)  # another process may have committed more, and been seen
 
 
 class SQLiteStore(SQLStore):
@@ -1630,8 +1657,7 @@ class SQLiteStore(SQLStore):
     `schema` is the application's (CREATE TABLE IF NOT EXISTS ...); it runs at each
     opening. `adopt` adds the log to a database that an application already has.
     `busy_timeout` (seconds) limits how long a commit waits for another process. Raise
-    StoreError for a file that is not ours or can't be used, and leave that file as it
-    is.
+    StoreError for a file that is not ours or can't be used, and leave it as it is.
     """
 
     def __init__(
@@ -1646,11 +1672,11 @@ class SQLiteStore(SQLStore):
         self._writer: GuardedConnection | None  # None: the next transaction reconnects
         self._looker: GuardedConnection | None
         self._writer, self._looker = self._file.open(adopt)
-        self._history = History(epoch_begun=self._file.created_log)
+        # A log that this process has created has its first epoch.
+        self._epoch_rule = EpochRule(is_due=not self._file.created_log)
         self._looker_lock = threading.Lock()
-        self._latest: tuple[int, Position] | None = (
-            None  # a data_version, and its position
-        )
+        # The data_version that the looker saw last, and the position at that time.
+        self._latest: tuple[int, Position] | None = None
         self._idle: list[GuardedConnection] = []  # connections of readers
         self._read_barrier = threading.Lock()  # while it is held, no read begins
         self._wal_size = 0
@@ -1683,10 +1709,9 @@ class SQLiteStore(SQLStore):
             SELECT * FROM mizusync_changes
             WHERE scope = ? AND cursor > ? ORDER BY cursor
         """
-        execute = sqlite3.Connection.execute  # fetches the rows one by one
-        with contextlib.closing(
-            execute(db, OWN_STATEMENT + sql, (scope, after))
-        ) as rows:
+        # Not run_own(): a reader takes the rows one by one until its page is full.
+        rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, (scope, after))
+        with contextlib.closing(rows):
             yield from map(Row._make, rows)
 
     def latest(self) -> Position:
@@ -1694,12 +1719,12 @@ class SQLiteStore(SQLStore):
         with self._looker_lock:
             if self._looker is None:
                 raise StoreRefused("the database is closed")
-            # A commit of any other connection changes the version, and to read the
-            # version costs half as much as the position.
+            # A commit of any other connection changes the version, which costs half as
+            # much to read as the position.
             version = self._read_data_version(self._looker)
             if self._latest is None or self._latest[0] != version:
                 self._latest = (version, self.read_position(self._looker))
-                self._history.saw(self._latest[1].head)
+                self._epoch_rule.saw(self._latest[1].head)
             return self._latest[1]
 
     def _read_data_version(self, db: GuardedConnection) -> int:
@@ -1709,10 +1734,7 @@ class SQLiteStore(SQLStore):
 
     @refusals()
     def read(self, work: Callable[[Any], T]) -> T:
-        """Return `work(db)`, run on a connection that only reads, in one transaction.
-
-        A connection that served a failed read is not used again: its state is unknown.
-        """
+        """Return `work(db)`, run on a reading connection that sees one moment."""
         self._file.check()
         with self._read_barrier:
             pass  # wait while the WAL is being reset
@@ -1722,8 +1744,15 @@ class SQLiteStore(SQLStore):
             db = self._file.connect("ro")
         try:
             result = db.run_guarded(work)
+        except SyncError as error:
+            if isinstance(error, StoreRefused):
+                db.close()
+            else:
+                self._idle.append(db)  # a refusal such as cursor_too_old, and no fault
+            raise
         except BaseException as error:
-            db.close()
+            db.close()  # its state is unknown
+            # The plain code alone: SQLITE_READONLY_RECOVERY, say, is the disk's.
             if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY:
                 raise RuntimeError("only apply may write to the database") from error
             raise
@@ -1734,11 +1763,7 @@ class SQLiteStore(SQLStore):
 
     @refusals()
     def begin(self) -> tuple[Any, Position]:
-        """Begin a transaction, and in it an epoch if one is due.
-
-        The position is read under the lock: no other process can commit until this one
-        does.
-        """
+        """Begin a transaction. Its position is read under the write lock."""
         self._file.check()
         if self._writer is None:
             self._writer = self._reconnect()
@@ -1747,14 +1772,7 @@ class SQLiteStore(SQLStore):
         self._warn_of_others(db)
         self._check_wal()
         position = self.read_position(db)
-        self._history.begin(position.head)
-        if not self._history.epoch_begun:
-            sql = """
-                INSERT INTO mizusync_epochs (epoch, start)
-                VALUES (hex(randomblob(9)), ?)
-            """
-            run_own(db, sql, position.head)
-            position = self.read_position(db)
+        self._epoch_rule.found(position.head)
         return db, position
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
@@ -1762,22 +1780,27 @@ class SQLiteStore(SQLStore):
         return self._writer.run_guarded(work)
 
     @refusals()
-    def commit(self, rows: Sequence[Row], marks: Sequence[Mark]) -> None:
+    def commit(self, rows: Sequence[Row], marks: Sequence[Mark]) -> Position:
         """Append to the log and commit. COMMIT returns when the disk has it all."""
         db = self._writer
         assert db is not None
+        if self._epoch_rule.is_due:
+            sql = """
+                INSERT INTO mizusync_epochs (epoch, start)
+                SELECT hex(randomblob(9)), seq FROM sqlite_sequence
+                WHERE name = 'mizusync_changes'
+            """
+            run_own(db, sql)  # before the rows: it starts at the head of begin()
         insert = functools.partial(sqlite3.Connection.executemany, db)
-        insert(
-            f"{OWN_STATEMENT}INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)", rows
-        )
-        insert(
-            f"{OWN_STATEMENT}INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", marks
-        )
+        insert(f"{OWN_STATEMENT}INSERT INTO mizusync_changes VALUES (?,?,?,?,?)", rows)
+        insert(f"{OWN_STATEMENT}INSERT INTO mizusync_mutations VALUES (?,?,?,?)", marks)
+        position = self.read_position(db)
         run_own(db, "COMMIT")
-        self._history.commit(rows[-1].cursor if rows else None)
+        self._epoch_rule.committed(position.head)
         if self._wal_size > self._wal_limit:
-            with contextlib.suppress(sqlite3.Error, StoreRefused):  # the commit is done
+            with contextlib.suppress(sqlite3.Error, StoreRefused):  # it is committed
                 self._reset_wal(db)
+        return position
 
     def rollback(self) -> None:
         """End the transaction, if there is one. What can't be rolled back is closed."""
@@ -1807,9 +1830,7 @@ class SQLiteStore(SQLStore):
     def close(self) -> None:
         """Close every connection, and write the WAL into the file if possible."""
         if self._writer is not None:
-            with contextlib.suppress(
-                sqlite3.Error, StoreRefused
-            ):  # a reader may hold it
+            with contextlib.suppress(sqlite3.Error, StoreRefused):  # a reader holds it
                 run_own(self._writer, "PRAGMA wal_checkpoint(TRUNCATE)")
         with self._looker_lock:
             for db in (*self._idle, self._looker, self._writer):
@@ -1820,7 +1841,7 @@ class SQLiteStore(SQLStore):
             self._writer = None
 
     def stats(self) -> dict[str, int]:
-        """Return the sizes of the file and its WAL. (Optional in a Store.)"""
+        """Return the sizes of the file and of its WAL (bytes)."""
         sizes = {"database_bytes": 0, "wal_bytes": 0}
         with contextlib.suppress(OSError):  # the file may be gone
             sizes["database_bytes"] = os.path.getsize(self._file.path)
@@ -1840,13 +1861,13 @@ class SQLiteStore(SQLStore):
         """Block new reads until the current ones finish; let SQLite reset the WAL.
 
         Reads that overlap without a gap would let it grow without bound
-        (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files).
+        (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files). Pushes wait
+        for this as well. If a read takes longer than a second, the next try comes when
+        the WAL has grown by another MAX_WAL.
         """
         deadline = time.monotonic() + 1
         self._wal_size = 0  # until the next check
-        self._wal_limit += (
-            MAX_WAL  # if a read takes long, later commits do not wait for it
-        )
+        self._wal_limit += MAX_WAL
         with self._read_barrier:
             while time.monotonic() < deadline:
                 busy = self.run_scalar(db, "PRAGMA wal_checkpoint(TRUNCATE)")
@@ -1859,11 +1880,10 @@ class SQLiteStore(SQLStore):
 
     def _warn_of_others(self, db: GuardedConnection) -> None:
         """Warn once of other processes that write, if that may lose a commit."""
-        # Our own commits do not change this number on the connection that makes them.
-        if (
-            self._warns_of_others
-            and self._read_data_version(db) != self._writer_version
-        ):
+        if not self._warns_of_others:
+            return
+        # A connection's own commits do not change the version that it reads.
+        if self._read_data_version(db) != self._writer_version:
             self._warns_of_others = False
             store_log.warning(
                 "another process writes to %s, and SQLite %s may lose a commit then: "
@@ -1876,7 +1896,7 @@ class SQLiteStore(SQLStore):
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
     """Return whether this SQLite may lose a commit if several processes write.
 
-    One of them resets the WAL while another writes
+    One of them resets the WAL while another one writes
     (https://sqlite.org/wal.html#walresetbug).
     """
     if version[:2] == (3, 44):
@@ -1897,8 +1917,8 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
 class Tail:
     """All changes of one scope above `after`, in order, as three parallel lists.
 
-    Memory keeps one for each scope in use. A transaction makes one for each scope that
-    it touches, of what it adds; after the commit the first is extended by the second.
+    There are two kinds. Memory keeps one for each scope in use. A transaction collects
+    in one what it adds to a scope; after the commit, that extends the one in memory.
     """
 
     after: int
@@ -1906,7 +1926,7 @@ class Tail:
     firsts: list[int] = dataclasses.field(default_factory=list)  # as in Row
     changes: list[bytes] = dataclasses.field(default_factory=list)  # encoded
     size: int = 0  # bytes of memory, about
-    trimmed: int = 0  # the highest cursor that a transaction removed from the log
+    trimmed: int = 0  # of a transaction's: the highest cursor that it trimmed
 
     OVERHEAD: ClassVar = 200  # bytes of memory that a change takes besides its own
 
@@ -1925,8 +1945,8 @@ class Tail:
         return encoded
 
     def extend(self, newer: Tail, keep: int) -> None:
-        """Append what a transaction added. At twice `keep`, drop down to `keep`."""
-        self.drop_through(newer.trimmed)  # a pull below it has to be cursor_too_old
+        """Append what a transaction added. Above twice `keep`, cut down to `keep`."""
+        self.drop_through(newer.trimmed)  # a pull from below has to be cursor_too_old
         self.cursors += newer.cursors
         self.firsts += newer.firsts
         self.changes += newer.changes
@@ -1951,7 +1971,7 @@ class Tail:
         max_size: int,
         epoch: str,
     ) -> Page:
-        """Return up to `limit` changes above a cursor, of about `max_size` bytes."""
+        """Return about `limit` changes above a cursor, or about `max_size` bytes."""
         start = bisect.bisect_right(self.cursors, cursor)
         end = len(self.cursors)
         if start == end:
@@ -1974,8 +1994,8 @@ class Tail:
 class Tails:
     """The tails of the scopes in use, and the position up to which they are complete.
 
-    `position` is the only record of where memory stands: it moves with the tails, under
-    one lock, which any thread holds for microseconds.
+    `position` is the only record of where memory stands. It moves together with the
+    tails, under one lock, which any thread may take for some microseconds.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
@@ -1986,79 +2006,88 @@ class Tails:
         self._tails: OrderedDict[str, Tail] = OrderedDict()  # least recently used first
         self._size = 0
 
-    def page(
-        self, scope: str, cursor: int, limit: int, epoch: str, latest: Position
-    ) -> Page | None:
-        """Return a page, or None if only the database can answer.
+    def __contains__(self, scope: str) -> bool:
+        """Return whether it is worth asking for a page; only page() decides."""
+        return scope in self._tails
 
-        `latest` is the store's position now. An older epoch than the newest is the
-        database's to judge: only its table knows where that one ended.
+    def page(
+        self,
+        scope: str,
+        cursor: int,
+        limit: int,
+        epoch: str,
+        latest: Position,
+    ) -> Page | None:
+        """Return a page from memory, or None if memory can't answer.
+
+        `latest` is the store's position now.
         """
         with self._lock:
             tail = self._tails.get(scope)
             if tail is None or latest != self.position:
                 return None
             if epoch not in ("", latest.epoch):
-                return None
+                return None  # only the database knows where an older epoch ended
             if not tail.after <= cursor <= latest.head:
                 return None
             self._tails.move_to_end(scope)
             return tail.page(cursor, limit, self._settings.max_page_size, latest.epoch)
 
-    def load_page(
-        self, db: Any, scope: str, cursor: int, epoch: str, limit: int
-    ) -> Page:
-        """Return a page from the database; keep it if it reaches the end of the log.
-
-        `db` is a transaction, so all of it is of one moment. Raise CursorUnknown,
-        CursorTooOld.
-        """
-        # 1. Did this history issue the cursor, and does it still have what comes after
-        # it?
-        position = self._store.read_position(db)
-        trimmed = self._store.read_trimmed(db, scope)
-        end: int | None = position.head
-        if epoch not in ("", position.epoch):
-            end = self._store.read_epoch_end(db, epoch)
-        if end is None or cursor > end:
-            raise CursorUnknown(
-                f"this history never issued cursor {cursor}: take a snapshot"
-            )
-        if cursor < trimmed:
-            raise CursorTooOld(
-                f"changes {cursor + 1} to {trimmed} were trimmed: take a snapshot"
-            )
-        # 2. Read until the page is full, and then to the end of a mutation.
-        tail = Tail(cursor)
-        room = self._settings.max_page_size
-        for row in self._store.read_changes(db, scope, cursor):
-            is_full = len(tail.cursors) >= limit or room < len(row.data)
-            if is_full and tail.firsts and row.first != tail.firsts[-1]:
-                # This row begins a mutation that the page has no room for.
-                return Page(tail.changes, tail.current, position.epoch, has_more=True)
-            room -= len(tail.add(row))
-        # 3. The page reached the end of the log: the next pull can read it from memory.
-        if not tail.cursors:
-            tail.after = self._store.read_current(db, scope)
-        self._offer(scope, tail, position)
-        return Page(tail.changes, max(cursor, tail.current), position.epoch)
-
     def current(self, scope: str, latest: Position) -> int | None:
-        """Return the scope's newest cursor, or None if only the database can answer."""
+        """Return the scope's newest cursor, or None if memory can't answer."""
         with self._lock:
             tail = self._tails.get(scope)
             if tail is None or latest != self.position:
                 return None
             return tail.current
 
-    def __contains__(self, scope: str) -> bool:
-        return scope in self._tails
+    def load_page(
+        self,
+        db: Any,
+        scope: str,
+        cursor: int,
+        epoch: str,
+        limit: int,
+    ) -> Page:
+        """Return a page from the database; remember it if it reaches the log's end.
 
-    def commit(self, position: Position, added: Mapping[str, Tail]) -> None:
-        """Extend the tails by what a transaction added, and move to its position."""
+        `db` is in a transaction, so that all of it is of one moment. Raise
+        CursorUnknown, CursorTooOld.
+        """
+        # 1. Did this history issue the cursor, and does it have all that comes after?
+        position = self._store.read_position(db)
+        end: int | None = position.head
+        if epoch not in ("", position.epoch):
+            end = self._store.read_epoch_end(db, epoch)
+        if end is None or cursor > end:
+            sentence = f"this history never issued cursor {cursor}: take a snapshot"
+            raise CursorUnknown(sentence)
+        trimmed = self._store.read_trimmed(db, scope)
+        if cursor < trimmed:
+            sentence = f"changes above {cursor} were trimmed: take a snapshot"
+            raise CursorTooOld(sentence)
+        # 2. Read until the page is full, and then to the end of a mutation.
+        tail = Tail(cursor)
+        room = self._settings.max_page_size
+        for row in self._store.read_changes(db, scope, cursor):
+            is_full = len(tail.cursors) >= limit or room < len(row.data)
+            begins_mutation = not tail.firsts or row.first != tail.firsts[-1]
+            if is_full and tail.firsts and begins_mutation:
+                return Page(tail.changes, tail.current, position.epoch, has_more=True)
+            room -= len(tail.add(row))
+        # 3. The page reached the end of the log: memory can serve the next pull. If it
+        #    is empty, memory can serve every reader from the scope's newest change on.
+        last = max(cursor, tail.current)
+        if not tail.cursors:
+            tail.after = self._store.read_current(db, scope)
+        self._remember(scope, tail, position)
+        return Page(tail.changes, last, position.epoch)
+
+    def advance(self, position: Position, added: Mapping[str, Tail]) -> None:
+        """Extend the tails by what a commit added, and move to its position."""
         with self._lock:
             for scope, newer in added.items():
-                self._extend(scope, newer)
+                self._put(scope, newer)
             self.position = position
 
     def forget(self, scopes: Iterable[str] | None, position: Position) -> None:
@@ -2068,19 +2097,19 @@ class Tails:
                 self._remove(scope)
             self.position = position
 
-    def _offer(self, scope: str, tail: Tail, position: Position) -> None:
+    def _remember(self, scope: str, tail: Tail, position: Position) -> None:
         """Keep a tail that a reader built, unless a commit has overtaken it."""
         with self._lock:
             if position == self.position and scope not in self._tails:
-                self._extend(scope, tail)
+                self._put(scope, tail)
 
-    def _extend(self, scope: str, newer: Tail) -> None:
+    def _put(self, scope: str, newer: Tail) -> None:
+        """Extend a tail, or begin one; it becomes the most recently used."""
         tail = self._remove(scope) or Tail(newer.after)
         tail.extend(newer, self._settings.max_tail_changes)
         self._tails[scope] = tail
         self._size += tail.size
-        # The least recently used scopes go first. A tail without changes takes some
-        # 1,000 bytes as well.
+        # The least recently used go first. One without changes takes some 1,000 bytes.
         limit = self._settings.max_tail_size
         while self._size + 1000 * len(self._tails) > limit:
             self._remove(next(iter(self._tails)))
@@ -2103,7 +2132,7 @@ Loop = asyncio.AbstractEventLoop
 
 
 class Call(NamedTuple):
-    """A function to call on an event loop; None calls it on the present thread."""
+    """A function to call on an event loop, or on the present thread if that is None."""
 
     loop: Loop | None
     function: Callable[[Any], None]
@@ -2134,6 +2163,7 @@ class Listeners:
         with self._lock:
             listeners = self._by_scope.setdefault(scope, {})
             listeners[key] = (loop, listener)
+            self._by_scope[scope] = listeners  # a remove() in between may have taken it
 
         def remove() -> None:
             with self._lock:
@@ -2151,7 +2181,7 @@ class Listeners:
                 calls += self._calls(scope, hints)
         deliver(calls)
 
-    def wake(self) -> None:
+    def end_waits(self) -> None:
         """Call the listeners of single scopes without hints: waiting pulls end."""
         with self._lock:
             scopes = self._by_scope.copy()
@@ -2163,8 +2193,8 @@ class Listeners:
 
     def _calls(self, scope: str | None, hints: Hints) -> list[Call]:
         with self._lock:
-            # copy() is one step. A loop over the dict itself could run the garbage
-            # collector, and with it remove(), between two of its entries.
+            # copy() is one step. In a loop over the dict itself, the garbage collector
+            # could call remove() between two entries.
             listeners = self._by_scope.get(scope, {}).copy()
         return [Call(loop, listener, hints) for loop, listener in listeners.values()]
 
@@ -2174,12 +2204,12 @@ def deliver(calls: Iterable[Call]) -> None:
     by_loop: dict[Loop | None, list[Call]] = {}
     for call in calls:
         by_loop.setdefault(call.loop, []).append(call)
+    here = by_loop.pop(None, ())
     for loop, its_calls in by_loop.items():
-        if loop is None:
-            make_calls(its_calls)
-        else:
+        if loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(make_calls, its_calls)
+    make_calls(here)  # last: whatever they do, the loops have their answers
 
 
 def make_calls(calls: Iterable[Call]) -> None:
@@ -2192,58 +2222,34 @@ def make_calls(calls: Iterable[Call]) -> None:
 
 
 # --- Batch ----------------------------------------------------------------------------
-# What a transaction will append, collected until the commit: rows with their cursors,
+# What one transaction will append, collected until the commit: rows with their cursors,
 # the dedupe marks, and the same changes encoded, for memory and for the hints. A batch
 # lives on the writer's thread, and is dropped if its transaction fails.
 
-COUNTERS = (
-    "pushes",
-    "pushes_failed",
-    "applied",
-    "duplicate",
-    "invalid_mutation",
-    "not_found",
-    "conflict",
-    "forbidden",
-    "unavailable",
-    "internal_error",
-    "commits",
-    "changes",
-    "trims",
-    "pulls_from_memory",
-    "pulls_from_disk",
-    "snapshots",
-)
-
-# What `apply` may return by mistake: they are iterable, but not of changes.
-NO_ITERABLES_OF_CHANGES = (str, bytes, Mapping, Change, sqlite3.Cursor)
+# Not an iterable of changes, although Python can iterate over them.
+NOT_CHANGES = (str, bytes, Mapping, Change, sqlite3.Cursor)
 
 
 class Batch:
-    """One transaction while it is made: the rows and marks that it will append.
+    """One transaction while it is made.
 
-    The database does not have them before the commit, so a mutation that repeats one of
-    the same batch is looked up here first.
+    The database does not have its rows and marks before the commit, so a mutation that
+    repeats one of the same batch is looked up here first.
     """
 
     def __init__(self, store: Store, db: Any, position: Position) -> None:
         self.store = store
         self.db = db
-        self.position = position  # where the log stood at its beginning
+        self.start = position.head  # it does not move before the commit
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.time = now.removesuffix("+00:00") + "Z"
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
         self.tails: dict[str, Tail] = {}  # by scope: what this transaction adds
-        self.counts: Counter[str] = Counter(commits=1)
-
-    @property
-    def head(self) -> int:
-        """The highest cursor so far: no other writer can take a number meanwhile."""
-        return self.position.head + len(self.rows)
+        self.counts: Counter[str] = Counter()
 
     def tail(self, scope: str) -> Tail:
-        """Return the tail of what the transaction adds to a scope."""
+        """Return the tail that collects what the transaction adds to a scope."""
         if scope not in self.tails:
             current = self.store.read_current(self.db, scope)
             self.tails[scope] = Tail(current)
@@ -2263,47 +2269,46 @@ class Batch:
         mutation: Mutation,
         limit: int,
     ) -> list[Row]:
-        """Call `apply`, and return its changes as numbered rows; add() takes them then.
+        """Call `apply`, and return the changes that it makes as numbered rows.
 
-        Raise TypeError or ValueError for changes that are none, and InvalidMutation for
-        more than `limit` of them.
+        They are not in the batch yet: add() takes them. `db` is for the application.
+        Raise TypeError or ValueError for what is no change, and InvalidMutation for
+        more than `limit` changes.
         """
         made: Any = apply(db, mutation)
-        if isinstance(made, NO_ITERABLES_OF_CHANGES):
+        if isinstance(made, NOT_CHANGES):
             kind = type(made).__name__
             raise TypeError(f"apply returns an iterable of changes, not one {kind}")
-        first = self.head + 1
-        number = first
+        first = self.start + len(self.rows) + 1
         rows: list[Row] = []
         try:
             for change in () if made is None else made:
-                data = change
-                scope = mutation.scope
-                if isinstance(change, Change):
-                    data = change.data
-                    scope = self._scope_of(change, mutation)
-                text = data.text if isinstance(data, Json) else encode_json(data)
-                text.encode()  # a lone surrogate fails here, where it can be undone
-                rows.append(Row(number, first, scope, self.time, text))
-                number += 1
+                cursor = first + len(rows)
+                rows.append(self._make_row(cursor, first, change, mutation))
                 if len(rows) > limit:
                     raise InvalidMutation(f"the mutation makes over {limit} changes")
         finally:
-            # End a generator now, while what it does at its end can be undone. To drop
-            # the reference ends one that is inside of another iterator.
+            # What a generator does at its end can be undone now, and not later. One
+            # that is wrapped in another iterator ends when nothing refers to it.
             if inspect.isgenerator(made):
                 made.close()
             made = None
         return rows
 
-    def _scope_of(self, change: Change, mutation: Mutation) -> str:
-        if change.scope is None:
-            return mutation.scope
-        if not is_name(change.scope, MAX_SCOPE):
-            raise ValueError(
-                f"apply made a change for {change.scope!r}, which is no scope"
-            )
-        return change.scope
+    def _make_row(
+        self, cursor: int, first: int, change: Any, mutation: Mutation
+    ) -> Row:
+        data = change
+        scope = mutation.scope
+        if isinstance(change, Change):
+            data = change.data
+            if change.scope is not None:
+                scope = change.scope
+                if not is_name(scope, MAX_SCOPE):
+                    raise ValueError(f"a change is for {scope!r}, which is no scope")
+        text = data.text if isinstance(data, Json) else encode_json(data)
+        text.encode()  # a lone surrogate fails here, where it can be undone
+        return Row(cursor, first, scope, self.time, text)
 
     def add(self, mutation: Mutation, rows: Sequence[Row]) -> Result:
         """Append the changes of a mutation, and mark it as applied."""
@@ -2314,39 +2319,40 @@ class Batch:
             if row.scope == mutation.scope:
                 shown.append(encoded)
         self.rows += rows
-        first = None
-        last = self.tail(mutation.scope).current
         if rows:
             first = rows[0].cursor
             last = rows[-1].cursor
+        else:
+            first = None
+            last = self.tail(mutation.scope).current
         key = (mutation.scope, mutation.id)
         self.marks[key] = Mark(*key, first, last)
         return Result.applied(last, shown)
 
     def repeat(self, mark: Mark, with_changes: bool) -> Result:
-        """Return the first answer of a mutation again."""
+        """Answer a mutation that was applied before, with its first cursor.
+
+        Its changes in its own scope come with it, unless some were trimmed.
+        """
         self.counts["duplicate"] += 1
         shown = self._changes_of(mark) if with_changes else None
         return Result.applied(mark.last, shown, duplicate=True)
 
     def _changes_of(self, mark: Mark) -> list[bytes] | None:
-        """Return a mutation's changes in its own scope; None if any were trimmed."""
-        if mark.first is None:
-            return []
         first = mark.first
         last = mark.last
-        start = self.position.head
-        if first > start:  # this batch has applied it
-            rows = self.rows[first - start - 1 : last - start]
+        if first is None:
+            return []
+        if first > self.start:  # this batch has applied it
+            rows = self.rows[first - self.start - 1 : last - self.start]
         else:
             rows = self.store.read_range(self.db, first, last)
         if len(rows) < last - first + 1:
             return None
         return [row.encode() for row in rows if row.scope == mark.scope]
 
-    def hints(self) -> Hints:
+    def hints(self, epoch: str) -> Hints:
         """Return a hint for each scope that this transaction changes."""
-        epoch = self.position.epoch
         hints = {}
         for scope, tail in self.tails.items():
             if tail.changes:
@@ -2358,12 +2364,10 @@ class Batch:
 # --- Retention ------------------------------------------------------------------------
 # Trims remove the oldest changes of a scope, whole mutations, a few in each
 # transaction. A client that is behind a trim continues from a snapshot. With
-# `keep_changes` the writer trims by itself, in the transactions of pushes and, until it
+# `keep_changes` the writer trims by itself: in the transactions of pushes and, until it
 # has caught up, between them.
 
-TRIM_STEP = (
-    200  # changes that one transaction removes: no push waits long behind a trim
-)
+TRIM_STEP = 200  # changes that one transaction removes: no push waits long behind it
 
 
 class Retention:
@@ -2374,13 +2378,11 @@ class Retention:
     """
 
     def __init__(self, store: Store, keep: int | None) -> None:
-        self.scopes_to_trim: dict[
-            str, None
-        ] = {}  # in the order in which they were found
+        self.scopes_to_trim: dict[str, None] = {}  # in the order in which they came
         self._store = store
         self._keep = keep
 
-    def apply(self, batch: Batch) -> None:
+    def trim_some(self, batch: Batch) -> None:
         """Trim some of the scopes found so far, and look for more in a batch."""
         if self._keep is None:
             return
@@ -2391,9 +2393,9 @@ class Retention:
             before = self._store.read_nth_newest(batch.db, scope, self._keep)
             if not self.trim(batch, scope, before):
                 del self.scopes_to_trim[scope]
-        # To find where a trim would end takes `keep` steps. So a scope is chosen by
-        # chance, some ten times in `keep` changes: this needs no memory, and no pattern
-        # of pushes evades it.
+        # To find where a trim would end takes `keep` steps, so not every commit does
+        # it. Each change selects its scope with a probability of 10 / keep: a growing
+        # scope is found some ten times in `keep` changes, without a counter a scope.
         for scope, tail in batch.tails.items():
             if random.random() * self._keep < 10 * len(tail.changes):
                 self.scopes_to_trim[scope] = None
@@ -2406,27 +2408,28 @@ class Retention:
             batch.counts["trims"] += 1
             trimmed = self._store.read_trimmed(batch.db, scope)
             batch.tail(scope).trimmed = trimmed
-            batch.position = self._store.read_position(batch.db)
         return removed
 
 
 # --- Jobs -----------------------------------------------------------------------------
-# What waits for the writer. A job is a push or a trim; its steps are what may have to
-# run again, each by itself. The caller that adds a job waits for its future.
+# What waits for the writer. A job is a push or a trim, and a future that its caller
+# waits for. A step of it is the unit that can be run again in a transaction of its own.
 
 
 class Step(NamedTuple):
-    """One mutation, or one trim: the part of a job that can be a transaction."""
+    """One mutation of a push, or a trim.
 
-    run: Callable[[Batch, int], Any]  # the int: bytes of the push's answer so far
+    `run` gets the batch and the size of the push's answer so far (bytes).
+    """
+
+    run: Callable[[Batch, int], Any]
     name: str  # for the log
 
 
 class Job(NamedTuple):
-    """A push or a trim that waits for the writer, and the future that waits for it.
+    """A push or a trim. Its future gets a list of what each step returned.
 
-    The future gets a list of what each step returned, or an exception if nothing was
-    done.
+    If nothing of it was done, the future gets an exception instead.
     """
 
     steps: Sequence[Step]
@@ -2450,70 +2453,70 @@ def answer_size(result: Any) -> int:
 
 
 class JobQueue:
-    """The jobs that wait for the writer, in the order in which they came.
+    """The jobs that wait for the writer, in the order of their arrival.
 
     Any thread may add one; the writer's thread alone takes them. Two pushes of one
-    client are applied in the order in which it sent them, because nothing overtakes in
-    here.
+    client are applied in the order in which it sent them: nothing overtakes in here.
     """
 
     def __init__(self, limit: int) -> None:
         self.closed = False
         self._limit = limit
-        self._waiting: queue.SimpleQueue[Job | None] = (
-            queue.SimpleQueue()
-        )  # None: look up
-        self._lock = threading.Lock()  # over `closed`: no job follows the last one
+        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        # Over `closed`: no job follows the last one. Reentrant, as in Listeners.
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return self._waiting.qsize()
 
     def add(self, job: Job) -> None:
         """Add a job. Raise Unavailable if too many wait, or after close()."""
-        if len(self) >= self._limit:
-            raise Unavailable("too many pushes are waiting")
         with self._lock:
             if self.closed:
                 raise Unavailable("the engine is closed")
+            if len(self) >= self._limit:
+                raise Unavailable("too many pushes are waiting")
             self._waiting.put(job)
 
     def take(self, timeout: float) -> Job | None:
-        """Return the next job; None if none comes in time, or if wake() was called."""
+        """Return the next job; None after the timeout, or after interrupt()."""
         try:
             return self._waiting.get(timeout=timeout)
         except queue.Empty:
             return None
 
-    def wake(self) -> None:
+    def interrupt(self) -> None:
         """End a take() that waits. This never blocks."""
-        if not len(self):  # otherwise none waits
+        if not len(self):  # otherwise no take() waits
             self._waiting.put(None)
 
     def close(self) -> None:
-        """Take no more jobs. Those that wait are still to be done."""
+        """Accept no more jobs. Those that wait are still to be done."""
         with self._lock:
             self.closed = True
-        self.wake()
+        self.interrupt()
 
 
 # --- Writer ---------------------------------------------------------------------------
-# One thread owns the write connection. It takes everything that waits and commits it as
-# one transaction (group commit): one fsync serves every push in it. Each mutation runs
-# under a savepoint of its own, so one that fails leaves no trace. After the commit the
-# writer brings memory up to date, then answers, then notifies: a client that hears of a
-# change finds it.
+# One thread owns the connection that writes. It takes one job after the other and, for
+# up to max_commit_time, commits them as one transaction (group commit): one fsync
+# serves them all. Each mutation runs under a savepoint, so one that fails leaves no
+# trace. After the commit come memory, answers and hints, in this order.
 #
-# If the transaction itself fails, every mutation in it runs again, alone. An error that
-# does not come back was a neighbour's. If it does come back, the engine makes a write
-# of its own: if that works, the mutation is at fault (internal_error); if it fails too,
-# the disk is, and everything that is left is unavailable.
+# If the transaction itself fails, each step in it runs again, in a transaction of its
+# own. An error that does not come back was a neighbour's. If it does come back, the
+# engine makes a write of its own: if that works, the step is at fault (internal_error);
+# if it fails too, the disk is.
+
+COUNTERS = (
+    "pushes", "pushes_failed", "applied", "duplicate", "invalid_mutation", "not_found",
+    "conflict", "forbidden", "unavailable", "internal_error", "commits", "changes",
+    "trims", "pulls_from_memory", "pulls_from_disk", "snapshots",
+)  # fmt: skip
 
 
 class Writer:
-    """The thread that writes, and the queue before it.
-
-    Everything here but submit() and close() runs on that thread.
-    """
+    """The thread that writes. Other threads call submit(), close(), ..._step() only."""
 
     def __init__(
         self,
@@ -2524,7 +2527,8 @@ class Writer:
         counts: Counter[str],
         settings: Settings,
     ) -> None:
-        self.busy = False  # it is at work, and needs the GIL now and then
+        # True while there is work. The server then lets go of the GIL once a request.
+        self.busy = False
         self.rewinds = 0  # restored backups that it has noticed
         self.jobs = JobQueue(settings.max_pending_pushes)
         self._store = store
@@ -2535,14 +2539,14 @@ class Writer:
         self._settings = settings
         self._retention = Retention(store, settings.keep_changes)
         self._thread = threading.Thread(
-            target=self._run, name="mizusync-writer", daemon=True
+            target=self._work, name="mizusync-writer", daemon=True
         )
         self._thread.start()
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raise Unavailable. Any thread may call this."""
-        self.jobs.add(job)
         self.busy = True
+        self.jobs.add(job)
 
     def close(self, timeout: float | None) -> bool:
         """Finish the jobs, and end the thread. Return whether it ended in time."""
@@ -2550,12 +2554,13 @@ class Writer:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    # -- one transaction for all jobs that wait
+    # -- many jobs, one transaction
 
-    def _run(self) -> None:
-        """Commit jobs until the writer is closed. No error ends this thread."""
+    def _work(self) -> None:
+        """Commit jobs until the queue is closed. No error ends this thread."""
         watch = min(max(0.001, self._settings.watch_interval), threading.TIMEOUT_MAX)
-        while len(self.jobs) or not self.jobs.closed:
+        # `closed` first: once it is true, no job can be added that len() would miss.
+        while not self.jobs.closed or len(self.jobs):
             to_trim = bool(self._retention.scopes_to_trim)
             job = self.jobs.take(0 if to_trim else watch)
             try:
@@ -2567,44 +2572,44 @@ class Writer:
                 pass  # the next push will tell
             except BaseException:
                 log_error(engine_log, "the writer goes on after this error")
+                self._roll_back()
             self.busy = len(self.jobs) > 0
 
     def _commit_together(self, jobs: list[Job]) -> None:
-        """Commit these jobs, and those that join them, together."""
+        """Commit these jobs, and those that join them, in one transaction."""
         # 1. Take the lock. Without it, no job that waits can be served.
         try:
             batch = self._begin()
         except StoreRefused as refusal:
             self._refuse_all(jobs, refusal)
             return
-        # 2. Apply the mutations, and put the result on disk and into memory.
+        # 2. Apply the mutations. Put the result on disk, and then into memory.
         try:
             outcomes = self._run_jobs(batch, jobs)
-            self._retention.apply(batch)
-            self._commit(batch)
+            self._retention.trim_some(batch)
+            position = self._commit(batch)
         except Exception as error:
             self._roll_back()
-            if not jobs:  # a trim by retention, which the next commit tries again
+            if not isinstance(error, StoreRefused):
+                log_error(engine_log, "a transaction failed: its steps run apart")
+            elif not jobs:
                 log_error(store_log, "a trim failed: %r", error, traceback=False)
-            self._commit_alone(jobs)
+            self._commit_apart(jobs)
             return
         # 3. Answer and notify, never sooner: an answer says that the data is on disk,
         #    and a client that gets a hint finds the change.
         answered = zip(jobs, outcomes, strict=True)
-        self._deliver(answered, batch.hints())
+        self._deliver(answered, batch.hints(position.epoch))
 
     def _begin(self) -> Batch:
         """Begin a transaction, and bring memory up to date with other processes.
 
-        Raise StoreRefused for every reason.
+        Raise StoreRefused, and nothing else.
         """
         try:
             db, position = self._store.begin()
-            known = self._tails.position
-            if position != known:
-                # begin() may have begun an epoch, which is not committed yet: if this
-                # transaction fails, memory must not stand in an epoch that never was.
-                self._catch_up(db, position._replace(epoch=known.epoch))
+            if position != self._tails.position:
+                self._catch_up(db, position)
             return Batch(self._store, db, position)
         except StoreRefused:
             self._roll_back()
@@ -2630,19 +2635,22 @@ class Writer:
                 size += answer_size(results[-1])
             outcomes.append(results)
             if time.monotonic() < deadline:
+                # An interrupt is lost here, and not missed: under the write lock no
+                # other process can have committed since _begin().
                 arrived = self.jobs.take(0)
                 if arrived:
                     jobs.append(arrived)
         return outcomes
 
-    def _commit(self, batch: Batch) -> None:
-        """Put a transaction on disk, and then into memory."""
+    def _commit(self, batch: Batch) -> Position:
+        """Put a transaction on disk, and then into memory; return the new position."""
         marks = list(batch.marks.values())
-        self._store.commit(batch.rows, marks)
+        position = self._store.commit(batch.rows, marks)
+        self._tails.advance(position, batch.tails)
         self._counts.update(batch.counts)
+        self._counts["commits"] += 1
         self._counts["changes"] += len(batch.rows)
-        position = batch.position._replace(head=batch.head)
-        self._tails.commit(position, batch.tails)
+        return position
 
     def _roll_back(self) -> None:
         self._store.rollback()
@@ -2653,7 +2661,7 @@ class Writer:
         outcomes: Iterable[tuple[Job, list[Any] | Exception]],
         hints: Hints | None = None,
     ) -> None:
-        """Answer jobs, and notify of the commit."""
+        """Answer jobs, and notify of a commit."""
         calls = []
         for job, outcome in outcomes:
             if job.is_push:
@@ -2662,79 +2670,21 @@ class Writer:
             calls.append(Call(job.loop, job.answer, outcome))
         self._listeners.notify(hints or {}, calls)
 
-    # -- one mutation
-
-    def mutation_step(self, mutation: Mutation) -> Step:
-        """Return the step that applies a mutation. Raise InvalidMutation."""
-        try:
-            args = marshal.dumps(mutation.args)
-        except ValueError as error:
-            raise InvalidMutation(
-                f"args are made of JSON values, tuples and bytes: {error}"
-            ) from error
-        name = f"{mutation.name!r}, id {mutation.id!r} in scope {mutation.scope!r}"
-        run = functools.partial(self._apply, mutation=mutation, args=args)
-        return Step(run, name)
-
-    def _apply(
-        self, batch: Batch, size: int, mutation: Mutation, args: bytes
-    ) -> Result:
-        """Apply a mutation once; if it was applied before, repeat its first answer.
-
-        `size` is how many bytes the answer to its push has so far. Raise StoreRefused
-        if the whole transaction has failed.
-        """
-        mark = batch.find_mark(mutation)
-        if mark:
-            # A hundred repeats of a large mutation are a small request: leave out their
-            # changes once the answer is as large as a page.
-            return batch.repeat(mark, with_changes=size <= self._settings.max_page_size)
-        limit = self._settings.max_mutation_changes
-        # Each run gets a copy of the args, because `apply` may change them.
-        mutation = mutation.with_args(marshal.loads(args))
-        try:
-            rows = self._store.run_guarded(
-                lambda db: batch.make_rows(self._apply_function, db, mutation, limit)
-            )
-        except StoreRefused:
-            raise
-        except (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable) as error:
-            refusal: SyncError = error
-        except BaseException:
-            # SystemExit, too, is the application's error, and must not end this thread.
-            names = (mutation.name, mutation.id, mutation.scope)
-            log_error(engine_log, "apply failed on %r, id %r in scope %r", *names)
-            refusal = SyncError("the server failed on this mutation")
-        else:
-            return batch.add(mutation, rows)
-        batch.counts[refusal.code] += 1
-        return Result.refused(refusal)
-
-    # -- one trim
-
-    def trim_step(self, scope: str, before: int) -> Step:
-        """Return the step that removes some of the oldest changes below a cursor."""
-
-        def run(batch: Batch, size: int) -> int:
-            return self._retention.trim(batch, scope, before)
-
-        return Step(run, f"a trim of {scope!r}")
-
     # -- against a transaction that fails
 
-    def _commit_alone(self, jobs: list[Job]) -> None:
+    def _commit_apart(self, jobs: list[Job]) -> None:
         """Run each step again, in a transaction of its own; answer the jobs.
 
-        Once the disk refuses, nothing more is tried: what is left is unavailable. A
-        push of which nothing was applied fails as a whole then, so its client gets a
-        503.
+        If the disk refuses a step, nothing more is tried. If a part of that job was
+        applied, the rest of it is `unavailable`; otherwise it is refused as a whole
+        (503), as are all later jobs, and all that wait.
         """
         for place, job in enumerate(jobs):
             results: list[Any] = []
             size = 0
             try:
                 for step in job.steps:
-                    results.append(self._run_alone(step, size))
+                    results.append(self._run_apart(step, size))
                     size += answer_size(results[-1])
             except StoreRefused as refusal:
                 rest = jobs[place:]
@@ -2748,24 +2698,23 @@ class Writer:
                 return
             self._deliver([(job, results)])
 
-    def _run_alone(self, step: Step, size: int) -> Any:
+    def _run_apart(self, step: Step, size: int) -> Any:
         """Run one step in a transaction of its own, and return what it returns.
 
-        Raise StoreRefused if the disk refuses. A disk's error that comes although a
-        write of the engine's own works is the step's: an AUTOINCREMENT at its highest
-        number, for example, has the code of a full disk.
+        Its hints go out at once, before the answer to its job. If it fails, and a write
+        of the engine's own works, the step is at fault. Otherwise raise StoreRefused.
         """
         batch = self._begin()
         try:
             result = step.run(batch, size)
-            self._commit(batch)
+            position = self._commit(batch)
         except Exception:
             self._roll_back()
             self._check_disk()
             log_error(engine_log, "the transaction failed on %s", step.name)
             self._counts["internal_error"] += 1
             return Result.refused(SyncError("the server failed on this mutation"))
-        self._deliver((), batch.hints())
+        self._deliver((), batch.hints(position.epoch))
         return result
 
     def _check_disk(self) -> None:
@@ -2779,7 +2728,7 @@ class Writer:
             raise StoreRefused("the database refuses, for now") from error
 
     def _refuse_all(self, jobs: Sequence[Job], refusal: StoreRefused) -> None:
-        """Refuse these jobs, and all that wait: one by one each would wait as long."""
+        """Refuse these jobs, and all that wait: each would wait as long again."""
         refused = list(jobs)
         for _ in range(len(self.jobs)):
             waiting = self.jobs.take(0)
@@ -2788,7 +2737,67 @@ class Writer:
         if refused:
             reason = refusal.__cause__ or refusal
             log_error(store_log, "pushes failed: %s", reason, traceback=False)
-        self._deliver([(job, refusal) for job in refused])
+        # Each gets an exception of its own, because raising one changes its traceback.
+        sentence = str(refusal)
+        self._deliver([(job, StoreRefused(sentence)) for job in refused])
+
+    # -- one step: a mutation, or a trim
+
+    def mutation_step(self, mutation: Mutation) -> Step:
+        """Return the step that applies a mutation, with a copy of its args.
+
+        Raise InvalidMutation for args that can't be copied.
+        """
+        try:
+            args = marshal.dumps(mutation.args)  # five times as fast as deepcopy
+        except ValueError as error:
+            raise InvalidMutation(
+                f"args are made of JSON values, tuples and bytes: {error}"
+            ) from error
+        name = f"{mutation.name!r}, id {mutation.id!r} in scope {mutation.scope!r}"
+        run = functools.partial(self._apply, mutation=mutation, args=args)
+        return Step(run, name)
+
+    def _apply(
+        self, batch: Batch, size: int, mutation: Mutation, args: bytes
+    ) -> Result:
+        """Apply a mutation; if it was applied before, repeat its first answer.
+
+        Raise StoreRefused if the whole transaction has failed.
+        """
+        mark = batch.find_mark(mutation)
+        if mark:
+            # A hundred repeats of a large mutation are a small request: leave out their
+            # changes once the answer is as large as a page.
+            return batch.repeat(mark, with_changes=size <= self._settings.max_page_size)
+        # Each run gets a copy of the args, because `apply` may change them.
+        mutation = mutation.with_args(marshal.loads(args))
+        limit = self._settings.max_mutation_changes
+        try:
+            rows = self._store.run_guarded(
+                lambda db: batch.make_rows(self._apply_function, db, mutation, limit)
+            )
+        except StoreRefused:
+            raise
+        except APPLY_MAY_RAISE as error:
+            refusal: SyncError = error
+        except BaseException:
+            # SystemExit, too, is the application's error, and must not end this thread.
+            names = (mutation.name, mutation.id, mutation.scope)
+            log_error(engine_log, "apply failed on %r, id %r in scope %r", *names)
+            refusal = SyncError("the server failed on this mutation")
+        else:
+            return batch.add(mutation, rows)
+        batch.counts[refusal.code] += 1
+        return Result.refused(refusal)
+
+    def trim_step(self, scope: str, before: int) -> Step:
+        """Return the step that removes some of the oldest changes below a cursor."""
+
+        def run(batch: Batch, size: int) -> int:
+            return self._retention.trim(batch, scope, before)
+
+        return Step(run, f"a trim of {scope!r}")
 
     # -- against other processes, and restored backups
 
@@ -2802,23 +2811,22 @@ class Writer:
     def _catch_up(self, db: Any, position: Position) -> None:
         """Forget what memory has of scopes that others changed, and notify of them.
 
-        `position` is the log's, and `db` a transaction that sees it.
+        `position` is that of the log, as the transaction of `db` sees it.
         """
         known = self._tails.position
         changed = self._store.read_scopes_since(db, known)
         end = self._store.read_epoch_end(db, known.epoch)
         # An older copy was restored, even if it has grown past `known` since.
-        rewound = end is None or end < known.head
-        if rewound:
+        is_rewound = end is None or end < known.head
+        self._tails.forget(None if is_rewound else changed, position)
+        hints = {}
+        for scope, cursor in changed.items():
+            if cursor > known.head:  # otherwise it was only trimmed
+                hints[scope] = Hint(cursor, position.epoch)
+        self._listeners.notify(hints)
+        if is_rewound:
             self.rewinds += 1
-        self._tails.forget(None if rewound else changed, position)
-        self._listeners.notify(
-            {
-                scope: Hint(cursor, position.epoch)
-                for scope, cursor in changed.items()
-                if cursor > known.head  # not one that was trimmed alone
-            }
-        )
+            self._listeners.end_waits()  # those clients find out now
 
 
 # --- Engine ---------------------------------------------------------------------------
@@ -2826,7 +2834,6 @@ class Writer:
 # thread; reads come from memory, or from the database on a reader's thread. On the
 # event loop itself nothing waits for a disk, but for one look at the position (some
 # microseconds).
-
 
 Mutations = Iterable[Mutation | Mapping[str, Any]]
 
@@ -2838,15 +2845,16 @@ class Engine:
     SQLiteStore. Raise StoreError if the file can't be used.
 
     `apply(db, mutation)` runs on the writer's thread, inside the transaction, and
-    returns an iterable of changes: JSON values, or `Change`s. It refuses by raising
-    InvalidMutation, NotFound, Conflict, Forbidden or Unavailable. It may run more than
-    once for a mutation, because another one can make the transaction fail: what it does
-    outside `db` may then happen twice.
+    returns an iterable of changes: JSON values, or `Change`s. It refuses by raising an
+    error of APPLY_MAY_RAISE. It may run more than once for a mutation, because another
+    one can make the transaction fail: what it does outside `db` may then happen twice.
+    It must not wait for a push of its own: the writer would wait for itself.
 
     `snapshot(db, scope)` runs on a reader's thread, and returns the whole state of the
     scope: a JSON value, or `Json(text)`.
 
-    The coroutines run on any loop; any thread may call the other methods.
+    The coroutines run on any loop; any thread may call the other methods. After a fork
+    only the parent may use an engine: in the child, every method raises RuntimeError.
     """
 
     def __init__(
@@ -2878,16 +2886,6 @@ class Engine:
             store, apply, self._tails, self._listeners, self.counts, self.settings
         )
 
-    def _check_process(self) -> None:
-        """Raise RuntimeError in a forked child, which has no writer's thread.
-
-        This comes before any lock: a thread of the parent may have held it at the fork.
-        """
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                "this process was forked: open the engine after the fork"
-            )
-
     # -- push
 
     async def push(self, mutations: Mutations) -> list[Result]:
@@ -2897,16 +2895,16 @@ class Engine:
         of this push was applied then. Raise InvalidMutation for a value that is no
         mutation.
         """
-        return await self._run_steps(self._steps(mutations))
+        return await self._run_steps(self._mutation_steps(mutations))
 
     def submit(self, mutations: Mutations) -> Future[list[Result]]:
         """Push from a thread that has no loop: `engine.submit(mutations).result()`."""
         future: Future[list[Result]] = Future()
         future.set_running_or_notify_cancel()  # from here on it can't be cancelled
-        self._writer.submit(Job(self._steps(mutations), future))
+        self._writer.submit(Job(self._mutation_steps(mutations), future))
         return future
 
-    def _steps(self, values: Mutations) -> list[Step]:
+    def _mutation_steps(self, values: Mutations) -> list[Step]:
         self._check_process()
         steps = []
         for value in values:
@@ -2915,7 +2913,9 @@ class Engine:
         return steps
 
     async def _run_steps(
-        self, steps: Sequence[Step], is_push: bool = True
+        self,
+        steps: list[Step],
+        is_push: bool = True,
     ) -> list[Any]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Any]] = loop.create_future()
@@ -2940,22 +2940,21 @@ class Engine:
     ) -> Page:
         """Return the scope's changes above `cursor`, in order.
 
-        A page holds `limit` of them, and then those up to the end of a mutation. `wait`
-        (seconds) holds an empty page back until there is a change. `epoch` is the one
-        in which the client read the cursor, if it knows. Raise CursorTooOld,
-        CursorUnknown, Unavailable.
+        A page holds about `limit` of them, or about `max_page_size` bytes; it never
+        ends inside a mutation. `wait` (seconds) holds an empty page back until there is
+        a change. `epoch` is the one in which the client read the cursor, if it knows.
+        Raise CursorTooOld, CursorUnknown, Unavailable.
         """
         self._check_process()
-        limit = min(
-            max(1, limit or self.settings.pull_limit), self.settings.max_pull_limit
-        )
+        limit = min(limit or self.settings.pull_limit, self.settings.max_pull_limit)
+        limit = max(limit, 1)
         if wait <= 0:
             return await self._read_page(scope, cursor, epoch, limit)
         changed = asyncio.Event()
 
         def on_commit(hints: Hints) -> None:
-            # Without hints the engine wakes every pull. A hint for another process's
-            # commit comes late: the page may have its changes already.
+            # Without hints, every pull is to end: the engine closes, say. A hint of
+            # another process's commit comes late; the page may have its changes.
             if not hints or hints[scope].cursor > cursor:
                 changed.set()
 
@@ -3006,9 +3005,7 @@ class Engine:
             cursor = page.cursor
             epoch = page.epoch
             if not page.encoded_changes:
-                await asyncio.sleep(
-                    0.05
-                )  # yield to the loop even if max_pull_wait is 0
+                await asyncio.sleep(0.05)  # if max_pull_wait is 0, others have a turn
 
     # -- snapshots and other reads
 
@@ -3024,14 +3021,14 @@ class Engine:
             raise NotFound("this application has no snapshots: pull from cursor 0")
         self.counts["snapshots"] += 1
 
-        def take_in(db: Any) -> Snapshot:
+        def read(db: Any) -> Snapshot:
             cursor = self.store.read_current(db, scope)
             epoch = self.store.read_position(db).epoch
             data = take(db, scope)
             text = data.text if isinstance(data, Json) else encode_json(data)
             return Snapshot(text, cursor, epoch)
 
-        return await self.read(take_in)
+        return await self.read(read)
 
     async def current(self, scope: str = DEFAULT_SCOPE) -> int:
         """Return the scope's current cursor: that of its newest change, or 0."""
@@ -3047,7 +3044,7 @@ class Engine:
         return await self.read(self.store.read_position)
 
     async def read(self, work: Callable[[Any], T]) -> T:
-        """Return `work(db)`, run on a reader's thread with snapshot isolation.
+        """Return `work(db)`, run on a reader's thread; it sees one moment.
 
         Raise Unavailable, and what `work` raises.
         """
@@ -3075,7 +3072,7 @@ class Engine:
         return {
             "cursor": self._tails.position.head,
             "pushes_waiting": len(self._writer.jobs),
-            **getattr(self.store, "stats", dict)(),
+            **self.store.stats(),
             **self.counts,
         }
 
@@ -3086,16 +3083,16 @@ class Engine:
     ) -> Callable[[], None]:
         """Call `callback(hints)` after each commit that changes `scope`, or any scope.
 
-        It is called on the running loop; without one, on the writer's thread, and must
-        be quick. Return a function that removes it.
+        It is called on the running loop; without one, on the writer's thread, and has
+        to be quick. Return a function that removes it.
         """
         self._check_process()
         return self._listeners.add(callback, scope)
 
-    def wake(self) -> None:
+    def end_waits(self) -> None:
         """End every pull that waits, now."""
         self._check_process()
-        self._listeners.wake()
+        self._listeners.end_waits()
 
     def catch_up(self) -> None:
         """Check now for commits of other processes, for a store that is told of them.
@@ -3103,7 +3100,7 @@ class Engine:
         Otherwise the writer checks each `watch_interval`. This never blocks.
         """
         self._check_process()
-        self._writer.jobs.wake()
+        self._writer.jobs.interrupt()
 
     @property
     def rewinds(self) -> int:
@@ -3123,7 +3120,7 @@ class Engine:
         total = 0
         while True:
             (removed,) = await self._run_steps([step], is_push=False)
-            if isinstance(removed, Result):
+            if isinstance(removed, Result):  # of a step that failed
                 raise SyncError("the server failed on this trim")
             if not removed:
                 return total
@@ -3136,12 +3133,23 @@ class Engine:
         or for `apply`, is left to the end of the process.
         """
         self._check_process()
-        if not self._writer.close(timeout):
+        in_time = self._writer.close(timeout)
+        self._listeners.end_waits()
+        if not in_time:
             log_error(engine_log, "the writer did not end in time", traceback=False)
             return
-        self._listeners.wake()
         self._readers.shutdown()
         self.store.close()
+
+    def _check_process(self) -> None:
+        """Raise RuntimeError in a forked child, which has no writer's thread.
+
+        This comes before any lock: a thread of the parent may have held it at the fork.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this process was forked: open the engine after the fork"
+            )
 
 
 # --- Hub ------------------------------------------------------------------------------
@@ -5201,7 +5209,7 @@ class Server:
                 )  # and who was accepted in this very turn would be forgotten.
                 accepting.cancel()
                 listener.close()
-                self.engine.wake()
+                self.engine.end_waits()
                 while (
                     self._tasks - {sweeping} or self._connections
                 ) and time.monotonic() < latest:
@@ -5287,7 +5295,7 @@ class Server:
             topic.cursor, topic.pending = -1, None
         for session in self.sessions:
             session.close(1001, "an older copy of the log was restored: come back")
-        self.engine.wake()  # who polls is told at once
+        self.engine.end_waits()  # who polls is told at once
 
 
 # --- Todo -----------------------------------------------------------------------------

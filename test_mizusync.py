@@ -2022,7 +2022,7 @@ def test_a_lost_pull_that_is_collected_amid_a_wake_stops_nothing(
             5, 0, 1000
         )  # but so it is collected when wake() has made its first list
         gc.enable()
-        engine.wake()
+        engine.end_waits()
 
     often, thread = gc.get_threshold(), threading.Thread(target=wake, daemon=True)
     logging.getLogger("concurrent.futures").disabled = True
@@ -2099,7 +2099,7 @@ calls = {
     "position": engine.position,
     "follow": lambda: first(engine.follow()),
     "add_listener": lambda: engine.add_listener(print),
-    "wake": engine.wake,
+    "end_waits": engine.end_waits,
     "catch_up": engine.catch_up,
     "stats": engine.stats,
     "close": engine.close,
@@ -3195,7 +3195,7 @@ def test_a_waiting_pull_is_woken_by_a_push(engine: Engine) -> None:
         await engine.push([note("1", "news")])
         page = await waiting
         assert not other.done()
-        engine.wake()
+        engine.end_waits()
         assert (await other).changes == []
         return [change.data for change in page.changes]
 
