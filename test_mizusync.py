@@ -1654,6 +1654,49 @@ def test_a_closed_log_is_one_file_that_passes_the_integrity_check(
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+# The WAL.
+
+
+def limit_wal(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Let the engines reset a WAL of this size (bytes), and check it at each commit."""
+    monkeypatch.setattr(mizusync, "MAX_WAL", size)
+    monkeypatch.setattr(mizusync, "WAL_CHECK_INTERVAL", 0)
+
+
+def trace_writer(
+    trace: Callable[[str], object],
+) -> Callable[[sqlite3.Connection, Mutation], list[Any]]:
+    """Return the tests' `apply`; `trace` gets the writer's statements from then on, the
+    engine's own among them."""
+
+    def traced(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        db.set_trace_callback(trace)
+        return apply(db, mutation)
+
+    return traced
+
+
+@contextmanager
+def read_held(engine: Engine) -> Iterator[None]:
+    """Keep one of the engine's reads in its transaction while the block lasts."""
+    entered = threading.Event()
+    release = threading.Event()
+
+    def hold(db: sqlite3.Connection) -> None:
+        db.execute("SELECT * FROM notes").fetchall()
+        entered.set()
+        assert release.wait(PATIENCE)
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(ask, engine.read(hold))
+        try:
+            assert entered.wait(PATIENCE)
+            yield
+        finally:
+            release.set()
+        reading.result(PATIENCE)
+
+
 class OverlappingReads:
     """A snapshot function: each read lasts until the next one has begun.
 
@@ -1676,8 +1719,7 @@ class OverlappingReads:
 def test_reads_that_overlap_do_not_let_the_wal_grow(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mizusync, "MAX_WAL", 2**16)
-    monkeypatch.setattr(mizusync, "WAL_CHECK_INTERVAL", 0)  # at each commit
+    limit_wal(monkeypatch, 2**16)
     reads = OverlappingReads()
     stopping = threading.Event()
 
@@ -1703,46 +1745,58 @@ def test_reads_that_overlap_do_not_let_the_wal_grow(
         assert engine.stats()["database_bytes"] > 2**18
 
 
+def test_no_read_begins_while_the_wal_is_being_reset(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_wal(monkeypatch, 2**16)
+    events: list[str] = []
+    resetting = threading.Event()
+
+    def trace(statement: str) -> None:
+        if "wal_checkpoint" in statement:
+            events.append("reset")
+            resetting.set()
+
+    def read(db: sqlite3.Connection) -> None:
+        events.append("read")
+
+    with (
+        closing(open_log(path, apply=trace_writer(trace))) as engine,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        push(engine, note("1", "x" * 2**17))
+        with read_held(engine):
+            push_in_reset = engine.submit([note("2")])  # its commit finds a large WAL
+            assert resetting.wait(PATIENCE)
+            reading = pool.submit(ask, engine.read(read))
+            assert push_in_reset.result(PATIENCE)[0].ok
+            reading.result(PATIENCE)
+        assert events == ["reset"] * (len(events) - 1) + ["read"]
+
+
 def test_a_read_that_takes_long_delays_one_commit_and_none_after_it(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mizusync, "MAX_WAL", 2**18)
-    monkeypatch.setattr(mizusync, "WAL_CHECK_INTERVAL", 0)  # at each commit
-    entered = threading.Event()
-    release = threading.Event()
-    statements: list[str] = []  # that the writer ran, the engine's own among them
-
-    def read_long(db: sqlite3.Connection, scope: str) -> None:
-        db.execute("SELECT * FROM notes").fetchall()
-        entered.set()
-        assert release.wait(PATIENCE)
-
-    def traced(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-        db.set_trace_callback(statements.append)
-        return apply(db, mutation)
-
+    limit_wal(monkeypatch, 2**18)
+    statements: list[str] = []
+    delayed = []  # the pushes whose commits waited for the read, to reset the WAL
     with (
-        closing(open_log(path, apply=traced, snapshot=read_long)) as engine,
-        ThreadPoolExecutor(1) as pool,
+        closing(open_log(path, apply=trace_writer(statements.append))) as engine,
+        read_held(engine),
     ):
-        reading = pool.submit(ask, engine.snapshot())
-        delayed = []  # the pushes whose commit waited for the read, to reset the WAL
-        try:
-            assert entered.wait(PATIENCE)
-            for number in range(200):
-                if engine.stats()["wal_bytes"] > 1.5 * 2**18:
-                    break
-                statements.clear()
-                push(engine, note(str(number)))
-                if any("wal_checkpoint" in statement for statement in statements):
-                    delayed.append(number)
-            assert engine.stats()["wal_bytes"] > 1.5 * 2**18
-        finally:
-            release.set()
-        reading.result(PATIENCE)
-        assert len(delayed) == 1
-        assert delayed[0] < number - 1
+        for number in range(200):
+            if engine.stats()["wal_bytes"] > 1.5 * 2**18:
+                break
+            statements.clear()
+            push(engine, note(str(number)))
+            if any("wal_checkpoint" in statement for statement in statements):
+                delayed.append(number)
+        assert engine.stats()["wal_bytes"] > 1.5 * 2**18
+    assert len(delayed) == 1
+    assert delayed[0] < number - 1
 
+
+# Several processes.
 
 # Fixed in 3.51.3, 3.50.7 and 3.44.6 (https://sqlite.org/wal.html#walresetbug).
 LOSES_COMMITS = {
