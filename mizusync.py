@@ -44,9 +44,9 @@ The life of one change, and the section in which each step stands:
     -> every session                Hub             the same bytes for all
     -> a pull                       Tail            a join of encoded bytes
 
-Contents. A section calls only what stands above it. In each one the heart comes first;
-what stands behind a line "-- against ..." protects it, and can wait for a second
-reading:
+Contents. A section calls only what stands above it. In each one the heart comes first.
+What stands behind a comment that begins with "against" protects it, and can wait for a
+second reading:
 
     Settings        every limit and every timeout
     Errors          what a client may be told; what closes a socket
@@ -73,9 +73,9 @@ reading:
     Todo            the demo, as an application would write it
     Command line    python mizusync.py
 
-Where to add: a limit in Settings; an error in Errors, and in APPLY_MAY_RAISE; a counter
-in COUNTERS; a column in LOG_SCHEMA, with FORMAT and Row; an endpoint where Server is
-made; state of one client in Session.
+Where to add: a limit in Settings; an error that `apply` may raise in Errors, with
+APPLY_MAY_RAISE and its code in COUNTERS; a counter in COUNTERS; a column in LOG_SCHEMA,
+with FORMAT and Row; an endpoint where Server is made; state of one client in Session.
 
 To run the demo: `python mizusync.py`. To build on it, copy this file and write `apply`:
 
@@ -355,7 +355,8 @@ class StoreRefused(Unavailable):
     """
 
 
-# What `apply` raises to refuse a mutation; a subclass may add a code of its own.
+# What `apply` raises to refuse a mutation; a subclass may have a code of its own. (Not
+# StoreRefused: it says that the whole transaction is lost.)
 APPLY_MAY_RAISE = (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable)
 
 
@@ -738,10 +739,10 @@ def check_scope(value: Any) -> str:
 # the writer's thread, reads on connections of their own.
 #
 # A reader at cursor N has everything of its scope up to N, because
-#   1. one writer at a time, over all processes, issues the cursors. Each transaction
-#      starts from the head that it finds under the write lock: so cursors rise in
-#      commit order, and none is issued twice, even after a trim or a restart
-#      (AUTOINCREMENT, https://sqlite.org/autoinc.html);
+#   1. one writer at a time, over all processes, issues the cursors: from the head that
+#      it finds under the write lock, without a gap. So cursors rise in commit order.
+#      AUTOINCREMENT keeps the head, so that not even a trim or a restart lowers it
+#      (https://sqlite.org/autoinc.html);
 #   2. a read is one transaction and sees one moment, and a page never ends inside the
 #      changes of one mutation;
 #   3. a reader below the scope's highest trimmed cursor is refused (cursor_too_old);
@@ -931,8 +932,8 @@ class SQLStore(Store):
         return self.run_scalar(db, sql, scope, n - 1) or 0
 
     def read_epoch_end(self, db: Any, epoch: str) -> int | None:
-        # An epoch ends where the next one begins, the newest at the head. Within one
-        # file `start` never decreases, so the least of the later ones is the next.
+        # An epoch ends where the next one begins, and the newest at the head. Each
+        # begins at or above the one before, so the next is the least of the later ones.
         sql = """
             SELECT coalesce(
                 (SELECT min(start) FROM mizusync_epochs WHERE number > this.number), ?)
@@ -1044,7 +1045,10 @@ _CONTROL = (
 )
 _OWN_NAMES = ("mizusync_", "sqlite_sequence")  # prefixes; the sequence holds the head
 # Full-text search and R*Trees ask for these two pragmas.
-_HARMLESS = (("data_version", None), ("page_size", None))
+_HARMLESS = (
+    (sqlite3.SQLITE_PRAGMA, "data_version", None),
+    (sqlite3.SQLITE_PRAGMA, "page_size", None),
+)
 GUARD_NOTE = (
     "In the engine's transaction, an application can't end the transaction, use "
     "PRAGMA, ATTACH or executescript, create anything in TEMP, or change what is named "
@@ -1088,8 +1092,8 @@ class GuardedConnection(sqlite3.Connection):
 
         Outside of a transaction, the savepoint begins one, so that all reads see one
         moment (https://sqlite.org/lang_savepoint.html). Raise StoreRefused if the
-        transaction did not survive, and also if `work` ended with an error of the disk:
-        the writer then finds out whether the disk or the application is at fault.
+        transaction did not survive, or if `work` ended with an error of the disk: the
+        writer then runs each step again by itself (see Writer).
         """
         run_own(self, "SAVEPOINT mizusync_guard")
         self.guarded = True
@@ -1128,7 +1132,7 @@ class GuardedConnection(sqlite3.Connection):
     def _leave_savepoint(self, how: str, failure: BaseException | None) -> None:
         try:
             run_own(self, how)
-        except (sqlite3.Error, StoreRefused):
+        except Exception:  # MemoryError, too, leaves the transaction in doubt
             # The savepoint is gone: SQLite or the application rolled everything back.
             raise StoreRefused("the transaction was rolled back") from failure
 
@@ -1150,7 +1154,7 @@ class GuardedConnection(sqlite3.Connection):
             return sqlite3.SQLITE_DENY
         if not self.guarded or action == sqlite3.SQLITE_READ:
             return sqlite3.SQLITE_OK
-        if action in _CONTROL and (first, second) not in _HARMLESS:
+        if action in _CONTROL and (action, first, second) not in _HARMLESS:
             return sqlite3.SQLITE_DENY
         for name in (first, second):
             if name and name.lower().startswith(_OWN_NAMES):
@@ -1221,15 +1225,16 @@ class GuardedCursor(sqlite3.Cursor):
 
 # Against a database that refuses. SQLite's result codes: https://sqlite.org/rescode.html
 
-# The disk or the file is in the way, or seems to be: an AUTOINCREMENT at its highest
-# number has the code of a full disk.
+# Errors of an application's statement that may be the disk's. They need not be: an
+# AUTOINCREMENT at its highest number has the code of a full disk.
 DISK_CODES = (
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_NOMEM,
     sqlite3.SQLITE_CORRUPT,
 )
-# The statement is right, but the disk, the file or another process is in the way.
+# Errors of the engine's own statements, which are right: so the disk, the file or
+# another process is in the way.
 REFUSAL_CODES = (
     *DISK_CODES,
     sqlite3.SQLITE_BUSY,
@@ -1613,9 +1618,9 @@ def split_statements(script: str) -> Iterator[str]:
 # connection writes, one only reads the position, and each concurrent read has its own.
 
 MAX_WAL = 64 * MIB  # SQLite keeps the WAL near 4 MiB, unless reads overlap
-# Seconds between two checks of the WAL. After a stat of a file, Linux (6.13 and newer)
-# gives its next write an exact time, which the sync has to write too: with a check at
-# each commit, commits took 80 us longer.
+# Seconds between two checks of the WAL. On Linux 6.13 and newer, a stat of a file makes
+# the next write update its timestamp exactly, and the sync has to write that as well:
+# with a check at each commit, commits took 80 us longer.
 WAL_CHECK_INTERVAL = 1.0
 
 
@@ -1623,10 +1628,9 @@ WAL_CHECK_INTERVAL = 1.0
 class EpochRule:
     """Whether the next commit has to begin an epoch: nothing else keeps track of that.
 
-    It has to after each opening, and after an older copy was restored under a running
-    server. In the example of Store, the server has seen the head 100, and the next
-    transaction finds 60. If that transaction fails, the next one has to begin the epoch
-    instead, so `is_due` stays.
+    It has to after each opening, and after a restore under a running server: if this
+    process saw the head 100, a transaction that begins at 60 proves that an older copy
+    was restored. `is_due` stays until a commit succeeds.
     """
 
     is_due: bool
@@ -1638,8 +1642,8 @@ class EpochRule:
         with self.lock:
             self.expected_head = max(self.expected_head, head)
 
-    def found(self, head: int) -> None:
-        """Note the head that a transaction finds; a lower one is a restored copy's."""
+    def began(self, head: int) -> None:
+        """Note where a transaction begins; a lower head is a restored copy's."""
         with self.lock:
             if head < self.expected_head:
                 self.is_due = True
@@ -1772,7 +1776,7 @@ class SQLiteStore(SQLStore):
         self._warn_of_others(db)
         self._check_wal()
         position = self.read_position(db)
-        self._epoch_rule.found(position.head)
+        self._epoch_rule.began(position.head)
         return db, position
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
@@ -1862,8 +1866,8 @@ class SQLiteStore(SQLStore):
 
         Reads that overlap without a gap would let it grow without bound
         (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files). Pushes wait
-        for this as well. If a read takes longer than a second, the next try comes when
-        the WAL has grown by another MAX_WAL.
+        for this as well, up to a second. If a read takes longer, the next try comes
+        when the WAL has grown by another MAX_WAL.
         """
         deadline = time.monotonic() + 1
         self._wal_size = 0  # until the next check
@@ -1926,7 +1930,7 @@ class Tail:
     firsts: list[int] = dataclasses.field(default_factory=list)  # as in Row
     changes: list[bytes] = dataclasses.field(default_factory=list)  # encoded
     size: int = 0  # bytes of memory, about
-    trimmed: int = 0  # of a transaction's: the highest cursor that it trimmed
+    trimmed: int = 0  # in a transaction's tail: the highest cursor that it trimmed
 
     OVERHEAD: ClassVar = 200  # bytes of memory that a change takes besides its own
 
@@ -2075,8 +2079,9 @@ class Tails:
             if is_full and tail.firsts and begins_mutation:
                 return Page(tail.changes, tail.current, position.epoch, has_more=True)
             room -= len(tail.add(row))
-        # 3. The page reached the end of the log: memory can serve the next pull. If it
-        #    is empty, memory can serve every reader from the scope's newest change on.
+        # 3. The page reached the end of the log, so memory can serve the next pull. An
+        #    empty page proves that nothing lies above the scope's newest change, which
+        #    may be far below this cursor: so let the tail begin there.
         last = max(cursor, tail.current)
         if not tail.cursors:
             tail.after = self._store.read_current(db, scope)
@@ -2163,7 +2168,9 @@ class Listeners:
         with self._lock:
             listeners = self._by_scope.setdefault(scope, {})
             listeners[key] = (loop, listener)
-            self._by_scope[scope] = listeners  # a remove() in between may have taken it
+            # The garbage collector may just have called remove() on this thread, and
+            # that drops a dict which is empty: put it back.
+            self._by_scope[scope] = listeners
 
         def remove() -> None:
             with self._lock:
@@ -2330,7 +2337,7 @@ class Batch:
         return Result.applied(last, shown)
 
     def repeat(self, mark: Mark, with_changes: bool) -> Result:
-        """Answer a mutation that was applied before, with its first cursor.
+        """Answer a mutation that was applied before, with the cursor that it got then.
 
         Its changes in its own scope come with it, unless some were trimmed.
         """
@@ -2386,8 +2393,8 @@ class Retention:
         """Trim some of the scopes found so far, and look for more in a batch."""
         if self._keep is None:
             return
-        # Twice as much goes as comes in, so the log shrinks; and no more, so no push
-        # waits for the trims of many scopes.
+        # For each 100 new rows, trim one scope by up to 200: the log shrinks, and a
+        # push waits for few trims.
         count = 1 + len(batch.rows) // 100
         for scope in list(itertools.islice(self.scopes_to_trim, count)):
             before = self._store.read_nth_newest(batch.db, scope, self._keep)
@@ -2501,12 +2508,12 @@ class JobQueue:
 # One thread owns the connection that writes. It takes one job after the other and, for
 # up to max_commit_time, commits them as one transaction (group commit): one fsync
 # serves them all. Each mutation runs under a savepoint, so one that fails leaves no
-# trace. After the commit come memory, answers and hints, in this order.
+# trace. Memory follows the commit, and then answers and hints.
 #
 # If the transaction itself fails, each step in it runs again, in a transaction of its
-# own. An error that does not come back was a neighbour's. If it does come back, the
-# engine makes a write of its own: if that works, the step is at fault (internal_error);
-# if it fails too, the disk is.
+# own. A step that works then had a neighbour at fault. If it fails again, the engine
+# makes a write of its own: if that works, the step is at fault (internal_error); if it
+# fails too, the disk is (unavailable).
 
 COUNTERS = (
     "pushes", "pushes_failed", "applied", "duplicate", "invalid_mutation", "not_found",
@@ -2516,7 +2523,7 @@ COUNTERS = (
 
 
 class Writer:
-    """The thread that writes. Other threads call submit(), close(), ..._step() only."""
+    """The thread that writes. Only a method that says so may be called on another."""
 
     def __init__(
         self,
@@ -2527,7 +2534,7 @@ class Writer:
         counts: Counter[str],
         settings: Settings,
     ) -> None:
-        # True while there is work. The server then lets go of the GIL once a request.
+        # True while there is work: the server then yields the GIL once per request.
         self.busy = False
         self.rewinds = 0  # restored backups that it has noticed
         self.jobs = JobQueue(settings.max_pending_pushes)
@@ -2544,12 +2551,12 @@ class Writer:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raise Unavailable. Any thread may call this."""
+        """Queue a job, from any thread. Raise Unavailable."""
         self.busy = True
         self.jobs.add(job)
 
     def close(self, timeout: float | None) -> bool:
-        """Finish the jobs, and end the thread. Return whether it ended in time."""
+        """Finish the jobs, and end the thread, from another one. Return if it ended."""
         self.jobs.close()
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -2635,8 +2642,8 @@ class Writer:
                 size += answer_size(results[-1])
             outcomes.append(results)
             if time.monotonic() < deadline:
-                # An interrupt is lost here, and not missed: under the write lock no
-                # other process can have committed since _begin().
+                # If this takes the mark of interrupt(), nothing is missed: _begin() has
+                # caught up, and under its lock no other process can commit.
                 arrived = self.jobs.take(0)
                 if arrived:
                     jobs.append(arrived)
@@ -2669,6 +2676,63 @@ class Writer:
                 self._counts["pushes_failed" if failed else "pushes"] += 1
             calls.append(Call(job.loop, job.answer, outcome))
         self._listeners.notify(hints or {}, calls)
+
+    # -- one step: a mutation, or a trim
+
+    def mutation_step(self, mutation: Mutation) -> Step:
+        """Return the step that applies a mutation, with a copy of its args.
+
+        Any thread may call this. Raise InvalidMutation for args that can't be copied.
+        """
+        try:
+            args = marshal.dumps(mutation.args)  # five times as fast as deepcopy
+        except ValueError as error:
+            sentence = f"args are made of JSON values, tuples and bytes: {error}"
+            raise InvalidMutation(sentence) from error
+        name = f"{mutation.name!r}, id {mutation.id!r} in scope {mutation.scope!r}"
+        run = functools.partial(self._apply, mutation=mutation, args=args)
+        return Step(run, name)
+
+    def _apply(
+        self, batch: Batch, size: int, mutation: Mutation, args: bytes
+    ) -> Result:
+        """Apply a mutation; if it was applied before, repeat its first answer.
+
+        Raise StoreRefused if the whole transaction has failed.
+        """
+        mark = batch.find_mark(mutation)
+        if mark:
+            # A hundred repeats of a large mutation are a small request: leave out their
+            # changes once the answer is as large as a page.
+            return batch.repeat(mark, with_changes=size <= self._settings.max_page_size)
+        # Each run gets a copy of the args, because `apply` may change them.
+        mutation = mutation.with_args(marshal.loads(args))
+        limit = self._settings.max_mutation_changes
+        try:
+            rows = self._store.run_guarded(
+                lambda db: batch.make_rows(self._apply_function, db, mutation, limit)
+            )
+        except StoreRefused:
+            raise
+        except APPLY_MAY_RAISE as error:
+            refusal: SyncError = error
+        except BaseException:
+            # SystemExit, too, is the application's error, and must not end this thread.
+            names = (mutation.name, mutation.id, mutation.scope)
+            log_error(engine_log, "apply failed on %r, id %r in scope %r", *names)
+            refusal = SyncError("the server failed on this mutation")
+        else:
+            return batch.add(mutation, rows)
+        batch.counts[refusal.code] += 1
+        return Result.refused(refusal)
+
+    def trim_step(self, scope: str, before: int) -> Step:
+        """Return the step that removes some of the oldest changes below a cursor."""
+
+        def run(batch: Batch, size: int) -> int:
+            return self._retention.trim(batch, scope, before)
+
+        return Step(run, f"a trim of {scope!r}")
 
     # -- against a transaction that fails
 
@@ -2739,65 +2803,7 @@ class Writer:
             log_error(store_log, "pushes failed: %s", reason, traceback=False)
         # Each gets an exception of its own, because raising one changes its traceback.
         sentence = str(refusal)
-        self._deliver([(job, StoreRefused(sentence)) for job in refused])
-
-    # -- one step: a mutation, or a trim
-
-    def mutation_step(self, mutation: Mutation) -> Step:
-        """Return the step that applies a mutation, with a copy of its args.
-
-        Raise InvalidMutation for args that can't be copied.
-        """
-        try:
-            args = marshal.dumps(mutation.args)  # five times as fast as deepcopy
-        except ValueError as error:
-            raise InvalidMutation(
-                f"args are made of JSON values, tuples and bytes: {error}"
-            ) from error
-        name = f"{mutation.name!r}, id {mutation.id!r} in scope {mutation.scope!r}"
-        run = functools.partial(self._apply, mutation=mutation, args=args)
-        return Step(run, name)
-
-    def _apply(
-        self, batch: Batch, size: int, mutation: Mutation, args: bytes
-    ) -> Result:
-        """Apply a mutation; if it was applied before, repeat its first answer.
-
-        Raise StoreRefused if the whole transaction has failed.
-        """
-        mark = batch.find_mark(mutation)
-        if mark:
-            # A hundred repeats of a large mutation are a small request: leave out their
-            # changes once the answer is as large as a page.
-            return batch.repeat(mark, with_changes=size <= self._settings.max_page_size)
-        # Each run gets a copy of the args, because `apply` may change them.
-        mutation = mutation.with_args(marshal.loads(args))
-        limit = self._settings.max_mutation_changes
-        try:
-            rows = self._store.run_guarded(
-                lambda db: batch.make_rows(self._apply_function, db, mutation, limit)
-            )
-        except StoreRefused:
-            raise
-        except APPLY_MAY_RAISE as error:
-            refusal: SyncError = error
-        except BaseException:
-            # SystemExit, too, is the application's error, and must not end this thread.
-            names = (mutation.name, mutation.id, mutation.scope)
-            log_error(engine_log, "apply failed on %r, id %r in scope %r", *names)
-            refusal = SyncError("the server failed on this mutation")
-        else:
-            return batch.add(mutation, rows)
-        batch.counts[refusal.code] += 1
-        return Result.refused(refusal)
-
-    def trim_step(self, scope: str, before: int) -> Step:
-        """Return the step that removes some of the oldest changes below a cursor."""
-
-        def run(batch: Batch, size: int) -> int:
-            return self._retention.trim(batch, scope, before)
-
-        return Step(run, f"a trim of {scope!r}")
+        self._deliver((job, StoreRefused(sentence)) for job in refused)
 
     # -- against other processes, and restored backups
 
@@ -3031,7 +3037,7 @@ class Engine:
         return await self.read(read)
 
     async def current(self, scope: str = DEFAULT_SCOPE) -> int:
-        """Return the scope's current cursor: that of its newest change, or 0."""
+        """Return the cursor of the scope's newest change, or 0. No trim lowers it."""
         self._check_process()
         if scope in self._tails:
             current = self._tails.current(scope, self.store.latest())
