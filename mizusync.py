@@ -2515,12 +2515,6 @@ class JobQueue:
 # makes a write of its own: if that works, the step is at fault (internal_error); if it
 # fails too, the disk is (unavailable).
 
-COUNTERS = (
-    "pushes", "pushes_failed", "applied", "duplicate", "invalid_mutation", "not_found",
-    "conflict", "forbidden", "unavailable", "internal_error", "commits", "changes",
-    "trims", "pulls_from_memory", "pulls_from_disk", "snapshots",
-)  # fmt: skip
-
 
 class Writer:
     """The thread that writes. Only a method that says so may be called on another."""
@@ -2570,9 +2564,10 @@ class Writer:
         while not self.jobs.closed or len(self.jobs):
             to_trim = bool(self._retention.scopes_to_trim)
             job = self.jobs.take(0 if to_trim else watch)
+            jobs = [job] if job else []
             try:
-                if job or to_trim:
-                    self._commit_together([job] if job else [])
+                if jobs or to_trim:
+                    self._commit_together(jobs)
                 else:
                     self._watch()
             except StoreRefused:
@@ -2580,6 +2575,8 @@ class Writer:
             except BaseException:
                 log_error(engine_log, "the writer goes on after this error")
                 self._roll_back()
+                # Those that have an answer keep it; a retry finds what was committed.
+                self._deliver((job, StoreRefused("the writer failed")) for job in jobs)
             self.busy = len(self.jobs) > 0
 
     def _commit_together(self, jobs: list[Job]) -> None:
@@ -2840,6 +2837,12 @@ class Writer:
 # thread; reads come from memory, or from the database on a reader's thread. On the
 # event loop itself nothing waits for a disk, but for one look at the position (some
 # microseconds).
+
+COUNTERS = (
+    "pushes", "pushes_failed", "applied", "duplicate", "invalid_mutation", "not_found",
+    "conflict", "forbidden", "unavailable", "internal_error", "commits", "changes",
+    "trims", "pulls_from_memory", "pulls_from_disk", "snapshots",
+)  # fmt: skip
 
 Mutations = Iterable[Mutation | Mapping[str, Any]]
 
