@@ -1674,12 +1674,12 @@ class SQLiteStore(SQLStore):
         self._file = DatabaseFile(path, schema, busy_timeout)
         self._busy_timeout = busy_timeout
         self._writer: GuardedConnection | None  # None: the next transaction reconnects
-        self._looker: GuardedConnection | None
-        self._writer, self._looker = self._file.open(adopt)
+        self._position_db: GuardedConnection | None
+        self._writer, self._position_db = self._file.open(adopt)
         # A log that this process has created has its first epoch.
         self._epoch_rule = EpochRule(is_due=not self._file.created_log)
-        self._looker_lock = threading.Lock()
-        # The data_version that the looker saw last, and the position at that time.
+        self._position_lock = threading.Lock()
+        # The data_version that was read last, and the position at that time.
         self._latest: tuple[int, Position] | None = None
         self._idle: list[GuardedConnection] = []  # connections of readers
         self._read_barrier = threading.Lock()  # while it is held, no read begins
@@ -1720,14 +1720,14 @@ class SQLiteStore(SQLStore):
 
     def latest(self) -> Position:
         """Return the position after the newest commit, whichever process made it."""
-        with self._looker_lock:
-            if self._looker is None:
+        with self._position_lock:
+            if self._position_db is None:
                 raise StoreRefused("the database is closed")
             # A commit of any other connection changes the version, which costs half as
             # much to read as the position.
-            version = self._read_data_version(self._looker)
+            version = self._read_data_version(self._position_db)
             if self._latest is None or self._latest[0] != version:
-                self._latest = (version, self.read_position(self._looker))
+                self._latest = (version, self.read_position(self._position_db))
                 self._epoch_rule.saw(self._latest[1].head)
             return self._latest[1]
 
@@ -1836,12 +1836,12 @@ class SQLiteStore(SQLStore):
         if self._writer is not None:
             with contextlib.suppress(sqlite3.Error, StoreRefused):  # a reader holds it
                 run_own(self._writer, "PRAGMA wal_checkpoint(TRUNCATE)")
-        with self._looker_lock:
-            for db in (*self._idle, self._looker, self._writer):
+        with self._position_lock:
+            for db in (*self._idle, self._position_db, self._writer):
                 if db is not None:
                     db.close()
             self._idle = []
-            self._looker = None
+            self._position_db = None
             self._writer = None
 
     def stats(self) -> dict[str, int]:
