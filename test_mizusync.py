@@ -45,7 +45,7 @@ import tracemalloc
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -161,18 +161,18 @@ HELD: dict[str, Held] = {}  # by the id of the mutation
 
 
 @contextmanager
-def writer_held(engine: Engine) -> Iterator[None]:
+def writer_held(engine: Engine) -> Iterator[Future[list[mizusync.Result]]]:
     """Keep the engine's writer inside a mutation while the block lasts.
 
     What is pushed in the block waits, and joins that mutation's transaction if the
     engine's `max_commit_time` allows it (see ONE_TRANSACTION). Its `apply` has to hand
-    the mutation "hold" to the tests' own."""
+    the mutation "hold" to the tests' own. Yield the future of its push."""
     key = f"hold {uuid.uuid4()}"
     held = HELD[key] = Held(threading.Event(), threading.Event())
     holding = engine.submit([{"id": key, "name": "hold"}])
     assert held.entered.wait(PATIENCE)
     try:
-        yield
+        yield holding
     finally:
         held.release.set()
         assert holding.result(PATIENCE)[0].ok
@@ -601,6 +601,7 @@ settings.register_profile(
 settings.load_profile("mizusync")
 
 DEFAULT = "_default"
+DUPLICATE = {"duplicate": True}  # a retry's result has this besides the first result
 
 
 def open_log(path: Path, **options: Any) -> Engine:
@@ -683,6 +684,10 @@ def entry(
     return {"id": key, "scope": scope, "name": "entry", "args": [list(scopes), fail]}
 
 
+def cursor_of(change: Any) -> int:
+    return int(change["cursor"])
+
+
 def made_by(engine: Engine, result: Any, scopes: list[str]) -> list[Any]:
     """What an entry with these scopes changed: its result shows only its own scope."""
     first = result["cursor"] - len(scopes) + 1
@@ -702,6 +707,24 @@ def make_database(path: Path, *statements: str) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         for statement in statements:
             db.execute(statement)
+
+
+def raising(error: BaseException) -> Any:
+    raise error
+
+
+def refuses(action: Callable[[], Any]) -> bool:
+    """Return whether an action raises Unavailable."""
+    try:
+        action()
+    except Unavailable:
+        return True
+    return False
+
+
+async def asked(question: Callable[[], Any]) -> Any:
+    """Call a coroutine function inside the running loop, and await it."""
+    return await question()
 
 
 @pytest.fixture
@@ -1091,7 +1114,7 @@ def test_half_a_surrogate_pair_in_a_refusal_is_sent_as_a_question_mark(
             assert result == {"ok": False, "code": "invalid_mutation", "error": "no ?"}
 
 
-# --- Statements -----------------------------------------------------------------------
+# --- Guard ----------------------------------------------------------------------------
 # A statement that finds a lock is tried again until the lock is free.
 
 BUSY_WRITER = """
@@ -1132,7 +1155,6 @@ def test_opening_a_log_gets_its_turn_beside_a_busy_writer_of_another_process(
             writer.kill()
 
 
-# --- Guard ----------------------------------------------------------------------------
 # An application can't shadow the log, and can't touch the sequence that holds its head.
 
 
@@ -1228,6 +1250,397 @@ def test_the_schema_may_rename_a_table_and_drop_a_sequence(path: Path) -> None:
     with closing(open_log(path, schema=schema)) as engine:
         assert push(engine, note("1"))[0]["ok"]
     assert application_tables(path) == {"notes", "other"}
+
+
+# What an application may do with its connection, and what it may not: a misuse fails
+# its own mutation, and no other.
+
+KEPT: list[Any] = []  # cursors and blobs that an application keeps open
+TRACE = "INSERT INTO notes VALUES ('_default', '\"a trace\"')"
+
+
+def leave_select_open(db: sqlite3.Connection) -> Any:
+    sql = """
+        WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 999)
+        SELECT i FROM n
+    """
+    cursor = db.execute(sql)
+    assert cursor.fetchone() == (1,)
+    KEPT.append(cursor)
+    return ["fine"]
+
+
+def leave_insert_returning_open(db: sqlite3.Connection) -> Any:
+    cursor = db.cursor()
+    cursor.execute("INSERT INTO notes VALUES ('n', '1'), ('n', '2') RETURNING data")
+    assert cursor.fetchone() == ("1",)
+    KEPT.append(cursor)
+    return ["fine"]
+
+
+def leave_blob_open(db: sqlite3.Connection) -> Any:
+    (row,) = db.execute("SELECT max(rowid) FROM notes").fetchone()
+    blob = db.blobopen("notes", "data", row)
+    blob.write(b"n")  # of null
+    KEPT.append(blob)
+    return ["fine"]
+
+
+def change_factories(db: sqlite3.Connection) -> Any:
+    db.row_factory = sqlite3.Row
+    db.text_factory = bytes
+    return ["fine"]
+
+
+def create_table(db: sqlite3.Connection) -> Any:
+    db.execute("CREATE TABLE mine (n)")
+    return ["fine"]
+
+
+def use_savepoints(db: sqlite3.Connection) -> Any:
+    db.execute("SAVEPOINT mine")
+    db.execute("DELETE FROM notes")
+    db.execute("ROLLBACK TO mine")
+    db.execute("RELEASE mine")
+    db.execute("SAVEPOINT left_open")
+    return ["fine"]
+
+
+def fail_inside_savepoint(db: sqlite3.Connection) -> Any:
+    db.execute("SAVEPOINT mine")
+    raise mizusync.Conflict("with a savepoint open")
+
+
+def write_inside_with_db(db: sqlite3.Connection) -> Any:
+    with db:
+        db.execute("INSERT INTO notes VALUES ('n', '1')")
+    return ["fine"]
+
+
+def yield_inside_with_db(db: sqlite3.Connection) -> Iterator[Any]:
+    with db:
+        yield {"a set, which is no JSON"}
+
+
+def yield_and_fail(db: sqlite3.Connection) -> Iterator[Any]:
+    yield "first"
+    db.execute("INSERT INTO notes VALUES ('n', '1')")
+    raise ZeroDivisionError
+
+
+def yield_and_write_when_closed(db: sqlite3.Connection) -> Iterator[Any]:
+    try:
+        yield {"a set, which is no JSON"}
+    finally:
+        db.execute(TRACE)
+
+
+def leave_thread_in_cursor(db: sqlite3.Connection) -> Any:
+    """Fail while a thread of the application still runs a statement."""
+    running = threading.Event()
+    name = f"running_{uuid.uuid4().hex}"  # one in use can't be replaced
+    db.create_function(name, 0, running.set)
+    sql = f"""
+        WITH RECURSIVE n(i) AS
+            (SELECT {name}() UNION ALL SELECT i + 1 FROM n LIMIT 200000)
+        SELECT count(i) FROM n
+    """
+    cursor = db.cursor()
+
+    def run() -> None:
+        with suppress(sqlite3.Error):
+            cursor.execute(sql)
+
+    threading.Thread(target=run).start()
+    assert running.wait(PATIENCE)
+    raise TimeoutError("the statement takes too long")
+
+
+def make_backup(db: sqlite3.Connection) -> Any:
+    with closing(sqlite3.connect(":memory:")) as target:
+        db.backup(target)  # it would wait for its own transaction
+    return ["fine"]
+
+
+def roll_back_by_conflict(db: sqlite3.Connection) -> Any:
+    """Make SQLite roll the whole transaction back, and raise its error."""
+    db.execute("CREATE TABLE only (n UNIQUE ON CONFLICT ROLLBACK)")
+    db.execute("INSERT INTO only VALUES (1), (1)")
+
+
+def roll_back_and_write(db: sqlite3.Connection) -> Any:
+    """Suppress the error of a lost transaction, and write on."""
+    with suppress(sqlite3.Error):
+        roll_back_by_conflict(db)
+    with suppress(sqlite3.Error):
+        db.execute(TRACE)
+    return ["fine"]
+
+
+def write_mark(db: sqlite3.Connection) -> Any:
+    sql = "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)"
+    db.execute(sql, ("a", "mark", None, 0))
+
+
+def list_inside_itself() -> list[Any]:
+    data: list[Any] = []
+    data.append(data)
+    return data
+
+
+Use = Callable[[sqlite3.Connection], Any]
+
+
+def run_statement(sql: str) -> Use:
+    return lambda db: [*db.execute(sql), "done"]
+
+
+FORBIDDEN_STATEMENTS = [
+    # They would end the transaction, or the savepoint that guards a mutation.
+    "BEGIN",
+    "COMMIT",
+    "commit",
+    "COMMIT TRANSACTION",
+    "END",
+    "ROLLBACK",
+    "VACUUM",
+    "RELEASE mizusync_guard",
+    "RELEASE MIZUSYNC_GUARD",
+    "ROLLBACK TO mizusync_guard",
+    'ROLLBACK TO "Mizusync_Guard"',
+    # They would change the connection, or leave the file.
+    "PRAGMA journal_mode = DELETE",
+    "PRAGMA query_only = ON",
+    "PRAGMA synchronous = OFF",
+    "PRAGMA user_version = 3",
+    "ATTACH ':memory:' AS other",
+    "DETACH main",
+    # They would change the log.
+    "DELETE FROM mizusync_changes",
+    "UPDATE mizusync_changes SET data = '1'",
+    "INSERT INTO mizusync_epochs VALUES (9, 'x', 0)",
+    "DELETE FROM MIZUSYNC_MUTATIONS",
+    "REPLACE INTO mizusync_trims VALUES ('_default', 99)",
+    "UPDATE sqlite_sequence SET seq = 0",
+    "DROP TABLE mizusync_epochs",
+    "DROP INDEX mizusync_changes_of_scope",
+    "ALTER TABLE mizusync_trims RENAME TO trims",
+    "ALTER TABLE mizusync_changes ADD COLUMN mine",
+    "CREATE TRIGGER t AFTER INSERT ON mizusync_changes BEGIN DELETE FROM notes; END",
+    "CREATE TEMP TRIGGER t AFTER INSERT ON mizusync_changes"
+    " BEGIN DELETE FROM notes; END",
+    "CREATE TEMP TABLE mizusync_changes (cursor, first, scope, time, data)",
+]
+MISUSES: dict[str, Use] = {
+    # Of the connection.
+    "with db": write_inside_with_db,
+    "commit": lambda db: db.commit(),
+    "rollback": lambda db: db.rollback(),
+    "executescript": lambda db: db.executescript(
+        "INSERT INTO notes VALUES ('n', '1');"
+    ),
+    "isolation_level": lambda db: setattr(db, "isolation_level", None),
+    "close": lambda db: db.close(),
+    "an authorizer of its own": lambda db: db.set_authorizer(None),
+    "a backup": make_backup,
+    "ROLLBACK on conflict": roll_back_by_conflict,
+    "ROLLBACK on conflict, suppressed": roll_back_and_write,
+    "a failure inside a savepoint": fail_inside_savepoint,
+    "a cursor in use by a thread": leave_thread_in_cursor,
+    "a dedupe mark": write_mark,
+    "a wrong statement": lambda db: db.execute("SELEC"),
+    # Exceptions, and generators that raise them.
+    "SystemExit": lambda db: raising(SystemExit(1)),
+    "KeyboardInterrupt": lambda db: raising(KeyboardInterrupt()),
+    "GeneratorExit": lambda db: raising(GeneratorExit()),
+    "CancelledError": lambda db: raising(asyncio.CancelledError()),
+    "MemoryError": lambda db: raising(MemoryError()),
+    "StopIteration": lambda db: raising(StopIteration()),
+    "a generator that fails midway": yield_and_fail,
+    "a generator that writes when closed": yield_and_write_when_closed,
+    "a generator inside with db": yield_inside_with_db,
+    "a generator inside a map": lambda db: map(
+        str.upper, yield_and_write_when_closed(db)
+    ),
+    # Values that are no changes.
+    "a dict": lambda db: {"data": 1},
+    "a string": lambda db: "text",
+    "bytes": lambda db: b"text",
+    "a number": lambda db: 5,
+    "a bare Change": lambda db: Change(1),
+    "a set as data": lambda db: [{1}],
+    "NaN as data": lambda db: [float("nan")],
+    "infinity as data": lambda db: [[float("-inf")]],
+    "half a surrogate pair as data": lambda db: ["\ud800"],
+    "half a surrogate pair as a key": lambda db: [{"\udfff": 1}],
+    "half a surrogate pair in Json": lambda db: [Json('"\ud800"')],
+    "Json without text": lambda db: [Json("")],
+    "data inside itself": lambda db: [list_inside_itself()],
+    "an empty scope": lambda db: [Change(1, scope="")],
+    "a long scope": lambda db: [1, Change(1, scope="x" * 257)],
+    "half a surrogate pair as scope": lambda db: [Change(1, scope="\ud800")],
+    "a number as scope": lambda db: [Change(1, scope=5)],  # type: ignore[arg-type]
+    "too many changes": lambda db: range(1001),
+    "changes without end": lambda db: iter(lambda: 1, 2),
+    **{sql: run_statement(sql) for sql in FORBIDDEN_STATEMENTS},
+}
+PERMITTED_USES: dict[str, Use] = {
+    "savepoints of its own": use_savepoints,
+    "a SELECT left open": leave_select_open,
+    "INSERT RETURNING left open": leave_insert_returning_open,
+    "a blob left open": leave_blob_open,
+    "factories changed": change_factories,
+    "a table of its own": create_table,
+    "reading the log": lambda db: db.execute(
+        "SELECT cursor FROM mizusync_changes"
+    ).fetchall(),
+    "None": lambda db: None,
+    "a generator": lambda db: (data for data in ("fine",)),
+    "a tuple": lambda db: ("fine",),
+    "a thousand changes": lambda db: range(1000),
+}
+
+
+def apply_carelessly(db: sqlite3.Connection, mutation: Mutation) -> Any:
+    """Apply a mutation, and then use the connection as the mutation's id says."""
+    changes = apply(db, mutation)
+    use = (MISUSES | PERMITTED_USES).get(mutation.id)
+    return use(db) if use else changes
+
+
+@pytest.fixture(scope="module")
+def misused_engines(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Engine, Engine]]:
+    """Open an engine that lives through every misuse, and another on the same file."""
+    path = tmp_path_factory.mktemp("misused") / "log.db"
+    with (
+        closing(open_log(path, apply=apply_carelessly)) as engine,
+        closing(open_log(path)) as other_engine,
+    ):
+        push(engine, note("0"))
+        yield engine, other_engine
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_a_misuse_of_the_connection_fails_its_own_mutation_alone(
+    misused_engines: tuple[Engine, Engine], misuse: str
+) -> None:
+    engine, other_engine = misused_engines
+    start = ask(engine.current())
+    data = ask(engine.snapshot()).data
+    first, failed, last = push(
+        engine, note(f"{misuse} 1", 1), note(misuse, "a trace"), note(f"{misuse} 2")
+    )
+    assert (first["ok"], failed["ok"], last["ok"]) == (True, False, True)
+    assert failed["code"] in ("internal_error", "invalid_mutation", "conflict")
+    (later,) = push(engine, note(f"{misuse} 3", 3))
+    changes = [*first["changes"], *last["changes"], *later["changes"]]
+    for reader in (engine, other_engine):
+        assert pull(reader, start)["changes"] == changes
+        assert ask(reader.snapshot()).data == [*data, 1, None, 3]
+    (retried,) = push(other_engine, note(misuse))
+    assert "duplicate" not in retried  # the failed mutation left no mark
+    assert len(whole_log(engine)) == len(data) + 4
+
+
+@pytest.mark.parametrize("use", PERMITTED_USES)
+def test_a_permitted_use_of_the_connection_disturbs_no_later_mutation(
+    path: Path, use: str
+) -> None:
+    with closing(open_log(path, apply=apply_carelessly)) as engine:
+        results = push(engine, note("1", 1), note(use, None), note("2", 2))
+        results += push(engine, note("3", 3))
+        assert [result["ok"] for result in results] == [True] * 4
+        (retried,) = push(engine, note("1", 1))  # its changes are read from the file
+        assert retried == results[0] | DUPLICATE
+        changes = [change for result in results for change in result["changes"]]
+        assert whole_log(engine) == changes
+    with closing(open_log(path)) as engine:
+        assert whole_log(engine) == changes
+        assert [data for data in ask(engine.snapshot()).data if data] == [1, 2, 3]
+    KEPT.clear()
+
+
+@table(
+    "kind",
+    {
+        "full-text search": ("fts5(word)", "'milk'", "words MATCH 'milk'"),
+        "old full-text search": ("fts4(word)", "'milk'", "words MATCH 'milk'"),
+        "R*Tree": ("rtree(number, low, high)", "1, 2, 3", "low < 3"),
+    },
+)
+def test_an_application_may_use_virtual_tables_also_after_a_restart(
+    path: Path, kind: tuple[str, str, str]
+) -> None:
+    module, values, condition = kind
+    schema = f"CREATE VIRTUAL TABLE IF NOT EXISTS words USING {module};"
+
+    def write(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        db.execute("DELETE FROM words")
+        db.execute(f"INSERT INTO words VALUES ({values})")
+        return [1]
+
+    def read(db: sqlite3.Connection, scope: str) -> Any:
+        return len(db.execute(f"SELECT * FROM words WHERE {condition}").fetchall())
+
+    for key in ("1", "2"):
+        try:
+            engine = open_log(path, apply=write, snapshot=read, schema=schema)
+        except StoreError as error:
+            pytest.skip(str(error.__cause__))
+        with closing(engine):
+            assert push(engine, note(key))[0]["ok"]
+            assert ask(engine.snapshot()).data == 1
+
+
+# Each call of `apply` or `snapshot` leaves the connection as it found it.
+
+
+def test_a_database_cursor_that_apply_drops_is_closed_at_once(path: Path) -> None:
+    def drop_cursor(db: sqlite3.Connection, mutation: Mutation) -> list[bool]:
+        # The cursor is half read. If a thousand of them stayed open, they would take
+        # a time that grows with the square of their number.
+        dropped = weakref.ref(db.execute("SELECT 1 UNION SELECT 2"))
+        return [dropped() is None]
+
+    with closing(open_log(path, apply=drop_cursor)) as engine:
+        (result,) = push(engine, note("1"))
+        assert fold(result["changes"]) == [True]
+
+
+@table(
+    "statement",
+    {
+        "a commit": "COMMIT",
+        "a pragma": "PRAGMA query_only = OFF",
+        "a write": "DELETE FROM notes",
+        "a write to the log": "DELETE FROM mizusync_changes",
+        "another file": "ATTACH ':memory:' AS x",
+    },
+)
+def test_a_snapshot_function_that_misuses_its_connection_fails_alone(
+    path: Path, statement: str
+) -> None:
+    statements = [statement]
+    kept_cursors: list[sqlite3.Cursor] = []
+
+    def misuse(db: sqlite3.Connection, scope: str) -> Any:
+        data = snapshot(db, scope)
+        kept_cursors.append(db.execute("SELECT * FROM notes"))
+        db.row_factory = lambda cursor, row: {}
+        if statements:
+            db.execute(statements.pop()).fetchall()
+        return data
+
+    with closing(open_log(path, snapshot=misuse)) as engine:
+        push(engine, note("1", "here"))
+        with pytest.raises((sqlite3.Error, RuntimeError)):
+            ask(engine.snapshot())
+        assert fold(whole_log(engine)) == ["here"]
+        for _ in range(2):  # the second one uses the connection of the first
+            assert ask(engine.snapshot()).data == ["here"]
+        assert push(engine, note("2"))[0]["ok"]
 
 
 # --- Database file --------------------------------------------------------------------
@@ -1835,11 +2248,10 @@ def test_each_of_two_writers_warns_once_of_a_version_that_loses_commits(
         assert len(warnings) == (2 if loses_commits else 0)
 
 
-# --- Engine ---------------------------------------------------------------------------
-# Push: once, whole, or not at all.
+# The log in its file: cursors that are never issued again, and files that are removed,
+# replaced or overwritten under a running engine.
 
-
-life = st.lists(
+lives = st.lists(
     st.tuples(st.just("push"), st.lists(st.sampled_from("ab"), max_size=4))
     | st.tuples(st.just("fail"), st.lists(st.sampled_from("ab"), max_size=4))
     | st.tuples(st.just("trim"), st.sampled_from("ab"))
@@ -1850,1312 +2262,54 @@ life = st.lists(
 
 
 @settings(max_examples=20)
-@given(events=life)
-def test_cursors_strictly_increase_and_are_never_used_again(events: list[Any]) -> None:
+@given(events=lives)
+def test_cursors_strictly_increase_and_are_never_issued_again(
+    events: list[tuple[str, Any]],
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        engine = open_log(Path(folder) / "log.db", apply=ledger)
+        path = Path(folder) / "log.db"
+        engine = open_log(path, apply=ledger)
         newest = 0
-        for number, (what, detail) in enumerate(events):
-            if what == "push":
-                (result,) = push(engine, entry(str(number), *detail))
-                for change in made_by(engine, result, detail):
-                    assert change["cursor"] > newest
-                    newest = change["cursor"]
-            elif what == "fail":
-                assert not push(engine, entry(str(number), *detail, fail="conflict"))[
-                    0
-                ]["ok"]
-            elif what == "trim":
-                ask(engine.trim(detail, newest + 1))
-            else:
-                engine.close()
-                engine = open_log(Path(folder) / "log.db", apply=ledger)
+        for number, event in enumerate(events):
+            match event:
+                case "push", scopes:
+                    (result,) = push(engine, entry(str(number), *scopes))
+                    for change in made_by(engine, result, scopes):
+                        assert change["cursor"] > newest
+                        newest = change["cursor"]
+                case "fail", scopes:
+                    failing = entry(str(number), *scopes, fail="conflict")
+                    assert not push(engine, failing)[0]["ok"]
+                case "trim", scope:
+                    ask(engine.trim(scope, newest + 1))
+                case "reopen", _:
+                    engine.close()
+                    engine = open_log(path, apply=ledger)
         engine.close()
 
 
-@settings(max_examples=25)
-@given(
-    sends=st.lists(
-        st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=1, max_size=12
-    ),
-    wait=st.lists(st.booleans(), min_size=12, max_size=12),
-    reopen=st.integers(0, 12),
-)
-def test_any_order_of_sends_and_repeats_applies_each_mutation_once(
-    sends: list[list[int]], wait: list[bool], reopen: int
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        engine = open_log(Path(folder) / "log.db", apply=ledger)
-        answers = []
-        for number, keys in enumerate(sends):
-            if number == reopen:
-                engine.close()  # which finishes what was sent
-                engine = open_log(Path(folder) / "log.db", apply=ledger)
-            mutations = [entry(str(key), *([DEFAULT] * key)) for key in keys]
-            future = engine.submit(mutations)
-            answers += [(key, future, place) for place, key in enumerate(keys)]
-            if wait[number]:  # else they are sent while others are on their way
-                future.result(PATIENCE)
-        first: dict[int, Any] = {}
-        for key, future, place in answers:
-            result = json.loads(future.result(PATIENCE)[place].encoded)
-            if key in first:
-                assert result == first[key] | {"duplicate": True}
-            else:
-                first[key] = result
-        made = sorted((c for r in first.values() for c in r["changes"]), key=cursor_of)
-        assert whole_log(engine) == made
-        assert ask(engine.snapshot()).data == fold(made)
-        engine.close()
-
-
-def cursor_of(change: Any) -> int:
-    return int(change["cursor"])
-
-
-def test_one_id_sent_eight_times_at_once_applies_once(engine: Engine) -> None:
-    together = threading.Barrier(8)
-
-    def send(number: int) -> Any:
-        together.wait(PATIENCE)
-        return push(engine, note("1", number))[0]
-
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(send, range(8)))
-    assert sorted("duplicate" in result for result in results) == [False] + [True] * 7
-    assert all(result["changes"] == whole_log(engine) for result in results)
-    assert len(ask(engine.snapshot()).data) == 1
-
-
-def test_one_id_twice_in_one_push_applies_once(engine: Engine) -> None:
-    first, other, again = push(engine, note("1", "a"), note("2", "b"), note("1", "a"))
-    assert again == first | {"duplicate": True}
-    assert whole_log(engine) == first["changes"] + other["changes"]
-
-
-def test_one_id_never_applies_twice_whatever_else_it_comes_with(engine: Engine) -> None:
-    (first,) = push(engine, note("1", "a"))
-    for other in (note("1", "b"), {"id": "1", "name": "refuse", "args": "conflict"}):
-        assert push(engine, other) == [first | {"duplicate": True}]
-
-
-def test_one_id_in_two_scopes_names_two_mutations(engine: Engine) -> None:
-    results = push(engine, note("1", scope="a"), note("1", scope="b"))
-    assert ["duplicate" in result for result in results] == [False, False]
-
-
-def test_a_retry_gets_its_first_answer_after_others_pushed_and_after_a_restart(
-    path: Path,
-) -> None:
-    with closing(open_log(path)) as engine:
-        (first,) = push(engine, {"id": "1", "name": "notes", "args": 3})
-        push(engine, *(note(str(number)) for number in range(2, 9)))
-        assert push(engine, {"id": "1", "name": "notes", "args": 3}) == [
-            first | DUPLICATE
-        ]
-    with closing(open_log(path)) as engine:
-        assert push(engine, {"id": "1", "name": "notes", "args": 3}) == [
-            first | DUPLICATE
-        ]
-
-
-DUPLICATE = {"duplicate": True}
-
-
-def test_a_retry_after_a_trim_gets_its_first_answer_without_changes(
-    engine: Engine,
-) -> None:
-    share = {"id": "1", "name": "share", "args": ["a", "b"]}
-    (first,) = push(engine, share)
-    ask(engine.trim("a", first["cursor"]))  # one of its two changes
-    assert push(engine, share) == [{"ok": True, "cursor": first["cursor"], **DUPLICATE}]
-
-
-def test_without_changes_a_results_cursor_is_its_scopes_current_one(path: Path) -> None:
-    with closing(open_log(path)) as engine:
-        (some,) = push(engine, note("1", scope="a"))
-        push(engine, note("2", scope="b"))
-        nothing = {"id": "3", "scope": "a", "name": "notes", "args": 0}
-        (first,) = push(engine, nothing)
-        assert first == {"ok": True, "cursor": some["cursor"], "changes": []}
-        push(engine, note("4", scope="a"))
-        assert push(engine, nothing) == [first | DUPLICATE]
-        assert push(engine, nothing | {"scope": "new"})[0]["cursor"] == 0
-    with closing(open_log(path)) as engine:
-        assert push(engine, nothing) == [first | DUPLICATE]
-
-
-def test_a_change_is_found_in_the_scope_that_it_names(engine: Engine) -> None:
-    share = {"id": "1", "scope": "mine", "name": "share", "args": ["a", "b", "a"]}
-    (result,) = push(engine, share)
-    assert result["cursor"] == 3
-    assert list(map(cursor_of, whole_log(engine, "a"))) == [1, 3]
-    assert list(map(cursor_of, whole_log(engine, "b"))) == [2]
-    assert whole_log(engine, "mine") == []
-    assert ask(engine.current("mine")) == 0
-
-
-@pytest.mark.parametrize("restart", [False, True])
-def test_a_result_shows_only_changes_in_its_own_scope(
-    path: Path, restart: bool
-) -> None:
-    share = {
-        "id": "1",
-        "scope": "mine",
-        "name": "share",
-        "args": ["a", "mine", "b", "mine"],
-    }
-    engine = open_log(path)
-    (first,) = engine.submit([share]).result(PATIENCE)
-    (again,) = engine.submit([share]).result(PATIENCE)
-    if restart:
-        engine.close()
-        engine = open_log(path)
-    with closing(engine):
-        (later,) = engine.submit([share]).result(PATIENCE)
-        own = whole_log(engine, "mine")
-        assert list(map(cursor_of, own)) == [2, 4]
-        for result in (first, again, later):
-            assert [asdict(change) for change in result.changes] == own
-            assert json.loads(result.encoded)["changes"] == own
-            assert result.cursor == 4
-        ask(engine.trim("b", 9))  # a change of another scope goes
-        (rest,) = engine.submit([share]).result(PATIENCE)
-        assert (rest.changes, "changes" in json.loads(rest.encoded)) == ([], False)
-
-
-class CountingStore(mizusync.SQLiteStore):
-    """Counts how often the rows of a mutation are read."""
-
-    reads = 0
-
-    def read_range(self, db: Any, first: int, last: int) -> list[mizusync.Row]:
-        self.reads += 1
-        return super().read_range(db, first, last)
-
-
-@pytest.mark.parametrize(
-    "known", [True, False], ids=["of the log", "of the push itself"]
-)
-def test_repeats_in_a_push_that_is_large_already_are_answered_without_changes(
-    path: Path, known: bool
-) -> None:
-    store, large = CountingStore(path, SCHEMA), note("1", "x" * 1000)
-    with closing(
-        Engine(store, apply=apply, settings=Settings(max_page_size=5000))
-    ) as engine:
-        if known:
-            push(engine, large)
-        *repeats, new = push(engine, *[large] * 50, note("new", "y"))
-        whole = (
-            5000 // len(json.dumps(repeats[0])) + 1
-        )  # with the one that passes the limit
-        assert all("changes" in result for result in repeats[:whole])
-        brief = {"ok": True, "cursor": repeats[0]["cursor"], **DUPLICATE}
-        assert repeats[whole:] == [brief] * (50 - whole)
-        assert fold(new["changes"]) == ["y"]  # what is new always has them
-        assert store.reads == (whole if known else 0)
-        assert "changes" in push(engine, large)[0]  # in a push of its own
-
-
-@pytest.mark.parametrize("code", [*REFUSALS, "internal_error"])
-def test_a_mutation_that_failed_left_no_trace_and_may_be_sent_again(
-    path: Path, code: str
-) -> None:
-    with closing(open_log(path, apply=ledger)) as engine:
-        bad = entry("bad", DEFAULT, "other", fail=code)
-        good, failed, next_one = push(
-            engine, entry("1", DEFAULT), bad, entry("2", DEFAULT)
-        )
-        assert (failed["ok"], failed["code"]) == (False, code)
-        assert next_one["cursor"] == good["cursor"] + 1
-        assert whole_log(engine) == good["changes"] + next_one["changes"]
-        assert ask(engine.snapshot()).data == ["1.0", "2.0"]
-        assert ask(engine.snapshot("other")).data == whole_log(engine, "other") == []
-        (again,) = push(engine, entry("bad", DEFAULT))
-        assert again["ok"]
-        assert "duplicate" not in again
-
-
-def test_the_mutations_of_one_push_share_one_transaction(engine: Engine) -> None:
-    push(engine, *(note(str(number)) for number in range(50)))
-    assert engine.counts["commits"] == 1
-
-
-def test_all_that_waits_is_one_commit(path: Path) -> None:
-    entered, release = threading.Event(), threading.Event()
-    with closing(
-        open_log(path, apply=gated(entered, release), settings=SLOW)
-    ) as engine:
-        futures = [engine.submit([note("gate")])]
-        assert entered.wait(PATIENCE)
-        futures += [engine.submit([note(str(number))]) for number in range(50)]
-        release.set()
-        assert all(future.result(PATIENCE)[0].ok for future in futures)
-        assert engine.counts["commits"] == 1
-        assert len(whole_log(engine)) == 51
-
-
-SLOW = Settings(max_commit_time=PATIENCE)
-
-
-def gated(entered: threading.Event, release: threading.Event) -> Callable[..., Any]:
-    """The tests' application; the mutation "gate" stays in it until it is released."""
-
-    def apply_gated(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        if mutation.id == "gate":
-            entered.set()
-            assert release.wait(PATIENCE)
-        return apply(db, mutation)
-
-    return apply_gated
-
-
-def stalled(
-    entered: threading.Event, release: threading.Event
-) -> Callable[..., list[Any]]:
-    """An application in which every mutation stays until it is released."""
-
-    def apply_stalled(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-        entered.set()
-        release.wait(PATIENCE)
-        return [mutation.id]
-
-    return apply_stalled
-
-
-def test_a_log_filter_that_fails_keeps_no_answer_back_and_ends_no_thread(
-    path: Path,
-) -> None:
-    def fail(record: logging.LogRecord) -> bool:
-        raise LookupError(
-            "outside of a request"
-        )  # as a filter that asks a web framework does
-
-    handler = logging.NullHandler()
-    handler.handle = fail  # type: ignore[method-assign]
-    with closing(open_log(path, apply=careless)) as engine:
-        engine.add_listener(lambda news: raising(ZeroDivisionError()))
-        logging.getLogger("mizusync").addHandler(handler)
-        try:
-            results = push(engine, note("1"), note("SystemExit"), note("2"))
-            assert ask(engine.push([note("3")]))[0].ok
-        finally:
-            logging.getLogger("mizusync").removeHandler(handler)
-        assert [result["ok"] for result in results] == [True, False, True]
-
-
-def test_a_lost_pull_that_is_collected_amid_a_wake_stops_nothing(
-    engine: Engine,
-) -> None:
-    loop = asyncio.new_event_loop()
-    loop.set_exception_handler(lambda loop, context: None)  # which would tell of each
-
-    async def lose() -> list[Any]:
-        pulls = [engine.pull(str(number), wait=PATIENCE * 3) for number in range(50)]
-        lost = [asyncio.ensure_future(pull) for pull in pulls]
-        await asyncio.sleep(0)  # each asks a reader, which will find the loop closed
-        return lost
-
-    def wake() -> None:
-        gc.collect(0)  # not of what is lost, which is older
-        gc.set_threshold(
-            5, 0, 1000
-        )  # but so it is collected when wake() has made its first list
-        gc.enable()
-        engine.end_waits()
-
-    often, thread = gc.get_threshold(), threading.Thread(target=wake, daemon=True)
-    logging.getLogger("concurrent.futures").disabled = True
-    gc.disable()
-    try:
-        lost = loop.run_until_complete(lose())
-        loop.close()
-        for _ in range(10):
-            ask(engine.position())  # behind all of them
-        gc.collect(0)
-        del loop, lost
-        thread.start()
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-    finally:
-        gc.set_threshold(*often)
-        gc.enable()
-        logging.getLogger("concurrent.futures").disabled = False
-    assert push(engine, note("2"))[0]["ok"]
-
-
-@pytest.mark.parametrize("interval", [1e-9, 1e15])
-def test_no_interval_of_looks_ends_the_writers_thread(
-    path: Path, interval: float
-) -> None:
-    with closing(open_log(path, settings=Settings(watch_interval=interval))) as engine:
-        assert push(engine, note("1"))[0]["ok"]
-
-
-def test_close_finishes_what_waits_and_then_nothing_is_taken(path: Path) -> None:
-    entered, release = threading.Event(), threading.Event()
-    engine = open_log(path, apply=gated(entered, release))
-    futures = [engine.submit([note(key)]) for key in ("gate", "1", "2")]
-    assert entered.wait(PATIENCE)
-    closer = threading.Thread(target=engine.close)
-    closer.start()
-    until(lambda: refuses(lambda: engine.submit([])))
-    release.set()
-    closer.join(PATIENCE)
-    assert all(future.result(0)[0].ok for future in futures)
-    with closing(open_log(path)) as engine:
-        assert len(whole_log(engine)) == 3
-
-
-def refuses(action: Callable[[], Any]) -> bool:
-    try:
-        action()
-    except Unavailable:
-        return True
-    return False
-
-
-FORKED = """
-import asyncio, inspect, json, os, signal, sys
-import mizusync
-
-engine = mizusync.Engine(sys.argv[1], apply=lambda db, mutation: [1])
-mutation = {"id": "1", "name": "n"}
-
-def push():
-    return engine.submit([mutation]).result()[0].ok
-
-async def first(changes):
-    return await anext(changes)
-
-calls = {
-    "push": lambda: engine.push([mutation]),
-    "submit": push,
-    "trim": lambda: engine.trim("a", 1),
-    "pull": engine.pull,
-    "read": lambda: engine.read(id),
-    "snapshot": engine.snapshot,
-    "current": engine.current,
-    "position": engine.position,
-    "follow": lambda: first(engine.follow()),
-    "add_listener": lambda: engine.add_listener(print),
-    "end_waits": engine.end_waits,
-    "catch_up": engine.catch_up,
-    "stats": engine.stats,
-    "close": engine.close,
-}
-methods = inspect.getmembers(mizusync.Engine, inspect.isfunction)
-assert set(calls) == {name for name, _ in methods if not name.startswith("_")}
-
-def tried(call):
-    async def made():
-        value = call()
-        return await value if inspect.isawaitable(value) else value
-    try:
-        return repr(asyncio.run(made()))
-    except RuntimeError as error:
-        return str(error)
-
-assert push()
-if (child := os.fork()) == 0:
-    signal.alarm(10)  # a call that hangs ends the child
-    said = {tried(call) for call in calls.values()}
-    print(json.dumps(list(said)), flush=True)
-    os._exit(0)
-_, status = os.waitpid(child, 0)
-mutation["id"] = "2"
-print(json.dumps([status, push(), asyncio.run(engine.current())]))
-engine.close()
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_after_a_fork_the_child_is_told_and_the_parent_goes_on(path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED, str(path)],
-        capture_output=True,
-        text=True,
-        timeout=2 * PATIENCE,
-        cwd=PROGRAM.parent,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    child, parent = map(json.loads, done.stdout.splitlines())
-    assert child == ["this process was forked: open the engine after the fork"]
-    assert parent == [0, True, 2]
-    assert not path.with_name(f"{path.name}-wal").exists()  # it was closed in order
-
-
-def test_a_closed_engine_answers_everything_with_unavailable(engine: Engine) -> None:
-    push(engine, note("1"))
-    whole_log(engine)  # which the memory holds now
-    engine.close()
-    engine.close()  # twice does no harm
-    with pytest.raises(Unavailable):
-        engine.submit([note("2")])
-    for question in (
-        *(
-            lambda: engine.push([]),
-            engine.pull,
-            lambda: engine.pull("other"),
-            engine.snapshot,
-        ),
-        *(
-            engine.current,
-            lambda: engine.current("other"),
-            engine.position,
-            lambda: engine.read(id),
-        ),
-        lambda: engine.trim(DEFAULT, 2),
-    ):
-        with pytest.raises(Unavailable):
-            ask(asked(question))
-
-
-async def asked(question: Callable[[], Any]) -> Any:
-    return await question()
-
-
-def test_too_many_waiting_pushes_are_unavailable_and_leave_no_trace(path: Path) -> None:
-    entered, release = threading.Event(), threading.Event()
-    few = Settings(max_pending_pushes=3)
-    with closing(open_log(path, apply=gated(entered, release), settings=few)) as engine:
-        futures = [engine.submit([note("gate")])]
-        assert entered.wait(PATIENCE)
-        futures += [engine.submit([note(str(number))]) for number in range(3)]
-        with pytest.raises(Unavailable):
-            engine.submit([note("too many")])
-        release.set()
-        assert all(future.result(PATIENCE)[0].ok for future in futures)
-        assert push(engine, note("too many"))[0]["ok"]
-
-
-def test_threads_and_loops_push_to_one_engine(engine: Engine) -> None:
-    async def in_a_loop() -> None:
-        await asyncio.gather(
-            *(engine.push([note(f"loop {number}")]) for number in range(20))
-        )
-
-    threads = [threading.Thread(target=lambda: ask(in_a_loop()))]
-    threads += [
-        threading.Thread(target=lambda key=str(n): push(engine, note(key)))
-        for n in range(20)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert len(whole_log(engine)) == 40
-
-
-def test_the_identity_of_who_asks_reaches_apply(engine: Engine) -> None:
-    results = engine.submit([Mutation("1", "who", identity="ann")]).result(PATIENCE)
-    assert results[0].changes[0].data == "ann"
-
-
-def test_a_push_with_something_that_is_no_mutation_applies_none(engine: Engine) -> None:
-    with pytest.raises(mizusync.InvalidMutation):
-        engine.submit([note("1"), {"id": ""}])
-    assert whole_log(engine) == []
-
-
-@pytest.mark.parametrize("word", ["", "\ud800", "x" * 257, 5, True, None, []])
-@pytest.mark.parametrize("field", ["id", "name", "scope"])
-def test_a_mutation_can_not_be_made_wrong(field: str, word: Any) -> None:
-    good, bad = {"id": "1", "name": "note"}, {field: word}
-    with pytest.raises(mizusync.InvalidMutation):
-        Mutation(**(good | bad))
-    with pytest.raises(mizusync.InvalidMutation):
-        Mutation.parse(good | bad)
-
-
-# Push: whatever an application does wrong, it spoils that mutation alone.
-
-
-def raising(error: BaseException) -> Any:
-    raise error
-
-
-def half_read(db: sqlite3.Connection) -> Any:
-    sql = (
-        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n LIMIT 999)"
-        " SELECT i FROM n"
-    )
-    KEPT.append(db.execute(sql))
-    return KEPT[-1].fetchone() and ["fine"]
-
-
-def half_inserted(db: sqlite3.Connection) -> Any:
-    insert = "INSERT INTO notes VALUES ('n', '1'), ('n', '2') RETURNING data"
-    KEPT.append(db.cursor().execute(insert))
-    return KEPT[-1].fetchone() and ["fine"]
-
-
-def changed_factories(db: sqlite3.Connection) -> Any:
-    db.row_factory, db.text_factory = sqlite3.Row, bytes
-    return ["fine"]
-
-
-def left_blob(db: sqlite3.Connection) -> Any:
-    (row,) = db.execute("SELECT max(rowid) FROM notes").fetchone()
-    KEPT.append(db.blobopen("notes", "data", row))
-    KEPT[-1].write(b"n")  # of null
-    return ["fine"]
-
-
-def midway(db: sqlite3.Connection) -> Iterator[Any]:
-    yield "first"
-    db.execute("INSERT INTO notes VALUES ('n', '1')")
-    raise ZeroDivisionError
-
-
-def ended_late(db: sqlite3.Connection) -> Iterator[Any]:
-    try:
-        yield {"no JSON"}
-    finally:
-        db.execute("INSERT INTO notes VALUES ('_default', '\"a trace\"')")
-
-
-def with_db_around(db: sqlite3.Connection) -> Iterator[Any]:
-    with db:
-        yield {"no JSON"}
-
-
-def given_up(db: sqlite3.Connection) -> Any:
-    """A thread of its own is still in a cursor."""
-    count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n LIMIT 200000)"
-    cursor, begun = db.cursor(), threading.Event()
-
-    def run() -> None:
-        begun.set()
-        with suppress(sqlite3.Error):
-            cursor.execute(f"{count} SELECT count(*) FROM n")
-
-    threading.Thread(target=run).start()
-    assert begun.wait(PATIENCE)
-    time.sleep(0.01)
-    raise TimeoutError("it takes too long")
-
-
-def backed_up(db: sqlite3.Connection) -> Any:
-    with closing(sqlite3.connect(":memory:")) as target:
-        db.backup(target)
-    return ["it would wait for its own end"]
-
-
-def with_db(db: sqlite3.Connection) -> Any:
-    with db:
-        db.execute("INSERT INTO notes VALUES ('n', '1')")
-    return ["fine"]
-
-
-def own_savepoints(db: sqlite3.Connection) -> Any:
-    db.execute("SAVEPOINT mine")
-    db.execute("DELETE FROM notes")
-    db.execute("ROLLBACK TO mine")
-    db.execute("RELEASE mine")
-    db.execute("SAVEPOINT left_open")
-    return ["fine"]
-
-
-def released(db: sqlite3.Connection) -> Any:
-    db.execute("SAVEPOINT mine")
-    raise mizusync.Conflict("with a savepoint open")
-
-
-def rolled_back(db: sqlite3.Connection) -> Any:
-    db.execute("CREATE TABLE only (n UNIQUE ON CONFLICT ROLLBACK)")
-    return [db.execute("INSERT INTO only VALUES (1), (1)")]
-
-
-def rolled_back_unheard(db: sqlite3.Connection) -> Any:
-    with suppress(sqlite3.Error):
-        rolled_back(db)
-    with suppress(sqlite3.Error):
-        db.execute("INSERT INTO notes VALUES ('_default', '\"a trace\"')")
-    return ["fine"]
-
-
-def cyclic() -> list[Any]:
-    data: list[Any] = []
-    data.append(data)
-    return data
-
-
-KEPT: list[Any] = []  # what a careless application keeps
-MISUSES: dict[str, Callable[[sqlite3.Connection], Any]] = {
-    "with db": with_db,
-    "commit": lambda db: db.commit(),
-    "rollback": lambda db: db.rollback(),
-    "executescript": lambda db: db.executescript(
-        "INSERT INTO notes VALUES ('n', '1');"
-    ),
-    "isolation_level": lambda db: setattr(db, "isolation_level", None),
-    "close": lambda db: db.close(),
-    "ROLLBACK on conflict": rolled_back,
-    "ROLLBACK on conflict, caught": rolled_back_unheard,
-    "raises midway": midway,
-    "a generator that writes at its end": ended_late,
-    "a generator with db": with_db_around,
-    "a generator inside a map": lambda db: map(str.upper, ended_late(db)),
-    "a cursor that a thread is in": given_up,
-    "an authorizer of its own": lambda db: db.set_authorizer(None),
-    "a backup": backed_up,
-    "Json without text": lambda db: [Json("")],
-    "a savepoint left open by a failure": released,
-    "the engine's own words": lambda db: db.execute(
-        "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)", ("a", "mark", None, 0)
-    ),
-    "SystemExit": lambda db: raising(SystemExit(1)),
-    "KeyboardInterrupt": lambda db: raising(KeyboardInterrupt()),
-    "GeneratorExit": lambda db: raising(GeneratorExit()),
-    "CancelledError": lambda db: raising(asyncio.CancelledError()),
-    "MemoryError": lambda db: raising(MemoryError()),
-    "StopIteration": lambda db: raising(StopIteration()),
-    "a wrong statement": lambda db: db.execute("SELEC"),
-    "a dict": lambda db: {"data": 1},
-    "a string": lambda db: "text",
-    "bytes": lambda db: b"text",
-    "a number": lambda db: 5,
-    "a bare Change": lambda db: Change(1),
-    "a set as data": lambda db: [{1}],
-    "NaN as data": lambda db: [float("nan")],
-    "infinity as data": lambda db: [[float("-inf")]],
-    "half a surrogate pair as data": lambda db: ["\ud800"],
-    "half a surrogate pair as a key": lambda db: [{"\udfff": 1}],
-    "half a surrogate pair in Json": lambda db: [Json('"\ud800"')],
-    "data inside itself": lambda db: [cyclic()],
-    "an empty scope": lambda db: [Change(1, scope="")],
-    "a long scope": lambda db: [1, Change(1, scope="x" * 257)],
-    "half a surrogate pair as scope": lambda db: [Change(1, scope="\ud800")],
-    "a number as scope": lambda db: [Change(1, scope=5)],  # type: ignore[arg-type]
-    "too many changes": lambda db: range(1001),
-    "changes without end": lambda db: iter(lambda: 1, 2),
-} | {
-    sql: lambda db, sql=sql: [*db.execute(sql), "done"]
-    for sql in (
-        *(
-            "COMMIT",
-            "ROLLBACK",
-            "END",
-            "commit",
-            "BEGIN",
-            "COMMIT TRANSACTION",
-            "VACUUM",
-        ),
-        *(
-            "PRAGMA journal_mode = DELETE",
-            "PRAGMA synchronous = OFF",
-            "PRAGMA user_version = 3",
-        ),
-        *("PRAGMA query_only = ON", "ATTACH ':memory:' AS other", "DETACH main"),
-        *("ROLLBACK TO mizusync_mutation", "RELEASE mizusync_mutation"),
-        *("RELEASE MIZUSYNC_MUTATION", 'ROLLBACK TO "Mizusync_Mutation"'),
-        *("DELETE FROM mizusync_changes", "UPDATE mizusync_changes SET data = '1'"),
-        *(
-            "INSERT INTO mizusync_epochs VALUES (9, 'x', 0)",
-            "DELETE FROM MIZUSYNC_MUTATIONS",
-        ),
-        *(
-            "REPLACE INTO mizusync_trims VALUES ('_default', 99)",
-            "DROP TABLE mizusync_epochs",
-        ),
-        *(
-            "ALTER TABLE mizusync_trims RENAME TO trims",
-            "DROP INDEX mizusync_changes_of_scope",
-        ),
-        "ALTER TABLE mizusync_changes ADD COLUMN mine",
-        (
-            "CREATE TRIGGER t AFTER INSERT ON mizusync_changes"
-            " BEGIN DELETE FROM notes; END"
-        ),
-        (
-            "CREATE TEMP TRIGGER t AFTER INSERT ON mizusync_changes"
-            " BEGIN DELETE FROM notes; END"
-        ),
-        "CREATE TEMP TABLE mizusync_changes (cursor, first, scope, time, data)",
-        "UPDATE sqlite_sequence SET seq = 0",
-    )
-}
-ALLOWED: dict[str, Callable[[sqlite3.Connection], Any]] = {
-    "savepoints of its own": own_savepoints,
-    "a half-read SELECT": half_read,
-    "INSERT RETURNING left open": half_inserted,
-    "factories changed": changed_factories,
-    "a blob left open": left_blob,
-    "None": lambda db: None,
-    "a generator": lambda db: (data for data in ("fine",)),
-    "a tuple": lambda db: ("fine",),
-    "reading the log": lambda db: db.execute(
-        "SELECT cursor FROM mizusync_changes"
-    ).fetchall(),
-    "a thousand changes": lambda db: range(1000),
-    "a table of its own": lambda db: [db.execute("CREATE TABLE mine (n)") and "fine"],
-}
-
-
-def careless(db: sqlite3.Connection, mutation: Mutation) -> Any:
-    """The tests' application, but for what it does wrong once it has written."""
-    made = apply(db, mutation)
-    return (
-        (MISUSES | ALLOWED)[mutation.id](db)
-        if mutation.id in MISUSES | ALLOWED
-        else made
-    )
-
-
-@pytest.fixture(scope="module")
-def misused(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Engine, Engine]]:
-    """One engine that goes on through every misuse, and another on its file that reads
-    from it."""
-    path = tmp_path_factory.mktemp("misused") / "log.db"
-    with (
-        closing(open_log(path, apply=careless)) as engine,
-        closing(open_log(path)) as other,
-    ):
-        push(engine, note("0"))
-        yield engine, other
-
-
-@pytest.mark.parametrize("what", MISUSES)
-def test_a_misuse_of_apply_spoils_that_mutation_alone(
-    misused: tuple[Engine, Engine], what: str
-) -> None:
-    engine, other = misused
-    start, data = ask(engine.current()), ask(engine.snapshot()).data
-    first, bad, last = push(
-        engine, note(f"{what} 1", 1), note(what, "a trace"), note(f"{what} 2")
-    )
-    assert (first["ok"], bad["ok"], last["ok"]) == (True, False, True)
-    assert bad["code"] in ("internal_error", "invalid_mutation", "conflict")
-    (good,) = push(engine, note(f"{what} 3", 3))
-    changes = [*first["changes"], *last["changes"], *good["changes"]]
-    for one in (engine, other):
-        assert pull(one, start)["changes"] == changes
-        assert ask(one.snapshot()).data == [*data, 1, None, 3]
-    (again,) = push(other, note(what))  # which is not known: it left no mark
-    assert "duplicate" not in again
-    assert len(whole_log(engine)) == len(data) + 4
-
-
-@pytest.mark.parametrize("what", ALLOWED)
-def test_what_an_application_may_do_does_not_hinder_the_next(
-    path: Path, what: str
-) -> None:
-    with closing(open_log(path, apply=careless)) as engine:
-        results = push(engine, note("1", 1), note(what, None), note("2", 2))
-        results += push(engine, note("3", 3))
-        assert [result["ok"] for result in results] == [True] * 4
-        assert push(engine, note("1", 1)) == [
-            results[0] | DUPLICATE
-        ]  # read from the file
-        made = [change for result in results for change in result["changes"]]
-        assert whole_log(engine) == made
-    with closing(open_log(path)) as engine:
-        assert whole_log(engine) == made
-        assert [data for data in ask(engine.snapshot()).data if data] == [1, 2, 3]
-    KEPT.clear()
-
-
-@table(
-    "kind",
-    {
-        "full-text search": ("fts5(word)", "'milk'", "words MATCH 'milk'"),
-        "full-text search of old": ("fts4(word)", "'milk'", "words MATCH 'milk'"),
-        "R*Tree": ("rtree(number, low, high)", "1, 2, 3", "low < 3"),
-    },
-)
-def test_virtual_tables_are_the_applications_also_after_a_restart(
-    path: Path, kind: tuple[str, str, str]
-) -> None:
-    module, values, condition = kind
-    schema = f"CREATE VIRTUAL TABLE IF NOT EXISTS words USING {module};"
-
-    def write(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        db.execute("DELETE FROM words")
-        db.execute(f"INSERT INTO words VALUES ({values})")
-        return [1]
-
-    def read(db: sqlite3.Connection, scope: str) -> Any:
-        return len(db.execute(f"SELECT * FROM words WHERE {condition}").fetchall())
-
-    for key in ("1", "2"):
-        try:
-            engine = open_log(path, apply=write, snapshot=read, schema=schema)
-        except StoreError as error:
-            pytest.skip(str(error.__cause__))
-        with closing(engine):
-            assert push(engine, note(key))[0]["ok"]
-            assert ask(engine.snapshot()).data == 1
-
-
-def test_an_apply_that_ends_the_transaction_spoils_no_other_push(path: Path) -> None:
-    entered, release = threading.Event(), threading.Event()
-    gate = gated(entered, release)
-
-    def ending(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        return rolled_back(db) if mutation.name == "end" else gate(db, mutation)
-
-    with closing(open_log(path, apply=ending, settings=SLOW)) as engine:
-        futures = [engine.submit([note("gate")])]
-        assert entered.wait(PATIENCE)
-        bad = {"id": "bad", "name": "end", "args": None}
-        for number in range(5):
-            futures += [
-                engine.submit([note(f"{number}"), bad, bad | {"id": f"worse {number}"}])
-            ]
-            futures += [engine.submit([note(f"{number} too")])]
-        release.set()
-        results = [result for future in futures for result in future.result(PATIENCE)]
-        assert [result.ok for result in results] == [
-            True,
-            *[True, False, False, True] * 5,
-        ]
-        assert {result.code for result in results} == {"", "internal_error"}
-        assert whole_log(engine) == [
-            asdict(c) for result in results for c in result.changes
-        ]
-        assert len(ask(engine.snapshot()).data) == 11
-
-
-def test_a_constraint_that_is_checked_at_the_commit_fails_that_mutation_alone(
-    path: Path,
-) -> None:
-    entered, release = threading.Event(), threading.Event()
-    gate = gated(entered, release)
-    orders = (
-        "orders (n INTEGER PRIMARY KEY,"
-        " of REFERENCES orders DEFERRABLE INITIALLY DEFERRED)"
-    )
-    schema = f"{SCHEMA} PRAGMA foreign_keys = ON; CREATE TABLE IF NOT EXISTS {orders}"
-
-    def ordering(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        if mutation.id == "bad":
-            db.execute("INSERT INTO orders VALUES (1, 999)")
-        return gate(db, mutation)
-
-    with closing(
-        open_log(path, apply=ordering, schema=schema, settings=SLOW)
-    ) as engine:
-        futures = [engine.submit([note("gate", "gate")])]
-        assert entered.wait(PATIENCE)
-        keys = [["1"], ["2", "bad", "3"], ["4"]]
-        futures += [engine.submit([note(key, key) for key in push]) for push in keys]
-        release.set()
-        results = [result for future in futures for result in future.result(PATIENCE)]
-        assert [result.code for result in results] == [
-            "",
-            "",
-            "",
-            "internal_error",
-            "",
-            "",
-        ]
-        assert fold(whole_log(engine)) == ["gate", "1", "2", "3", "4"]
-        assert ask(engine.snapshot()).data == ["gate", "1", "2", "3", "4"]
-
-
-@table(
-    "statement",
-    {
-        "an AUTOINCREMENT at its end": "INSERT INTO ends VALUES (NULL)",
-        "a full-text index that does not know it": (
-            "INSERT INTO words (words, rowid, word) VALUES ('delete', 9, 'absent')"
-        ),
-    },
-)
-def test_a_mutation_whose_own_error_has_the_code_of_a_disk_fails_alone(
-    path: Path, statement: str
-) -> None:
-    entered, release = threading.Event(), threading.Event()
-    gate = gated(entered, release)
-    schema = f"""{SCHEMA}
-        CREATE TABLE ends (n INTEGER PRIMARY KEY AUTOINCREMENT);
-        INSERT INTO ends VALUES (9223372036854775807);
-        CREATE VIRTUAL TABLE words USING fts5(word, content='');
-    """
-
-    def faulty(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        if mutation.id == "bad":
-            with suppress(
-                sqlite3.Error if mutation.args == "caught" else ZeroDivisionError
-            ):
-                db.execute(statement)
-        return gate(db, mutation)
-
-    with closing(open_log(path, apply=faulty, schema=schema, settings=SLOW)) as engine:
-        futures = [engine.submit([note("gate", "gate")])]
-        assert entered.wait(PATIENCE)
-        futures += [
-            engine.submit([note(str(number), str(number))]) for number in range(3)
-        ]
-        futures += [engine.submit([note("3", "3"), note("bad"), note("4", "4")])]
-        futures += [engine.submit([note("bad", "caught", scope="caught")])]
-        futures += [engine.submit([note("5", "5")])]
-        release.set()
-        results = [
-            [result.code for result in future.result(PATIENCE)] for future in futures
-        ]
-        failed = "internal_error"
-        # An error that `apply` catches is its own affair, unless it has rolled back the
-        # transaction.
-        caught = "" if "words" in statement else failed
-        assert results == [[""], [""], [""], [""], ["", failed, ""], [caught], [""]]
-        assert (
-            fold(whole_log(engine))
-            == ["gate", *"012345"]
-            == ask(engine.snapshot()).data
-        )
-        assert engine.counts["pushes_failed"] == 0
-        assert engine.counts[failed] == sum(failed in push for push in results)
-
-
-def test_each_run_of_apply_gets_the_args_as_they_came(path: Path) -> None:
-    entered, release, seen = threading.Event(), threading.Event(), list[Any]()
-    gate = gated(entered, release)
-
-    def greedy(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        if mutation.id == "end":
-            return rolled_back(db)
-        if mutation.id == "greedy":
-            seen.append(copy.deepcopy(mutation.args))
-            mutation.args.pop("title")
-            mutation.args["list"][0].append(mutation.args["tuple"][1].pop())
-            return ["done"]
-        return gate(db, mutation)
-
-    args = {
-        "title": "t",
-        "list": [[1]],
-        "tuple": (1.5, [None]),
-        "bytes": b"\0",
-        "large": 2**70,
-    }
-    before = copy.deepcopy(args)
-    with closing(open_log(path, apply=greedy, settings=SLOW)) as engine:
-        engine.submit([note("gate")])
-        assert entered.wait(PATIENCE)
-        future = engine.submit([note("greedy", args), note("end")])
-        args["title"] = "changed while it waits"
-        release.set()
-        assert [result.code for result in future.result(PATIENCE)] == [
-            "",
-            "internal_error",
-        ]
-    assert len(seen) > 1
-    assert seen == [before] * len(seen)
-    assert args == before | {"title": "changed while it waits"}
-
-
-def nested(levels: int) -> list[Any]:
-    value: list[Any] = []
-    for _ in range(levels):
-        value = [value]
-    return value
-
-
-@table(
-    "make",
-    {
-        "an object": object,
-        "a path inside": lambda: {"inside": [Path("a")]},
-        "a dict of a class of its own": lambda: type("Own", (dict,), {})(),
-        "too deep": lambda: nested(10_000),
-    },
-)
-def test_args_that_can_not_be_copied_are_an_invalid_mutation(
-    engine: Engine, make: Callable[[], Any]
-) -> None:
-    mutations = [note("1"), note("2", make())]
-    with pytest.raises(mizusync.InvalidMutation):
-        engine.submit(mutations)
-    with pytest.raises(mizusync.InvalidMutation):
-        ask(engine.push(mutations))
-    assert whole_log(engine) == []
-
-
-def test_a_push_that_was_submitted_is_not_cancelled(path: Path) -> None:
-    entered, release = threading.Event(), threading.Event()
-    with closing(open_log(path, apply=gated(entered, release))) as engine:
-        futures = [engine.submit([note("gate")]), engine.submit([note("1")])]
-        assert entered.wait(PATIENCE)
-        assert [future.cancel() for future in futures] == [False, False]
-        release.set()
-        assert all(future.result(PATIENCE)[0].ok for future in futures)
-
-
-def test_a_refusal_of_the_application_has_a_code_of_its_own_and_its_parents_status(
-    path: Path,
-) -> None:
-    class OutOfStock(mizusync.Conflict, code="out_of_stock"):
-        pass
-
-    class Closed(OutOfStock):
-        pass
-
-    def closed(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        raise Closed("come back")
-
-    with closing(open_log(path, apply=closed)) as engine:
-        (result,) = push(engine, note("1"))
-    assert (result["code"], Closed.status) == ("out_of_stock", mizusync.Conflict.status)
-    assert mizusync.Conflict.code == "conflict"
-
-
-def test_a_cursor_that_apply_returns_is_no_list_of_changes(path: Path) -> None:
-    def querying(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        db.execute("INSERT INTO notes VALUES ('', 'a secret')")
-        return db.execute("SELECT * FROM notes") if mutation.args else db.cursor()
-
-    with recorded() as records, closing(open_log(path, apply=querying)) as engine:
-        results = push(engine, note("1", True), note("2", False))
-        assert [result.get("code") for result in results] == ["internal_error"] * 2
-        assert whole_log(engine) == ask(engine.snapshot("")).data == []
-    errors = [text for text in records.texts if "TypeError: apply returns" in text]
-    assert len(errors) == 2
-
-
-def test_too_many_changes_are_an_invalid_mutation(path: Path) -> None:
-    with closing(open_log(path, settings=Settings(max_mutation_changes=3))) as engine:
-        results = push(
-            engine, *({"id": str(n), "name": "notes", "args": n} for n in (3, 4))
-        )
-    assert (results[0]["ok"], results[1]["code"]) == (True, "invalid_mutation")
-
-
-# When the disk refuses: nothing was applied, and later it works again.
-
-
-@contextmanager
-def limited(engine: Engine, kept: list[sqlite3.Connection]) -> Iterator[None]:
-    """A database that is full: it may not grow by more than a page."""
-    push(engine, note("so that the connection is there"))
-    execute = sqlite3.Connection.execute
-    (size,) = execute(kept[0], "PRAGMA page_count").fetchone()
-    execute(kept[0], f"PRAGMA max_page_count = {size + 1}").fetchone()
-    yield
-    execute(kept[0], f"PRAGMA max_page_count = {2**30}").fetchone()
-
-
-def insert_much(db: sqlite3.Connection) -> None:
-    db.execute(
-        "INSERT INTO notes VALUES ('_default', printf('\"%.*c\"', 1000000, 'x'))"
-    )
-
-
-def swallow(db: sqlite3.Connection) -> None:
-    with suppress(sqlite3.Error):
-        insert_much(db)
-
-
-def swallow_and_go_on(db: sqlite3.Connection) -> None:
-    swallow(db)
-    db.execute("INSERT INTO notes VALUES ('_default', '\"a trace\"')")
-
-
-def swallow_and_begin(db: sqlite3.Connection) -> None:
-    swallow(db)
-    db.execute("SAVEPOINT mine")
-    db.execute("INSERT INTO notes VALUES ('_default', '\"a trace\"')")
-
-
-def swallow_and_go_on_with_a_cursor(db: sqlite3.Connection) -> None:
-    cursor, trace = db.cursor(), "INSERT INTO notes VALUES ('_default', '\"a trace\"')"
-    cursor.execute(trace)  # so that it is prepared
-    swallow(db)
-    for write in (
-        cursor.execute,
-        cursor.executescript,
-        lambda sql: cursor.executemany(sql, [()]),
-    ):
-        with suppress(sqlite3.Error):
-            write(trace)
-
-
-FILLS = [insert_much, swallow, swallow_and_go_on, swallow_and_go_on_with_a_cursor]
-
-
-@pytest.mark.parametrize("fill", [*FILLS, swallow_and_begin])
-def test_what_alone_does_not_fit_the_disk_fails_alone_and_nothing_of_it_stays(
-    path: Path, fill: Callable[[sqlite3.Connection], None]
-) -> None:
-    kept: list[sqlite3.Connection] = []
-
-    def hungry(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        kept[:] = [db]
-        made = apply(db, mutation)
-        if mutation.id == "much":
-            fill(db)
-        return made
-
-    with closing(open_log(path, apply=hungry)) as engine:
-        with limited(engine, kept):
-            results = push(engine, note("1"), note("much"), note("2"))
-            codes = [result.get("code") for result in results]
-            assert codes == [None, "internal_error", None]
-            assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 3
-        (again,) = push(engine, note("much"))  # the same id: it had left no mark
-        assert (again["ok"], "duplicate" in again) == (True, False)
-    with closing(open_log(path)) as engine:
-        assert len(whole_log(engine)) == 4
-
-
-@contextmanager
-def full_disk(path: Path) -> Iterator[None]:
-    """Meanwhile this database's write-ahead log may not grow."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = path.with_name(f"{path.name}-wal").stat().st_size
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, old[1]))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="needs a limit on the size of files"
-)
-def test_a_refused_first_transaction_is_not_taken_for_a_restored_copy(
-    path: Path,
-) -> None:
-    with closing(open_log(path)) as before, closing(open_log(path)) as engine:
-        push(before, note("1", "x" * 100_000))
-        looked, look = threading.Semaphore(0), engine.store.latest
-
-        def count_and_look() -> mizusync.Position:
-            looked.release()
-            return look()
-
-        with full_disk(path):
-            for _ in range(2):
-                with pytest.raises(Unavailable):
-                    push(engine, note("lost"))
-        engine.store.latest = count_and_look  # type: ignore[method-assign]
-        for _ in range(3):  # the idle writer has looked at it
-            assert looked.acquire(timeout=PATIENCE)
-        assert engine.rewinds == 0
-        assert push(engine, note("2"))[0]["ok"]
-        assert engine.rewinds == 0
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="needs a limit on the size of files"
-)
-def test_a_disk_that_refuses_a_write_is_unavailable_and_later_works_again(
-    engine: Engine, path: Path
+@pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
+def test_a_removed_or_replaced_file_makes_the_engine_unavailable(
+    engine: Engine, path: Path, replaced: bool
 ) -> None:
     push(engine, note("1"))
-    with full_disk(path):
-        future = engine.submit([note("2")])
-        with pytest.raises(Unavailable):
-            future.result(PATIENCE)
-        page = ask(engine.pull())
-    assert len(page.changes) == 1
-    assert "duplicate" not in push(engine, note("2"))[0]
-    assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 2
-
-
-def test_a_lock_held_for_long_is_unavailable_and_reads_go_on(path: Path) -> None:
-    with (
-        closing(open_log(path, settings=Settings(busy_timeout=MOMENT))) as engine,
-        closing(sqlite3.connect(path, isolation_level=None)) as db,
-    ):
-        push(engine, note("1"))
-        db.execute("BEGIN IMMEDIATE")
-        future = engine.submit([note("2")])
-        assert len(whole_log(engine)) == 1  # in the meantime
-        with pytest.raises(Unavailable):
-            future.result(PATIENCE)
-        db.execute("ROLLBACK")
-        assert "duplicate" not in push(engine, note("2"))[0]
-
-
-def test_all_that_waits_for_a_lock_in_vain_is_refused_together(path: Path) -> None:
-    wait = 1.0
-
-    async def ask_for_much(engine: Engine) -> list[Any]:
-        pushes = [engine.push([note(str(number))]) for number in range(12)]
-        work: list[Any] = [*pushes, engine.trim(DEFAULT, 2)]
-        return list(await asyncio.gather(*work, return_exceptions=True))
-
-    with (
-        closing(open_log(path, settings=Settings(busy_timeout=wait))) as engine,
-        closing(sqlite3.connect(path, isolation_level=None)) as db,
-    ):
-        db.execute("BEGIN IMMEDIATE")
-        begun = time.monotonic()
-        outcomes = ask(ask_for_much(engine))
-        assert time.monotonic() - begun < len(outcomes) * wait / 2
-        assert {type(outcome) for outcome in outcomes} == {mizusync.StoreRefused}
-        db.execute("ROLLBACK")
-        results = push(engine, *(note(str(number)) for number in range(12)))
-        assert [result.get("duplicate") for result in results] == [None] * 12
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="needs a limit on the size of files"
-)
-def test_once_the_disk_refuses_what_is_left_is_unavailable_untried(path: Path) -> None:
-    entered, release, runs = threading.Event(), threading.Event(), list[str]()
-    gate, full = gated(entered, release), ExitStack()
-
-    def filling(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        runs.append(mutation.id)
-        if mutation.id == "gate":  # it has room when it is tried alone
-            full.close()
-        made = gate(db, mutation)
-        if mutation.id == "full":
-            full.enter_context(full_disk(path))
-        return made
-
-    with full, closing(open_log(path, apply=filling, settings=SLOW)) as engine:
-        futures = [engine.submit([note("gate"), note("full"), note("1")])]
-        assert entered.wait(PATIENCE)
-        futures += [engine.submit([note("2")]), engine.submit([note("3")])]
-        release.set()
-        results = futures[0].result(PATIENCE)
-        assert [result.code for result in results] == ["", "unavailable", "unavailable"]
-        for future in futures[1:]:
-            assert isinstance(future.exception(PATIENCE), mizusync.StoreRefused)
-        assert runs == ["gate", "full", "1", "2", "3", "gate", "full"]
-        counts = [
-            engine.counts[name] for name in ("pushes", "pushes_failed", "unavailable")
-        ]
-        assert counts == [1, 2, 2]
-        full.close()
-        again = push(engine, note("gate"), note("1"), note("2"), note("3"))
-        assert ["duplicate" in result for result in again] == [
-            True,
-            False,
-            False,
-            False,
-        ]
-        assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 4
-
-
-@pytest.mark.parametrize("how", ["unlinked", "replaced"])
-def test_a_file_that_was_removed_or_replaced_is_unavailable(
-    engine: Engine, path: Path, how: str
-) -> None:
-    push(engine, note("1"))
-    if how == "replaced":
-        shutil.copy(path, path.with_name("copy.db"))
-        path.with_name("copy.db").replace(path)
+    if replaced:
+        copied = path.with_name("copy.db")
+        shutil.copy(path, copied)
+        copied.replace(path)
     else:
         path.unlink()
-    for question in (
+    calls: list[Callable[[], Any]] = [
         lambda: engine.push([note("2")]),
         engine.position,
         engine.snapshot,
-    ):
+    ]
+    for call in calls:
         with pytest.raises(Unavailable):
-            ask(asked(question))
+            ask(asked(call))
 
 
-def test_without_its_write_ahead_log_it_is_unavailable_and_keeps_what_was_acknowledged(
+def test_a_removed_wal_makes_pushes_unavailable_and_loses_no_acknowledged_change(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mizusync, "WAL_CHECK_INTERVAL", 0)  # at each commit
@@ -3169,35 +2323,21 @@ def test_without_its_write_ahead_log_it_is_unavailable_and_keeps_what_was_acknow
         assert len(whole_log(engine)) == 1
 
 
-def test_a_write_ahead_log_that_was_replaced_before_the_first_push_is_noticed(
+def test_a_wal_that_is_replaced_before_the_first_push_makes_it_unavailable(
     path: Path,
 ) -> None:
     open_log(path).close()
     with closing(open_log(path)) as engine:
         ask(engine.position())
-        for end in ("-wal", "-shm"):
-            path.with_name(path.name + end).unlink()
-        with closing(sqlite3.connect(path)) as other:  # which makes its own
-            other.execute("SELECT * FROM mizusync_epochs").fetchall()
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink()
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("SELECT * FROM mizusync_epochs").fetchall()  # makes a new WAL
             with pytest.raises(Unavailable):
                 push(engine, note("1"))
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_link_to_the_file_is_as_good_as_the_file(tmp_path: Path, there: bool) -> None:
-    (tmp_path / "data").mkdir()
-    real, link = tmp_path / "data" / "real.db", tmp_path / "link.db"
-    link.symlink_to(real)
-    if there:
-        open_log(real).close()
-    with closing(open_log(link)) as engine:
-        assert push(engine, note("1"))[0]["ok"]
-        assert engine.stats()["wal_bytes"] > 0
-    with closing(open_log(real)) as engine:
-        assert len(whole_log(engine)) == 1
-
-
-def test_a_file_that_became_no_database_is_unavailable(path: Path) -> None:
+def test_a_file_that_is_overwritten_makes_pushes_unavailable(path: Path) -> None:
     with closing(open_log(path)) as engine:
         push(engine, note("1"))
         make_database(path, "PRAGMA wal_checkpoint(TRUNCATE)")
@@ -3207,57 +2347,23 @@ def test_a_file_that_became_no_database_is_unavailable(path: Path) -> None:
             push(engine, note("2"))
 
 
-# --- Guard ----------------------------------------------------------------------------
-# Each call of `apply` or `snapshot` leaves the connection as it found it.
-
-
-def test_a_database_cursor_that_apply_drops_is_closed_at_once(path: Path) -> None:
-    def drop_cursor(db: sqlite3.Connection, mutation: Mutation) -> list[bool]:
-        # The cursor is half read. If a thousand of them stayed open, they would take
-        # a time that grows with the square of their number.
-        dropped = weakref.ref(db.execute("SELECT 1 UNION SELECT 2"))
-        return [dropped() is None]
-
-    with closing(open_log(path, apply=drop_cursor)) as engine:
-        (result,) = push(engine, note("1"))
-        assert fold(result["changes"]) == [True]
-
-
-@table(
-    "statement",
-    {
-        "a commit": "COMMIT",
-        "a pragma": "PRAGMA query_only = OFF",
-        "a write": "DELETE FROM notes",
-        "a write to the log": "DELETE FROM mizusync_changes",
-        "another file": "ATTACH ':memory:' AS x",
-    },
-)
-def test_a_snapshot_function_that_misuses_its_connection_fails_alone(
-    path: Path, statement: str
+@pytest.mark.parametrize("exists", [True, False], ids=["old file", "new file"])
+def test_a_symbolic_link_serves_as_well_as_the_file_that_it_names(
+    tmp_path: Path, exists: bool
 ) -> None:
-    statements = [statement]
-    kept_cursors: list[sqlite3.Cursor] = []
-
-    def misuse(db: sqlite3.Connection, scope: str) -> Any:
-        data = snapshot(db, scope)
-        kept_cursors.append(db.execute("SELECT * FROM notes"))
-        db.row_factory = lambda cursor, row: {}
-        if statements:
-            db.execute(statements.pop()).fetchall()
-        return data
-
-    with closing(open_log(path, snapshot=misuse)) as engine:
-        push(engine, note("1", "here"))
-        with pytest.raises((sqlite3.Error, RuntimeError)):
-            ask(engine.snapshot())
-        assert fold(whole_log(engine)) == ["here"]
-        for _ in range(2):  # the second one uses the connection of the first
-            assert ask(engine.snapshot()).data == ["here"]
-        assert push(engine, note("2"))[0]["ok"]
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "real.db"
+    link = tmp_path / "link.db"
+    link.symlink_to(file)
+    if exists:
+        open_log(file).close()
+    with closing(open_log(link)) as engine:
+        assert push(engine, note("1"))[0]["ok"]
+        assert engine.stats()["wal_bytes"] > 0
+    with closing(open_log(file)) as engine:
+        assert len(whole_log(engine)) == 1
 
 
-# --- History --------------------------------------------------------------------------
 # A cursor stays known over all openings of the file. One that a restored backup has
 # lost is unknown.
 
@@ -3564,6 +2670,51 @@ def test_small_tails_of_many_scopes_lose_no_changes(path: Path) -> None:
 
 
 # --- Listeners ------------------------------------------------------------------------
+# The garbage collector may close an abandoned pull, and so remove its listener, on any
+# thread and at any allocation.
+
+
+def test_an_abandoned_pull_collected_during_wake_causes_no_deadlock(
+    engine: Engine,
+) -> None:
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda loop, context: None)  # would report each pull
+    executor_log = logging.getLogger("concurrent.futures")
+    threshold = gc.get_threshold()
+
+    async def abandon_pulls() -> list[Any]:
+        pulls = [engine.pull(str(number), wait=PATIENCE * 3) for number in range(50)]
+        tasks = [asyncio.ensure_future(pull) for pull in pulls]
+        await asyncio.sleep(0)  # each asks a reader, which will find the loop closed
+        return tasks
+
+    def wake() -> None:
+        gc.collect(0)  # not of the pulls, which are older
+        # From here on the collector runs as soon as wake() has made its first list.
+        gc.set_threshold(5, 0, 1000)
+        gc.enable()
+        engine.end_waits()
+
+    thread = threading.Thread(target=wake, daemon=True)
+    executor_log.disabled = True
+    gc.disable()
+    try:
+        tasks = loop.run_until_complete(abandon_pulls())
+        loop.close()
+        for _ in range(10):
+            ask(engine.position())  # the readers take it after all of the pulls
+        gc.collect(0)
+        del loop, tasks
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.enable()
+        executor_log.disabled = False
+    assert push(engine, note("2"))[0]["ok"]
+
+
 # A listener gets a hint for each scope that a commit changed.
 
 
@@ -3616,6 +2767,213 @@ def test_a_listener_that_fails_keeps_no_answer_and_no_hint_back(engine: Engine) 
     assert push(engine, note("1"))[0]["ok"]
     assert push(engine, note("2"))[0]["ok"]
     until(lambda: [hint.cursor for _, hint in notified] == [1, 2])
+
+
+# --- Batch ----------------------------------------------------------------------------
+# A mutation applies once. A retry gets the first result again, with its changes unless
+# they were trimmed or the answer is large.
+
+
+@settings(max_examples=25)
+@given(
+    pushes=st.lists(
+        st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=1, max_size=12
+    ),
+    waits=st.lists(st.booleans(), min_size=12, max_size=12),
+    reopen=st.integers(0, 12),
+)
+def test_retries_in_any_order_apply_each_mutation_once(
+    pushes: list[list[int]], waits: list[bool], reopen: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log.db"
+        engine = open_log(path, apply=ledger)
+        answers = []
+        for number, keys in enumerate(pushes):
+            if number == reopen:
+                engine.close()  # commits the pushes that wait
+                engine = open_log(path, apply=ledger)
+            mutations = [entry(str(key), *([DEFAULT] * key)) for key in keys]
+            future = engine.submit(mutations)
+            answers += [(key, future, place) for place, key in enumerate(keys)]
+            if waits[number]:  # otherwise the next push follows while this one waits
+                future.result(PATIENCE)
+        first_results: dict[int, Any] = {}
+        for key, future, place in answers:
+            result = json.loads(future.result(PATIENCE)[place].encoded)
+            if key in first_results:
+                assert result == first_results[key] | DUPLICATE
+            else:
+                first_results[key] = result
+        changes = [
+            change for result in first_results.values() for change in result["changes"]
+        ]
+        changes.sort(key=cursor_of)
+        assert whole_log(engine) == changes
+        assert ask(engine.snapshot()).data == fold(changes)
+        engine.close()
+
+
+def test_one_id_sent_eight_times_at_once_applies_once(engine: Engine) -> None:
+    start = threading.Barrier(8)
+
+    def send(number: int) -> Any:
+        start.wait(PATIENCE)
+        return push(engine, note("1", number))[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(send, range(8)))
+    assert sorted("duplicate" in result for result in results) == [False] + [True] * 7
+    assert all(result["changes"] == whole_log(engine) for result in results)
+    assert len(ask(engine.snapshot()).data) == 1
+
+
+def test_one_id_twice_in_one_push_applies_once(engine: Engine) -> None:
+    first, second, retried = push(
+        engine, note("1", "a"), note("2", "b"), note("1", "a")
+    )
+    assert retried == first | DUPLICATE
+    assert whole_log(engine) == first["changes"] + second["changes"]
+
+
+def test_one_id_applies_once_even_with_other_args_or_another_name(
+    engine: Engine,
+) -> None:
+    (first,) = push(engine, note("1", "a"))
+    for retry in (note("1", "b"), {"id": "1", "name": "refuse", "args": "conflict"}):
+        assert push(engine, retry) == [first | DUPLICATE]
+
+
+def test_one_id_in_two_scopes_names_two_mutations(engine: Engine) -> None:
+    results = push(engine, note("1", scope="a"), note("1", scope="b"))
+    assert ["duplicate" in result for result in results] == [False, False]
+
+
+def test_a_retry_gets_the_first_result_after_other_pushes_and_a_restart(
+    path: Path,
+) -> None:
+    mutation = {"id": "1", "name": "notes", "args": 3}
+    with closing(open_log(path)) as engine:
+        (first,) = push(engine, mutation)
+        push(engine, *(note(str(number)) for number in range(2, 9)))
+        assert push(engine, mutation) == [first | DUPLICATE]
+    with closing(open_log(path)) as engine:
+        assert push(engine, mutation) == [first | DUPLICATE]
+
+
+def test_a_retry_after_a_trim_gets_the_first_result_without_changes(
+    engine: Engine,
+) -> None:
+    share = {"id": "1", "name": "share", "args": ["a", "b"]}
+    (first,) = push(engine, share)
+    ask(engine.trim("a", first["cursor"]))  # one of its two changes
+    assert push(engine, share) == [{"ok": True, "cursor": first["cursor"], **DUPLICATE}]
+
+
+def test_a_result_without_changes_has_the_current_cursor_of_its_scope(
+    path: Path,
+) -> None:
+    nothing = {"id": "3", "scope": "a", "name": "notes", "args": 0}
+    with closing(open_log(path)) as engine:
+        (changed,) = push(engine, note("1", scope="a"))
+        push(engine, note("2", scope="b"))
+        (first,) = push(engine, nothing)
+        assert first == {"ok": True, "cursor": changed["cursor"], "changes": []}
+        push(engine, note("4", scope="a"))
+        assert push(engine, nothing) == [first | DUPLICATE]
+        assert push(engine, nothing | {"scope": "new"})[0]["cursor"] == 0
+    with closing(open_log(path)) as engine:
+        assert push(engine, nothing) == [first | DUPLICATE]
+
+
+def test_a_change_belongs_to_the_scope_that_it_names(engine: Engine) -> None:
+    share = {"id": "1", "scope": "mine", "name": "share", "args": ["a", "b", "a"]}
+    (result,) = push(engine, share)
+    assert result["cursor"] == 3
+    assert list(map(cursor_of, whole_log(engine, "a"))) == [1, 3]
+    assert list(map(cursor_of, whole_log(engine, "b"))) == [2]
+    assert whole_log(engine, "mine") == []
+    assert ask(engine.current("mine")) == 0
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["one opening", "a restart"])
+def test_a_result_has_only_the_changes_in_its_mutations_scope(
+    path: Path, restart: bool
+) -> None:
+    scopes = ["a", "mine", "b", "mine"]
+    share = {"id": "1", "scope": "mine", "name": "share", "args": scopes}
+    engine = open_log(path)
+    (first,) = engine.submit([share]).result(PATIENCE)
+    (retried,) = engine.submit([share]).result(PATIENCE)
+    if restart:
+        engine.close()
+        engine = open_log(path)
+    with closing(engine):
+        (retried_later,) = engine.submit([share]).result(PATIENCE)
+        changes = whole_log(engine, "mine")
+        assert list(map(cursor_of, changes)) == [2, 4]
+        for result in (first, retried, retried_later):
+            assert [asdict(change) for change in result.changes] == changes
+            assert json.loads(result.encoded)["changes"] == changes
+            assert result.cursor == 4
+        ask(engine.trim("b", 9))  # removes a change in another scope
+        (after_trim,) = engine.submit([share]).result(PATIENCE)
+        assert after_trim.changes == []
+        assert "changes" not in json.loads(after_trim.encoded)
+
+
+class CountingStore(mizusync.SQLiteStore):
+    """Count how often the rows of a mutation are read."""
+
+    reads = 0
+
+    def read_range(self, db: Any, first: int, last: int) -> list[mizusync.Row]:
+        self.reads += 1
+        return super().read_range(db, first, last)
+
+
+@pytest.mark.parametrize(
+    "applied_before", [True, False], ids=["of the log", "of the same push"]
+)
+def test_retries_are_answered_without_changes_once_their_answer_is_large(
+    path: Path, applied_before: bool
+) -> None:
+    store = CountingStore(path, SCHEMA)
+    large = note("1", "x" * 1000)
+    small_pages = Settings(max_page_size=5000)
+    with closing(Engine(store, apply=apply, settings=small_pages)) as engine:
+        if applied_before:
+            push(engine, large)
+        *results, new = push(engine, *[large] * 50, note("new", "y"))
+        # The result that passes the limit still has its changes.
+        complete = 5000 // len(json.dumps(results[0])) + 1
+        assert all("changes" in result for result in results[:complete])
+        without_changes = {"ok": True, "cursor": results[0]["cursor"], **DUPLICATE}
+        assert results[complete:] == [without_changes] * (50 - complete)
+        assert fold(new["changes"]) == ["y"]  # a first result always has its changes
+        assert store.reads == (complete if applied_before else 0)
+        assert "changes" in push(engine, large)[0]  # in a push of its own
+
+
+def test_a_database_cursor_is_not_taken_for_changes(path: Path) -> None:
+    def return_cursor(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        db.execute("INSERT INTO notes VALUES ('', 'a secret')")
+        return db.execute("SELECT * FROM notes") if mutation.args else db.cursor()
+
+    with recorded() as records, closing(open_log(path, apply=return_cursor)) as engine:
+        results = push(engine, note("1", True), note("2", False))
+        assert [result.get("code") for result in results] == ["internal_error"] * 2
+        assert whole_log(engine) == ask(engine.snapshot("")).data == []
+    errors = [text for text in records.texts if "TypeError: apply returns" in text]
+    assert len(errors) == 2
+
+
+def test_a_mutation_with_too_many_changes_is_invalid(path: Path) -> None:
+    mutations = [{"id": str(count), "name": "notes", "args": count} for count in (3, 4)]
+    with closing(open_log(path, settings=Settings(max_mutation_changes=3))) as engine:
+        most, too_many = push(engine, *mutations)
+    assert most["ok"]
+    assert too_many["code"] == "invalid_mutation"
 
 
 # --- Retention ------------------------------------------------------------------------
@@ -3801,7 +3159,697 @@ def test_the_trims_of_many_scopes_are_spread_over_many_commits(path: Path) -> No
         until(lambda: len(scopes) <= engine.counts["trims"] <= engine.counts["commits"])
 
 
+# --- Writer ---------------------------------------------------------------------------
+# One transaction for all jobs that wait. A mutation that fails leaves no trace in it;
+# if the transaction itself fails, each mutation runs again, alone.
+
+
+def test_the_mutations_of_one_push_share_one_transaction(engine: Engine) -> None:
+    push(engine, *(note(str(number)) for number in range(50)))
+    assert engine.counts["commits"] == 1
+
+
+def test_all_pushes_that_wait_share_one_transaction(path: Path) -> None:
+    with closing(open_log(path, settings=ONE_TRANSACTION)) as engine:
+        with writer_held(engine):
+            futures = [engine.submit([note(str(number))]) for number in range(50)]
+        assert all(future.result(PATIENCE)[0].ok for future in futures)
+        assert engine.counts["commits"] == 1
+        assert len(whole_log(engine)) == 50
+
+
+@pytest.mark.parametrize("code", [*REFUSALS, "internal_error"])
+def test_a_failed_mutation_leaves_no_trace_and_applies_when_sent_again(
+    path: Path, code: str
+) -> None:
+    with closing(open_log(path, apply=ledger)) as engine:
+        failing = entry("failing", DEFAULT, "other", fail=code)
+        first, failed, last = push(
+            engine, entry("1", DEFAULT), failing, entry("2", DEFAULT)
+        )
+        assert (failed["ok"], failed["code"]) == (False, code)
+        assert last["cursor"] == first["cursor"] + 1
+        assert whole_log(engine) == first["changes"] + last["changes"]
+        assert ask(engine.snapshot()).data == ["1.0", "2.0"]
+        assert ask(engine.snapshot("other")).data == whole_log(engine, "other") == []
+        (sent_again,) = push(engine, entry("failing", DEFAULT))
+        assert sent_again["ok"]
+        assert "duplicate" not in sent_again
+
+
+def test_a_subclass_of_a_refusal_has_its_own_code_and_inherits_the_status(
+    path: Path,
+) -> None:
+    class OutOfStock(mizusync.Conflict, code="out_of_stock"):
+        pass
+
+    class Closed(OutOfStock):
+        pass
+
+    def refuse(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        raise Closed("come back")
+
+    with closing(open_log(path, apply=refuse)) as engine:
+        (result,) = push(engine, note("1"))
+    assert result["code"] == "out_of_stock"
+    assert Closed.status == mizusync.Conflict.status
+    assert mizusync.Conflict.code == "conflict"
+
+
+def nested_list(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@table(
+    "make_args",
+    {
+        "an object": object,
+        "a path inside": lambda: {"inside": [Path("a")]},
+        "a subclass of dict": lambda: type("Own", (dict,), {})(),
+        "too deep": lambda: nested_list(10_000),
+    },
+)
+def test_args_that_can_not_be_copied_make_an_invalid_mutation(
+    engine: Engine, make_args: Callable[[], Any]
+) -> None:
+    mutations = [note("1"), note("2", make_args())]
+    with pytest.raises(mizusync.InvalidMutation):
+        engine.submit(mutations)
+    with pytest.raises(mizusync.InvalidMutation):
+        ask(engine.push(mutations))
+    assert whole_log(engine) == []
+
+
+def test_each_run_of_apply_gets_the_args_as_they_were_pushed(path: Path) -> None:
+    args = {
+        "title": "t",
+        "list": [[1]],
+        "tuple": (1.5, [None]),
+        "bytes": b"\0",
+        "large": 2**70,
+    }
+    pushed = copy.deepcopy(args)
+    seen: list[Any] = []
+
+    def change_args(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        match mutation.id:
+            case "changes its args":
+                seen.append(copy.deepcopy(mutation.args))
+                mutation.args.pop("title")
+                mutation.args["list"][0].append(mutation.args["tuple"][1].pop())
+                return ["done"]
+            case "fails the transaction":
+                return roll_back_by_conflict(db)
+        return apply(db, mutation)
+
+    settings = ONE_TRANSACTION
+    with closing(open_log(path, apply=change_args, settings=settings)) as engine:
+        with writer_held(engine):
+            future = engine.submit(
+                [note("changes its args", args), note("fails the transaction")]
+            )
+            args["title"] = "changed while the push waits"
+        codes = [result.code for result in future.result(PATIENCE)]
+        assert codes == ["", "internal_error"]
+    assert len(seen) > 1
+    assert seen == [pushed] * len(seen)
+    assert args == pushed | {"title": "changed while the push waits"}
+
+
+def test_a_logging_filter_that_raises_blocks_no_answer_and_ends_no_thread(
+    path: Path,
+) -> None:
+    def fail(record: logging.LogRecord) -> bool:
+        # A filter that needs the request of a web framework does this.
+        raise LookupError("outside of a request")
+
+    logger = logging.getLogger("mizusync")
+    handler = logging.NullHandler()
+    handler.handle = fail  # type: ignore[method-assign]
+    with closing(open_log(path, apply=apply_carelessly)) as engine:
+        engine.add_listener(lambda hints: raising(ZeroDivisionError()))
+        logger.addHandler(handler)
+        try:
+            results = push(engine, note("1"), note("SystemExit"), note("2"))
+            assert ask(engine.push([note("3")]))[0].ok
+        finally:
+            logger.removeHandler(handler)
+        assert [result["ok"] for result in results] == [True, False, True]
+
+
+@pytest.mark.parametrize("interval", [1e-9, 1e15])
+def test_an_extreme_watch_interval_does_not_end_the_writer(
+    path: Path, interval: float
+) -> None:
+    with closing(open_log(path, settings=Settings(watch_interval=interval))) as engine:
+        assert push(engine, note("1"))[0]["ok"]
+
+
+# When the transaction fails: each mutation runs again, and the faulty one fails alone.
+
+
+def test_a_mutation_that_rolls_back_the_transaction_fails_alone(path: Path) -> None:
+    def apply_or_roll_back(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.name == "roll back":
+            return roll_back_by_conflict(db)
+        return apply(db, mutation)
+
+    settings = ONE_TRANSACTION
+    with closing(open_log(path, apply=apply_or_roll_back, settings=settings)) as engine:
+        futures = []
+        with writer_held(engine):
+            for number in range(5):
+                faulty = {"id": "faulty", "name": "roll back"}
+                faulty_too = {"id": f"faulty {number}", "name": "roll back"}
+                futures += [
+                    engine.submit([note(f"{number} first"), faulty, faulty_too]),
+                    engine.submit([note(f"{number} last")]),
+                ]
+        results = [result for future in futures for result in future.result(PATIENCE)]
+        assert [result.ok for result in results] == [True, False, False, True] * 5
+        assert {result.code for result in results} == {"", "internal_error"}
+        changes = [asdict(change) for result in results for change in result.changes]
+        assert whole_log(engine) == changes
+        assert len(ask(engine.snapshot()).data) == 10
+
+
+def test_a_constraint_that_fails_at_the_commit_fails_its_mutation_alone(
+    path: Path,
+) -> None:
+    schema = f"""{SCHEMA}
+        PRAGMA foreign_keys = ON;
+        CREATE TABLE IF NOT EXISTS orders (
+            n INTEGER PRIMARY KEY,
+            of REFERENCES orders DEFERRABLE INITIALLY DEFERRED);
+    """
+
+    def violate(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.id == "faulty":
+            db.execute("INSERT INTO orders VALUES (1, 999)")
+        return apply(db, mutation)
+
+    options: dict[str, Any] = {"schema": schema, "settings": ONE_TRANSACTION}
+    with closing(open_log(path, apply=violate, **options)) as engine:
+        futures = []
+        with writer_held(engine):
+            for keys in (["1"], ["2", "faulty", "3"], ["4"]):
+                futures.append(engine.submit([note(key, key) for key in keys]))
+        results = [result for future in futures for result in future.result(PATIENCE)]
+        codes = [result.code for result in results]
+        assert codes == ["", "", "internal_error", "", ""]
+        assert fold(whole_log(engine)) == ["1", "2", "3", "4"]
+        assert ask(engine.snapshot()).data == ["1", "2", "3", "4"]
+
+
+@table(
+    "statement",
+    {
+        "AUTOINCREMENT at its highest number": "INSERT INTO ends VALUES (NULL)",
+        "deleting from a full-text index without that row": (
+            "INSERT INTO words (words, rowid, word) VALUES ('delete', 9, 'absent')"
+        ),
+    },
+)
+def test_a_mutation_whose_error_has_the_code_of_a_disk_error_fails_alone(
+    path: Path, statement: str
+) -> None:
+    schema = f"""{SCHEMA}
+        CREATE TABLE ends (n INTEGER PRIMARY KEY AUTOINCREMENT);
+        INSERT INTO ends VALUES (9223372036854775807);
+        CREATE VIRTUAL TABLE words USING fts5(word, content='');
+    """
+
+    def run_faulty_statement(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.id == "faulty":
+            caught = sqlite3.Error if mutation.args == "caught" else ZeroDivisionError
+            with suppress(caught):
+                db.execute(statement)
+        return apply(db, mutation)
+
+    options: dict[str, Any] = {"schema": schema, "settings": ONE_TRANSACTION}
+    with closing(open_log(path, apply=run_faulty_statement, **options)) as engine:
+        pushes = [
+            [note("0", "0")],
+            [note("1", "1")],
+            [note("2", "2")],
+            [note("3", "3"), note("faulty"), note("4", "4")],
+            [note("faulty", "caught", scope="caught")],
+            [note("5", "5")],
+        ]
+        with writer_held(engine):
+            futures = [engine.submit(mutations) for mutations in pushes]
+        codes = [
+            [result.code for result in future.result(PATIENCE)] for future in futures
+        ]
+        failed = "internal_error"
+        # `apply` may catch an error, unless the error has rolled back the transaction.
+        caught = "" if "words" in statement else failed
+        assert codes == [[""], [""], [""], ["", failed, ""], [caught], [""]]
+        assert fold(whole_log(engine)) == list("012345")
+        assert ask(engine.snapshot()).data == list("012345")
+        assert engine.counts["pushes_failed"] == 0
+        assert engine.counts[failed] == sum(failed in push for push in codes)
+
+
+# When the disk or a lock refuses: nothing was applied, and later pushes work again.
+
+needs_file_size_limit = pytest.mark.skipif(
+    sys.platform != "linux", reason="needs a limit on the size of files"
+)
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Keep this database's WAL from growing while the block lasts."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = path.with_name(f"{path.name}-wal").stat().st_size
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, old[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@contextmanager
+def full_database(db: sqlite3.Connection) -> Iterator[None]:
+    """Keep a database from growing by more than a page while the block lasts."""
+    execute = sqlite3.Connection.execute
+    (size,) = execute(db, "PRAGMA page_count").fetchone()
+    execute(db, f"PRAGMA max_page_count = {size + 1}").fetchone()
+    yield
+    execute(db, f"PRAGMA max_page_count = {2**30}").fetchone()
+
+
+def write_too_much(db: sqlite3.Connection) -> None:
+    data = "printf('\"%.*c\"', 1000000, 'x')"
+    db.execute(f"INSERT INTO notes VALUES ('_default', {data})")
+
+
+def suppress_error(db: sqlite3.Connection) -> None:
+    with suppress(sqlite3.Error):
+        write_too_much(db)
+
+
+def suppress_error_and_write(db: sqlite3.Connection) -> None:
+    suppress_error(db)
+    db.execute(TRACE)
+
+
+def suppress_error_and_begin_savepoint(db: sqlite3.Connection) -> None:
+    suppress_error(db)
+    db.execute("SAVEPOINT mine")
+    db.execute(TRACE)
+
+
+def suppress_error_and_write_with_cursor(db: sqlite3.Connection) -> None:
+    cursor = db.cursor()
+    cursor.execute(TRACE)  # so that the statement is prepared already
+    suppress_error(db)
+    with suppress(sqlite3.Error):
+        cursor.execute(TRACE)
+    with suppress(sqlite3.Error):
+        cursor.executescript(TRACE)
+    with suppress(sqlite3.Error):
+        cursor.executemany(TRACE, [()])
+
+
+@pytest.mark.parametrize(
+    "overflow",
+    [
+        write_too_much,
+        suppress_error,
+        suppress_error_and_write,
+        suppress_error_and_write_with_cursor,
+        suppress_error_and_begin_savepoint,
+    ],
+)
+def test_a_mutation_too_large_for_the_disk_fails_alone_and_leaves_no_trace(
+    path: Path, overflow: Callable[[sqlite3.Connection], None]
+) -> None:
+    connections: list[sqlite3.Connection] = []
+
+    def apply_and_overflow(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        connections.append(db)
+        changes = apply(db, mutation)
+        if mutation.id == "large":
+            overflow(db)
+        return changes
+
+    with closing(open_log(path, apply=apply_and_overflow)) as engine:
+        push(engine, note("0"))
+        with full_database(connections[0]):
+            results = push(engine, note("1"), note("large"), note("2"))
+            codes = [result.get("code") for result in results]
+            assert codes == [None, "internal_error", None]
+            assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 3
+        (sent_again,) = push(engine, note("large"))  # the failed one left no mark
+        assert sent_again["ok"]
+        assert "duplicate" not in sent_again
+    with closing(open_log(path)) as engine:
+        assert len(whole_log(engine)) == 4
+
+
+@needs_file_size_limit
+def test_a_full_disk_makes_pushes_unavailable_until_it_has_room_again(
+    engine: Engine, path: Path
+) -> None:
+    push(engine, note("1"))
+    with full_disk(path):
+        future = engine.submit([note("2")])
+        with pytest.raises(Unavailable):
+            future.result(PATIENCE)
+        page = ask(engine.pull())
+    assert len(page.changes) == 1
+    assert "duplicate" not in push(engine, note("2"))[0]
+    assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 2
+
+
+@needs_file_size_limit
+def test_once_the_disk_is_full_all_later_mutations_are_unavailable_and_not_run(
+    path: Path,
+) -> None:
+    runs: list[str] = []
+    limit = ExitStack()
+
+    def fill_disk(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.name == "hold":  # the disk has room while this one runs again
+            limit.close()
+            return apply(db, mutation)
+        runs.append(mutation.id)
+        changes = apply(db, mutation)
+        if mutation.id == "fills":
+            limit.enter_context(full_disk(path))
+        return changes
+
+    settings = ONE_TRANSACTION
+    with limit, closing(open_log(path, apply=fill_disk, settings=settings)) as engine:
+        with writer_held(engine):
+            partial = engine.submit([note("0"), note("fills"), note("1")])
+            refused = [engine.submit([note("2")]), engine.submit([note("3")])]
+        codes = [result.code for result in partial.result(PATIENCE)]
+        assert codes == ["", "unavailable", "unavailable"]
+        for future in refused:
+            assert isinstance(future.exception(PATIENCE), mizusync.StoreRefused)
+        # All in one transaction, and then one by one until the disk refuses.
+        assert runs == ["0", "fills", "1", "2", "3", "0", "fills"]
+        assert engine.counts["pushes"] == 2  # the one that held the writer, and partial
+        assert engine.counts["pushes_failed"] == 2
+        assert engine.counts["unavailable"] == 2
+        limit.close()
+        results = push(engine, note("0"), note("1"), note("2"), note("3"))
+        duplicates = ["duplicate" in result for result in results]
+        assert duplicates == [True, False, False, False]
+        assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 4
+
+
+@needs_file_size_limit
+def test_a_refused_first_transaction_is_not_mistaken_for_a_restored_backup(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        closing(open_log(path)) as other_engine,
+        closing(open_log(path)) as engine,
+    ):
+        push(other_engine, note("1", "x" * 100_000))
+        latest = engine.store.latest
+        checked = threading.Semaphore(0)
+
+        def count_and_return_latest() -> mizusync.Position:
+            checked.release()
+            return latest()
+
+        with full_disk(path):
+            for _ in range(2):
+                with pytest.raises(Unavailable):
+                    push(engine, note("lost"))
+        monkeypatch.setattr(engine.store, "latest", count_and_return_latest)
+        for _ in range(3):  # times that the idle writer checks for foreign commits
+            assert checked.acquire(timeout=PATIENCE)
+        assert engine.rewinds == 0
+        assert push(engine, note("2"))[0]["ok"]
+        assert engine.rewinds == 0
+
+
+def test_a_lock_of_another_process_makes_pushes_unavailable_and_reads_go_on(
+    path: Path,
+) -> None:
+    with (
+        closing(open_log(path, settings=Settings(busy_timeout=MOMENT))) as engine,
+        closing(sqlite3.connect(path, isolation_level=None)) as db,
+    ):
+        push(engine, note("1"))
+        db.execute("BEGIN IMMEDIATE")
+        future = engine.submit([note("2")])
+        assert len(whole_log(engine)) == 1  # while the push waits for the lock
+        with pytest.raises(Unavailable):
+            future.result(PATIENCE)
+        db.execute("ROLLBACK")
+        assert "duplicate" not in push(engine, note("2"))[0]
+
+
+def test_all_jobs_that_wait_are_refused_after_one_wait_for_a_lock(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutations = [note(str(number)) for number in range(12)]
+    waits: list[float] = []
+
+    async def push_and_trim(engine: Engine) -> list[Any]:
+        jobs: list[Any] = [engine.push([mutation]) for mutation in mutations]
+        jobs.append(engine.trim(DEFAULT, 2))
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    with (
+        closing(open_log(path, settings=Settings(busy_timeout=MOMENT))) as engine,
+        closing(sqlite3.connect(path, isolation_level=None)) as db,
+    ):
+        begin = engine.store.begin
+
+        def begin_when_all_wait() -> Any:
+            if not waits:  # the first job is taken already
+                until(lambda: engine.stats()["pushes_waiting"] == len(mutations))
+            waits.append(time.monotonic())
+            return begin()
+
+        monkeypatch.setattr(engine.store, "begin", begin_when_all_wait)
+        db.execute("BEGIN IMMEDIATE")
+        outcomes = ask(push_and_trim(engine))
+        assert len(waits) == 1
+        assert [type(outcome) for outcome in outcomes] == [mizusync.StoreRefused] * 13
+        db.execute("ROLLBACK")
+        results = push(engine, *mutations)
+        assert [result.get("duplicate") for result in results] == [None] * 12
+
+
 # --- Engine ---------------------------------------------------------------------------
+# Push and submit, close, and a fork of the process.
+
+
+def test_apply_receives_the_identity_of_the_client(engine: Engine) -> None:
+    mutation = Mutation("1", "who", identity="ann")
+    (result,) = engine.submit([mutation]).result(PATIENCE)
+    assert result.changes[0].data == "ann"
+
+
+@pytest.mark.parametrize("value", ["", "\ud800", "x" * 257, 5, True, None, []])
+@pytest.mark.parametrize("field", ["id", "name", "scope"])
+def test_a_mutation_with_an_invalid_id_name_or_scope_is_refused(
+    field: str, value: Any
+) -> None:
+    fields = {"id": "1", "name": "note"} | {field: value}
+    with pytest.raises(mizusync.InvalidMutation):
+        Mutation(**fields)
+    with pytest.raises(mizusync.InvalidMutation):
+        Mutation.parse(fields)
+
+
+def test_a_push_with_an_invalid_mutation_applies_none(engine: Engine) -> None:
+    with pytest.raises(mizusync.InvalidMutation):
+        engine.submit([note("1"), {"id": ""}])
+    assert whole_log(engine) == []
+
+
+def test_threads_and_event_loops_push_to_one_engine(engine: Engine) -> None:
+    async def push_from_tasks() -> None:
+        pushes = [engine.push([note(f"loop {number}")]) for number in range(20)]
+        await asyncio.gather(*pushes)
+
+    def push_from_thread(key: str) -> None:
+        push(engine, note(key))
+
+    threads = [threading.Thread(target=lambda: ask(push_from_tasks()))]
+    for number in range(20):
+        thread = threading.Thread(target=push_from_thread, args=[str(number)])
+        threads.append(thread)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert len(whole_log(engine)) == 40
+
+
+def test_a_submitted_push_can_not_be_cancelled(engine: Engine) -> None:
+    with writer_held(engine) as running:
+        waiting = engine.submit([note("1")])
+        assert not running.cancel()
+        assert not waiting.cancel()
+    assert waiting.result(PATIENCE)[0].ok
+
+
+def test_pushes_beyond_max_pending_pushes_are_unavailable_and_leave_no_trace(
+    path: Path,
+) -> None:
+    three_pushes = Settings(max_pending_pushes=3)
+    with closing(open_log(path, settings=three_pushes)) as engine:
+        with writer_held(engine):
+            futures = [engine.submit([note(str(number))]) for number in range(3)]
+            with pytest.raises(Unavailable):
+                engine.submit([note("too many")])
+        assert all(future.result(PATIENCE)[0].ok for future in futures)
+        (sent_again,) = push(engine, note("too many"))
+        assert sent_again["ok"]
+        assert "duplicate" not in sent_again
+
+
+def test_close_commits_the_pushes_that_wait_and_refuses_new_ones(path: Path) -> None:
+    engine = open_log(path)
+    closer = threading.Thread(target=engine.close)
+    with writer_held(engine):
+        futures = [engine.submit([note(key)]) for key in ("1", "2")]
+        closer.start()
+        until(lambda: refuses(lambda: engine.submit([])))
+    closer.join(PATIENCE)
+    assert all(future.result(0)[0].ok for future in futures)
+    with closing(open_log(path)) as engine:
+        assert len(whole_log(engine)) == 2
+
+
+def test_a_closed_engine_is_unavailable_for_every_call(engine: Engine) -> None:
+    push(engine, note("1"))
+    whole_log(engine)  # so that memory holds the scope
+    engine.close()
+    engine.close()  # a second time does no harm
+    with pytest.raises(Unavailable):
+        engine.submit([note("2")])
+    calls: list[Callable[[], Any]] = [
+        lambda: engine.push([]),
+        engine.pull,
+        lambda: engine.pull("other"),
+        engine.snapshot,
+        engine.current,
+        lambda: engine.current("other"),
+        engine.position,
+        lambda: engine.read(id),
+        lambda: engine.trim(DEFAULT, 2),
+    ]
+    for call in calls:
+        with pytest.raises(Unavailable):
+            ask(asked(call))
+
+
+FORKING = """
+import asyncio, inspect, json, os, signal, sys
+import mizusync
+
+engine = mizusync.Engine(sys.argv[1], apply=lambda db, mutation: [1])
+mutation = {"id": "1", "name": "n"}
+
+def submit():
+    return engine.submit([mutation]).result()[0].ok
+
+async def first(changes):
+    return await anext(changes)
+
+calls = {
+    "push": lambda: engine.push([mutation]),
+    "submit": submit,
+    "trim": lambda: engine.trim("a", 1),
+    "pull": engine.pull,
+    "read": lambda: engine.read(id),
+    "snapshot": engine.snapshot,
+    "current": engine.current,
+    "position": engine.position,
+    "follow": lambda: first(engine.follow()),
+    "add_listener": lambda: engine.add_listener(print),
+    "wake": engine.wake,
+    "catch_up": engine.catch_up,
+    "stats": engine.stats,
+    "close": engine.close,
+}
+methods = inspect.getmembers(mizusync.Engine, inspect.isfunction)
+assert set(calls) == {name for name, _ in methods if not name.startswith("_")}
+
+def outcome(call):
+    async def run():
+        value = call()
+        return await value if inspect.isawaitable(value) else value
+    try:
+        return repr(asyncio.run(run()))
+    except RuntimeError as error:
+        return str(error)
+
+assert submit()
+if (child := os.fork()) == 0:
+    signal.alarm(10)  # a call that hangs ends the child
+    outcomes = {outcome(call) for call in calls.values()}
+    print(json.dumps(list(outcomes)), flush=True)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+mutation["id"] = "2"
+print(json.dumps([status, submit(), asyncio.run(engine.current())]))
+engine.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_every_call_in_a_forked_child_fails_and_the_parent_goes_on(path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKING, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+        cwd=PROGRAM.parent,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    child, parent = map(json.loads, ended.stdout.splitlines())
+    assert child == ["this process was forked: open the engine after the fork"]
+    assert parent == [0, True, 2]
+    assert not path.with_name(f"{path.name}-wal").exists()  # close() has removed it
+
+
+# Of other sections: they go with their last users there.
+
+SLOW = ONE_TRANSACTION
+
+
+def gated(entered: threading.Event, release: threading.Event) -> Callable[..., Any]:
+    """The tests' application; the mutation "gate" stays in it until it is released."""
+
+    def apply_gated(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.id == "gate":
+            entered.set()
+            assert release.wait(PATIENCE)
+        return apply(db, mutation)
+
+    return apply_gated
+
+
+def stalled(
+    entered: threading.Event, release: threading.Event
+) -> Callable[..., list[Any]]:
+    """An application in which every mutation stays until it is released."""
+
+    def apply_stalled(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        entered.set()
+        release.wait(PATIENCE)
+        return [mutation.id]
+
+    return apply_stalled
+
+
 # Pulls, also those that wait; follow, snapshots and other reads; the end.
 
 
@@ -11461,11 +11509,11 @@ STORE_PROMISES: list[Callable[..., None]] = [
     test_one_id_sent_eight_times_at_once_applies_once,
     test_one_id_twice_in_one_push_applies_once,
     test_one_id_in_two_scopes_names_two_mutations,
-    test_a_retry_gets_its_first_answer_after_others_pushed_and_after_a_restart,
-    test_a_retry_after_a_trim_gets_its_first_answer_without_changes,
-    test_without_changes_a_results_cursor_is_its_scopes_current_one,
-    test_a_closed_engine_answers_everything_with_unavailable,
-    test_an_apply_that_ends_the_transaction_spoils_no_other_push,
+    test_a_retry_gets_the_first_result_after_other_pushes_and_a_restart,
+    test_a_retry_after_a_trim_gets_the_first_result_without_changes,
+    test_a_result_without_changes_has_the_current_cursor_of_its_scope,
+    test_a_closed_engine_is_unavailable_for_every_call,
+    test_a_mutation_that_rolls_back_the_transaction_fails_alone,
     test_a_pull_finds_the_change_that_a_listener_was_notified_of,
     test_a_snapshot_is_of_the_moment_of_its_cursor_while_others_push,
     test_a_large_trim_leaves_whole_mutations,
