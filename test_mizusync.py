@@ -1377,6 +1377,22 @@ def roll_back_and_write(db: sqlite3.Connection) -> Any:
     return ["fine"]
 
 
+def roll_back_and_write_blob(db: sqlite3.Connection) -> Any:
+    """Suppress the error of a lost transaction, and write into a row of before."""
+    with suppress(sqlite3.Error):
+        roll_back_by_conflict(db)
+    (row,) = db.execute("SELECT min(rowid) FROM notes").fetchone()
+    with db.blobopen("notes", "data", row) as blob:
+        blob.write(b"9")
+    return ["fine"]
+
+
+def limit_time(db: sqlite3.Connection) -> Any:
+    """Interrupt every statement from now on."""
+    db.set_progress_handler(lambda: 1, 1)
+    return ["fine"]
+
+
 def write_mark(db: sqlite3.Connection) -> Any:
     sql = "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)"
     db.execute(sql, ("a", "mark", None, 0))
@@ -1414,6 +1430,7 @@ FORBIDDEN_STATEMENTS = [
     "PRAGMA synchronous = OFF",
     "PRAGMA user_version = 3",
     "ATTACH ':memory:' AS other",
+    "ATTACH 'data_version' AS other",  # the name of a pragma that is permitted
     "DETACH main",
     # They would change the log.
     "DELETE FROM mizusync_changes",
@@ -1445,6 +1462,7 @@ MISUSES: dict[str, Use] = {
     "a backup": make_backup,
     "ROLLBACK on conflict": roll_back_by_conflict,
     "ROLLBACK on conflict, suppressed": roll_back_and_write,
+    "ROLLBACK on conflict, and then a blob": roll_back_and_write_blob,
     "a failure inside a savepoint": fail_inside_savepoint,
     "a cursor in use by a thread": leave_thread_in_cursor,
     "a dedupe mark": write_mark,
@@ -1490,6 +1508,7 @@ PERMITTED_USES: dict[str, Use] = {
     "INSERT RETURNING left open": leave_insert_returning_open,
     "a blob left open": leave_blob_open,
     "factories changed": change_factories,
+    "a progress handler left in place": limit_time,
     "a table of its own": create_table,
     "reading the log": lambda db: db.execute(
         "SELECT cursor FROM mizusync_changes"
@@ -2526,6 +2545,47 @@ def test_an_engine_that_only_pulled_the_lost_changes_begins_an_epoch_as_well(
         push(other_engine, *(note(f"new {number}") for number in range(4)))
         assert_unknown(engine, lost_page)
         assert_unknown(other_engine, lost_page)
+
+
+@settings(max_examples=50)
+@given(seen=st.lists(st.integers(0, 9)), committed=st.integers(0, 9))
+def test_a_head_below_any_that_was_seen_makes_an_epoch_due(
+    seen: list[int], committed: int
+) -> None:
+    rule = mizusync.EpochRule(is_due=False)
+    for head in seen:  # commits of other processes
+        rule.saw(head)
+    rule.committed(committed)  # known late: others have committed since
+    highest = max([*seen, committed])
+    rule.began(highest)
+    assert not rule.is_due
+    rule.began(highest - 1)
+    assert rule.is_due
+    rule.began(highest - 1)  # the transaction of before failed
+    assert rule.is_due
+    rule.committed(highest)
+    assert not rule.is_due
+
+
+def test_a_failing_mutation_after_another_engines_opening_is_no_restored_backup(
+    path: Path,
+) -> None:
+    def apply_or_roll_back(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.name == "roll back":
+            return roll_back_by_conflict(db)
+        return apply(db, mutation)
+
+    with closing(
+        open_log(path, apply=apply_or_roll_back, settings=UNWATCHED)
+    ) as engine:
+        push(engine, note("1"))
+        with closing(open_log(path)) as other_engine:
+            push(other_engine, note("2"))  # it begins an epoch
+        for key in ("a", "b"):
+            (result,) = push(engine, {"id": key, "name": "roll back"})
+            assert result["code"] == "internal_error"
+        assert engine.rewinds == 0
+        assert len(whole_log(engine)) == 2
 
 
 # --- Tail -----------------------------------------------------------------------------
