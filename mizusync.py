@@ -1352,7 +1352,6 @@ class DatabaseFile:
                 reader = opened.enter_context(contextlib.closing(self.connect("ro")))
                 run_own(reader, "SELECT 1 FROM mizusync_format")  # opens the WAL
                 self._stat = os.stat(self.path)
-                self._wal_stat = os.stat(self.wal_path)
             except (sqlite3.Error, StoreRefused, OSError) as error:
                 cause = error.__cause__ or error
                 advice = OPENING_ADVICE.get(primary_code(cause), "")
@@ -1498,25 +1497,15 @@ class DatabaseFile:
                 raise
 
     def check(self) -> None:
-        """Raise StoreRefused if the file was removed or replaced."""
-        check_same_file(self.path, self._stat)
+        """Raise StoreRefused if the file was removed or replaced.
 
-    def check_wal(self) -> int:
-        """Return the size of the WAL (bytes); raise StoreRefused as check() does."""
-        return check_same_file(self.wal_path, self._wal_stat).st_size
-
-
-def check_same_file(path: str, known: os.stat_result) -> os.stat_result:
-    """Return the state of a file; raise StoreRefused if it was removed or replaced.
-
-    SQLite goes on writing into a file that no name leads to, and what it writes is lost
-    when the last process closes it.
-    """
-    with contextlib.suppress(OSError):
-        found = os.stat(path)
-        if os.path.samestat(found, known):
-            return found
-    raise StoreRefused(f"the file {path} was removed or replaced: restart the server")
+        SQLite goes on writing into a file that no name leads to, and what it writes is
+        lost when the last process closes it.
+        """
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.path), self._stat):
+                return
+        raise StoreRefused(f"{self.path} was removed or replaced: restart the server")
 
 
 OPENING_ADVICE = {
@@ -1683,7 +1672,6 @@ class SQLiteStore(SQLStore):
         self._latest: tuple[int, Position] | None = None
         self._idle: list[GuardedConnection] = []  # connections of readers
         self._read_barrier = threading.Lock()  # while it is held, no read begins
-        self._wal_size = 0
         self._wal_limit = MAX_WAL
         self._next_wal_check = 0.0
         self._writer_version = self._read_data_version(self._writer)
@@ -1774,7 +1762,6 @@ class SQLiteStore(SQLStore):
         db = self._writer
         execute_with_retry(db, "BEGIN IMMEDIATE", self._busy_timeout)
         self._warn_of_others(db)
-        self._check_wal()
         position = self.read_position(db)
         self._epoch_rule.began(position.head)
         return db, position
@@ -1801,9 +1788,7 @@ class SQLiteStore(SQLStore):
         position = self.read_position(db)
         run_own(db, "COMMIT")
         self._epoch_rule.committed(position.head)
-        if self._wal_size > self._wal_limit:
-            with contextlib.suppress(sqlite3.Error, StoreRefused):  # it is committed
-                self._reset_wal(db)
+        self._limit_wal(db)
         return position
 
     def rollback(self) -> None:
@@ -1852,14 +1837,17 @@ class SQLiteStore(SQLStore):
             sizes["wal_bytes"] = os.path.getsize(self._file.wal_path)
         return sizes
 
-    # -- against a WAL that grows, or is removed
+    # -- against a WAL that grows
 
-    def _check_wal(self) -> None:
-        """Check from time to time that the WAL is still there, and how large it is."""
+    def _limit_wal(self, db: GuardedConnection) -> None:
+        """Measure the WAL from time to time, and reset it if it is large."""
         now = time.monotonic()
-        if now >= self._next_wal_check:
-            self._wal_size = self._file.check_wal()
-            self._next_wal_check = now + WAL_CHECK_INTERVAL
+        if now < self._next_wal_check:
+            return
+        self._next_wal_check = now + WAL_CHECK_INTERVAL
+        with contextlib.suppress(OSError, sqlite3.Error, StoreRefused):
+            if os.path.getsize(self._file.wal_path) > self._wal_limit:
+                self._reset_wal(db)
 
     def _reset_wal(self, db: GuardedConnection) -> None:
         """Block new reads until the current ones finish; let SQLite reset the WAL.
@@ -1870,7 +1858,6 @@ class SQLiteStore(SQLStore):
         when the WAL has grown by another MAX_WAL.
         """
         deadline = time.monotonic() + 1
-        self._wal_size = 0  # until the next check
         self._wal_limit += MAX_WAL
         with self._read_barrier:
             while time.monotonic() < deadline:

@@ -2328,34 +2328,6 @@ def test_a_removed_or_replaced_file_makes_the_engine_unavailable(
             ask(asked(call))
 
 
-def test_a_removed_wal_makes_pushes_unavailable_and_loses_no_acknowledged_change(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mizusync, "WAL_CHECK_INTERVAL", 0)  # at each commit
-    with closing(open_log(path)) as engine:
-        push(engine, note("1"))
-        path.with_name(f"{path.name}-wal").unlink()
-        for key in ("2", "3"):
-            with pytest.raises(Unavailable):
-                push(engine, note(key))
-    with closing(open_log(path)) as engine:
-        assert len(whole_log(engine)) == 1
-
-
-def test_a_wal_that_is_replaced_before_the_first_push_makes_it_unavailable(
-    path: Path,
-) -> None:
-    open_log(path).close()
-    with closing(open_log(path)) as engine:
-        ask(engine.position())
-        for suffix in ("-wal", "-shm"):
-            path.with_name(path.name + suffix).unlink()
-        with closing(sqlite3.connect(path)) as db:
-            db.execute("SELECT * FROM mizusync_epochs").fetchall()  # makes a new WAL
-            with pytest.raises(Unavailable):
-                push(engine, note("1"))
-
-
 def test_a_file_that_is_overwritten_makes_pushes_unavailable(path: Path) -> None:
     with closing(open_log(path)) as engine:
         push(engine, note("1"))
