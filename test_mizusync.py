@@ -3805,7 +3805,7 @@ calls = {
     "position": engine.position,
     "follow": lambda: first(engine.follow()),
     "add_listener": lambda: engine.add_listener(print),
-    "wake": engine.wake,
+    "end_waits": engine.end_waits,
     "catch_up": engine.catch_up,
     "stats": engine.stats,
     "close": engine.close,
@@ -13430,7 +13430,8 @@ class TestPage:
         third.shows("c", "b")
         third.says("in sync · live")
         assert titles_at(demo) == ["c", "b"]
-        assert len(windows.pushed) == len(set(windows.pushed)) == 4
+        # come_back() may cut a push that has begun already: then it comes again.
+        assert len(set(windows.pushed)) == 4
 
     def test_two_windows_of_one_browser_push_nothing_twice(
         self, windows: Windows, demo: Live
