@@ -932,8 +932,8 @@ class SQLStore(Store):
         return self.run_scalar(db, sql, scope, n - 1) or 0
 
     def read_epoch_end(self, db: Any, epoch: str) -> int | None:
-        # An epoch ends where the next one begins, and the newest at the head. Each
-        # begins at or above the one before, so the next is the least of the later ones.
+        """Return where the next epoch begins; for the newest, the head."""
+        # Each begins at or above the one before, so the least of the later ones is next.
         sql = """
             SELECT coalesce(
                 (SELECT min(start) FROM mizusync_epochs WHERE number > this.number), ?)
@@ -977,6 +977,7 @@ class SQLStore(Store):
         before: int,
         limit: int,
     ) -> int:
+        """Remove whole mutations, the oldest ones; keep all that `before` protects."""
         # 1. The mutation with the limit-th change is the last one that may go. With
         #    fewer changes, only `before` limits the trim.
         sql = """
@@ -1697,11 +1698,11 @@ class SQLiteStore(SQLStore):
         scope: str,
         after: int,
     ) -> Iterator[Row]:
+        """Yield rows as SQLite finds them: a reader stops when its page is full."""
         sql = """
             SELECT * FROM mizusync_changes
             WHERE scope = ? AND cursor > ? ORDER BY cursor
         """
-        # Not run_own(): a reader takes the rows one by one until its page is full.
         rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, (scope, after))
         with contextlib.closing(rows):
             yield from map(Row._make, rows)
@@ -2292,6 +2293,7 @@ class Batch:
     def _make_row(
         self, cursor: int, first: int, change: Any, mutation: Mutation
     ) -> Row:
+        """Return one change of a mutation as a row. Raise TypeError, ValueError."""
         data = change
         scope = mutation.scope
         if isinstance(change, Change):
@@ -2333,6 +2335,7 @@ class Batch:
         return Result.applied(mark.last, shown, duplicate=True)
 
     def _changes_of(self, mark: Mark) -> list[bytes] | None:
+        """Return a mutation's changes in its own scope; None if any were trimmed."""
         first = mark.first
         last = mark.last
         if first is None:
