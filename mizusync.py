@@ -933,7 +933,7 @@ class SQLStore(Store):
 
     def read_epoch_end(self, db: Any, epoch: str) -> int | None:
         """Return where the next epoch begins; for the newest, the head."""
-        # Each begins at or above the one before, so the least of the later ones is next.
+        # Each begins at or above the one before, so the next has the least start.
         sql = """
             SELECT coalesce(
                 (SELECT min(start) FROM mizusync_epochs WHERE number > this.number), ?)
