@@ -178,6 +178,19 @@ def writer_held(engine: Engine) -> Iterator[Future[list[mizusync.Result]]]:
         assert holding.result(PATIENCE)[0].ok
 
 
+def stalled(
+    entered: threading.Event, release: threading.Event
+) -> Callable[..., list[Any]]:
+    """An application in which every mutation stays until it is released."""
+
+    def apply_stalled(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        entered.set()
+        release.wait(PATIENCE)
+        return [mutation.id]
+
+    return apply_stalled
+
+
 # Whatever waits for the writer joins the transaction that is being made.
 ONE_TRANSACTION = Settings(max_commit_time=PATIENCE)
 
@@ -2703,48 +2716,55 @@ def test_small_tails_of_many_scopes_lose_no_changes(path: Path) -> None:
 
 # --- Listeners ------------------------------------------------------------------------
 # The garbage collector may close an abandoned pull, and so remove its listener, on any
-# thread and at any allocation.
+# thread and at any moment.
 
 
-def test_an_abandoned_pull_collected_during_wake_causes_no_deadlock(
-    engine: Engine,
+class CollectingScope(str):
+    """A scope that runs the garbage collector each time a dict looks for it."""
+
+    def __hash__(self) -> int:
+        gc.collect()
+        return super().__hash__()
+
+
+def test_an_abandoned_pull_collected_while_waits_end_causes_no_deadlock(
+    path: Path,
 ) -> None:
+    engine = open_log(path, settings=Settings(readers=1))
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(lambda loop, context: None)  # would report each pull
     executor_log = logging.getLogger("concurrent.futures")
-    threshold = gc.get_threshold()
+    loop_closed = threading.Event()
 
     async def abandon_pulls() -> list[Any]:
+        reading = engine.read(lambda db: loop_closed.wait(PATIENCE))
         pulls = [engine.pull(str(number), wait=PATIENCE * 3) for number in range(50)]
-        tasks = [asyncio.ensure_future(pull) for pull in pulls]
-        await asyncio.sleep(0)  # each asks a reader, which will find the loop closed
+        tasks = [asyncio.ensure_future(task) for task in (reading, *pulls)]
+        await asyncio.sleep(0)  # each asks the reader, which will find the loop closed
         return tasks
 
-    def wake() -> None:
-        gc.collect(0)  # not of the pulls, which are older
-        # From here on the collector runs as soon as wake() has made its first list.
-        gc.set_threshold(5, 0, 1000)
-        gc.enable()
-        engine.end_waits()
-
-    thread = threading.Thread(target=wake, daemon=True)
+    # end_waits() looks for this scope while it holds the lock of the listeners.
+    engine.add_listener(lambda hints: None, CollectingScope("collecting"))
+    thread = threading.Thread(target=engine.end_waits, daemon=True)
     executor_log.disabled = True
     gc.disable()
     try:
         tasks = loop.run_until_complete(abandon_pulls())
         loop.close()
-        for _ in range(10):
-            ask(engine.position())  # the readers take it after all of the pulls
-        gc.collect(0)
+        loop_closed.set()
+        ask(engine.position())  # the reader takes it after all of the pulls
+        abandoned = weakref.WeakSet(tasks[1:])
         del loop, tasks
+        assert len(abandoned) == 50
         thread.start()
         thread.join(PATIENCE)
         assert not thread.is_alive()
+        assert not abandoned  # they were collected meanwhile
     finally:
-        gc.set_threshold(*threshold)
         gc.enable()
         executor_log.disabled = False
     assert push(engine, note("2"))[0]["ok"]
+    engine.close()
 
 
 # A listener gets a hint for each scope that a commit changed.
@@ -3297,8 +3317,8 @@ def test_each_run_of_apply_gets_the_args_as_they_were_pushed(path: Path) -> None
                 return roll_back_by_conflict(db)
         return apply(db, mutation)
 
-    settings = ONE_TRANSACTION
-    with closing(open_log(path, apply=change_args, settings=settings)) as engine:
+    engine = open_log(path, apply=change_args, settings=ONE_TRANSACTION)
+    with closing(engine):
         with writer_held(engine):
             future = engine.submit(
                 [note("changes its args", args), note("fails the transaction")]
@@ -3349,15 +3369,15 @@ def test_a_mutation_that_rolls_back_the_transaction_fails_alone(path: Path) -> N
             return roll_back_by_conflict(db)
         return apply(db, mutation)
 
-    settings = ONE_TRANSACTION
-    with closing(open_log(path, apply=apply_or_roll_back, settings=settings)) as engine:
+    engine = open_log(path, apply=apply_or_roll_back, settings=ONE_TRANSACTION)
+    with closing(engine):
         futures = []
         with writer_held(engine):
             for number in range(5):
-                faulty = {"id": "faulty", "name": "roll back"}
-                faulty_too = {"id": f"faulty {number}", "name": "roll back"}
+                retried = {"id": "faulty", "name": "roll back"}
+                another = {"id": f"faulty {number}", "name": "roll back"}
                 futures += [
-                    engine.submit([note(f"{number} first"), faulty, faulty_too]),
+                    engine.submit([note(f"{number} first"), retried, another]),
                     engine.submit([note(f"{number} last")]),
                 ]
         results = [result for future in futures for result in future.result(PATIENCE)]
@@ -3383,8 +3403,8 @@ def test_a_constraint_that_fails_at_the_commit_fails_its_mutation_alone(
             db.execute("INSERT INTO orders VALUES (1, 999)")
         return apply(db, mutation)
 
-    options: dict[str, Any] = {"schema": schema, "settings": ONE_TRANSACTION}
-    with closing(open_log(path, apply=violate, **options)) as engine:
+    engine = open_log(path, apply=violate, schema=schema, settings=ONE_TRANSACTION)
+    with closing(engine):
         futures = []
         with writer_held(engine):
             for keys in (["1"], ["2", "faulty", "3"], ["4"]):
@@ -3414,15 +3434,17 @@ def test_a_mutation_whose_error_has_the_code_of_a_disk_error_fails_alone(
         CREATE VIRTUAL TABLE words USING fts5(word, content='');
     """
 
-    def run_faulty_statement(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        if mutation.id == "faulty":
-            caught = sqlite3.Error if mutation.args == "caught" else ZeroDivisionError
-            with suppress(caught):
+    def run_faulty(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        match mutation.id, mutation.args:
+            case "faulty", "caught":
+                with suppress(sqlite3.Error):
+                    db.execute(statement)
+            case "faulty", _:
                 db.execute(statement)
         return apply(db, mutation)
 
-    options: dict[str, Any] = {"schema": schema, "settings": ONE_TRANSACTION}
-    with closing(open_log(path, apply=run_faulty_statement, **options)) as engine:
+    engine = open_log(path, apply=run_faulty, schema=schema, settings=ONE_TRANSACTION)
+    with closing(engine):
         pushes = [
             [note("0", "0")],
             [note("1", "1")],
@@ -3438,8 +3460,8 @@ def test_a_mutation_whose_error_has_the_code_of_a_disk_error_fails_alone(
         ]
         failed = "internal_error"
         # `apply` may catch an error, unless the error has rolled back the transaction.
-        caught = "" if "words" in statement else failed
-        assert codes == [[""], [""], [""], ["", failed, ""], [caught], [""]]
+        if_caught = "" if "words" in statement else failed
+        assert codes == [[""], [""], [""], ["", failed, ""], [if_caught], [""]]
         assert fold(whole_log(engine)) == list("012345")
         assert ask(engine.snapshot()).data == list("012345")
         assert engine.counts["pushes_failed"] == 0
@@ -3545,17 +3567,18 @@ def test_a_mutation_too_large_for_the_disk_fails_alone_and_leaves_no_trace(
 
 
 @needs_file_size_limit
+@table("data", {"at the commit": None, "within apply": "x" * 2**22})
 def test_a_full_disk_makes_pushes_unavailable_until_it_has_room_again(
-    engine: Engine, path: Path
+    engine: Engine, path: Path, data: str | None
 ) -> None:
     push(engine, note("1"))
     with full_disk(path):
-        future = engine.submit([note("2")])
+        future = engine.submit([note("2", data)])
         with pytest.raises(Unavailable):
             future.result(PATIENCE)
         page = ask(engine.pull())
     assert len(page.changes) == 1
-    assert "duplicate" not in push(engine, note("2"))[0]
+    assert "duplicate" not in push(engine, note("2", data))[0]
     assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 2
 
 
@@ -3576,8 +3599,8 @@ def test_once_the_disk_is_full_all_later_mutations_are_unavailable_and_not_run(
             limit.enter_context(full_disk(path))
         return changes
 
-    settings = ONE_TRANSACTION
-    with limit, closing(open_log(path, apply=fill_disk, settings=settings)) as engine:
+    engine = open_log(path, apply=fill_disk, settings=ONE_TRANSACTION)
+    with limit, closing(engine):
         with writer_held(engine):
             partial = engine.submit([note("0"), note("fills"), note("1")])
             refused = [engine.submit([note("2")]), engine.submit([note("3")])]
@@ -3646,7 +3669,7 @@ def test_all_jobs_that_wait_are_refused_after_one_wait_for_a_lock(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutations = [note(str(number)) for number in range(12)]
-    waits: list[float] = []
+    attempts = 0
 
     async def push_and_trim(engine: Engine) -> list[Any]:
         jobs: list[Any] = [engine.push([mutation]) for mutation in mutations]
@@ -3660,15 +3683,16 @@ def test_all_jobs_that_wait_are_refused_after_one_wait_for_a_lock(
         begin = engine.store.begin
 
         def begin_when_all_wait() -> Any:
-            if not waits:  # the first job is taken already
-                until(lambda: engine.stats()["pushes_waiting"] == len(mutations))
-            waits.append(time.monotonic())
+            nonlocal attempts
+            attempts += 1
+            if attempts == 1:  # the writer has taken one of the 13 jobs
+                until(lambda: engine.stats()["pushes_waiting"] == 12)
             return begin()
 
         monkeypatch.setattr(engine.store, "begin", begin_when_all_wait)
         db.execute("BEGIN IMMEDIATE")
         outcomes = ask(push_and_trim(engine))
-        assert len(waits) == 1
+        assert attempts == 1
         assert [type(outcome) for outcome in outcomes] == [mizusync.StoreRefused] * 13
         db.execute("ROLLBACK")
         results = push(engine, *mutations)
@@ -3746,7 +3770,7 @@ def test_pushes_beyond_max_pending_pushes_are_unavailable_and_leave_no_trace(
 
 
 def test_close_commits_the_pushes_that_wait_and_refuses_new_ones(path: Path) -> None:
-    engine = open_log(path)
+    engine = open_log(path, settings=Settings(max_commit_time=0))  # no push joins
     closer = threading.Thread(target=engine.close)
     with writer_held(engine):
         futures = [engine.submit([note(key)]) for key in ("1", "2")]
@@ -3852,36 +3876,6 @@ def test_every_call_in_a_forked_child_fails_and_the_parent_goes_on(path: Path) -
     assert not path.with_name(f"{path.name}-wal").exists()  # close() has removed it
 
 
-# Of other sections: they go with their last users there.
-
-SLOW = ONE_TRANSACTION
-
-
-def gated(entered: threading.Event, release: threading.Event) -> Callable[..., Any]:
-    """The tests' application; the mutation "gate" stays in it until it is released."""
-
-    def apply_gated(db: sqlite3.Connection, mutation: Mutation) -> Any:
-        if mutation.id == "gate":
-            entered.set()
-            assert release.wait(PATIENCE)
-        return apply(db, mutation)
-
-    return apply_gated
-
-
-def stalled(
-    entered: threading.Event, release: threading.Event
-) -> Callable[..., list[Any]]:
-    """An application in which every mutation stays until it is released."""
-
-    def apply_stalled(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-        entered.set()
-        release.wait(PATIENCE)
-        return [mutation.id]
-
-    return apply_stalled
-
-
 # Pulls, also those that wait; follow, snapshots and other reads; the end.
 
 
@@ -3915,7 +3909,7 @@ def test_a_pull_without_new_changes_is_empty_and_keeps_its_cursor(
     assert len(pull(engine, head)["changes"]) == 1
 
 
-def test_a_waiting_pull_returns_after_a_push_to_its_scope_or_a_wake(
+def test_a_waiting_pull_returns_after_a_push_to_its_scope_or_end_waits(
     engine: Engine,
 ) -> None:
     async def wait_for_both() -> None:
