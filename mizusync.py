@@ -154,7 +154,7 @@ __all__ = [
     # For its endpoints and its live clients.
     "Page", "Request", "Response", "Result", "Session", "Snapshot", "WebSocket",
     # For a store or a transport of its own.
-    "Mark", "Position", "Row", "SQLStore", "SQLiteStore", "Store",
+    "Mark", "Position", "Row", "SQLiteStore", "Store",
     "StoreError", "StoreRefused", "Hint", "Hub", "Subscriber",
     # The other errors.
     "CursorTooOld", "CursorUnknown", "HTTPError", "InvalidRequest", "ProtocolError",
@@ -740,13 +740,14 @@ def check_scope(value: Any) -> str:
 #
 # A reader at cursor N has everything of its scope up to N, because
 #   1. one writer at a time, over all processes, issues the cursors: from the head that
-#      it finds under the write lock, without a gap. So cursors rise in commit order.
-#      AUTOINCREMENT keeps the head, so that not even a trim or a restart lowers it
-#      (https://sqlite.org/autoinc.html);
-#   2. a read is one transaction and sees one moment, and a page never ends inside the
-#      changes of one mutation;
-#   3. a reader below the scope's highest trimmed cursor is refused (cursor_too_old);
-#   4. a reader with a cursor of another history is refused (cursor_unknown).
+#      it finds under the write lock, without a gap (begin, Batch.make_rows). So cursors
+#      rise in commit order. AUTOINCREMENT keeps the head, so that not even a trim or a
+#      restart lowers it (https://sqlite.org/autoinc.html);
+#   2. a read is one transaction and sees one moment (read), and a page never ends
+#      inside the changes of one mutation (Tail.page, Tails.load_page);
+#   3. a reader below the scope's highest trimmed cursor gets cursor_too_old
+#      (load_page);
+#   4. a reader with a cursor of another history gets cursor_unknown (has_issued).
 #
 # The fourth needs epochs, because an older copy of the database may be restored and
 # grow again. An example:
@@ -765,6 +766,10 @@ def check_scope(value: Any) -> str:
 # (epoch, cursor) belongs to this history if the epoch is in the table and the cursor is
 # at most the start of the next epoch. An ordinary restart disturbs nobody: the new
 # epoch starts at the head, which no client is above.
+
+
+# The words: `head` is the newest cursor of the log, `current` that of one scope. The
+# `latest` position is that of the database now; Tails.position is that of memory.
 
 
 class Position(NamedTuple):
@@ -804,40 +809,70 @@ class Mark(NamedTuple):
     last: int
 
 
-class Store(Protocol):
+class Store:
     """The steps that an engine needs from a database. Each may raise StoreRefused.
 
-    `db` is a connection of the store's; `apply` and `snapshot` get it as it is.
+    The first ones are each database's own. The SQL of the others is the same wherever
+    there are tables with the columns of LOG_SCHEMA. `db` is a connection of the
+    store's; `apply` and `snapshot` get it as it is.
     """
 
     # Any thread may call these.
 
     def latest(self) -> Position:
         """Return the position after the newest commit of any process; don't wait."""
+        raise NotImplementedError
 
     def read(self, work: Callable[[Any], T]) -> T:
         """Return `work(db)`, run in a transaction that sees one moment."""
+        raise NotImplementedError
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close every connection."""
+        raise NotImplementedError
 
     def stats(self) -> dict[str, int]:
         """Return numbers for Engine.stats, by name."""
+        return {}
+
+    # The writer's thread calls these: begin(), then run_guarded() for each mutation,
+    # and at the end commit() or rollback().
+
+    def begin(self) -> tuple[Any, Position]:
+        """Begin a transaction that excludes every other writer.
+
+        Wait a while for the lock. Return the connection, and the position under it.
+        """
+        raise NotImplementedError
+
+    def run_guarded(self, work: Callable[[Any], T]) -> T:
+        """Return `work(db)`, application code; undo what it wrote if it raises.
+
+        Raise StoreRefused if the transaction did not survive it.
+        """
+        raise NotImplementedError
+
+    def commit(self, rows: Sequence[Row], marks: Sequence[Mark]) -> Position:
+        """Append to the log, and commit: all of it is on disk when this returns.
+
+        The engine has numbered the rows, from the head of begin() without a gap. Begin
+        an epoch at that head if one is due. Return the position after the commit.
+        """
+        raise NotImplementedError
+
+    def rollback(self) -> None:
+        """End the transaction. This never raises: it abandons what it can't undo."""
+        raise NotImplementedError
 
     # These run inside a transaction, on any thread.
 
-    def read_position(self, db: Any) -> Position: ...
+    def run(self, db: Any, sql: str, *parameters: Any) -> list[Any]:
+        """Run one statement, with `?` for each parameter, and return all its rows."""
+        raise NotImplementedError
 
-    def read_current(self, db: Any, scope: str) -> int:
-        """Return the scope's newest cursor, or 0. A trim does not lower it."""
-
-    def read_trimmed(self, db: Any, scope: str) -> int:
-        """Return the scope's highest trimmed cursor, or 0."""
-
-    def read_nth_newest(self, db: Any, scope: str, n: int) -> int:
-        """Return the cursor of the scope's n-th newest change, or 0."""
-
-    def read_epoch_end(self, db: Any, epoch: str) -> int | None:
-        """Return the highest cursor of an epoch, or None if the epoch is unknown."""
+    def read_position(self, db: Any) -> Position:
+        """Return the position of the log, as the transaction sees it."""
+        raise NotImplementedError
 
     def read_changes(
         self,
@@ -845,7 +880,46 @@ class Store(Protocol):
         scope: str,
         after: int,
     ) -> Iterator[Row]:
-        """Yield the scope's changes above a cursor, in order."""
+        """Yield the scope's changes above a cursor, in order, as they are taken."""
+        raise NotImplementedError
+
+    # From here on the SQL is the same everywhere.
+
+    def run_scalar(self, db: Any, sql: str, *parameters: Any) -> Any:
+        """Run one statement; return the first column of its first row, or None."""
+        rows = self.run(db, sql, *parameters)
+        return rows[0][0] if rows else None
+
+    def has_issued(self, db: Any, epoch: str, cursor: int) -> bool:
+        """Return whether a cursor of an epoch belongs to this history."""
+        # An epoch ends where the next one begins, and the newest at the head. Each
+        # begins at or above the one before, so the next has the least start.
+        sql = """
+            SELECT coalesce(
+                (SELECT min(start) FROM mizusync_epochs WHERE number > this.number), ?)
+            FROM mizusync_epochs AS this WHERE epoch = ?
+        """
+        head = self.read_position(db).head
+        end: int | None = self.run_scalar(db, sql, head, epoch)
+        return end is not None and cursor <= end
+
+    def read_current(self, db: Any, scope: str) -> int:
+        """Return the scope's newest cursor, or 0. A trim does not lower it."""
+        newest = self.read_nth_newest(db, scope, 1)
+        return newest or self.read_trimmed(db, scope)
+
+    def read_trimmed(self, db: Any, scope: str) -> int:
+        """Return the scope's highest trimmed cursor, or 0."""
+        sql = "SELECT cursor FROM mizusync_trims WHERE scope = ?"
+        return self.run_scalar(db, sql, scope) or 0
+
+    def read_nth_newest(self, db: Any, scope: str, n: int) -> int:
+        """Return the cursor of the scope's n-th newest change, or 0."""
+        sql = """
+            SELECT cursor FROM mizusync_changes WHERE scope = ?
+            ORDER BY cursor DESC LIMIT 1 OFFSET ?
+        """
+        return self.run_scalar(db, sql, scope, n - 1) or 0
 
     def read_range(
         self,
@@ -854,101 +928,6 @@ class Store(Protocol):
         last: int,
     ) -> list[Row]:
         """Return the changes of all scopes from one cursor to another, in order."""
-
-    def read_scopes_since(self, db: Any, position: Position) -> dict[str, int]:
-        """Return the scopes that were changed or trimmed since.
-
-        With each comes its newest change or its trim, whichever is the higher cursor.
-        """
-
-    def find_mark(self, db: Any, scope: str, id: str) -> Mark | None: ...
-
-    # These run on the writer's thread: begin(), then the others in any order, and at
-    # the end commit() or rollback().
-
-    def begin(self) -> tuple[Any, Position]:
-        """Begin a transaction that excludes every other writer.
-
-        Wait a while for the lock. Return the connection, and the position under it.
-        """
-
-    def run_guarded(self, work: Callable[[Any], T]) -> T:
-        """Return `work(db)`, application code; undo what it wrote if it raises.
-
-        Raise StoreRefused if the transaction did not survive it.
-        """
-
-    def trim(
-        self,
-        db: Any,
-        scope: str,
-        before: int,
-        limit: int,
-    ) -> int:
-        """Remove the oldest changes below `before`, about `limit`; return how many.
-
-        Mutations go whole or not at all.
-        """
-
-    def probe(self, db: Any) -> None:
-        """Write something and take it back, so that a disk that refuses is noticed."""
-
-    def commit(self, rows: Sequence[Row], marks: Sequence[Mark]) -> Position:
-        """Append to the log, and commit: all of it is on disk when this returns.
-
-        The engine has numbered the rows, from the head of begin() without a gap. Begin
-        an epoch at that head if one is due. Return the position after the commit.
-        """
-
-    def rollback(self) -> None:
-        """End the transaction. This never raises: it abandons what it can't undo."""
-
-
-class SQLStore(Store):
-    """The steps whose SQL is the same in every database with LOG_SCHEMA's columns."""
-
-    def run(self, db: Any, sql: str, *parameters: Any) -> list[Any]:
-        """Run one statement, with `?` for each parameter, and return all its rows."""
-        raise NotImplementedError
-
-    def run_scalar(self, db: Any, sql: str, *parameters: Any) -> Any:
-        """Run one statement; return the first column of its first row, or None."""
-        rows = self.run(db, sql, *parameters)
-        return rows[0][0] if rows else None
-
-    def read_current(self, db: Any, scope: str) -> int:
-        newest = self.read_nth_newest(db, scope, 1)
-        return newest or self.read_trimmed(db, scope)
-
-    def read_trimmed(self, db: Any, scope: str) -> int:
-        sql = "SELECT cursor FROM mizusync_trims WHERE scope = ?"
-        return self.run_scalar(db, sql, scope) or 0
-
-    def read_nth_newest(self, db: Any, scope: str, n: int) -> int:
-        sql = """
-            SELECT cursor FROM mizusync_changes WHERE scope = ?
-            ORDER BY cursor DESC LIMIT 1 OFFSET ?
-        """
-        return self.run_scalar(db, sql, scope, n - 1) or 0
-
-    def read_epoch_end(self, db: Any, epoch: str) -> int | None:
-        """Return where the next epoch begins; for the newest, the head."""
-        # Each begins at or above the one before, so the next has the least start.
-        sql = """
-            SELECT coalesce(
-                (SELECT min(start) FROM mizusync_epochs WHERE number > this.number), ?)
-            FROM mizusync_epochs AS this WHERE epoch = ?
-        """
-        head = self.read_position(db).head
-        end: int | None = self.run_scalar(db, sql, head, epoch)
-        return end
-
-    def read_range(
-        self,
-        db: Any,
-        first: int,
-        last: int,
-    ) -> list[Row]:
         sql = """
             SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor
         """
@@ -956,6 +935,10 @@ class SQLStore(Store):
         return list(map(Row._make, rows))
 
     def read_scopes_since(self, db: Any, position: Position) -> dict[str, int]:
+        """Return the scopes that were changed or trimmed since.
+
+        With each comes its newest change or its trim, whichever is the higher cursor.
+        """
         sql = """
             SELECT scope, max(cursor) FROM (
                 SELECT scope, cursor FROM mizusync_changes WHERE cursor > ?
@@ -977,7 +960,10 @@ class SQLStore(Store):
         before: int,
         limit: int,
     ) -> int:
-        """Remove whole mutations, the oldest ones; keep all that `before` protects."""
+        """Remove the oldest changes below `before`, about `limit`; return how many.
+
+        Mutations go whole or not at all.
+        """
         # 1. The mutation with the limit-th change is the last one that may go. With
         #    fewer changes, only `before` limits the trim.
         sql = """
@@ -1014,13 +1000,11 @@ class SQLStore(Store):
         return int(count)
 
     def probe(self, db: Any) -> None:
+        """Write something and take it back, so that a disk that refuses is noticed."""
         # No mutation has an empty scope. An UPDATE that changes nothing would not do:
         # SQLite does not write it.
         self.run(db, "INSERT INTO mizusync_mutations VALUES ('', '', NULL, 0)")
         self.run(db, "DELETE FROM mizusync_mutations WHERE scope = ''")
-
-    def stats(self) -> dict[str, int]:
-        return {}
 
 
 # --- Guard ----------------------------------------------------------------------------
@@ -1293,8 +1277,8 @@ FORMAT = 1  # of the tables below; a file with a higher one is refused
 # "mizu" (https://sqlite.org/pragma.html#pragma_application_id)
 APPLICATION_ID = 0x6D697A75
 
-# The columns stand in the order of Row and Mark. If you raise FORMAT, teach _create_log
-# to bring an older file up to date.
+# The columns stand in the order of Row and Mark. If you raise FORMAT, teach
+# prepare_writer to bring an older file up to date.
 #
 #   changes    `first` is the cursor of the first change of the same mutation.
 #   mutations  The dedupe marks.
@@ -1614,38 +1598,7 @@ MAX_WAL = 64 * MIB  # SQLite keeps the WAL near 4 MiB, unless reads overlap
 WAL_CHECK_INTERVAL = 1.0
 
 
-@dataclasses.dataclass(slots=True)
-class EpochRule:
-    """Whether the next commit has to begin an epoch: nothing else keeps track of that.
-
-    It has to after each opening, and after a restore under a running server: if this
-    process saw the head 100, a transaction that begins at 60 proves that an older copy
-    was restored. `is_due` stays until a commit succeeds.
-    """
-
-    is_due: bool
-    expected_head: int = 0  # the highest head seen in the present copy of the file
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-
-    def saw(self, head: int) -> None:
-        """Note a head that any process has committed. Any thread may call this."""
-        with self.lock:
-            self.expected_head = max(self.expected_head, head)
-
-    def began(self, head: int) -> None:
-        """Note where a transaction begins; a lower head is a restored copy's."""
-        with self.lock:
-            if head < self.expected_head:
-                self.is_due = True
-            self.expected_head = head
-
-    def committed(self, head: int) -> None:
-        """Note the head after a commit. If an epoch was due, it has begun."""
-        self.is_due = False
-        self.saw(head)  # another process may have committed more, and been seen
-
-
-class SQLiteStore(SQLStore):
+class SQLiteStore(Store):
     """The log in a SQLite file, together with the application's own tables.
 
     `schema` is the application's (CREATE TABLE IF NOT EXISTS ...); it runs at each
@@ -1666,8 +1619,11 @@ class SQLiteStore(SQLStore):
         self._writer: GuardedConnection | None  # None: the next transaction reconnects
         self._position_db: GuardedConnection | None
         self._writer, self._position_db = self._file.open(adopt)
-        # A log that this process has created has its first epoch.
-        self._epoch_rule = EpochRule(is_due=not self._file.created_log)
+        # The first commit of each opening begins an epoch. A log that this process has
+        # created has its first one.
+        self._epoch_is_due = not self._file.created_log
+        self._seen = self.read_position(self._position_db)
+        self._seen_lock = threading.Lock()
         self._position_lock = threading.Lock()
         # The data_version that was read last, and the position at that time.
         self._latest: tuple[int, Position] | None = None
@@ -1717,7 +1673,7 @@ class SQLiteStore(SQLStore):
             version = self._read_data_version(self._position_db)
             if self._latest is None or self._latest[0] != version:
                 self._latest = (version, self.read_position(self._position_db))
-                self._epoch_rule.saw(self._latest[1].head)
+                self._see(self._position_db, self._latest[1])
             return self._latest[1]
 
     def _read_data_version(self, db: GuardedConnection) -> int:
@@ -1764,7 +1720,7 @@ class SQLiteStore(SQLStore):
         execute_with_retry(db, "BEGIN IMMEDIATE", self._busy_timeout)
         self._warn_of_others(db)
         position = self.read_position(db)
-        self._epoch_rule.began(position.head)
+        self._see(db, position)
         return db, position
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
@@ -1776,7 +1732,7 @@ class SQLiteStore(SQLStore):
         """Append to the log and commit. COMMIT returns when the disk has it all."""
         db = self._writer
         assert db is not None
-        if self._epoch_rule.is_due:
+        if self._epoch_is_due:
             sql = """
                 INSERT INTO mizusync_epochs (epoch, start)
                 SELECT hex(randomblob(9)), seq FROM sqlite_sequence
@@ -1788,7 +1744,10 @@ class SQLiteStore(SQLStore):
         insert(f"{OWN_STATEMENT}INSERT INTO mizusync_mutations VALUES (?,?,?,?)", marks)
         position = self.read_position(db)
         run_own(db, "COMMIT")
-        self._epoch_rule.committed(position.head)
+        with self._seen_lock:
+            self._epoch_is_due = False
+            if position.head >= self._seen.head:  # others may have overtaken this one
+                self._seen = position
         self._limit_wal(db)
         return position
 
@@ -1837,6 +1796,20 @@ class SQLiteStore(SQLStore):
             sizes["database_bytes"] = os.path.getsize(self._file.path)
             sizes["wal_bytes"] = os.path.getsize(self._file.wal_path)
         return sizes
+
+    # -- against backups that are restored under a running server
+
+    def _see(self, db: GuardedConnection, position: Position) -> None:
+        """Note a position. An epoch is due if the history is another one than before.
+
+        If this process saw (A, 100), and the log in the file has not issued that, then
+        another copy was restored. An epoch stays due until a commit has begun it.
+        """
+        with self._seen_lock:
+            if position != self._seen:
+                if not self.has_issued(db, self._seen.epoch, self._seen.head):
+                    self._epoch_is_due = True
+                self._seen = position
 
     # -- against a WAL that grows
 
@@ -2048,10 +2021,7 @@ class Tails:
         """
         # 1. Did this history issue the cursor, and does it have all that comes after?
         position = self._store.read_position(db)
-        end: int | None = position.head
-        if epoch not in ("", position.epoch):
-            end = self._store.read_epoch_end(db, epoch)
-        if end is None or cursor > end:
+        if not self._store.has_issued(db, epoch or position.epoch, cursor):
             sentence = f"this history never issued cursor {cursor}: take a snapshot"
             raise CursorUnknown(sentence)
         trimmed = self._store.read_trimmed(db, scope)
@@ -2164,7 +2134,7 @@ class Listeners:
             with self._lock:
                 others = self._by_scope.get(scope, {})
                 if others.pop(key, None) and not others:
-                    del self._by_scope[scope]
+                    self._by_scope.pop(scope, None)
 
         return remove
 
@@ -2808,9 +2778,8 @@ class Writer:
         """
         known = self._tails.position
         changed = self._store.read_scopes_since(db, known)
-        end = self._store.read_epoch_end(db, known.epoch)
-        # An older copy was restored, even if it has grown past `known` since.
-        is_rewound = end is None or end < known.head
+        # If not, another copy was restored, even if it has grown past `known` since.
+        is_rewound = not self._store.has_issued(db, known.epoch, known.head)
         self._tails.forget(None if is_rewound else changed, position)
         hints = {}
         for scope, cursor in changed.items():

@@ -2532,24 +2532,20 @@ def test_an_engine_that_only_pulled_the_lost_changes_begins_an_epoch_as_well(
         assert_unknown(other_engine, lost_page)
 
 
-@settings(max_examples=50)
-@given(seen=st.lists(st.integers(0, 9)), committed=st.integers(0, 9))
-def test_a_head_below_any_that_was_seen_makes_an_epoch_due(
-    seen: list[int], committed: int
+def test_a_second_backup_restored_over_a_first_one_begins_an_epoch(
+    path: Path,
 ) -> None:
-    rule = mizusync.EpochRule(is_due=False)
-    for head in seen:  # commits of other processes
-        rule.saw(head)
-    rule.committed(committed)  # known late: others have committed since
-    highest = max([*seen, committed])
-    rule.began(highest)
-    assert not rule.is_due
-    rule.began(highest - 1)
-    assert rule.is_due
-    rule.began(highest - 1)  # the transaction of before failed
-    assert rule.is_due
-    rule.committed(highest)
-    assert not rule.is_due
+    with closing(open_log(path)) as engine:
+        push(engine, note("1"))
+        early_backup = back_up(path).rename(path.with_name("early.db"))
+        push(engine, note("2"), note("3"))
+        late_backup = back_up(path)
+        lost_page = push_lost_changes(engine, 3)
+        restore(path, early_backup)  # by mistake
+        push(engine, note("mistaken"))
+        restore(path, late_backup)
+        push(engine, *(note(f"new {number}") for number in range(9)))
+        assert_unknown(engine, lost_page)
 
 
 def test_a_failing_mutation_after_another_engines_opening_is_no_restored_backup(
