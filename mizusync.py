@@ -45,8 +45,8 @@ The life of one change, and the section in which each step stands:
     -> a pull                       Tail            a join of encoded bytes
 
 Contents. A section calls only what stands above it. In each one the heart comes first.
-What stands behind a comment that begins with "against" protects it, and can wait for a
-second reading:
+What stands behind a comment that begins with "against" is about faults and misuse, and
+can wait for a second reading:
 
     Settings        every limit and every timeout
     Errors          what a client may be told; what closes a socket
@@ -1493,6 +1493,8 @@ class DatabaseFile:
         raise StoreRefused(f"{self.path} was removed or replaced: restart the server")
 
 
+# Against files that can't be opened, and paths at which no log can be kept.
+
 OPENING_ADVICE = {
     sqlite3.SQLITE_BUSY: ": another process holds its lock",
     sqlite3.SQLITE_CANTOPEN: ": its folder has to exist, and be writable",
@@ -1554,7 +1556,9 @@ def mount_points(mountinfo: bytes) -> set[bytes]:
     return found
 
 
-# Blanks and comments, and then the first word of a statement.
+# Against mistakes in the application's schema: the text of its statements.
+
+# Blanks and comments, and then the first word.
 _FIRST_WORD = re.compile(r"(?:\s|--[^\n]*+|/\*.*?\*/)*+(\w*)", re.DOTALL)
 
 
@@ -1616,9 +1620,11 @@ class SQLiteStore(Store):
     ) -> None:
         self._file = DatabaseFile(path, schema, busy_timeout)
         self._busy_timeout = busy_timeout
-        self._writer: GuardedConnection | None  # None: the next transaction reconnects
+        self._write_db: (
+            GuardedConnection | None
+        )  # None: the next transaction reconnects
         self._position_db: GuardedConnection | None
-        self._writer, self._position_db = self._file.open(adopt)
+        self._write_db, self._position_db = self._file.open(adopt)
         # The first commit of each opening begins an epoch. A log that this process has
         # created has its first one.
         self._epoch_is_due = not self._file.created_log
@@ -1631,7 +1637,7 @@ class SQLiteStore(Store):
         self._read_barrier = threading.Lock()  # while it is held, no read begins
         self._wal_limit = MAX_WAL
         self._next_wal_check = 0.0
-        self._writer_version = self._read_data_version(self._writer)
+        self._write_version = self._read_data_version(self._write_db)
         self._warns_of_others = has_wal_reset_bug(sqlite3.sqlite_version_info)
 
     # -- reading
@@ -1714,9 +1720,9 @@ class SQLiteStore(Store):
     def begin(self) -> tuple[Any, Position]:
         """Begin a transaction. Its position is read under the write lock."""
         self._file.check()
-        if self._writer is None:
-            self._writer = self._reconnect()
-        db = self._writer
+        if self._write_db is None:
+            self._write_db = self._reconnect()
+        db = self._write_db
         execute_with_retry(db, "BEGIN IMMEDIATE", self._busy_timeout)
         self._warn_of_others(db)
         position = self.read_position(db)
@@ -1724,13 +1730,13 @@ class SQLiteStore(Store):
         return db, position
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
-        assert self._writer is not None
-        return self._writer.run_guarded(work)
+        assert self._write_db is not None
+        return self._write_db.run_guarded(work)
 
     @refusals()
     def commit(self, rows: Sequence[Row], marks: Sequence[Mark]) -> Position:
         """Append to the log and commit. COMMIT returns when the disk has it all."""
-        db = self._writer
+        db = self._write_db
         assert db is not None
         if self._epoch_is_due:
             sql = """
@@ -1753,7 +1759,7 @@ class SQLiteStore(Store):
 
     def rollback(self) -> None:
         """End the transaction, if there is one. What can't be rolled back is closed."""
-        db = self._writer
+        db = self._write_db
         if db is None:
             return
         try:
@@ -1761,7 +1767,7 @@ class SQLiteStore(Store):
                 run_own(db, "ROLLBACK")
         except (sqlite3.Error, StoreRefused):
             log_error(store_log, "a rollback failed: the next transaction reconnects")
-            self._writer = None
+            self._write_db = None
             with contextlib.suppress(sqlite3.Error):
                 db.close()
 
@@ -1773,21 +1779,21 @@ class SQLiteStore(Store):
         except BaseException:
             db.close()
             raise
-        self._writer_version = self._read_data_version(db)
+        self._write_version = self._read_data_version(db)
         return db
 
     def close(self) -> None:
         """Close every connection, and write the WAL into the file if possible."""
-        if self._writer is not None:
+        if self._write_db is not None:
             with contextlib.suppress(sqlite3.Error, StoreRefused):  # a reader holds it
-                run_own(self._writer, "PRAGMA wal_checkpoint(TRUNCATE)")
+                run_own(self._write_db, "PRAGMA wal_checkpoint(TRUNCATE)")
         with self._position_lock:
-            for db in (*self._idle, self._position_db, self._writer):
+            for db in (*self._idle, self._position_db, self._write_db):
                 if db is not None:
                     db.close()
             self._idle = []
             self._position_db = None
-            self._writer = None
+            self._write_db = None
 
     def stats(self) -> dict[str, int]:
         """Return the sizes of the file and of its WAL (bytes)."""
@@ -1848,7 +1854,7 @@ class SQLiteStore(Store):
         if not self._warns_of_others:
             return
         # A connection's own commits do not change the version that it reads.
-        if self._read_data_version(db) != self._writer_version:
+        if self._read_data_version(db) != self._write_version:
             self._warns_of_others = False
             store_log.warning(
                 "another process writes to %s, and SQLite %s may lose a commit then: "
@@ -1882,8 +1888,8 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
 class Tail:
     """All changes of one scope above `after`, in order, as three parallel lists.
 
-    There are two kinds. Memory keeps one for each scope in use. A transaction collects
-    in one what it adds to a scope; after the commit, that extends the one in memory.
+    Memory keeps one for each scope in use. A transaction collects what it adds to a
+    scope in another one, which extends that in memory after the commit.
     """
 
     after: int
@@ -1891,7 +1897,6 @@ class Tail:
     firsts: list[int] = dataclasses.field(default_factory=list)  # as in Row
     changes: list[bytes] = dataclasses.field(default_factory=list)  # encoded
     size: int = 0  # bytes of memory, about
-    trimmed: int = 0  # in a transaction's tail: the highest cursor that it trimmed
 
     OVERHEAD: ClassVar = 200  # bytes of memory that a change takes besides its own
 
@@ -1911,7 +1916,6 @@ class Tail:
 
     def extend(self, newer: Tail, keep: int) -> None:
         """Append what a transaction added. Above twice `keep`, cut down to `keep`."""
-        self.drop_through(newer.trimmed)  # a pull from below has to be cursor_too_old
         self.cursors += newer.cursors
         self.firsts += newer.firsts
         self.changes += newer.changes
@@ -2046,9 +2050,19 @@ class Tails:
         self._remember(scope, tail, position)
         return Page(tail.changes, last, position.epoch)
 
-    def advance(self, position: Position, added: Mapping[str, Tail]) -> None:
-        """Extend the tails by what a commit added, and move to its position."""
+    def advance(
+        self,
+        position: Position,
+        added: Mapping[str, Tail],
+        trimmed: Mapping[str, int],
+    ) -> None:
+        """Follow a commit: what it added and trimmed, by scope, and its position."""
         with self._lock:
+            for scope, cursor in trimmed.items():
+                tail = self._remove(scope)
+                if tail is not None:
+                    tail.drop_through(cursor)  # a pull below it has to be refused
+                    self._put(scope, tail)
             for scope, newer in added.items():
                 self._put(scope, newer)
             self.position = position
@@ -2210,15 +2224,16 @@ class Batch:
         self.time = now.removesuffix("+00:00") + "Z"
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
-        self.tails: dict[str, Tail] = {}  # by scope: what this transaction adds
+        self.added: dict[str, Tail] = {}  # by scope: the new changes, encoded
+        self.trimmed: dict[str, int] = {}  # by scope: the highest cursor that goes
         self.counts: Counter[str] = Counter()
 
     def tail(self, scope: str) -> Tail:
         """Return the tail that collects what the transaction adds to a scope."""
-        if scope not in self.tails:
+        if scope not in self.added:
             current = self.store.read_current(self.db, scope)
-            self.tails[scope] = Tail(current)
-        return self.tails[scope]
+            self.added[scope] = Tail(current)
+        return self.added[scope]
 
     def find_mark(self, mutation: Mutation) -> Mark | None:
         """Return the mark of a mutation that this batch or an earlier one applied."""
@@ -2321,7 +2336,7 @@ class Batch:
     def hints(self, epoch: str) -> Hints:
         """Return a hint for each scope that this transaction changes."""
         hints = {}
-        for scope, tail in self.tails.items():
+        for scope, tail in self.added.items():
             if tail.changes:
                 changes = tuple(tail.changes)
                 hints[scope] = Hint(tail.current, epoch, tail.after, changes)
@@ -2363,7 +2378,7 @@ class Retention:
         # To find where a trim would end takes `keep` steps, so not every commit does
         # it. Each change selects its scope with a probability of 10 / keep: a growing
         # scope is found some ten times in `keep` changes, without a counter a scope.
-        for scope, tail in batch.tails.items():
+        for scope, tail in batch.added.items():
             if random.random() * self._keep < 10 * len(tail.changes):
                 self.scopes_to_trim[scope] = None
 
@@ -2373,8 +2388,7 @@ class Retention:
         removed = self._store.trim(batch.db, scope, before, TRIM_STEP)
         if removed:
             batch.counts["trims"] += 1
-            trimmed = self._store.read_trimmed(batch.db, scope)
-            batch.tail(scope).trimmed = trimmed
+            batch.trimmed[scope] = self._store.read_trimmed(batch.db, scope)
         return removed
 
 
@@ -2610,7 +2624,7 @@ class Writer:
         """Put a transaction on disk, and then into memory; return the new position."""
         marks = list(batch.marks.values())
         position = self._store.commit(batch.rows, marks)
-        self._tails.advance(position, batch.tails)
+        self._tails.advance(position, batch.added, batch.trimmed)
         self._counts.update(batch.counts)
         self._counts["commits"] += 1
         self._counts["changes"] += len(batch.rows)
@@ -2762,7 +2776,7 @@ class Writer:
         sentence = str(refusal)
         self._deliver((job, StoreRefused(sentence)) for job in refused)
 
-    # -- against other processes, and restored backups
+    # -- against commits of other processes, and restored backups
 
     def _watch(self) -> None:
         """Check, while nothing waits, whether another process has committed."""
