@@ -821,18 +821,17 @@ def instructions(server: CountedServer) -> Iterator[Row]:
         yield row(what, itertools.repeat(request), right, size, width=16)
 
     with Audience(server, "told", 20) as audience:
-        announce(audience, 10)
-        cost = server.count_each(lambda part: announce(audience, part), 30)
+        announce = functools.partial(push_and_wait, audience, server.connection)
+        announce(10)
+        cost = server.count_each(announce, 40)
     yield "push of 1, and its hint to 20 subscribers", unit, (cost,)
 
 
-def announce(audience: Audience, size: int) -> None:
+def push_and_wait(audience: Audience, connection: Connection, size: int) -> None:
     """Push `size` times, each time until every subscriber has heard of it."""
-    connection = Connection(audience.server)
     for request in itertools.islice(pushes(audience.scope), size):
         audience.wait(cursor_of(audience.server.ask(request, connection)))
         audience.loop.pause(1)  # longer than a server may space its hints, even when slowed
-    connection.close()
 
 
 # --- Table ---------------------------------------------------------------------------------------
