@@ -753,10 +753,10 @@ class CountedServer(Server):
 
     def count(self, work: Callable[[], None]) -> int:
         """Return the instructions that the server needs for `work`."""
-        self.loop.pause(0.3)  # for it to end what it still does
+        self.rest()
         self._dump()
         work()
-        self.loop.pause(0.3)
+        self.rest()
         return self._dump()
 
     def count_each(self, work: Callable[[int], None], size: int) -> float:
@@ -781,8 +781,15 @@ class CountedServer(Server):
 
     def ask_all(self, requests: Iterable[bytes], right: Right) -> None:
         for request in requests:
+            self.rest()
             if not right(answer := self.ask(request, self.connection)):
                 wrong[answer[:200].decode(errors="replace")] += 1
+
+    def rest(self) -> None:
+        """Wait until all the server's threads sleep: a request that comes earlier costs less."""
+        stats = list(Path(f"/proc/{self.popen.pid}/task").glob("*/stat"))
+        while any(" S " not in stat.read_text() for stat in stats):
+            time.sleep(0.001)
 
 
 def instructions(server: CountedServer) -> Iterator[Row]:
@@ -821,16 +828,17 @@ def instructions(server: CountedServer) -> Iterator[Row]:
         yield row(what, itertools.repeat(request), right, size, width=16)
 
     with Audience(server, "told", 20) as audience:
-        announce = functools.partial(push_and_wait, audience, server.connection)
+        announce = functools.partial(push_and_wait, server, audience)
         announce(10)
         cost = server.count_each(announce, 40)
     yield "push of 1, and its hint to 20 subscribers", unit, (cost,)
 
 
-def push_and_wait(audience: Audience, connection: Connection, size: int) -> None:
+def push_and_wait(server: CountedServer, audience: Audience, size: int) -> None:
     """Push `size` times, each time until every subscriber has heard of it."""
     for request in itertools.islice(pushes(audience.scope), size):
-        audience.wait(cursor_of(audience.server.ask(request, connection)))
+        server.rest()
+        audience.wait(cursor_of(server.ask(request, server.connection)))
         audience.loop.pause(1)  # longer than a server may space its hints, even when slowed
 
 
@@ -900,7 +908,9 @@ def count_all(files: Sequence[str], folder: Path) -> None:
     """Count for each file; of two, show the second by the first."""
     os.environ["PYTHONHASHSEED"] = "0"  # the servers inherit it, too
     columns: dict[str, list[Row]] = {}
+    global numbers
     for file in files:
+        numbers = itertools.count(1)  # the same requests for each
         name = file if file not in columns else f"{file}, again"
         with CountedServer(file, Loop(), folder) as server:
             columns[name] = report(name, instructions(server))
