@@ -1620,9 +1620,8 @@ class SQLiteStore(Store):
     ) -> None:
         self._file = DatabaseFile(path, schema, busy_timeout)
         self._busy_timeout = busy_timeout
-        self._write_db: (
-            GuardedConnection | None
-        )  # None: the next transaction reconnects
+        # Each is None once it is closed; the next transaction opens _write_db again.
+        self._write_db: GuardedConnection | None
         self._position_db: GuardedConnection | None
         self._write_db, self._position_db = self._file.open(adopt)
         # The first commit of each opening begins an epoch. A log that this process has
