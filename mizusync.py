@@ -52,7 +52,7 @@ can wait for a second reading:
     Errors          what a client may be told; what closes a socket
     JSON            strict, and limited before it is parsed
     Protocol        the words of protocol 1, and every byte of it
-    Store           the change log: its steps, and the SQL that is the same everywhere
+    Store           the change log: its rules, and the SQL that is the same everywhere
     Guard           the connection that `apply` gets, and what it may not do
     Database file   how a file is created, opened and checked
     SQLite          the log in that file
@@ -349,7 +349,7 @@ class Unavailable(SyncError, status=503, code="unavailable"):
 
 
 class StoreRefused(Unavailable):
-    """The database refused a step: a full disk, say, or another process's lock.
+    """The database refused an operation: a full disk, or another process's lock.
 
     If it happens inside a transaction, that transaction is lost as a whole.
     """
@@ -810,7 +810,7 @@ class Mark(NamedTuple):
 
 
 class Store:
-    """The steps that an engine needs from a database. Each may raise StoreRefused.
+    """What an engine needs from a database. Each operation may raise StoreRefused.
 
     The first ones are each database's own. The SQL of the others is the same wherever
     there are tables with the columns of LOG_SCHEMA. `db` is a connection of the
@@ -2040,14 +2040,15 @@ class Tails:
             if is_full and tail.firsts and begins_mutation:
                 return Page(tail.changes, tail.current, position.epoch, has_more=True)
             room -= len(tail.add(row))
-        # 3. The page reached the end of the log, so memory can serve the next pull. An
-        #    empty page proves that nothing lies above the scope's newest change, which
-        #    may be far below this cursor: so let the tail begin there.
-        last = max(cursor, tail.current)
-        if not tail.cursors:
-            tail.after = self._store.read_current(db, scope)
-        self._remember(scope, tail, position)
-        return Page(tail.changes, last, position.epoch)
+        # 3. The page reached the end of the log, so memory can serve the next pull. If
+        #    it is empty, memory can serve lower cursors as well: nothing lies above the
+        #    scope's newest change.
+        if tail.cursors:
+            self._remember(scope, tail, position)
+        else:
+            current = self._store.read_current(db, scope)
+            self._remember(scope, Tail(current), position)
+        return Page(tail.changes, tail.current, position.epoch)
 
     def advance(
         self,
@@ -2442,6 +2443,7 @@ class JobQueue:
     def __init__(self, limit: int) -> None:
         self.closed = False
         self._limit = limit
+        # None is the mark of interrupt().
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         # Over `closed`: no job follows the last one. Reentrant, as in Listeners.
         self._lock = threading.RLock()
@@ -2485,8 +2487,8 @@ class JobQueue:
 #
 # If the transaction itself fails, each step in it runs again, in a transaction of its
 # own. A step that works then had a neighbour at fault. If it fails again, the engine
-# makes a write of its own: if that works, the step is at fault (internal_error); if it
-# fails too, the disk is (unavailable).
+# probes the disk with a write of its own: if that works, the step is at fault
+# (internal_error); if it fails too, the disk is (unavailable).
 
 
 class Writer:
@@ -2735,8 +2737,8 @@ class Writer:
     def _run_apart(self, step: Step, size: int) -> Any:
         """Run one step in a transaction of its own, and return what it returns.
 
-        Its hints go out at once, before the answer to its job. If it fails, and a write
-        of the engine's own works, the step is at fault. Otherwise raise StoreRefused.
+        Its hints go out at once, before the answer to its job. If it fails although the
+        disk works, the step is at fault. Raise StoreRefused if the disk refuses.
         """
         batch = self._begin()
         try:
@@ -2744,14 +2746,14 @@ class Writer:
             position = self._commit(batch)
         except Exception:
             self._roll_back()
-            self._check_disk()
+            self._probe_disk()
             log_error(engine_log, "the transaction failed on %s", step.name)
             self._counts["internal_error"] += 1
             return Result.refused(SyncError("the server failed on this mutation"))
         self._deliver((), batch.hints(position.epoch))
         return result
 
-    def _check_disk(self) -> None:
+    def _probe_disk(self) -> None:
         """Commit a write of the engine's own; raise StoreRefused if that fails, too."""
         batch = self._begin()
         try:
