@@ -964,13 +964,13 @@ class Store:
 
         Mutations go whole or not at all.
         """
-        # 1. The mutation with the limit-th change is the last one that may go. With
-        #    fewer changes, only `before` limits the trim.
+        # 1. The mutation with the limit-th change is the last one that may go: find its
+        #    first cursor. With fewer changes, only `before` limits the trim.
         sql = """
             SELECT first FROM mizusync_changes WHERE scope = ?
             ORDER BY cursor LIMIT 1 OFFSET ?
         """
-        last_removable = self.run_scalar(db, sql, scope, limit - 1) or before
+        last_first = self.run_scalar(db, sql, scope, limit - 1) or before
         # 2. Find where the first mutation begins that stays: the next one, or an
         #    earlier one with a change that `before` protects. Of a mutation with the
         #    changes 5 to 8, before=7 removes nothing.
@@ -978,7 +978,7 @@ class Store:
             SELECT first FROM mizusync_changes
             WHERE scope = ? AND (cursor >= ? OR first > ?) ORDER BY cursor LIMIT 1
         """
-        end = self.run_scalar(db, sql, scope, before, last_removable) or before
+        end = self.run_scalar(db, sql, scope, before, last_first) or before
         # 3. Record the highest cursor that goes, so that readers below it are refused.
         sql = """
             SELECT max(cursor), count(*) FROM mizusync_changes
@@ -1627,6 +1627,8 @@ class SQLiteStore(Store):
         # The first commit of each opening begins an epoch. A log that this process has
         # created has its first one.
         self._epoch_is_due = not self._file.created_log
+        # The newest position that this process has noted. If the log has not issued it
+        # any more, a backup was restored: see _see().
         self._seen = self.read_position(self._position_db)
         self._seen_lock = threading.Lock()
         self._position_lock = threading.Lock()
@@ -1751,7 +1753,8 @@ class SQLiteStore(Store):
         run_own(db, "COMMIT")
         with self._seen_lock:
             self._epoch_is_due = False
-            if position.head >= self._seen.head:  # others may have overtaken this one
+            # Another process may have committed since, and latest() noted that.
+            if position.head >= self._seen.head:
                 self._seen = position
         self._limit_wal(db)
         return position
@@ -1814,7 +1817,9 @@ class SQLiteStore(Store):
             if position != self._seen:
                 if not self.has_issued(db, self._seen.epoch, self._seen.head):
                     self._epoch_is_due = True
-                self._seen = position
+                    self._seen = position
+                elif position.head >= self._seen.head:  # otherwise it is noted late
+                    self._seen = position
 
     # -- against a WAL that grows
 
@@ -1887,8 +1892,8 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
 class Tail:
     """All changes of one scope above `after`, in order, as three parallel lists.
 
-    Memory keeps one for each scope in use. A transaction collects what it adds to a
-    scope in another one, which extends that in memory after the commit.
+    Memory keeps one for each scope in use. Batch.added holds a second one for each
+    scope that a transaction adds to; after the commit it is appended to the first.
     """
 
     after: int
@@ -2041,8 +2046,8 @@ class Tails:
                 return Page(tail.changes, tail.current, position.epoch, has_more=True)
             room -= len(tail.add(row))
         # 3. The page reached the end of the log, so memory can serve the next pull. If
-        #    it is empty, memory can serve lower cursors as well: nothing lies above the
-        #    scope's newest change.
+        #    it is empty, the scope's newest change is at or below the cursor: a tail
+        #    that begins there is complete, and serves lower cursors as well.
         if tail.cursors:
             self._remember(scope, tail, position)
         else:
@@ -2384,7 +2389,6 @@ class Retention:
 
     def trim(self, batch: Batch, scope: str, before: int) -> int:
         """Remove some of the oldest changes below a cursor; return how many."""
-        before = min(before, MAX_CURSOR)
         removed = self._store.trim(batch.db, scope, before, TRIM_STEP)
         if removed:
             batch.counts["trims"] += 1
@@ -2793,7 +2797,7 @@ class Writer:
         """
         known = self._tails.position
         changed = self._store.read_scopes_since(db, known)
-        # If not, another copy was restored, even if it has grown past `known` since.
+        # Otherwise another copy was restored, even if it has grown past `known` since.
         is_rewound = not self._store.has_issued(db, known.epoch, known.head)
         self._tails.forget(None if is_rewound else changed, position)
         hints = {}
@@ -3099,7 +3103,9 @@ class Engine:
         self._check_process()
         if self._snapshot_function is None:
             raise NotFound("without a snapshot function the log is never trimmed")
-        step = self._writer.trim_step(scope, before)
+        # Changes that come meanwhile stay, or steady pushes would keep this going.
+        head = (await self.position()).head
+        step = self._writer.trim_step(scope, min(before, head + 1))
         total = 0
         while True:
             (removed,) = await self._run_steps([step], is_push=False)

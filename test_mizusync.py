@@ -1392,9 +1392,9 @@ def roll_back_and_write(db: sqlite3.Connection) -> Any:
 
 def roll_back_and_write_blob(db: sqlite3.Connection) -> Any:
     """Suppress the error of a lost transaction, and write into a row of before."""
+    (row,) = db.execute("SELECT min(rowid) FROM notes").fetchone()
     with suppress(sqlite3.Error):
         roll_back_by_conflict(db)
-    (row,) = db.execute("SELECT min(rowid) FROM notes").fetchone()
     with db.blobopen("notes", "data", row) as blob:
         blob.write(b"9")
     return ["fine"]
@@ -2325,6 +2325,7 @@ def test_a_removed_or_replaced_file_makes_the_engine_unavailable(
     engine: Engine, path: Path, replaced: bool
 ) -> None:
     push(engine, note("1"))
+    ask(engine.position())  # so that a connection which reads is open
     if replaced:
         copied = path.with_name("copy.db")
         shutil.copy(path, copied)
@@ -2815,6 +2816,15 @@ def test_a_listener_that_fails_keeps_no_answer_and_no_hint_back(engine: Engine) 
     assert push(engine, note("1"))[0]["ok"]
     assert push(engine, note("2"))[0]["ok"]
     until(lambda: [hint.cursor for _, hint in notified] == [1, 2])
+
+
+def test_a_push_is_answered_before_a_listener_is_notified_of_it(engine: Engine) -> None:
+    answered: list[bool] = []
+    with writer_held(engine):
+        future = engine.submit([note("1")])
+        engine.add_listener(lambda hints: answered.append(future.done()))
+    push(engine, note("2"))  # the writer has notified of the first by now
+    assert answered[0]
 
 
 # --- Batch ----------------------------------------------------------------------------
@@ -4156,6 +4166,17 @@ def test_two_engines_on_one_file_are_one_log(path: Path) -> None:
             assert push(reading, note(str(number)))[0]["duplicate"]
             assert ask(reading.current()) == cursors[-1]
         assert cursors == sorted(set(cursors))
+
+
+def test_another_engines_commit_is_read_before_the_engine_has_noticed_it(
+    path: Path,
+) -> None:
+    with two_engines(path, settings=UNWATCHED) as (engine, other_engine):
+        push(engine, note("1"))
+        assert len(whole_log(engine)) == 1
+        push(other_engine, note("2"))
+        assert ask(engine.current()) == 2
+        assert len(whole_log(engine)) == 2
 
 
 # -- notices of another engine's commits
