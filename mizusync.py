@@ -2812,9 +2812,8 @@ class Writer:
 
 # --- Engine ---------------------------------------------------------------------------
 # The truth, without a network: push, pull, snapshot. Writes go through the writer's
-# thread; reads come from memory, or from the database on a reader's thread. On the
-# event loop itself nothing waits for a disk, but for one look at the position (some
-# microseconds).
+# thread; reads come from memory, or from the database on a reader's thread. The event
+# loop itself only asks for the position, which takes some microseconds.
 
 COUNTERS = (
     "pushes", "pushes_failed", "applied", "duplicate", "invalid_mutation", "not_found",
