@@ -2029,7 +2029,10 @@ class Tails:
         """
         # 1. Did this history issue the cursor, and does it have all that comes after?
         position = self._store.read_position(db)
-        if not self._store.has_issued(db, epoch or position.epoch, cursor):
+        issued = cursor <= position.head
+        if epoch not in ("", position.epoch):
+            issued = self._store.has_issued(db, epoch, cursor)
+        if not issued:
             sentence = f"this history never issued cursor {cursor}: take a snapshot"
             raise CursorUnknown(sentence)
         trimmed = self._store.read_trimmed(db, scope)
