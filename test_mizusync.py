@@ -8783,9 +8783,9 @@ def test_a_push_in_flight_is_answered_before_the_end(tmp_path: Path) -> None:
         assert client.ended()
 
 
-SOON = (
-    5.0  # seconds: much more than it takes, much less than what would end it otherwise
-)
+# Seconds: much less than what would end it otherwise. It may be more (5, for a slow
+# machine) once the tests below are not expected to fail any more, and to wait for it.
+SOON = 1.0
 
 
 @pytest.mark.xfail(
@@ -9600,7 +9600,8 @@ def test_a_second_signal_ends_a_program_whose_writer_waits_for_a_lock(
         running.process.send_signal(number)
         assert session.read_frame().opcode == CLOSE  # the first was seen
         running.process.send_signal(number)
-        assert running.process.wait(SOON) != 0
+        patience = SOON if number == signal.SIGINT else PATIENCE
+        assert running.process.wait(patience) != 0
 
 
 def test_kill_9_and_a_restart_keep_everything(tmp_path: Path) -> None:
@@ -9739,12 +9740,12 @@ def test_a_log_that_nobody_reads_stops_nothing_and_holds_no_exit(
 ) -> None:
     arguments = ("--db", str(tmp_path / "todos.db"), "--log-level", "debug")
     with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        for _ in range(3000):  # some 60 bytes of log each; a pipe holds 64 KiB
-            assert client.request("GET", "/healthz").status == 200
+        for _ in range(300):  # some 1,000 bytes of log each; a pipe holds 64 KiB
+            assert client.request("GET", "/" + "x" * 900).status == 404
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(PATIENCE) == 0
         _, complained = running.process.communicate(timeout=PATIENCE)
-        assert complained.count("GET '/healthz' -> 200") > 100
+        assert complained.count("x' -> 404") > 30
 
 
 def test_what_was_logged_before_an_end_in_order_is_written(tmp_path: Path) -> None:
@@ -9984,7 +9985,9 @@ def test_a_session_ends_with_its_peer_over_tls_though_the_application_hangs(
     async def hang(session: mizusync.Session, topic: str, data: Any) -> None:
         await asyncio.Event().wait()
 
-    settings = replace(SMALL, ping_interval=MOMENT, ping_timeout=MOMENT)
+    settings = replace(
+        SMALL, ping_interval=MOMENT, ping_timeout=MOMENT, shutdown_timeout=1.0
+    )
     with serve_tls(tmp_path, settings, on_message=hang) as (live, make_client):
         client = make_client()
         assert client.upgrade().status == 101
