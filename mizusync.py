@@ -105,6 +105,8 @@ import codecs
 import contextlib
 import dataclasses
 import email.utils
+import enum
+import errno
 import functools
 import gzip
 import hashlib
@@ -125,7 +127,6 @@ import secrets
 import signal
 import socket
 import sqlite3
-import ssl as tls
 import threading
 import time
 import urllib.parse
@@ -134,6 +135,7 @@ from collections import Counter, OrderedDict
 from collections.abc import (
     AsyncIterator,
     Callable,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -141,8 +143,7 @@ from collections.abc import (
 )
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from datetime import UTC, datetime
-from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 __version__ = "1.0.0"
 
@@ -3144,361 +3145,363 @@ class Engine:
 
 
 # --- Hub ------------------------------------------------------------------------------
-# The accelerator: topics, and who follows them. It knows names, numbers and bytes, and
-# keeps nothing: a hint that is lost does no harm, for the follower pulls, or hears the
-# next one. Hints of a topic merge, and are paced: the first leaves at once, the next no
-# sooner than a small multiple of what that fan-out took. A burst of pushes costs a
-# follower few frames, and the loop a share.
+# The accelerator: topics and their subscribers. The hub knows names, numbers and bytes,
+# and stores nothing: a lost hint does no harm, because the next one names a newer
+# cursor, and a client pulls after each reconnect. Hints of a topic merge while they
+# wait, and its broadcasts are paced, so a burst of pushes costs each subscriber few
+# frames and the event loop a bounded share of its time.
 
-
-HANDFUL = 500  # followers that are told before the loop goes round: some 5 ms
+BROADCAST_BATCH = 500  # subscribers between two turns of the event loop: some 5 ms
+BURST = 0.02  # seconds of loop time that a topic may use after a quiet while
+SHARE = 1 / 16  # of the loop's time; more, and the pulls that follow would have to wait
+SHARE_WITH_CHANGES = 1 / 4  # these hints carry their changes, so no pulls follow
 
 
 class Subscriber(Protocol):
-    """Whoever follows topics: a Session here, a socket of another framework
-    elsewhere."""
+    """One receiver of topics: a Session, or the socket of another framework."""
 
-    def hint(
-        self, topic: str, cursor: int, message: bytes
-    ) -> None: ...  # may skip to the newest
-    def message(self, message: bytes) -> None: ...  # may skip none
+    def hint(self, topic: str, cursor: int, message: bytes) -> None:
+        """Send a hint. A slow subscriber may skip all but the newest of each topic."""
+
+    def message(self, message: bytes) -> None:
+        """Send a message of the application's, which may not be skipped."""
+
+
+@dataclasses.dataclass(slots=True)
+class Budget:
+    """A token bucket: the seconds of loop time that a topic may use for broadcasts."""
+
+    updated: float
+    seconds: float = BURST
+
+    def spend(
+        self, seconds: float, now: float, share: float, longest_pause: float
+    ) -> float:
+        """Pay for a broadcast; return for how long to pause before the next one."""
+        earned = (now - self.updated) * share
+        self.updated = now
+        balance = min(BURST, self.seconds + earned) - seconds
+        # Without this limit, one slow broadcast would silence the topic for a second.
+        self.seconds = max(balance, -longest_pause * share)
+        return max(0.0, -self.seconds / share)
 
 
 @dataclasses.dataclass(slots=True)
 class Topic:
-    """Followers (and whether they want items in their hints), and what they are to
-    hear."""
+    """The subscribers of a topic, and the hints that they are about to get."""
 
-    spoke: float  # when it last did,
-    ready: float = 0.0  # and when it may again
-    cursor: int = -1  # the newest that was told; -1: none yet
-    speaking: bool = False  # a hint goes round, and its end looks at `pending`
-    pending: Hint | None = (
-        None  # what a timer is going to tell, or the end of that round
-    )
-    followers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
+    last_sent: float
+    budget: Budget
+    # Each with whether it wants the changes in its hints.
+    subscribers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
+    cursor: int | None = None  # the newest that was sent; it never goes down
+    pending: Hint | None = None
+    broadcasts: asyncio.Task[None] | None = None  # runs while a hint is pending
 
     @property
     def wants_changes(self) -> bool:
-        return any(self.followers.values())
+        return any(self.subscribers.values())
 
 
 class Hub:
-    """Topics of one event loop. `encode` makes a transport's message of JSON, once for
-    all."""
+    """The topics of one event loop.
+
+    `encode` turns the JSON of a message into what the transport sends; it runs once for
+    all subscribers.
+    """
 
     def __init__(self, settings: Settings, encode: Callable[[bytes], bytes]) -> None:
-        self.settings, self.encode = settings, encode
-        self.topics: OrderedDict[str, Topic] = OrderedDict()  # the longest silent first
+        self.settings = settings
+        self.encode = encode
+        self.topics: OrderedDict[str, Topic] = OrderedDict()  # longest silence first
         self.counts = Counter(hints_sent=0, hints_merged=0)
 
-    def subscribe(self, name: str, subscriber: Subscriber, items: bool = False) -> None:
-        self.topics.setdefault(name, Topic(time.monotonic())).followers[subscriber] = (
-            items
-        )
+    def subscribe(
+        self, name: str, subscriber: Subscriber, changes: bool = False
+    ) -> None:
+        """Add a subscriber. With `changes`, its hints carry the changes if they fit."""
+        topic = self.topics.get(name)
+        if topic is None:
+            now = time.monotonic()
+            topic = self.topics[name] = Topic(now, Budget(now))
+        topic.subscribers[subscriber] = changes
 
     def unsubscribe(self, name: str, subscriber: Subscriber) -> None:
-        if topic := self.topics.get(name):
-            topic.followers.pop(subscriber, None)
-            if not topic.followers:
-                del self.topics[name]  # its timer finds nobody to tell
+        topic = self.topics.get(name)
+        if topic is None:
+            return
+        topic.subscribers.pop(subscriber, None)
+        if not topic.subscribers:
+            del self.topics[name]
+            if topic.broadcasts is not None:
+                topic.broadcasts.cancel()
 
     def publish(self, name: str, data: bytes) -> None:
-        """Send JSON to every follower of a topic; none of it is merged or skipped."""
-        if topic := self.topics.get(name):
-            message = self.encode(encode_message(name, data))
-            for subscriber in list(topic.followers):
-                try:
-                    subscriber.message(message)
-                except Exception:  # another transport's: it hurts nobody else
-                    log_error(live_log, "a follower of %s failed", name)
+        """Send JSON to every subscriber of a topic; none is merged or skipped."""
+        topic = self.topics.get(name)
+        if topic is None:
+            return
+        message = self.encode(encode_message(name, data))
+        for subscriber in list(topic.subscribers):
+            subscriber.message(message)
 
     def notify(self, hints: Mapping[str, Hint]) -> None:
-        """The arrow, `engine.add_listener(hub.notify)`: a hint to the followers of each
-        scope."""
+        """Pass on the hints of a commit: `engine.add_listener(hub.notify)`."""
         for scope, hint in hints.items():
             self.hint(f"{SYNC}{scope}", hint)
 
     def hint(self, name: str, hint: Hint) -> None:
-        """Tell of a newer cursor: now, or merged with others when the topic may speak
-        again."""
-        if (topic := self.topics.get(name)) is None:
+        """Send a newer cursor to the topic's subscribers, soon, on the running loop."""
+        topic = self.topics.get(name)
+        if topic is None:
             return
-        # Two that follow on are one with the items of both; of others only the newer
-        # cursor stays.
-        older, items, most = topic.pending, hint.changes, self.settings.max_hint_changes
-        if older and older.changes and items and hint.after == older.cursor:
-            both = older.changes + items
-            if (
-                len(items) <= most < len(both)
-                and topic.wants_changes
-                and not topic.speaking
-            ):
-                self._fan_out(
-                    name, topic
-                )  # now, while they fit: to pull them would cost more
-            else:
-                hint = hint._replace(after=older.after, changes=both)
-        elif older:
-            hint = Hint(max(older.cursor, hint.cursor), hint.epoch)
-        if hint.changes and len(hint.changes) > most:
+        if topic.pending is not None:
+            self.counts["hints_merged"] += 1
+            hint = merge_hints(topic.pending, hint)
+        if hint.changes and len(hint.changes) > self.settings.max_hint_changes:
             hint = hint._replace(changes=None)
-        self.counts["hints_merged"] += topic.pending is not None
         topic.pending = hint
-        if (
-            older is None
-        ):  # else the timer that was set for that tells this one, or a round's end
-            self._plan(name, topic)
+        if topic.broadcasts is None:
+            # A task, so that the push that caused the hint is answered first.
+            work = self._broadcast_pending(name, topic)
+            topic.broadcasts = asyncio.get_running_loop().create_task(work)
 
-    def _plan(self, name: str, topic: Topic) -> None:
-        if time.monotonic() < topic.ready:
-            asyncio.get_running_loop().call_at(topic.ready, self._fan_out, name, topic)
-        else:
-            self._fan_out(name, topic)
+    async def _broadcast_pending(self, name: str, topic: Topic) -> None:
+        """Send the pending hint, pause, and repeat until no hint is pending."""
+        while topic.pending and topic.subscribers:
+            hint = topic.pending
+            topic.pending = None
+            used = await self._broadcast(name, topic, hint)
+            share = SHARE_WITH_CHANGES if topic.wants_changes else SHARE
+            longest = self.settings.hint_gap
+            pause = topic.budget.spend(used, time.monotonic(), share, longest)
+            if pause:
+                await asyncio.sleep(pause)
+        topic.broadcasts = None
 
-    def _fan_out(self, name: str, topic: Topic) -> None:
-        if topic.speaking or (hint := topic.pending) is None or not topic.followers:
-            return
-        topic.pending, topic.speaking, topic.spoke = None, True, time.monotonic()
-        topic.cursor = max(hint.cursor, topic.cursor)
-        self.topics.move_to_end(name)
-        short = self.encode(encode_message(name, encode_cursor(topic.cursor)))
+    async def _broadcast(self, name: str, topic: Topic, hint: Hint) -> float:
+        """Send a hint to each subscriber; return the seconds of loop time it took."""
+        topic.last_sent = time.monotonic()
+        if self.topics.get(name) is topic:
+            self.topics.move_to_end(name)
+        cursor = topic.cursor = max(hint.cursor, topic.cursor or 0)
+        short = self.encode(encode_message(name, encode_cursor(cursor)))
         long = short
         size = sum(map(len, hint.changes or ()))
         fits = 0 < size <= self.settings.max_hint_size
-        if fits and topic.wants_changes and hint.cursor == topic.cursor:
+        if fits and topic.wants_changes and hint.cursor == cursor:
             long = self.encode(encode_message(name, hint.encode()))
-        followers, cursor = list(topic.followers.items()), topic.cursor
+        subscribers = list(topic.subscribers.items())
+        used = 0.0
+        for start in range(0, len(subscribers), BROADCAST_BATCH):
+            if start:
+                await asyncio.sleep(0)
+            began = time.monotonic()
+            for subscriber, changes in subscribers[start : start + BROADCAST_BATCH]:
+                if subscriber not in topic.subscribers:  # it has unsubscribed meanwhile
+                    continue
+                try:
+                    subscriber.hint(name, cursor, long if changes else short)
+                except Exception:
+                    log_error(live_log, "a subscriber of %s failed", name)
+            used += time.monotonic() - began
+        self.counts["hints_sent"] += len(subscribers)
+        return used
 
-        def tell_some(start: int) -> None:
-            for subscriber, items in followers[start : start + HANDFUL]:
-                if subscriber in topic.followers:  # still
-                    try:
-                        subscriber.hint(name, cursor, long if items else short)
-                    except Exception:  # another transport's: it hurts nobody else
-                        log_error(live_log, "a follower of %s failed", name)
-            if start + HANDFUL < len(followers):
-                asyncio.get_running_loop().call_soon(tell_some, start + HANDFUL)
-                return
-            topic.speaking = False
-            self.counts["hints_sent"] += len(followers)
-            # So hints take a fifth of the loop; or a 17th, where each follower comes
-            # and pulls then, which costs more than its frame. More only where hint_gap
-            # ends the pause before.
-            now, pause = time.monotonic(), 4 if topic.wants_changes else 16
-            topic.ready = now + min(pause * (now - topic.spoke), self.settings.hint_gap)
-            if topic.pending:
-                self._plan(name, topic)
+    def send_current(self, name: str, subscriber: Subscriber, cursor: int = 0) -> None:
+        """Send one subscriber the topic's newest cursor, or `cursor` if it is newer."""
+        topic = self.topics.get(name)
+        if topic is None or subscriber not in topic.subscribers:
+            return
+        cursor = topic.cursor = max(cursor, topic.cursor or 0)
+        message = self.encode(encode_message(name, encode_cursor(cursor)))
+        subscriber.hint(name, cursor, message)
 
-        tell_some(0)
+    # -- against lost hints, and a log that lost its newest changes
 
-    def tell(self, name: str, subscriber: Subscriber, cursor: int = 0) -> None:
-        """Send one follower the newest cursor: `cursor`, or one that the topic had
-        since."""
-        if (topic := self.topics.get(name)) and subscriber in topic.followers:
-            topic.cursor = cursor = max(cursor, topic.cursor)
-            message = self.encode(encode_message(name, encode_cursor(cursor)))
-            subscriber.hint(name, cursor, message)
-
-    def beat(self, now: float) -> None:
-        """Send again what topics said last that have been silent for long: a lost hint
-        heals."""
+    def send_heartbeats(self, now: float) -> None:
+        """Send the newest hint again in each topic that was silent for `heartbeat`."""
         limit = now - self.settings.heartbeat
-        silent = itertools.takewhile(
-            lambda item: item[1].spoke <= limit, self.topics.items()
-        )
-        for name, topic in list(silent):
-            if topic.followers:  # who was told of another may have left this one
-                topic.spoke = now
-                self.topics.move_to_end(name)
-                if topic.cursor >= 0:
-                    self.hint(name, Hint(topic.cursor))
+        for _ in range(len(self.topics)):
+            name, topic = next(iter(self.topics.items()))
+            if topic.last_sent > limit:
+                return  # the topics behind it were silent for a shorter time
+            topic.last_sent = now
+            self.topics.move_to_end(name)
+            if topic.cursor is not None:
+                self.hint(name, Hint(topic.cursor))
+
+    def forget_cursors(self) -> None:
+        """Let cursors go down once, after an older copy of the log was restored."""
+        for topic in self.topics.values():
+            topic.cursor = None
+            topic.pending = None
 
 
-# --- HTTP/1.1 -------------------------------------------------------------------------
-# Bytes to requests, responses to bytes (RFC 9110, RFC 9112); nothing here waits. One
-# rule above all: a message that two parsers could read differently is refused, and the
-# connection closed.
+def merge_hints(older: Hint, newer: Hint) -> Hint:
+    """Return one hint for two; it has changes only if none is missing in between."""
+    if older.changes and newer.changes and newer.after == older.cursor:
+        return newer._replace(after=older.after, changes=older.changes + newer.changes)
+    return Hint(max(older.cursor, newer.cursor), newer.epoch)
 
-_SINGLE = {  # fields that a second line makes ambiguous, not longer
+
+# --- HTTP requests --------------------------------------------------------------------
+# Bytes to requests (RFC 9110, RFC 9112). Nothing here waits: a parser takes what is
+# complete off the front of a buffer. One rule stands above all others: a message that
+# two parsers could read differently is refused, and its connection is closed.
+
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"  # (RFC 9110 §5.6.2)
+FIELD_VALUE = r"[\t -~\x80-\xff]*+"  # without the space around it (RFC 9110 §5.5)
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+FIELD_LINE = re.compile(rf"({TOKEN}):({FIELD_VALUE})")
+CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{TOKEN}{FIELD_VALUE})?")
+ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)/?(.*)", re.IGNORECASE)
+REG_NAME = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+"  # (RFC 3986 §3.2.2)
+IPV6 = r"\[(?=.*:.*:)[0-9A-Fa-f:.]+\]"
+AUTHORITY = re.compile(f"(?:(?:{REG_NAME}|{IPV6})(?::[0-9]{{0,5}})?)?")
+# A second line of one of these makes its meaning ambiguous.
+SINGLE_FIELDS = {
     "authorization", "content-length", "content-type", "host", "origin",
-    "sec-websocket-key",
-    "sec-websocket-version", "transfer-encoding",
+    "sec-websocket-key", "sec-websocket-version", "transfer-encoding",
 }  # fmt: skip
-_SENT_BY_ITSELF = {
-    "connection",
-    "content-length",
-    "content-type",
-    "date",
-    "transfer-encoding",
-}
-_TOKEN, _VALUE = (
-    r"[!#$%&'*+.^_`|~0-9A-Za-z-]++",
-    r"[\t -~\x80-\xff]*+",
-)  # (RFC 9110 §5.5, §5.6.2)
-_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-_FIELD = re.compile(rf"({_TOKEN}):({_VALUE})")
-_HEAD_END = re.compile(rb"\n\r\n|(?<!\r)\n")  # or what shows that it is none
-_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{_TOKEN}{_VALUE})?")
-_LENGTH = re.compile("[0-9]{1,18}")
-_REG_NAME = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+"  # (RFC 3986 §3.2.2)
-_ADDRESS = r"\[(?=.*:.*:)[0-9A-Fa-f:.]+\]"  # of IPv6, which has two colons or more
-_AUTHORITY = re.compile(f"(?:(?:{_REG_NAME}|{_ADDRESS})(?::[0-9]{{0,5}})?)?")
-_ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)/?(.*)", re.IGNORECASE)
-_PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
-# One second's answers have one date.
-_http_date = functools.lru_cache(maxsize=1)(
-    functools.partial(email.utils.formatdate, usegmt=True)
-)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Request:
-    """A request (RFC 9110 §3.4). Field names are in lower case; lines of one name are
-    joined."""
+    """A request (RFC 9110 §3.4). Names of header fields are in lower case."""
 
     method: str
-    target: str  # as it came
+    target: str  # as the client sent it
     version: tuple[int, int]
-    headers: dict[str, str]
-    host: str  # of the Host field or the absolute form, in lower case, with its port
+    headers: dict[str, str]  # values of a repeated field are joined with commas
+    host: str  # in lower case, with its port
     path: str  # decoded
-    length: int | None  # bytes of the body; None: chunked
+    length: int | None  # bytes of the body; None if it is chunked
     body: bytes = b""
+    peer: str = ""  # address and port of the client, or of the proxy in front
 
     @functools.cached_property
     def query(self) -> dict[str, str]:
-        """The parameters, as HTML forms write them. Raises InvalidRequest: also for one
-        twice."""
+        """The parameters, as HTML forms write them.
+
+        Raise InvalidRequest for a malformed one, and for one that is given twice.
+        """
         query: dict[str, str] = {}
-        for pair in filter(None, self.target.partition("?")[2].split("&")):
+        for pair in self.target.partition("?")[2].split("&"):
             name, _, value = pair.replace("+", " ").partition("=")
-            if (name := unquote(name)) in query:
+            name = unquote(name)
+            if name in query:
                 raise InvalidRequest(f"the parameter {name[:40]!r} is given twice")
-            query[name] = unquote(value)
+            if pair:
+                query[name] = unquote(value)
         return query
 
     @property
     def json(self) -> Any:
         """The body as strict JSON, of at most 64 levels and 100,000 values.
 
-        Raises InvalidRequest, TooLarge.
+        Raise InvalidRequest or TooLarge.
         """
         return parse_json(self.body)
 
+    @property
+    def bearer(self) -> str:
+        """The client's bearer token (RFC 6750 §2.1), or "".
+
+        A browser's WebSocket can't send headers, so it offers `bearer.TOKEN` as a
+        subprotocol.
+        """
+        scheme, _, token = self.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            return token.strip(" ")
+        for offer in self.elements("sec-websocket-protocol"):
+            if offer.startswith("bearer."):
+                return offer.removeprefix("bearer.")
+        return ""
+
     def number(self, name: str, default: float, pattern: str = "[0-9]{1,16}") -> float:
-        """A parameter that is a number of ASCII digits. Raises InvalidRequest."""
-        if (text := self.query.get(name)) is None:
+        """Return a numeric parameter. Raise InvalidRequest if it is no such number."""
+        text = self.query.get(name)
+        if text is None:
             return default
         if not re.fullmatch(pattern, text):
             raise InvalidRequest(f"{name}={text[:40]!r} is not a number that it can be")
         return float(text) if "." in text else int(text)
 
     def elements(self, name: str) -> list[str]:
-        """A field that is a list, without its empty elements (RFC 9110 §5.6.1)."""
-        values = self.headers.get(name, "").split(",")
-        return [element for value in values if (element := value.strip(" \t"))]
+        """Return the elements of a list field, without empty ones (RFC 9110 §5.6.1)."""
+        elements = self.headers.get(name, "").split(",")
+        stripped = [element.strip(" \t") for element in elements]
+        return [element for element in stripped if element]
 
     def tokens(self, name: str) -> list[str]:
-        """A field that is a list of words, in lower case."""
+        """Return a header field that is a list of words, in lower case."""
         return [element.lower() for element in self.elements(name)]
 
     @property
-    def bearer(self) -> str:
-        """The token that it shows (RFC 6750 §2.1), or "".
-
-        A browser's WebSocket can't send headers: it offers `bearer.TOKEN` among its
-        subprotocols."""
-        scheme, _, token = self.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            return token.strip(" ")
-        offers = self.elements("sec-websocket-protocol")
-        return next((offer[7:] for offer in offers if offer.startswith("bearer.")), "")
+    def is_handshake(self) -> bool:
+        return "websocket" in self.tokens("upgrade")
 
     @property
-    def takes_gzip(self) -> bool:
-        """Whether the answer may be compressed: gzip, without a weight of 0 (RFC 9110
-        §12.5.3)."""
+    def accepts_gzip(self) -> bool:
+        """True if gzip is listed, without a weight of 0 (RFC 9110 §12.5.3)."""
         weight = r"[ \t]*;[ \t]*q=(1(\.0*+)?|0\.0*+[1-9][0-9]*+)"
         codings = self.tokens("accept-encoding")
         return any(re.fullmatch(f"gzip({weight})?", coding) for coding in codings)
 
     @property
     def keep_alive(self) -> bool:
-        """Whether the peer would send another request here (RFC 9112 §9.3)."""
+        """True if the client may send another request here (RFC 9112 §9.3)."""
         options = self.tokens("connection")
-        return "close" not in options and (
-            self.version >= (1, 1) or "keep-alive" in options
-        )
+        if "close" in options:
+            return False
+        return self.version >= (1, 1) or "keep-alive" in options
 
 
 def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
-    """Take a request's head off the front of `buffer`; None, and nothing taken, until
-    it is whole.
+    """Take a request's head off the front of `buffer`; None until it is complete.
 
-    Raises SyncError with the status to answer; then nothing behind it can be read as a
-    request. Judged in the order of the bytes, so any way of cutting them gives the same
-    (RFC 9112 §2, §3)."""
+    Raise the SyncError to answer with; then nothing behind the head can be read as a
+    request. The bytes are judged in their order, so a head is refused for the same
+    reason however it is cut into packets (RFC 9112 §2, §3).
+    """
     skip_empty_lines(buffer)
-    find_line(
-        buffer, b"\r\n", 0, settings.max_target_size + 64, 414
-    )  # has a limit of its own
-    end = find_line(buffer, b"\r\n\r\n", 0, settings.max_head_size, 431)
+    find_line_end(buffer, b"\r\n", 0, settings.max_target_size + 64, 414)
+    end = find_line_end(buffer, b"\r\n\r\n", 0, settings.max_head_size, 431)
     if end < 0:
         return None
     line, *fields = buffer[:end].decode("latin-1").split("\r\n")
-    if not (words := _REQUEST_LINE.fullmatch(line)):
-        raise InvalidRequest("the request line is not: method, target, HTTP version")
-    method, target, major, minor = words.groups()
-    version = int(major), min(int(minor), 1)
-    if version[0] != 1:
-        raise HTTPError(505, "this server speaks HTTP/1.1")
-    if len(target) > settings.max_target_size:
-        raise HTTPError(
-            414, f"the request target is longer than {settings.max_target_size} bytes"
-        )
+    method, target, version = parse_request_line(line, settings)
     if len(fields) > settings.max_head_fields:
-        raise HTTPError(
-            431, f"the head has more than {settings.max_head_fields} fields"
-        )
+        most = settings.max_head_fields
+        raise HTTPError(431, f"the head has more than {most} fields")
     headers = parse_fields(fields)
-    host = headers.get(
-        "host", "" if version < (1, 1) else "?"
-    )  # 1.1 has to send it (§3.2)
-    valid = _AUTHORITY.fullmatch(
-        host
-    )  # also where the absolute form overrides it (§3.2.2)
-    if absolute := _ABSOLUTE_FORM.fullmatch(target):
-        host, target = absolute[1], "/" + absolute[2]
-        valid = valid and _AUTHORITY.fullmatch(host or "?")
-    if not valid:
-        raise InvalidRequest("the request needs one valid Host")
-    if (
-        "#" in target
-        or not target.startswith("/")
-        and (method, target) != ("OPTIONS", "*")
-    ):
+    host, target = parse_host(target, version, headers)
+    is_path = target.startswith("/") or (method == "OPTIONS" and target == "*")
+    if "#" in target or not is_path:
         raise InvalidRequest("the request target has to be a path, without a fragment")
-    path, length = unquote(target.partition("?")[0]), body_length(headers, version)
-    del buffer[: end + 4]  # one that is refused stays: to HEAD the refusal has no body
-    return Request(method, target, version, headers, host.lower(), path, length)
+    path = unquote(target.partition("?")[0])
+    length = parse_body_length(headers, version)
+    # A refused head stays: the answer to HEAD has no body, so its method is needed.
+    del buffer[: end + 4]
+    return Request(method, target, version, headers, host, path, length)
 
 
 def skip_empty_lines(buffer: bytearray) -> None:
-    while buffer.startswith(
-        b"\r\n"
-    ):  # some clients end a body with one (RFC 9112 §2.2)
+    """Drop the empty line that some clients send after a body (RFC 9112 §2.2)."""
+    while buffer.startswith(b"\r\n"):
         del buffer[:2]
 
 
-def find_line(
+def find_line_end(
     buffer: bytearray, mark: bytes, start: int, limit: int, status: int
 ) -> int:
-    """Where `mark`, an end of lines, begins; -1 while it may still come.
+    """Return where `mark` begins, which ends a line or a head; -1 if it may still come.
 
-    Raises HTTPError with `status` once it can't come within `limit` bytes, and
-    InvalidRequest for LF alone before it: who takes that for a line's end would see
-    other lines (RFC 9112 §2.2)."""
+    Raise HTTPError with `status` if it does not come within `limit` bytes. Raise
+    InvalidRequest for a bare LF before it: a parser that takes LF for the end of a line
+    would see other lines (RFC 9112 §2.2).
+    """
     end = buffer.find(mark, start, limit)
     stop = end if end >= 0 else limit
     if buffer.count(b"\n", start, stop) != buffer.count(b"\r\n", start, stop):
@@ -3508,51 +3511,89 @@ def find_line(
     return end
 
 
+def parse_request_line(
+    line: str, settings: Settings
+) -> tuple[str, str, tuple[int, int]]:
+    """Return method, target and HTTP version (RFC 9112 §3)."""
+    words = REQUEST_LINE.fullmatch(line)
+    if words is None:
+        raise InvalidRequest("the request line is not: method, target, HTTP version")
+    method, target, major, minor = words.groups()
+    if major != "1":
+        raise HTTPError(505, "this server speaks HTTP/1.1")
+    longest = settings.max_target_size
+    if len(target) > longest:
+        raise HTTPError(414, f"the request target is longer than {longest} bytes")
+    return method, target, (1, min(int(minor), 1))
+
+
 def parse_fields(lines: Iterable[str]) -> dict[str, str]:
-    """Field lines by name (RFC 9112 §5). A folded one begins with a space: its name is
-    no token."""
+    """Return header fields by name (RFC 9112 §5).
+
+    A folded line begins with a space, which no name does, so it is refused.
+    """
     fields: dict[str, str] = {}
     for line in lines:
-        if not (words := _FIELD.fullmatch(line)):
-            raise InvalidRequest(
-                "a header line is not: name, colon, value without controls"
-            )
-        key, text = words[1].lower(), words[2].strip(" \t")
-        if key in fields:
-            if key in _SINGLE:
-                raise InvalidRequest(f"the header {key} is given twice")
-            text = f"{fields[key]}, {text}"
-        fields[key] = text
+        words = FIELD_LINE.fullmatch(line)
+        if words is None:
+            rule = "name, colon, value without control characters"
+            raise InvalidRequest(f"a header line is not: {rule}")
+        name = words[1].lower()
+        value = words[2].strip(" \t")
+        if name in fields:
+            if name in SINGLE_FIELDS:
+                raise InvalidRequest(f"the header {name} is given twice")
+            value = f"{fields[name]}, {value}"
+        fields[name] = value
     return fields
 
 
-def body_length(headers: Mapping[str, str], version: tuple[int, int]) -> int | None:
-    """How a body is framed: its length, or None for chunked (RFC 9112 §6.3)."""
-    coding, length = (
-        headers.get("transfer-encoding"),
-        headers.get("content-length", "0"),
-    )
+def parse_host(
+    target: str, version: tuple[int, int], headers: Mapping[str, str]
+) -> tuple[str, str]:
+    """Return the host in lower case, and the target as a path (RFC 9112 §3.2).
+
+    HTTP/1.1 requires a Host field. It has to be valid even where a target in absolute
+    form overrides it.
+    """
+    host = headers.get("host")
+    if host is None and version == (1, 0):
+        host = ""
+    is_valid = host is not None and bool(AUTHORITY.fullmatch(host))
+    absolute = ABSOLUTE_FORM.fullmatch(target)
+    if absolute and is_valid:
+        host = absolute[1]
+        target = "/" + absolute[2]
+        is_valid = bool(host and AUTHORITY.fullmatch(host))
+    if not is_valid:
+        raise InvalidRequest("the request needs one valid Host")
+    return str(host).lower(), target
+
+
+def parse_body_length(
+    headers: Mapping[str, str], version: tuple[int, int]
+) -> int | None:
+    """Return the length of the body, or None if it is chunked (RFC 9112 §6.3)."""
+    length = headers.get("content-length", "0")
+    coding = headers.get("transfer-encoding")
     if coding is None:
-        if not _LENGTH.fullmatch(length):
+        if not re.fullmatch("[0-9]{1,18}", length):
             raise InvalidRequest("the Content-Length is not a number")
         return int(length)
     if "content-length" in headers:
-        # Both at once is how a request is smuggled past a proxy (§6.1): refuse, and
-        # close.
+        # Both at once is how a request is smuggled past a proxy (RFC 9112 §6.1).
         raise InvalidRequest("Transfer-Encoding beside Content-Length")
     if version < (1, 1):
         raise InvalidRequest("HTTP/1.0 has no Transfer-Encoding")
     if coding.lower() == "chunked":
         return None
     if coding.lower().rpartition(",")[2].strip(" \t") != "chunked":
-        raise InvalidRequest(
-            "a body whose last transfer coding is not chunked has no end"
-        )
+        raise InvalidRequest("a body whose last coding is not chunked has no end")
     raise HTTPError(501, "of the transfer codings only chunked is implemented")
 
 
 def unquote(text: str) -> str:
-    """Percent-decode, strictly: each escape whole, and UTF-8 in the end."""
+    """Decode percent escapes strictly: each is complete, and they give UTF-8."""
     if "%" not in text:
         return text
     if re.search("%(?![0-9A-Fa-f]{2})", text):
@@ -3567,33 +3608,30 @@ class ChunkedBody:
     """A body in chunks (RFC 9112 §7.1), decoded as it arrives."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.body = settings, bytearray()
-        # Bytes that are not the body's: chunks of one byte carry little at much cost.
+        self.settings = settings
+        self.body = bytearray()
+        # Bytes of sizes and line ends. Without a limit, chunks of one byte would cost
+        # ten times what they carry.
         self.framing = 0
 
     def take(self, buffer: bytearray) -> bool:
-        """Take what is whole off the front of `buffer`; True when the body is. Raises
-        SyncError."""
-        longest = (
-            self.settings.max_target_size
-        )  # bytes of a line; of the last chunk with its trailers
-        while (end := find_line(buffer, b"\r\n", 0, longest, 431)) >= 0:
-            if not (digits := _CHUNK_SIZE.fullmatch(buffer[:end].decode("latin-1"))):
+        """Take the chunks that are complete off `buffer`; return True at the last one.
+
+        Raise SyncError for a malformed or too large body.
+        """
+        while True:
+            # A chunk's line, and the trailers, have the limit of a request's line.
+            longest = self.settings.max_target_size
+            end = find_line_end(buffer, b"\r\n", 0, longest, 431)
+            if end < 0:
+                return False
+            line = CHUNK_LINE.fullmatch(buffer[:end].decode("latin-1"))
+            if line is None:
                 raise InvalidRequest("a chunk does not begin with its size")
-            if (
-                len(self.body) + (size := int(digits[1], 16))
-                > self.settings.max_body_size
-            ):
-                raise TooLarge(
-                    f"the body is longer than {self.settings.max_body_size} bytes"
-                )
+            size = int(line[1], 16)
             if size == 0:
-                if (end := find_line(buffer, b"\r\n\r\n", end, longest, 431)) < 0:
-                    return False
-                # Checked, and left: nothing here uses trailers.
-                parse_fields(buffer[:end].decode("latin-1").split("\r\n")[1:])
-                del buffer[: end + 4]
-                return True
+                return self._take_trailers(buffer, end, longest)
+            check_body_size(len(self.body) + size, self.settings)
             stop = end + 2 + size
             if len(buffer) < stop + 2:
                 return False
@@ -3603,19 +3641,42 @@ class ChunkedBody:
             del buffer[: stop + 2]
             self.framing += end + 4
             if self.framing > self.settings.max_head_size:
-                raise TooLarge(
-                    "the chunked body has more framing than a head may have bytes"
-                )
-        return False
+                raise TooLarge("the chunks are too small for so long a body")
+
+    def _take_trailers(self, buffer: bytearray, start: int, longest: int) -> bool:
+        """Check the trailer fields behind the last chunk, and drop them."""
+        end = find_line_end(buffer, b"\r\n\r\n", start, longest, 431)
+        if end < 0:
+            return False
+        parse_fields(buffer[:end].decode("latin-1").split("\r\n")[1:])
+        del buffer[: end + 4]
+        return True
+
+
+def check_body_size(size: int, settings: Settings) -> None:
+    """Raise TooLarge for a body over `max_body_size` bytes."""
+    if size > settings.max_body_size:
+        raise TooLarge(f"the body is longer than {settings.max_body_size} bytes")
+
+
+# --- HTTP responses -------------------------------------------------------------------
+# Responses to bytes (RFC 9110, RFC 9112). Date, Content-Type, Content-Length and
+# Connection are written here alone, and every error has the same body.
+
+PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
+# All answers of one second share one date.
+http_date = functools.lru_cache(maxsize=1)(
+    functools.partial(email.utils.formatdate, usegmt=True)
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """A response (RFC 9110 §3.4). Date, Content-Length and Connection are added as it
-    is sent.
+    """A response (RFC 9110 §3.4). Raise ValueError for a line break in a header.
 
-    So is `Cache-Control: no-store`, where it has no Cache-Control of its own. What is
-    checked here can't be changed afterwards. Raises TypeError, ValueError."""
+    The server adds Date, Content-Type, Content-Length and Connection, so `headers` may
+    not have them. It adds `Cache-Control: no-store` unless `headers` has another.
+    """
 
     status: int = 200
     body: bytes = b""
@@ -3624,29 +3685,21 @@ class Response:
 
     def __post_init__(self) -> None:
         if not isinstance(self.body, bytes):
-            raise TypeError(
-                f"a response's body is bytes, not {type(self.body).__name__}"
+            kind = type(self.body).__name__
+            raise TypeError(f"the body of a response is bytes, not {kind}")
+        # A line break would begin a field, or a response, of an attacker's making.
+        written = "".join((self.content_type, *self.headers, *self.headers.values()))
+        if not (written.isascii() and written.isprintable()):
+            raise ValueError(
+                f"a response header has to be printable ASCII: {written!r}"
             )
-        # A line break in a value would begin a field, or a response, of somebody else's
-        # making.
-        values = "".join((self.content_type, *self.headers.values()))
-        if not (values.isascii() and values.isprintable()):
-            raise ValueError(f"a response header has to be printable ASCII: {values!r}")
-        for name in self.headers:
-            if not re.fullmatch(_TOKEN, name):
-                raise ValueError(f"a response header's name is a token, not {name!r}")
-            if name.lower() in _SENT_BY_ITSELF:
-                raise ValueError(f"the server itself sends {name}")
-        if not (
-            200 <= self.status < 600
-            or (self.status == 101 and "Upgrade" in self.headers)
-        ):
-            raise ValueError(f"{self.status} is not the status of a last response")
-        object.__setattr__(self, "headers", MappingProxyType(dict(self.headers)))
 
     @classmethod
     def of(cls, value: Any) -> Response:
-        """What a handler returned: a Response, text, bytes, or else a JSON value."""
+        """Return the response for a handler's result.
+
+        That is a Response, text, bytes, or any other value that JSON can write.
+        """
         if isinstance(value, Response):
             return value
         if isinstance(value, str):
@@ -3657,94 +3710,100 @@ class Response:
 
     @classmethod
     def refusal(cls, error: SyncError) -> Response:
-        """The one envelope of all errors."""
+        """Return the answer to a refused request, in the one format of all errors."""
         body = encode_error(error.code, str(error))
         return cls(error.status, body, error.headers)
 
     @classmethod
     def page(cls, html: bytes) -> Response:
-        """An HTML page whose own script and style may run, and nothing else (CSP Level
-        3)."""
-        # What a browser sees: no element in a comment, and of line ends LF alone.
-        comment, attributes = (
-            rb"<!--(?:-?>|.*?--!?>)",
-            rb"\b(?:\"[^\"]*\"|'[^']*'|[^>\"'])*+",
-        )
+        """Return an HTML page that may run its own scripts and styles, and no others.
+
+        The Content-Security-Policy (CSP Level 3) names each by its hash.
+        """
+        # A browser sees no element inside a comment, and LF as the only line end.
+        comment = rb"<!--(?:-?>|.*?--!?>)"
+        attributes = rb"\b(?:\"[^\"]*\"|'[^']*'|[^>\"'])*+"
         element = rb"(?si)%b|<(script|style)%b>(.*?)</\1" % (comment, attributes)
-        sources = {
-            b"": "",
-            b"script": "",
-            b"style": "",
-        }  # of a comment too, for nothing
+        hashes = {b"script": "", b"style": ""}
         for tag, text in re.findall(element, re.sub(rb"\r\n?", b"\n", html)):
-            digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
-            sources[tag.lower()] += f" 'sha256-{digest}'"
+            if tag:
+                digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
+                hashes[tag.lower()] += f" 'sha256-{digest}'"
         policy = (
             "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
+            " form-action 'none'; frame-ancestors 'none';"
+            f" script-src{hashes[b'script']}; style-src{hashes[b'style']}"
         )
-        policy += " form-action 'none'; frame-ancestors 'none';"
-        policy += f" script-src{sources[b'script']}; style-src{sources[b'style']}"
         headers = {
             "Content-Security-Policy": policy,
             "X-Content-Type-Options": "nosniff",
         }
         return cls(200, html, headers, "text/html; charset=utf-8")
 
-    def _has(self, name: str) -> bool:
-        return name in map(str.lower, self.headers)
+    def has_field(self, name: str) -> bool:
+        return any(field.lower() == name for field in self.headers)
+
+    def with_fields(self, fields: Mapping[str, str]) -> Response:
+        """Return this response with more header fields; its Vary is extended."""
+        headers = {**self.headers, **fields}
+        if "Vary" in self.headers and "Vary" in fields:
+            headers["Vary"] = f"{self.headers['Vary']}, {fields['Vary']}"
+        return Response(self.status, self.body, headers, self.content_type)
 
     def compress(self) -> Response:
-        """The same, compressed (RFC 9110 §8.4.1.3): if it is text, and not encoded
-        already."""
+        """Return this response compressed (RFC 9110 §8.4.1.3), if that is worth it.
+
+        Only text is compressed, and only if no coding was applied before.
+        """
         is_text = self.content_type.startswith(("application/json", "text/"))
-        if not is_text or self.status == 206 or self._has("content-encoding"):
+        if not is_text or self.status == 206 or self.has_field("content-encoding"):
             return self
-        # So that no cache gives it to who can't read it (RFC 9110 §12.5.5).
-        vary = ", ".join(filter(None, (self.headers.get("Vary"), "Accept-Encoding")))
-        headers = {**self.headers, "Content-Encoding": "gzip", "Vary": vary}
+        # Vary keeps caches from giving it to clients that can't read it (§12.5.5).
+        fields = {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
         body = gzip.compress(self.body, 1, mtime=0)
-        return Response(self.status, body, headers, self.content_type)
+        return dataclasses.replace(self.with_fields(fields), body=body)
 
     def encode(self, connection: str = "", head_only: bool = False) -> bytes:
-        """As bytes. `connection` is the Connection field, where there is something to
-        say."""
-        head = f"HTTP/1.1 {int(self.status)} {_PHRASES.get(self.status, '')}\r\n"
-        head += f"Date: {_http_date(int(time.time()))}\r\n"
-        if not self._has("cache-control"):
+        """Return the bytes to send. `connection` is the Connection field, if any.
+
+        `head_only` leaves the body out, for the answer to a HEAD request.
+        """
+        head = f"HTTP/1.1 {int(self.status)} {PHRASES.get(self.status, '')}\r\n"
+        head += f"Date: {http_date(int(time.time()))}\r\n"
+        if not self.has_field("cache-control"):
             head += "Cache-Control: no-store\r\n"
-        bodiless = self.status < 200 or self.status in (
-            204,
-            304,
-        )  # (RFC 9112 §6.3, 9110 §8.6)
-        if not bodiless:
+        # These have no content, and no fields about it (RFC 9110 §8.6, RFC 9112 §6.3).
+        no_content = self.status < 200 or self.status in (204, 304)
+        if not no_content:
             head += f"Content-Type: {self.content_type}\r\n"
             head += f"Content-Length: {len(self.body)}\r\n"
-        if self._has("upgrade"):  # a field of this connection alone (RFC 9110 §7.8)
+        if self.has_field("upgrade"):  # concerns this connection alone (RFC 9110 §7.8)
             connection = f"Upgrade, {connection}" if connection else "Upgrade"
         if connection:
             head += f"Connection: {connection}\r\n"
         for name, value in self.headers.items():
             head += f"{name}: {value}\r\n"
-        whole = f"{head}\r\n".encode()
-        return whole if head_only or bodiless else whole + self.body
+        encoded_head = f"{head}\r\n".encode()
+        if head_only or no_content:
+            return encoded_head
+        return encoded_head + self.body
 
 
-# --- WebSocket ------------------------------------------------------------------------
-# RFC 6455, server side: the handshake, frames, messages; nothing here waits. What
-# breaks a rule raises ProtocolError with the code to close with (§7.4.1): 1002 protocol
-# error, 1003 data of a kind that is not taken, 1007 not UTF-8, 1009 too big. Others are
-# 1000 normal, 1001 going away, 1008 policy, 1011 our fault, 1013 try again later.
+# --- WebSocket frames -----------------------------------------------------------------
+# RFC 6455 for a server, as pure functions: frames, messages, the handshake. A peer that
+# breaks a rule gets a ProtocolError with the code to close with (§7.4.1): 1002 protocol
+# error, 1003 unsupported data, 1007 not UTF-8, 1009 too big.
 
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = (
-    0x0,
-    0x1,
-    0x2,
-    0x8,
-    0x9,
-    0xA,
-)  # opcodes (§11.8)
+# Opcodes (§11.8).
+CONTINUATION = 0x0
+TEXT = 0x1
+BINARY = 0x2
+CLOSE = 0x8
+PING = 0x9
+PONG = 0xA
 MAX_CONTROL_PAYLOAD = 125  # bytes (§5.5)
-_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # (§1.3)
+NO_CODE = 1005  # stands for a close frame without a code; it is never sent (§7.4.1)
+GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # (§1.3)
 
 
 class Frame(NamedTuple):
@@ -3756,17 +3815,20 @@ class Frame(NamedTuple):
 
 
 def parse_frame(buffer: bytearray, max_payload: int) -> Frame | None:
-    """Take one client frame off the front of `buffer`; None, and nothing taken, until
-    more comes.
+    """Take one client frame off the front of `buffer`; None until it is complete.
 
-    It has one byte with FIN, three reserved bits and the opcode; one with MASK and a
-    length, where 126 and 127 mean that the length follows in 2 or 8 bytes; 4 bytes of
-    key; and its payload. Raises ProtocolError: 1002 for a frame that breaks a rule,
-    1009 for one of more than `max_payload` bytes (§5.2, §7.4.1); as soon as the bytes
-    that show it are there."""
+    A frame begins with a byte of FIN, three reserved bits and the opcode. The next byte
+    has MASK and a length, where 126 and 127 mean that the length follows in 2 or 8
+    bytes. The masking key has 4 bytes. The payload is the rest.
+
+    Raise ProtocolError as soon as the bytes show why: 1002 for a frame that breaks a
+    rule, 1009 for a payload over `max_payload` bytes (§5.2, §7.4.1).
+    """
     if len(buffer) < 2:
         return None
-    fin, opcode, size = bool(buffer[0] & 0x80), buffer[0] & 0x0F, buffer[1] & 0x7F
+    fin = bool(buffer[0] & 0x80)
+    opcode = buffer[0] & 0x0F
+    size = buffer[1] & 0x7F
     if buffer[0] & 0x70:
         raise ProtocolError(1002, "a reserved bit is set")
     if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
@@ -3777,29 +3839,37 @@ def parse_frame(buffer: bytearray, max_payload: int) -> Frame | None:
         raise ProtocolError(1002, "a control frame is long or fragmented")
     start = 2
     if size >= 126:
-        start, least = (4, 126) if size == 126 else (10, 1 << 16)
+        start, shortest = (4, 126) if size == 126 else (10, 1 << 16)
         if len(buffer) < start:
             return None
         size = int.from_bytes(buffer[2:start], "big")
-        if not least <= size < 1 << 63:
+        if not shortest <= size < 1 << 63:
             raise ProtocolError(1002, "the length is not in its shortest form")
     if opcode < CLOSE and size > max_payload:
         raise ProtocolError(1009, "the message is too long")
-    start += 4  # behind the masking key
+    key = buffer[start : start + 4]
+    start += 4
     if len(buffer) < start + size:
         return None
-    # XOR with the repeated key (§5.3), as two long numbers: byte by byte takes 50 times
-    # as long.
-    mask = int.from_bytes(
-        (buffer[start - 4 : start] * (size // 4 + 1))[:size], "little"
-    )
-    payload = int.from_bytes(buffer[start : start + size], "little") ^ mask
+    payload = unmask(key, buffer[start : start + size])
     del buffer[: start + size]
-    return Frame(opcode, payload.to_bytes(size, "little"), fin)
+    return Frame(opcode, payload, fin)
+
+
+def unmask(key: bytearray, payload: bytearray) -> bytes:
+    """Return the payload XOR the repeated key (§5.3).
+
+    Both are taken as one long number: a loop over the bytes takes 50 times as long.
+    """
+    size = len(payload)
+    repeated = (key * (size // 4 + 1))[:size]
+    mask = int.from_bytes(repeated, "little")
+    number = int.from_bytes(payload, "little") ^ mask
+    return number.to_bytes(size, "little")
 
 
 def encode_frame(opcode: int, payload: bytes) -> bytes:
-    """A whole frame of a server: not masked (§5.1)."""
+    """Return a complete frame of a server, which is not masked (§5.1)."""
     size = len(payload)
     if size < 126:
         return bytes((0x80 | opcode, size)) + payload
@@ -3808,680 +3878,715 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
 
 
 class Assembler:
-    """Data frames to messages (§5.4); text is judged as its frames come, not at its end
-    (§8.1)."""
+    """Joins data frames to messages (§5.4).
+
+    Text is checked frame by frame, so a message that is not UTF-8 fails at once (§8.1).
+    """
 
     def __init__(self, max_size: int) -> None:
-        self.room = max_size  # bytes that the message under way may still have
-        self._judge = codecs.getincrementaldecoder("utf-8")().decode
-        self._opcode = CONTINUATION  # of the message under way, if there is one
-        self._data = (
-            bytearray()
-        )  # its frames so far: one by one they would take 40 times as much
+        self.room = max_size  # bytes that may still be added to the current message
+        self._check_utf8 = codecs.getincrementaldecoder("utf-8")().decode
+        self._opcode = CONTINUATION  # of the current message; this value: there is none
+        # One buffer: a list of small frames would take 40 times the memory.
+        self._data = bytearray()
 
     def add(self, frame: Frame) -> str | bytes | None:
-        """The message, when this frame was its last. Raises ProtocolError."""
-        if (frame.opcode == CONTINUATION) == (self._opcode == CONTINUATION):
+        """Return the message if this frame completes it. Raise ProtocolError."""
+        starts = self._opcode == CONTINUATION
+        if starts == (frame.opcode == CONTINUATION):
             raise ProtocolError(1002, "fragments out of order")
-        self._opcode = self._opcode or frame.opcode
+        if starts:
+            self._opcode = frame.opcode
         self._data += frame.payload
         self.room -= len(frame.payload)
-        text = self._opcode == TEXT
+        is_text = self._opcode == TEXT
         try:
-            if text:
-                self._judge(frame.payload, frame.fin)
+            if is_text:
+                self._check_utf8(frame.payload, frame.fin)
         except UnicodeDecodeError:
             raise ProtocolError(1007, "the text is not UTF-8") from None
         if not frame.fin:
             return None
-        data, self._data, self._opcode = self._data, bytearray(), CONTINUATION
+        data = self._data
+        self._data = bytearray()
+        self._opcode = CONTINUATION
         self.room += len(data)
-        return data.decode() if text else bytes(data)
+        return data.decode() if is_text else bytes(data)
 
 
 def is_close_code(code: int) -> bool:
-    return (
-        1000 <= code <= 1014 and code not in (1004, 1005, 1006) or 3000 <= code <= 4999
-    )
+    """Return whether a close frame may carry this code (§7.4)."""
+    is_reserved = code in (1004, 1005, 1006)
+    return (1000 <= code <= 1014 and not is_reserved) or 3000 <= code <= 4999
 
 
 def parse_close(payload: bytes) -> tuple[int, str]:
-    """A close frame's code and reason; 1005: it has none (§5.5.1, §7.4). Raises
-    ProtocolError."""
+    """Return the code and the reason of a close frame (§5.5.1). Raise ProtocolError."""
     if not payload:
-        return 1005, ""
-    code = int.from_bytes(
-        payload[:2], "big"
-    )  # of a single byte, which is refused: below 256
+        return NO_CODE, ""
+    code = int.from_bytes(payload[:2], "big")  # below 256 if it is a single byte
     if not is_close_code(code):
         raise ProtocolError(1002, "the close code is not one to be sent")
     try:
-        return code, payload[2:].decode("utf-8")
+        return code, payload[2:].decode()
     except UnicodeDecodeError:
         raise ProtocolError(1007, "the close reason is not UTF-8") from None
 
 
-def handshake(request: Request) -> Response:
-    """The answer to a handshake (§4.2); extensions it declines by naming none. Raises
-    SyncError."""
-    upgrade, connection = request.tokens("upgrade"), request.tokens("connection")
-    version = request.headers.get("sec-websocket-version")
-    if "websocket" not in upgrade or "upgrade" not in connection or version != "13":
+def encode_close(code: int, reason: str) -> bytes:
+    """Return a close frame; a long reason is cut between two characters.
+
+    Raise ValueError for a code that may not be sent.
+    """
+    if code == NO_CODE:
+        return encode_frame(CLOSE, b"")
+    if not is_close_code(code):
+        raise ValueError(f"{code} is no close code to be sent (RFC 6455 §7.4)")
+    cut = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")
+    return encode_frame(CLOSE, code.to_bytes(2, "big") + cut.encode())
+
+
+def answer_handshake(request: Request) -> Response:
+    """Return the 101 that accepts a handshake (§4.2). Raise SyncError to refuse it.
+
+    Extensions are declined by not naming them.
+    """
+    is_upgrade = request.is_handshake and "upgrade" in request.tokens("connection")
+    if not is_upgrade or request.headers.get("sec-websocket-version") != "13":
         spoken = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
         raise HTTPError(426, "this endpoint speaks WebSocket, version 13", spoken)
     key = request.headers.get("sec-websocket-key", "")
     if not re.fullmatch("[A-Za-z0-9+/]{21}[AQgw]==", key):
         raise InvalidRequest("the Sec-WebSocket-Key is not 16 bytes in Base64")
     if request.length != 0 or request.version < (1, 1):
-        raise InvalidRequest(
-            "a WebSocket begins with a request of HTTP/1.1, without a body"
-        )
-    digest = base64.b64encode(hashlib.sha1(key.encode() + _GUID).digest()).decode()
-    headers = {"Upgrade": "websocket", "Sec-WebSocket-Accept": digest}
-    if "mizusync" in request.elements("sec-websocket-protocol"):  # in its own case
+        rule = "a request of HTTP/1.1 without a body"
+        raise InvalidRequest(f"a WebSocket begins with {rule}")
+    digest = hashlib.sha1(key.encode() + GUID).digest()
+    accept = base64.b64encode(digest).decode()
+    headers = {"Upgrade": "websocket", "Sec-WebSocket-Accept": accept}
+    if "mizusync" in request.elements("sec-websocket-protocol"):
         headers["Sec-WebSocket-Protocol"] = "mizusync"
     return Response(101, headers=headers)
 
 
 # --- Connection -----------------------------------------------------------------------
-# A socket: bytes in, bytes out. One place reads, and hands what it has to the parsers
-# above. Each phase has one deadline, a number that the server's sweep looks at: a timer
-# for each read would cost more than the read, and would let a peer live for ever on a
-# byte a minute. (On a WebSocket a peer that sends anything is alive, see
-# WebSocket._ping, and a message's size is its limit.)
+# One socket as asyncio streams. Its task reads, calls the parsers and writes. It is
+# always in one phase with one deadline, a number that the server's sweep compares with
+# the clock ten times a second: a timer for each read would cost more than the read, and
+# would let a peer live for ever on one byte a minute.
+#
+#     phase    the peer has to ...        deadline         when it passes
+#     IDLE     send a request             idle_timeout     the socket is closed
+#     HEAD     complete a head            head_timeout     408, then it is closed
+#     BODY     complete a body            body_timeout     408, then it is closed
+#     HANDLE   wait for the handler       PEER_CHECK       if it reset: task cancelled
+#     SEND     read some of an answer     send_timeout     aborted, unless it did
+#     LINGER   close its half             linger_timeout   aborted
+#     OPEN     answer pings               ping_interval    a ping; later aborted
+#     CLOSING  answer our close frame     close_timeout    aborted
+#
+# In IDLE, HEAD and BODY the task waits in `receive`, and the sweep interrupts it there.
+# In all other phases, aborting the transport wakes it.
 
-READ_SIZE = (
-    64 * 1024
-)  # bytes; also what may wait for the peer to read before we wait for it
+READ_SIZE = 64 * 1024  # bytes in one read, and bytes that may wait for the peer to read
+PEER_CHECK = 0.25  # seconds between two looks whether a handler's client is still there
+
+
+class Phase(enum.Enum):
+    """What a connection waits for."""
+
+    IDLE = enum.auto()
+    HEAD = enum.auto()
+    BODY = enum.auto()
+    HANDLE = enum.auto()
+    SEND = enum.auto()
+    LINGER = enum.auto()
+    OPEN = enum.auto()
+    CLOSING = enum.auto()
+
+
+RECEIVING = (Phase.IDLE, Phase.HEAD, Phase.BODY)
 
 
 class ConnectionLost(ConnectionError):
     """The peer is gone: nothing that is sent can reach it."""
 
 
-class Connection(asyncio.Protocol):
-    """One accepted socket. `deadline` is the end of its phase, `expire` what then
-    happens."""
+class Reader(asyncio.StreamReader):
+    """A StreamReader that knows when bytes last arrived, even if nobody reads them."""
 
-    def __init__(self, settings: Settings, on_lost: Callable[[], None]) -> None:
-        self.settings, self.on_lost = settings, on_lost
-        self.transport: Any = None
-        self.buffer = bytearray()  # what came, and nobody has taken yet
-        self.heard = 0.0  # when bytes came last
-        self.full: asyncio.Event | None = (
-            None  # while more waits for the peer to read than should
-        )
-        self.on_writable: Callable[[], None] = lambda: (
-            None
-        )  # the peer has read what waited
-        self.lingering = False  # all is said, and what still comes is dropped
-        self.unread = (
-            False  # a body that nobody took off the buffer: nothing can follow it
-        )
-        self.end: Exception | None = None  # why nothing more will come
-        self._arrival: asyncio.Future[None] | None = None  # of what somebody waits for
-        self.give(math.inf, self.abort)
+    last_received = 0.0
 
-    # -- what asyncio calls
+    def feed_data(self, data: Any) -> None:
+        self.last_received = time.monotonic()
+        super().feed_data(data)
 
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        transport.set_write_buffer_limits(READ_SIZE)  # TLS's own would be 512 KiB
 
-    def data_received(self, data: bytes) -> None:
-        self.heard = time.monotonic()
-        if not self.lingering:
-            self.buffer += data
-            if self._arrival is None and len(self.buffer) > READ_SIZE:
-                self.transport.pause_reading()  # until somebody asks for more
-            self._wake()
+class Unsent:
+    """Counts the bytes of all connections that wait for a peer to read them."""
 
-    def eof_received(self) -> bool:
-        self._fail(ConnectionError("the peer closed the connection"))
-        # It may still read; but not over TLS. False: the transport closes itself.
-        return not self.lingering and bool(self.transport.can_write_eof())
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.answers = 0
+        self.messages = 0  # of WebSockets; each sweep counts them anew
 
-    def pause_writing(self) -> None:
-        self.full = asyncio.Event()
+    @contextlib.contextmanager
+    def counting(self, size: int) -> Iterator[None]:
+        """Count the bytes of an answer while the block lasts."""
+        self.answers += size
+        try:
+            yield
+        finally:
+            self.answers -= size
 
-    def resume_writing(self) -> None:
-        if self.full:
-            self.full.set()
-            self.full = None
-        self.on_writable()
+    def check(self) -> None:
+        """Raise Unavailable while too many bytes wait."""
+        if self.answers + self.messages > self.limit:
+            raise Unavailable("too many answers wait for their clients to read them")
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(exc or ConnectionError("the connection is closed"))
-        self.on_lost()
-        self.resume_writing()  # else who waits for the peer to read waits for ever
 
-    def _wake(self) -> None:
-        if self._arrival and not self._arrival.done():
-            self._arrival.set_result(None)
+class Connection:
+    """One accepted socket, and the task that serves it."""
 
-    def _fail(self, error: Exception) -> None:
-        self.end = self.end or error
-        self._wake()
+    def __init__(
+        self,
+        reader: Reader,
+        writer: asyncio.StreamWriter,
+        settings: Settings,
+        unsent: Unsent,
+    ) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.transport: Any = writer.transport
+        self.settings = settings
+        self.unsent = unsent
+        self.task: Any = asyncio.current_task()
+        self.request: Request | None = None  # the one that is being handled
+        self.buffer = bytearray()  # received, and not yet parsed
+        self.body_pending = False  # a body that nobody took: nothing can follow it
+        self.read_error: OSError | None = None  # why nothing more will arrive
+        self.interruption: Exception | None = None  # what `receive` raises if cancelled
+        self.ping_sent_at = math.inf
+        self.unsent_at_last_check = 0
+        self.enter(Phase.HANDLE, PEER_CHECK)
 
-    # -- time
-
-    def give(self, seconds: float, expire: Callable[[], object]) -> None:
-        """Begin a phase that may take so long."""
-        self.deadline, self.expire = time.monotonic() + seconds, expire
-
-    def abort(self) -> None:
-        if self.transport:
-            self.transport.abort()
+    @classmethod
+    async def open(
+        cls, sock: socket.socket, settings: Settings, unsent: Unsent
+    ) -> Connection:
+        """Return a connection over an accepted socket. Raise OSError if it is gone."""
+        loop = asyncio.get_running_loop()
+        reader = Reader(limit=READ_SIZE)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        try:
+            # asyncio does so only for sockets that name TCP; an accepted one does not.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock)
+        except BaseException:
+            sock.close()
+            raise
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        return cls(reader, writer, settings, unsent)
 
     @property
-    def idle(self) -> bool:
-        """Whether it waits and nothing has come: no byte of a head, no head before a
-        body."""
-        shaking_hands = self.transport is None  # in TLS
-        return (
-            shaking_hands
-            or self._arrival is not None
-            and not (self.buffer or self.unread)
-        )
+    def peer(self) -> str:
+        """The address and port of the peer."""
+        host, port, *_ = self.writer.get_extra_info("peername") or ("?", 0)
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def _time_out(self) -> None:
-        # This only wakes who reads; Server._serve then calls `finish`. A bare close()
-        # would wait for ever for a peer that does not read its answer, and a second one
-        # breaks TLS.
-        if (
-            self._arrival and not self._arrival.done()
-        ):  # else bytes came in this very turn
-            late = HTTPError(408, "the request did not arrive in time")
-            self._fail(ConnectionError("no request came") if self.idle else late)
+    @property
+    def unsent_size(self) -> int:
+        """How many bytes wait in the transport for the peer to read."""
+        return int(self.transport.get_write_buffer_size())
 
-    # -- in
+    @property
+    def is_closing(self) -> bool:
+        return bool(self.transport.is_closing())
 
-    async def receive(self) -> None:
-        """Wait for more bytes. Raises OSError at their end, or what a deadline says."""
-        if self.end:
-            raise self.end
-        if self._arrival:
-            raise RuntimeError("two tasks wait for the same bytes")
-        self.transport.resume_reading()
-        self._arrival = asyncio.get_running_loop().create_future()
+    def enter(self, phase: Phase, seconds: float) -> None:
+        """Begin a phase, which may last so many seconds."""
+        self.phase = phase
+        self.deadline = time.monotonic() + seconds
+
+    # -- receiving
+
+    async def receive(self) -> bytes:
+        """Add the bytes that arrive next to `buffer`, and return them.
+
+        Raise OSError at their end. In the phases of a request, raise what the sweep
+        says when the deadline has passed.
+        """
+        if self.read_error:
+            raise self.read_error
         try:
-            await self._arrival
-        finally:
-            self._arrival = None
+            data = await self.reader.read(READ_SIZE)
+            if not data:
+                raise ConnectionError("the peer closed the connection")
+        except OSError as error:
+            # An abort of ours looks like the peer's end, and has set the reason.
+            self.read_error = self.read_error or error
+            raise self.read_error from None
+        except asyncio.CancelledError:
+            if self.interruption is None:
+                raise
+            self.task.uncancel()
+            raise self.interruption from None
+        self.buffer += data
+        return data
 
-    def glance(self) -> None:
-        """Read on if the peer has gone: over TLS its end shows only to who reads."""
-        if self.transport.is_reading() or self.transport.can_write_eof():
-            return
-        gone = contextlib.suppress(
-            OSError, AttributeError
-        )  # nothing came; the socket is gone
-        with gone, self.transport.get_extra_info("socket").dup() as sock:
-            if not sock.recv(1, socket.MSG_PEEK):
-                self.transport.resume_reading()  # what came before the end, and the end
+    async def read_request(self) -> Request:
+        """Return the next request, without its body.
 
-    async def next_request(self) -> Request:
-        """The next head. Raises SyncError for a bad or late one, OSError when none
-        comes."""
-        settings, buffer = self.settings, self.buffer
-        self.give(settings.idle_timeout, self._time_out)
-        self.glance()
-        skip_empty_lines(buffer)
-        while not buffer:
+        Raise SyncError for a malformed or late one, OSError when there is none.
+        """
+        self.enter(Phase.IDLE, self.settings.idle_timeout)
+        skip_empty_lines(self.buffer)
+        while not self.buffer:
             await self.receive()
-            skip_empty_lines(buffer)
-        self.give(settings.head_timeout, self._time_out)
-        start = limit = 0
-        while True:
-            # Parsed only when an empty line, a bare LF or its limit may end it: at each
-            # byte anew, a slow sender would cost more than a fast one.
-            if len(buffer) >= limit or _HEAD_END.search(buffer, start):
-                if request := parse_request(buffer, settings):
-                    break
-                limit = (
-                    settings.max_head_size
-                    if b"\n" in buffer
-                    else settings.max_target_size + 64
-                )
-            start = max(0, len(buffer) - 2)
-            await self.receive()
-        if self.transport.is_closing():  # a pipeline whose answers nobody will read
-            raise ConnectionLost("the peer is gone")
-        self.deadline, self.unread = math.inf, request.length != 0
+            skip_empty_lines(self.buffer)
+        self.enter(Phase.HEAD, self.settings.head_timeout)
+        request = parse_request(self.buffer, self.settings)
+        while request is None:
+            data = await self.receive()
+            # A head ends with a line. Parsing it at each byte, or at the limit of the
+            # request line while that has none, would let a slow sender cost more.
+            longest = self.settings.max_target_size + 64
+            if b"\n" in data or len(self.buffer) >= longest:
+                request = parse_request(self.buffer, self.settings)
+        self.enter(Phase.HANDLE, PEER_CHECK)
+        self.body_pending = request.length != 0
+        request.peer = self.peer
+        self.request = request
         return request
 
     async def read_body(self, request: Request) -> bytes:
-        """The whole body, or SyncError: one that did not arrive whole is never looked
-        at."""
-        if (size := request.length) == 0:
+        """Return the whole body. Raise SyncError for a late, cut or too large one."""
+        size = request.length
+        if size == 0:
             return b""
-        if size and size > self.settings.max_body_size:
-            raise TooLarge(
-                f"the body is longer than {self.settings.max_body_size} bytes"
-            )
-        if "100-continue" in request.tokens("expect") and request.version >= (1, 1):
-            # (RFC 9110 §10.1.1)
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.give(self.settings.body_timeout, self._time_out)
-        chunked = ChunkedBody(self.settings)
+        check_body_size(size or 0, self.settings)
+        if request.version >= (1, 1) and "100-continue" in request.tokens("expect"):
+            # The client waits for this before it sends the body (RFC 9110 §10.1.1).
+            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.enter(Phase.BODY, self.settings.body_timeout)
         try:
-            while not (
-                chunked.take(self.buffer) if size is None else len(self.buffer) >= size
-            ):
-                await self.receive()
+            if size is None:
+                chunked = ChunkedBody(self.settings)
+                while not chunked.take(self.buffer):
+                    await self.receive()
+                body = bytes(chunked.body)
+            else:
+                while len(self.buffer) < size:
+                    await self.receive()
+                body = bytes(self.buffer[:size])
+                del self.buffer[:size]
         except OSError:
             raise InvalidRequest("the body ended before its length") from None
-        self.deadline, self.unread = math.inf, False
-        body = chunked.body if size is None else self.buffer[:size]
-        del self.buffer[: size or 0]
-        return bytes(body)
+        self.enter(Phase.HANDLE, PEER_CHECK)
+        self.body_pending = False
+        return body
 
-    # -- out
+    # -- sending
 
     async def send(self, data: bytes) -> None:
-        """Write, and wait while the peer has much to read: who does not read is not
-        read from."""
-        # In pieces: what TLS has handed to the socket's transport, it does not see any
-        # more.
-        for start in range(0, len(data), READ_SIZE):
-            if start:
-                await asyncio.sleep(
-                    0
-                )  # after a turn TLS knows, too, whether the peer is gone
-            if self.transport.is_closing():
-                raise ConnectionLost("the peer is gone")
-            self.transport.write(data[start : start + READ_SIZE])
-            if self.full:
-                self._press()
+        """Send with flow control: wait while much of it waits for the peer to read.
+
+        Raise OSError if the peer is gone.
+        """
+        with self.unsent.counting(len(data)):
+            # In pieces: the transport copies what it can't send at once.
+            for start in range(0, len(data), READ_SIZE):
+                if self.is_closing:
+                    raise ConnectionLost("the peer is gone")
+                self.writer.write(data[start : start + READ_SIZE])
                 await self.drain()
-                self.deadline = math.inf
 
     async def drain(self) -> None:
-        if self.full:
-            await self.full.wait()
+        """Wait until few of the bytes written wait for the peer to read them.
 
-    def _press(self, left: float = math.inf) -> None:
-        """Wait for the peer to read: each send_timeout has to bring some progress."""
-        if (still := self.transport.get_write_buffer_size()) >= left:
-            self.abort()
-        self.give(self.settings.send_timeout, functools.partial(self._press, still))
+        The peer has to read some of them in each `send_timeout`.
+        """
+        self.unsent_at_last_check = self.unsent_size
+        self.enter(Phase.SEND, self.settings.send_timeout)
+        await self.writer.drain()
+        self.enter(Phase.HANDLE, PEER_CHECK)
 
-    async def finish(self) -> None:
-        """Close so that the peer can read our last words: half now, the rest when it
-        has.
+    async def close_gracefully(self) -> None:
+        """Close so that the peer can read our last words (RFC 9112 §9.6).
 
-        A close with unread bytes in the socket would reset it, and the reset overtakes
-        the answer (RFC 9112 §9.6)."""
-        if not self.transport.is_closing():
-            self.transport.set_write_buffer_limits(
-                1, 0
-            )  # TLS takes 0 for "always full"
-        self._press()
-        await self.drain()  # until all that we said is the kernel's
-        self.lingering = True
-        self.give(self.settings.linger_timeout, self.abort)
-        if self.transport.is_closing():
+        To close a socket with unread bytes resets it, and the reset overtakes the
+        answer. So close half of it, and drop what arrives until the peer closes.
+        """
+        self.transport.set_write_buffer_limits(high=0)  # drain() waits for all
+        try:
+            await self.drain()
+            self.enter(Phase.LINGER, self.settings.linger_timeout)
+            if self.read_error is None:
+                self.writer.write_eof()
+                while await self.reader.read(READ_SIZE):
+                    pass
+        except (OSError, RuntimeError):
+            pass  # the peer is gone, or a task of the application's reads
+        self.writer.close()
+
+    # -- against slow, silent and vanished peers
+
+    def abort(self, reason: str = "the connection was aborted") -> None:
+        """Close at once. The task that waits for the peer gets an OSError."""
+        self.read_error = self.read_error or ConnectionLost(reason)
+        self.transport.abort()
+
+    def interrupt(self, reason: Exception) -> None:
+        """Let the task's `receive` raise `reason`, in a phase of RECEIVING."""
+        if self.phase in RECEIVING and self.interruption is None:
+            self.interruption = reason
+            self.task.cancel()
+
+    def has_left(self) -> bool:
+        """Return whether the peer has closed its half of the connection, or reset it.
+
+        After a reset the reader is not at its end: it has an exception instead.
+        """
+        is_reset = self.is_closing or self.reader.exception() is not None
+        return is_reset or self.reader.at_eof()
+
+    def check_deadline(self, now: float) -> None:
+        """Act on a deadline that has passed, as the table above says."""
+        match self.phase:  # mizusync needs Python 3.11 or newer: 3.9 stops here
+            case Phase.IDLE:
+                self.read_error = ConnectionError("no request came")
+                self.interrupt(self.read_error)
+            case Phase.HEAD | Phase.BODY:
+                self.interrupt(HTTPError(408, "the request did not arrive in time"))
+            case Phase.HANDLE:
+                if self.is_closing:
+                    self.task.cancel()
+                self.deadline = now + PEER_CHECK
+            case Phase.SEND:
+                unsent = self.unsent_size
+                if unsent >= self.unsent_at_last_check:
+                    self.abort("the peer reads nothing")
+                self.unsent_at_last_check = unsent
+                self.deadline = now + self.settings.send_timeout
+            case Phase.LINGER | Phase.CLOSING:
+                self.abort("the peer did not close in time")
+            case Phase.OPEN:
+                self.check_keepalive(now)
+
+    def check_keepalive(self, now: float) -> None:
+        """Ping a silent peer of a WebSocket, and abort if it shows no sign of life."""
+        if self.is_closing:
             return
-        by_half = self.transport.can_write_eof()  # TLS can't
-        # An OSError: the peer has said all that it will, or no request came.
-        if isinstance(self.end, OSError) or not (by_half or self.unread):
-            self.transport.close()
-            return
-        if by_half:
-            self.transport.write_eof()
-        self.transport.resume_reading()
+        received = self.reader.last_received
+        interval = self.settings.ping_interval
+        timeout = self.settings.ping_timeout
+        unsent = self.unsent_size
+        # A slow reader answers a ping late, a dead one never: does it take bytes? While
+        # we do not read from it, we could not see its answer.
+        takes_bytes = unsent < self.unsent_at_last_check
+        is_unheard = not unsent and not self.transport.is_reading()
+        if received > self.ping_sent_at or takes_bytes or is_unheard:
+            self.ping_sent_at = math.inf
+        self.unsent_at_last_check = unsent
+        if self.ping_sent_at + timeout <= now:
+            self.abort(f"no answer to a ping for {timeout:g} s")
+        elif now - received < interval:
+            self.deadline = received + interval
+        else:
+            if self.ping_sent_at == math.inf:
+                self.ping_sent_at = now
+                self.writer.write(encode_frame(PING, b""))
+            self.deadline = min(now + interval, self.ping_sent_at + timeout)
+
+
+# --- WebSocket ------------------------------------------------------------------------
+# A WebSocket over a connection. It goes one way through its life: a handshake that may
+# still be refused in HTTP, then open, then closing (our close frame is sent, and
+# nothing may follow it), then ended (nothing more is received).
 
 
 class WebSocket:
-    """A WebSocket's server side: `async for message in websocket`, `await
-    websocket.send(message)`.
+    """The server's side of a WebSocket.
 
-    Text is str, binary is bytes. Until `accept` (or the first message) a SyncError that
-    is raised still becomes an HTTP answer. Pings are answered, and sent, by themselves.
+    Receive with `async for message in websocket`, send with
+    `await websocket.send(message)`: text is str, binary is bytes. The server sends
+    pings, and answers those of the peer, by itself. Until `accept` (or the first
+    message), a SyncError that the handler raises still becomes an HTTP response.
     """
 
     def __init__(self, connection: Connection, request: Request) -> None:
-        self.connection, self.request, self.settings = (
-            connection,
-            request,
-            connection.settings,
-        )
-        # In this order: the handshake is answered, we send nothing more, we read
-        # nothing more.
-        self.accepted = self.closing = self.over = False
-        self.name, self.reason = (
-            request.path,
-            "",
-        )  # for the log: who it is, why it was closed
-        self.error: Exception | None = None  # what went wrong, if anything did
-        self._response = handshake(request)
+        self.connection = connection
+        self.request = request
+        self.settings = connection.settings
+        self.accepted = False
+        self.closing = False
+        self.ended = False
+        self.label = f"WebSocket at {request.path!r} from {request.peer}"  # for the log
+        self.reason = ""  # why it was closed
+        self.error: Exception | None = None  # the fault that ended it, if one did
+        self._response = answer_handshake(request)
         self._assembler = Assembler(self.settings.max_message_size)
 
     def accept(self) -> None:
-        """Answer the handshake: from here on it is a WebSocket."""
+        """Answer the handshake; from here on it is a WebSocket."""
         if not self.accepted:
             self.accepted = True
-            self.connection.transport.write(self._response.encode())
-            self._ping()
+            self.connection.writer.write(self._response.encode())
+            self.connection.enter(Phase.OPEN, self.settings.ping_interval)
 
     async def send(self, message: str | bytes) -> None:
-        """Send a message, waiting while the peer has much to read. Raises
-        ConnectionLost."""
+        """Send a message, with flow control. Raise ConnectionLost without a peer."""
         self.accept()
-        frame = (
-            (TEXT, message.encode()) if isinstance(message, str) else (BINARY, message)
-        )
-        self.write(encode_frame(*frame))
-        await self.connection.drain()
-        self.connection.glance()
-        await asyncio.sleep(0)  # who sends without end would keep the loop to itself
-        if self.closing or self.connection.transport.is_closing():
+        if isinstance(message, str):
+            self.write(encode_frame(TEXT, message.encode()))
+        else:
+            self.write(encode_frame(BINARY, message))
+        try:
+            await self.drain()
+        except OSError:
+            raise ConnectionLost("the peer is gone") from None
+        await asyncio.sleep(0)  # an endless sender would keep the loop to itself
+        if self.closing or self.connection.is_closing:
             raise ConnectionLost("the peer is gone, or going")
 
     def write(self, frame: bytes) -> None:
-        # asyncio warns of writes to a socket that is gone, and a peer can make us owe
-        # it many.
-        if not self.closing and not self.connection.transport.is_closing():
-            self.connection.transport.write(frame)
+        """Write a frame unless the WebSocket is closing."""
+        if not self.closing and not self.connection.is_closing:
+            self.connection.writer.write(frame)
+
+    async def drain(self) -> None:
+        """Wait while much waits for the peer to read. The keepalive limits the time."""
+        await self.connection.writer.drain()
 
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Begin the closing handshake; it ends when the peer answers, or after
-        close_timeout."""
-        if code != 1005 and not is_close_code(code):
-            raise ValueError(f"{code} is no close code to be sent (RFC 6455 §7.4)")
+        """Begin the closing handshake, which ends when the peer answers.
+
+        Raise ValueError for a code that may not be sent (RFC 6455 §7.4).
+        """
+        frame = encode_close(code, reason)
         if not self.closing:
             self.accept()
             self.reason = self.reason or f"{code} {reason}"
-            words = (
-                reason.encode()[: MAX_CONTROL_PAYLOAD - 2]
-                .decode(errors="ignore")
-                .encode()
-            )
-            payload = b"" if code == 1005 else code.to_bytes(2, "big") + words
-            self.write(encode_frame(CLOSE, payload))
+            self.write(frame)
             self.closing = True
-            self.connection.give(self.settings.close_timeout, self.connection.abort)
+            self.connection.enter(Phase.CLOSING, self.settings.close_timeout)
 
     async def __aiter__(self) -> AsyncIterator[str | bytes]:
-        while (message := await self.receive()) is not None:
+        while True:
+            message = await self.receive()
+            if message is None:
+                return
             yield message
 
     async def receive(self) -> str | bytes | None:
-        """The next message; None when there will be none."""
+        """Return the next message, or None when there will be none."""
         self.accept()
-        buffer = self.connection.buffer
         try:
-            while not self.over:
-                if (
-                    buffer
-                ):  # of many frames that came together each lets others have a turn,
-                    await asyncio.sleep(
-                        0
-                    )  # before it is taken: who gives up here loses none
-                while (frame := parse_frame(buffer, self._assembler.room)) is None:
-                    await self.connection.receive()
+            while not self.ended:
+                frame = await self._receive_frame()
                 if frame.opcode == CLOSE:
                     code, reason = parse_close(frame.payload)
                     self.reason = self.reason or f"the peer closed: {code} {reason}"
-                    self.close(code)  # the same code back (§5.5.1)
-                    break
-                if frame.opcode == PING:
+                    self.close(code)  # answer with the same code (§5.5.1)
+                    self.ended = True
+                elif frame.opcode == PING:
                     self.write(encode_frame(PONG, frame.payload))
-                    await self.connection.drain()  # who does not read is not read from
-                elif frame.opcode == PONG or self.closing:
-                    # a pong shows life by itself; after our close nothing else counts
-                    pass
-                elif (message := self._assembler.add(frame)) is not None:
-                    return message
-        except (ProtocolError, OSError) as error:
+                    await self.drain()  # do not read from a peer that does not read
+                elif frame.opcode != PONG and not self.closing:
+                    message = self._assembler.add(frame)
+                    if message is not None:
+                        return message
+        except ProtocolError as error:
             self.error = self.error or error
-            if isinstance(error, ProtocolError):  # else there is nobody to tell
-                self.connection.unread = (
-                    True  # it may still be sending, and shall hear why
-                )
-                self.close(error.code, str(error))
-        self.closing = self.over = True
+            self.close(error.code, str(error))
+        except OSError as error:
+            self.error = self.error or error
+            self.reason = self.reason or str(error)
+        self.closing = True
+        self.ended = True
         return None
 
-    def _ping(self, pinged: float = math.inf, unsent: int = 0) -> None:
-        """Ping after some silence, and give up a peer without a sign of life in
-        ping_timeout.
-
-        `pinged` is when an answer was asked for, `unsent` how much it had to read
-        before that."""
-        connection, transport, now = (
-            self.connection,
-            self.connection.transport,
-            time.monotonic(),
-        )
-        interval, timeout = self.settings.ping_interval, self.settings.ping_timeout
-        still, deaf = transport.get_write_buffer_size(), not transport.is_reading()
-        # A slow reader answers late, a dead one never: does it still take bytes? While
-        # we do not read from it, and wait for nothing to be sent, its answer can't be
-        # heard: no judgement.
-        if still < unsent or (deaf and not still) or connection.heard > pinged:
-            pinged = math.inf
-        connection.glance()
-        if pinged + timeout <= now:
-            self.reason = f"no answer to a ping for {timeout:g} s"
-            connection.abort()
-        elif (quiet := now - connection.heard) < interval:
-            connection.give(interval - quiet, self._ping)
-        else:
-            if pinged > now:
-                pinged = now
-                self.write(encode_frame(PING, b""))
-            pause = min(
-                interval, pinged + timeout - now
-            )  # who answered is pinged in time again
-            connection.give(pause, functools.partial(self._ping, pinged, still))
+    async def _receive_frame(self) -> Frame:
+        buffer = self.connection.buffer
+        if buffer:
+            # Frames that arrived together leave others their turn. Yield before taking
+            # one: a caller that is cancelled here loses no message.
+            await asyncio.sleep(0)
+        while True:
+            frame = parse_frame(buffer, self._assembler.room)
+            if frame is not None:
+                return frame
+            await self.connection.receive()
 
 
-# --- Session --------------------------------------------------------------------------
-# One live client of the protocol. While its socket is full it is owed one cursor a
-# topic, the newest: a slow reader costs a set of names, not a queue.
+async def run_websocket(
+    websocket: WebSocket, handler: Callable[[WebSocket], Any]
+) -> None:
+    """Run a WebSocket's handler, then the closing handshake.
+
+    Raise what the handler raises before it accepts: that is answered in HTTP.
+    """
+    try:
+        await run_handler(websocket, handler)
+        with contextlib.suppress(RuntimeError):  # a task of the handler reads already
+            await websocket.receive()  # the peer's close frame
+    finally:
+        if websocket.accepted:
+            reason = websocket.reason or websocket.connection.read_error
+            live_log.info("%s ended: %s", websocket.label, reason)
 
 
-class Session:
-    """One client that is connected to /ws. A Subscriber of the hub."""
+async def run_handler(
+    websocket: WebSocket, handler: Callable[[WebSocket], Any]
+) -> None:
+    """Run a WebSocket's handler, and close with 1000, or with 1011 if it fails."""
+    try:
+        await call_app(handler, websocket)
+        websocket.close()
+    except Exception as error:
+        if not websocket.accepted:
+            raise
+        websocket.error = error
+        # A ConnectionLost is no failure, unless it is the loss of another socket.
+        is_lost = websocket.closing or websocket.connection.is_closing
+        if not (is_lost and isinstance(error, ConnectionLost)):
+            log_error(live_log, "the %s failed", websocket.label)
+            websocket.close(1011, "the server failed")
 
-    def __init__(
-        self, websocket: WebSocket, hub: Hub, scope: str, identity: Any
-    ) -> None:
-        self.id = secrets.token_urlsafe(9)
-        self.scope, self.identity = (
-            scope,
-            identity,
-        )  # that it came with, and what on_auth returned
-        self.websocket, self.hub, self.settings = websocket, hub, websocket.settings
-        self.topics: dict[
-            str, int
-        ] = {}  # the newest cursor that each was sent; it never goes down
-        self.asked = time.monotonic()  # when on_auth was, last
-        self.failures = 0  # of on_auth in a row, when it was asked again
-        self.holds_scope = True  # whether it still may see the scope that it came with
-        self._owed: set[str] = set()
-        # The kernel holds a little for the peer, the transport nothing: so a slow
-        # reader shows.
-        transport, size = websocket.connection.transport, self.settings.send_buffer
-        transport.set_write_buffer_limits(1, 0)
-        with contextlib.suppress(
-            OSError, AttributeError
-        ):  # the peer may be gone, and the socket
-            transport.get_extra_info("socket").setsockopt(
-                socket.SOL_SOCKET, socket.SO_SNDBUF, size
-            )
-        websocket.connection.on_writable = self._pay
 
-    @property
-    def scopes(self) -> set[str]:
-        """The scopes that it may see, as on_auth last said."""
-        topics = [topic for topic in self.topics if topic.startswith(SYNC)]
-        subscribed = {topic.removeprefix(SYNC) for topic in topics}
-        return subscribed | {self.scope} if self.holds_scope else subscribed
+async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an application callback, and await its result if it is awaitable.
 
-    def send(self, topic: str, data: Any) -> None:
-        """Send a message of the application's. Past `max_session_queue` unsent bytes:
-        1013."""
-        text = encode_message(topic, encode_json(data).encode())
-        self.message(encode_frame(TEXT, text))
+    Raise what it raises. If what it waited for was cancelled, raise RuntimeError: only
+    a cancellation of the server's own may end the task that calls it.
+    """
+    try:
+        result = function(*arguments)
+        if result is None or not inspect.isawaitable(result):
+            return result
+        return await result
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            raise
+        raise RuntimeError("the application waited for something cancelled") from error
 
-    def send_error(self, code: str, sentence: str, scope: str | None = None) -> None:
-        """Tell the client that a message, or a scope, is refused."""
-        text = encode_message("error", encode_error(code, sentence, scope))
-        self.message(encode_frame(TEXT, text))
 
-    def close(self, code: int = 1000, reason: str = "") -> None:
-        """Close with a code of RFC 6455 §7.4."""
-        self.websocket.close(code, reason)
-
-    def hint(self, topic: str, cursor: int, message: bytes) -> None:
-        if self.websocket.connection.full:
-            self._owed.add(topic)
-        elif cursor >= self.topics.get(topic, 0):
-            self.topics[topic] = cursor
-            self.websocket.write(message)
-
-    def _pay(self) -> None:
-        owed, self._owed = self._owed, set()
-        for topic in owed:
-            self.hub.tell(topic, self)
-
-    def message(self, message: bytes) -> None:
-        unsent = self.websocket.connection.transport.get_write_buffer_size()
-        if unsent + len(message) > self.settings.max_session_queue:
-            self.close(1013, "too slow for a topic that is not merged")
-        else:
-            self.websocket.write(message)
-
-    def follow(self, topic: str, items: bool = False) -> None:
-        """Subscribe. Raises TooLarge past `max_session_topics`."""
-        if (
-            topic not in self.topics
-            and len(self.topics) >= self.settings.max_session_topics
-        ):
-            raise TooLarge(
-                f"a session has at most {self.settings.max_session_topics} topics"
-            )
-        self.topics.setdefault(topic, 0)
-        self.hub.subscribe(topic, self, items)
-
-    def leave(self, topic: str) -> None:
-        self.topics.pop(topic, None)
-        self._owed.discard(topic)
-        self.hub.unsubscribe(topic, self)
-
-    def allow(self, scope: str, identity: Any) -> None:
-        """Take the identity that on_auth returned for the session's own scope."""
-        if scope == self.scope:
-            self.identity, self.holds_scope = identity, True
-
-    def forbid(self, scope: str, refusal: Forbidden) -> None:
-        """End the subscription to a scope, and tell the client so."""
-        if scope == self.scope:
-            self.holds_scope = False
-        self.leave(f"{SYNC}{scope}")
-        self.send_error(refusal.code, str(refusal), scope)
+async def call_app_safely(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call an application callback; log what it raises."""
+    try:
+        await call_app(function, *arguments)
+    except Exception:
+        name = getattr(function, "__name__", function)
+        log_error(live_log, "%s failed", name)
 
 
 # --- Gate -----------------------------------------------------------------------------
-# Who may. Host and Origin keep web pages of other sites out, the token and on_auth
-# everybody else; what is asked about is the parsed value that is then used.
+# Access. Host and Origin keep the pages of other sites out; the token and on_auth keep
+# other people out. Each check is about the parsed value that is used afterwards.
 
-_AUTHORITY_OF_PAGE = r"(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[0-9]{1,5}))?/?"
-_HOST = re.compile(_AUTHORITY_OF_PAGE)
-# No page has an origin of ws: or file: (for the latter browsers send "null").
-_SCHEME = r"(?!wss?:|file:)(?P<scheme>[a-z][a-z0-9+.-]*)"
-_ORIGIN = re.compile(f"{_SCHEME}://{_AUTHORITY_OF_PAGE}")
+HOST = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
+# As browsers write them: without the default port, and never with ws: or file:.
+ORIGIN = re.compile(
+    r"(?!wss?:|file:|http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://"
+    rf"({HOST.pattern})(:[1-9][0-9]{{0,4}})?"
+)
+LOOPBACK = re.compile(
+    r"((.*\.)?localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?)(:[0-9]*)?"
+)  # (RFC 6761 §6.3)
 
 
 @dataclasses.dataclass
 class Gate:
-    """`hosts` None: any. `origins` as browsers write them: "https://example.org"."""
+    """Decides who may use the server, and for what.
+
+    `hosts` are the names that the server goes by; None accepts any. `origins` are
+    written as browsers write them: "https://example.org".
+    """
 
     token: str | None
-    hosts: frozenset[str] | None
+    allowed_hosts: frozenset[str]
     origins: frozenset[str]
     on_auth: Callable[[Request, str], Any] | None
+    hosts: frozenset[str] | None = None
 
-    def check(self, request: Request) -> None:
-        """Host and Origin. Raises Forbidden."""
-        host, origin = request.host, request.headers.get("origin")
+    def allow_hosts(self, beyond_loopback: bool) -> None:
+        """Decide which names to accept, now that the server has an address.
+
+        On the loopback, only names of the loopback, unless the operator allows others.
+        """
+        checks_names = self.allowed_hosts or not beyond_loopback
+        self.hosts = self.allowed_hosts if checks_names else None
+
+    def check_site(self, request: Request) -> None:
+        """Check Host and Origin. Raise Forbidden."""
+        host = request.host
         if self.hosts is not None and host and not is_loopback(host):
-            # A page elsewhere can make its own name lead here (DNS rebinding): it gets
-            # nothing. That takes a name: an IP address can't be made to lead elsewhere.
+            # DNS rebinding: a page elsewhere lets its own name lead here. That takes a
+            # name, so an IP address is safe.
             name = re.sub(":[0-9]*$", "", host)
             if name not in self.hosts and not is_address(name):
-                raise Forbidden(
-                    f"this server is not {name[:100]!r}: --allow-host can name it"
-                )
+                advice = "--allow-host can name it"
+                raise Forbidden(f"this server is not {name[:100]!r}: {advice}")
+        origin = request.headers.get("origin")
         if origin is not None and origin not in self.origins:
             scheme, _, authority = origin.lower().partition("://")
             port = {"http": ":80", "https": ":443"}.get(scheme)
             if not port or host not in (authority, authority + port):
+                advice = "see --allow-origin"
                 raise Forbidden(
-                    "pages of this origin may not use this server: see --allow-origin"
+                    f"pages of this origin may not use this server: {advice}"
                 )
 
-    def cors(self, request: Request, methods: str) -> dict[str, str]:
-        """What lets a page of an allowed origin read the answer (the Fetch standard,
-        §3.2)."""
-        headers = {"Vary": "Origin"} if self.origins else {}
-        if (origin := request.headers.get("origin", "")) in self.origins:
-            headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Expose-Headers"] = "Retry-After"
-            if "access-control-request-method" in request.headers:
-                headers["Access-Control-Allow-Methods"] = methods
-                headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
-                headers["Access-Control-Max-Age"] = "600"
-        return headers
-
-    def check_token(self, request: Request) -> None:
-        """Raises Unauthorized, where there is a token to show."""
+    def authenticate(self, request: Request) -> None:
+        """Check the token, if the server has one. Raise Unauthorized."""
         if self.token is None:
             return
         shown = request.bearer.encode()
-        if not shown or not hmac.compare_digest(self.token.encode(), shown):
+        if not hmac.compare_digest(self.token.encode(), shown):
             raise Unauthorized("this server wants a token: Authorization: Bearer ...")
 
-    async def identify(self, request: Request, scope: str) -> Any:
-        """Who asks, for this scope: what on_auth returns. Raises Unauthorized,
-        Forbidden."""
-        self.check_token(request)
+    async def authorize(self, request: Request, scope: str) -> Any:
+        """Return the client's identity for a scope: what on_auth returns, or None.
+
+        Raise Unauthorized, or Forbidden, also where on_auth returns False.
+        """
+        self.authenticate(request)
         if self.on_auth is None:
             return None
         identity = await call_app(self.on_auth, request, scope)
-        if identity is False:  # many an application writes `return user_may(...)`
+        if identity is False:
             raise Forbidden("this scope is not allowed")
         return identity
 
+    async def authorize_query(self, request: Request) -> tuple[str, Any]:
+        """Return the scope that the address names, and the client's identity for it."""
+        scope = check_scope(request.query.get("scope", DEFAULT_SCOPE))
+        return scope, await self.authorize(request, scope)
 
-async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function or a coroutine of the application's gives. Raises what it raises.
+    def cors_fields(self, request: Request, methods: str) -> dict[str, str]:
+        """Return the fields that let a page of an allowed origin read the answer.
 
-    Its own end, as SystemExit or by what it waited for and was cancelled, is a
-    RuntimeError here."""
-    try:
-        result = function(*arguments)
-        quick = result is None or not inspect.isawaitable(
-            result
-        )  # which takes a while to look
-        return result if quick else await result
-    except BaseException as error:
-        if isinstance(error, (Exception, KeyboardInterrupt, GeneratorExit)):
-            raise  # by the last a coroutine is told that nobody waits for it any more
-        task = asyncio.current_task()
-        if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
-            raise  # it is we who were cancelled
-        raise RuntimeError(f"the application ended with {error!r}") from error
+        `methods` is what a preflight allows (the Fetch standard, §3.2).
+        """
+        if not self.origins:
+            return {}
+        fields = {"Vary": "Origin"}
+        origin = request.headers.get("origin", "")
+        if origin in self.origins:
+            fields["Access-Control-Allow-Origin"] = origin
+            fields["Access-Control-Expose-Headers"] = "Retry-After"
+            if "access-control-request-method" in request.headers:
+                fields["Access-Control-Allow-Methods"] = methods
+                fields["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+                fields["Access-Control-Max-Age"] = "600"
+        return fields
 
 
-@functools.lru_cache(maxsize=100)  # every request asks, and most for the same
+@functools.lru_cache(maxsize=100)
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address, and perhaps a port, means this machine (RFC 6761
-    §6.3)."""
-    names = r"((.*\.)?localhost|127(\.[0-9]{1,3}){3}|\[?::1\]?)(:[0-9]*)?"
-    return bool(re.fullmatch(names, host))
+    """Return whether a name or an address, perhaps with a port, is this machine's."""
+    return bool(LOOPBACK.fullmatch(host))
 
 
 @functools.lru_cache(maxsize=100)
@@ -4494,89 +4599,847 @@ def is_address(host: str) -> bool:
     return True
 
 
-def validate_token(token: str | None) -> None:
-    """Raise ValueError for a token that no client, or no browser, could show.
+# -- against settings that could never match
 
-    A browser's WebSocket offers it in the name of a subprotocol, which is a token of
-    RFC 9110 §5.6.2. An empty one is a mistake: a variable, say, that was never set.
+
+def validate_token(token: str | None) -> None:
+    """Raise ValueError for a token that no client, or no browser, could send.
+
+    A browser's WebSocket offers it in the name of a subprotocol (RFC 9110 §5.6.2). An
+    empty token is a mistake, such as a variable that was never set.
     """
     if token is None:
         return
     if not isinstance(token, str):
         raise TypeError(f"a token is a string, not {type(token).__name__}")
-    if not re.fullmatch(_TOKEN, token):  # which the sentence must not show
+    if not re.fullmatch(TOKEN, token):  # which the sentence must not show
         rule = "1 or more letters, digits and !#$%&'*+-.^_`|~"
-        raise ValueError(f"a token has {rule}, nothing else")
+        raise ValueError(
+            f"--token, or MIZUSYNC_TOKEN: a token has {rule}, nothing else"
+        )
 
 
-def normalize_origins(origins: Iterable[str]) -> frozenset[str]:
-    """Return origins as browsers write them. Raise ValueError for what none sends.
+def validate_names(names: Iterable[str], pattern: re.Pattern[str]) -> frozenset[str]:
+    """Return hosts, or origins, in lower case. Raise ValueError for one that is none.
 
-    "null" is refused, too: a sandboxed frame of any site can have that origin.
+    "null" is no origin here: a sandboxed frame of any site can have it.
     """
-    return frozenset(map(_normalize_origin, _each(origins, "an origin")))
+    if isinstance(names, str):
+        raise TypeError(f"one string, {names!r}, is given for a list of them")
+    valid = frozenset(name.lower() for name in names)
+    for name in valid:
+        if not pattern.fullmatch(name):
+            advice = (
+                "--allow-origin takes https://example.org, --allow-host sync.example"
+            )
+            raise ValueError(f"{name[:100]!r} can never match: {advice}")
+    return valid
 
 
-def normalize_hosts(hosts: Iterable[str]) -> frozenset[str]:
-    """Return hosts as Gate compares them. Raise ValueError for what is no host."""
-    return frozenset(map(_normalize_host, _each(hosts, "a host")))
-
-
-def _each(values: Iterable[str], noun: str) -> list[str]:
-    if isinstance(values, (str, bytes)):
-        raise TypeError(f"one string, {values!r}, is given for a list of them")
-    values = list(values)
-    for value in values:
-        if not isinstance(value, str):
-            raise TypeError(f"{noun} is a string, not {value!r}")
-    return values
-
-
-def _normalize_origin(text: str) -> str:
-    advice = "https://example.org or http://localhost:5173, as browsers write it"
-    wrong = ValueError(f"{text[:100]!r} is no origin; one is {advice}")
-    parts = _ORIGIN.fullmatch(text.lower())
-    if not parts:
-        raise wrong
-    scheme, host, port = parts["scheme"], parts["host"], parts["port"]
-    if host.startswith("["):
-        try:
-            host = f"[{ipaddress.IPv6Address(host[1:-1])}]"
-        except ValueError:
-            raise wrong from None
-    if port is None or int(port) == {"http": 80, "https": 443}.get(scheme):
-        return f"{scheme}://{host}"
-    if not 0 < int(port) <= 65535:
-        raise wrong
-    return f"{scheme}://{host}:{int(port)}"
-
-
-def _normalize_host(text: str) -> str:
-    if is_address(text):
-        return text
-    parts = _HOST.fullmatch(text.lower())
-    if not parts:
-        raise ValueError(f"{text[:100]!r} is no host; sync.example would be one")
-    return parts["host"]  # the port of a Host field is not compared
-
-
-# --- Server ---------------------------------------------------------------------------
-# Routes, sessions, life; and the one arrow between the two halves: the engine tells of
-# a commit, the hub tells the topic of each scope in it.
+# --- Session --------------------------------------------------------------------------
+# One live client of the protocol, from its handshake to on_close. While its socket is
+# full, a session is owed one cursor for each topic, the newest: so a slow reader costs
+# a set of names, not a queue.
 
 MAX_AUTH_FAILURES = 3  # in a row, when on_auth is asked again about a session
 
 
-class Server:
+class Session:
+    """One client that is connected to /ws: a Subscriber of the hub."""
+
+    def __init__(
+        self, websocket: WebSocket, hub: Hub, scope: str, identity: Any
+    ) -> None:
+        self.id = secrets.token_urlsafe(9)
+        self.scope = scope  # the one that it connected with
+        self.identity = identity  # what on_auth returned for that scope
+        self.may_use_scope = True  # until on_auth forbids it
+        self.websocket = websocket
+        self.hub = hub
+        self.settings = websocket.settings
+        self.topics: dict[str, int] = {}  # with the newest cursor that each was sent
+        self.asked_at = time.monotonic()  # when on_auth was asked last
+        self.auth_failures = 0
+        self.pending_topics: set[str] = set()  # owed their newest cursor
+        self._flushing: asyncio.Task[None] | None = None
+        # The transport holds nothing for the peer, and the kernel little, so a slow
+        # reader shows at once.
+        transport = websocket.connection.transport
+        transport.set_write_buffer_limits(high=0)
+        sock = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # the peer may have reset the socket
+            size = self.settings.send_buffer
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+
+    @property
+    def scopes(self) -> set[str]:
+        """The scopes that it may use, as on_auth last said."""
+        topics = [topic for topic in self.topics if topic.startswith(SYNC)]
+        subscribed = {topic.removeprefix(SYNC) for topic in topics}
+        return subscribed | {self.scope} if self.may_use_scope else subscribed
+
+    @property
+    def label(self) -> str:
+        """The session's name in the log."""
+        who = "" if self.identity is None else f" for {self.identity!r:.100}"
+        peer = self.websocket.request.peer
+        return f"session {self.id} of {self.scope!r}{who} from {peer}"
+
+    def send(self, topic: str, data: Any) -> None:
+        """Send a message of the application's; it is neither merged nor skipped.
+
+        A session with more than `max_session_queue` unsent bytes is closed with 1013.
+        """
+        text = encode_message(topic, encode_json(data).encode())
+        self.message(encode_frame(TEXT, text))
+
+    def send_error(self, code: str, sentence: str, scope: str | None = None) -> None:
+        """Tell the client that a message, or a scope, is refused."""
+        text = encode_message("error", encode_error(code, sentence, scope))
+        self.message(encode_frame(TEXT, text))
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close with a code of RFC 6455 §7.4."""
+        self.websocket.close(code, reason)
+
+    # -- what the hub calls
+
+    def hint(self, topic: str, cursor: int, message: bytes) -> None:
+        """Send a hint, or owe it while the socket is full."""
+        if self.websocket.connection.unsent_size:
+            self.pending_topics.add(topic)
+            if self._flushing is None:
+                self._flushing = asyncio.create_task(self._flush())
+        elif cursor >= self.topics.get(topic, 0):
+            self.topics[topic] = cursor
+            self.websocket.write(message)
+
+    async def _flush(self) -> None:
+        """Send the newest cursor of each pending topic once the socket has room."""
+        with contextlib.suppress(OSError):  # the peer is gone
+            while self.pending_topics:
+                await self.websocket.drain()
+                topics = self.pending_topics
+                self.pending_topics = set()
+                for topic in topics:
+                    self.hub.send_current(topic, self)
+        self._flushing = None
+
+    def message(self, message: bytes) -> None:
+        """Send a message that may not be skipped, or close with 1013."""
+        unsent = self.websocket.connection.unsent_size
+        if unsent + len(message) > self.settings.max_session_queue:
+            self.close(1013, "too slow for a topic that is not merged")
+        else:
+            self.websocket.write(message)
+
+    # -- topics
+
+    def subscribe(self, topic: str, changes: bool = False) -> None:
+        """Subscribe to a topic. Raise TooLarge past `max_session_topics`."""
+        most = self.settings.max_session_topics
+        if topic not in self.topics and len(self.topics) >= most:
+            raise TooLarge(f"a session has at most {most} topics")
+        self.topics.setdefault(topic, 0)
+        self.hub.subscribe(topic, self, changes)
+
+    def unsubscribe(self, topic: str) -> None:
+        self.topics.pop(topic, None)
+        self.pending_topics.discard(topic)
+        self.hub.unsubscribe(topic, self)
+
+    def end(self) -> None:
+        """Unsubscribe from every topic, and end the task of this session."""
+        for topic in list(self.topics):
+            self.unsubscribe(topic)
+        if self._flushing:
+            self._flushing.cancel()
+
+    def allow(self, scope: str, identity: Any) -> None:
+        """Take the identity that on_auth returned for a scope of the session."""
+        if scope == self.scope:
+            self.identity = identity
+            self.may_use_scope = True
+
+    def forbid(self, scope: str, refusal: Forbidden) -> None:
+        """End the subscription to a scope, and tell the client so."""
+        if scope == self.scope:
+            self.may_use_scope = False
+        self.unsubscribe(f"{SYNC}{scope}")
+        self.send_error(refusal.code, str(refusal), scope)
+
+
+class Tasks:
+    """The running tasks of a server. asyncio itself keeps no reference to a task."""
+
+    def __init__(self) -> None:
+        self.running: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self.running.add(task)
+        task.add_done_callback(self.running.discard)
+        return task
+
+
+async def parse_json_aside(raw: bytes, settings: Settings) -> Any:
+    """Return strict JSON, as parse_json does; parse a long text in a thread.
+
+    A megabyte takes 0.1 s at worst, for which the event loop must not stop.
+    """
+    parse = functools.partial(
+        parse_json, raw, settings.max_json_depth, settings.max_json_values
+    )
+    if len(raw) < READ_SIZE:
+        return parse()
+    return await asyncio.to_thread(parse)
+
+
+@dataclasses.dataclass(eq=False)
+class LiveEndpoint:
+    """The endpoint /ws, with all sessions that are open.
+
+    `on_message(session, topic, data)` gets the messages that are not the protocol's,
+    `on_close(session, error)` is called at the end of each session.
+    """
+
+    engine: Engine
+    hub: Hub
+    gate: Gate
+    tasks: Tasks
+    settings: Settings
+    on_message: Callable[[Session, str, Any], Any] | None
+    on_close: Callable[[Session, Exception | None], Any] | None
+    sessions: set[Session] = dataclasses.field(default_factory=set)
+
+    async def run_session(self, websocket: WebSocket) -> None:
+        """Serve one session, from its handshake to on_close."""
+        scope, identity = await self.gate.authorize_query(websocket.request)
+        if len(self.sessions) >= self.settings.max_sessions:
+            raise Unavailable("the server has too many sessions")
+        websocket.accept()
+        session = Session(websocket, self.hub, scope, identity)
+        self.sessions.add(session)
+        work: asyncio.Task[None] | None = None
+        try:
+            async for message in websocket:
+                # Messages are handled one at a time, in order. The next one is received
+                # meanwhile, so that pings are answered and an end is noticed.
+                if work and not await self._finish(work, websocket):
+                    break
+                work = self.tasks.spawn(self._handle(session, message))
+            if work:
+                await self._finish(work, websocket)
+        except Exception as error:
+            websocket.error = error
+            raise
+        finally:
+            if work:
+                work.cancel()
+            websocket.label = session.label
+            self.sessions.discard(session)
+            session.end()
+            if self.on_close:
+                await call_app_safely(self.on_close, session, websocket.error)
+
+    async def _finish(self, work: asyncio.Task[None], websocket: WebSocket) -> bool:
+        """Wait until a message is handled. Return False if the peer left first."""
+        while not work.done():
+            await asyncio.wait([work], timeout=self.settings.close_timeout)
+            if websocket.connection.has_left():
+                break
+        if not work.done():
+            return False
+        work.result()
+        return True
+
+    async def _handle(self, session: Session, raw: str | bytes) -> None:
+        """Handle one message of the client."""
+        try:
+            if isinstance(raw, bytes):
+                session.close(1003, "messages are text")
+                return
+            message = await parse_json_aside(raw.encode(), self.settings)
+            topic = message.get("topic") if isinstance(message, dict) else None
+            if not isinstance(topic, str):
+                raise InvalidRequest('a message is {"topic": "...", "data": ...}')
+            if topic in ("subscribe", "unsubscribe"):
+                await self._subscribe(session, topic, message.get("data", {}))
+            elif self.on_message and not topic.startswith(SYNC):
+                data = message.get("data")
+                await call_app_safely(self.on_message, session, topic, data)
+            else:
+                sentence = f"nothing listens to {topic[:100]!r}"
+                session.send_error("unknown_topic", sentence)
+        except InvalidRequest as refusal:
+            session.send_error("invalid_message", str(refusal))
+        except SyncError as refusal:
+            session.send_error(refusal.code, str(refusal))
+
+    async def _subscribe(self, session: Session, verb: str, data: Any) -> None:
+        """Subscribe the session to a scope, or unsubscribe it."""
+        is_object = isinstance(data, dict)
+        scope = check_scope(data.get("scope", session.scope) if is_object else None)
+        topic = f"{SYNC}{scope}"
+        if verb == "unsubscribe":
+            session.unsubscribe(topic)
+            return
+        try:
+            await self.gate.authorize(session.websocket.request, scope)
+        except Forbidden as refusal:
+            session.forbid(scope, refusal)
+            return
+        if session not in self.sessions:  # it ended while on_auth was asked
+            return
+        # Subscribe first, then read: no change can fall between the two.
+        session.subscribe(topic, data.get("changes") is True)
+        current = await self.engine.current(scope)
+        self.hub.send_current(topic, session, current)
+
+    # -- against permissions that have ended
+
+    def ask_again(self, now: float) -> None:
+        """Ask on_auth again about the sessions that are due."""
+        interval = self.settings.auth_interval
+        if interval is None:
+            return
+        for session in self.sessions:
+            if session.asked_at + interval <= now:
+                session.asked_at = math.inf  # until this question is answered
+                self.tasks.spawn(self._ask_again(session, interval))
+
+    async def _ask_again(self, session: Session, timeout: float) -> None:
+        """Ask on_auth about each scope of a session, and do what it says.
+
+        A failure of on_auth changes nothing; after several in a row the session ends.
+        """
+        has_failed = False
+        reason = "no scope is left"
+        request = session.websocket.request
+        for scope in session.scopes:
+            if session not in self.sessions:
+                return
+            try:
+                async with asyncio.timeout(timeout):
+                    identity = await self.gate.authorize(request, scope)
+            except Unauthorized as refusal:
+                session.close(1008, str(refusal))
+                return
+            except Forbidden as refusal:
+                session.forbid(scope, refusal)
+                reason = str(refusal)
+            except Exception:
+                has_failed = True
+                log_error(live_log, "on_auth failed for a session of %r", scope)
+            else:
+                session.allow(scope, identity)
+        session.auth_failures = session.auth_failures + 1 if has_failed else 0
+        if not session.scopes:
+            session.close(1008, reason)
+        elif session.auth_failures >= MAX_AUTH_FAILURES:
+            session.close(1011, "on_auth failed again and again")
+        else:
+            session.asked_at = time.monotonic()
+
+
+# --- Endpoints ------------------------------------------------------------------------
+# From Request to Response, for the sync half of the protocol. Input is checked here,
+# once; what the engine refuses comes out as a SyncError.
+
+
+@dataclasses.dataclass(eq=False)
+class SyncEndpoints:
+    """Push, pull, snapshot and healthz."""
+
+    engine: Engine
+    gate: Gate
+    settings: Settings
+    may_wait: bool = True  # until the server stops
+    # Of the pulls that wait now.
+    waits: dict[Request, asyncio.Timeout] = dataclasses.field(default_factory=dict)
+
+    async def push(self, request: Request) -> Response:
+        """Apply the mutations that are well-formed and allowed, in one transaction."""
+        values = await self._parse_push(request)
+        mutations: list[Mutation] = []
+        refused: dict[int, Result] = {}  # by place in the push
+        # By scope: an identity or a refusal. Permission is asked once for each.
+        identities: dict[str, Any] = {}
+        for place, value in enumerate(values):
+            try:
+                mutation = Mutation.parse(value)
+                identity = await self._identify(request, mutation.scope, identities)
+            except (InvalidMutation, Forbidden) as refusal:
+                refused[place] = Result.refused(refusal)
+                continue
+            if identity is not None:
+                mutation = dataclasses.replace(mutation, identity=identity)
+            mutations.append(mutation)
+        applied = iter(await self.engine.push(mutations) if mutations else ())
+        results = [refused.get(place) or next(applied) for place in range(len(values))]
+        return Response(body=b"[%b]" % b",".join(result.encoded for result in results))
+
+    async def _parse_push(self, request: Request) -> list[Any]:
+        """Return the JSON values of a push. Raise SyncError if it is malformed."""
+        media_type = request.headers.get("content-type", "").partition(";")[0]
+        if media_type.strip(" \t").lower() != "application/json":
+            raise HTTPError(415, "a push is application/json")
+        values = await parse_json_aside(request.body, self.settings)
+        most = self.settings.max_push_mutations
+        if not isinstance(values, list) or not values:
+            raise InvalidRequest(f"a push is a JSON array of 1 to {most} mutations")
+        if len(values) > most:
+            raise TooLarge(f"a push has at most {most} mutations")
+        return values
+
+    async def _identify(
+        self, request: Request, scope: str, identities: dict[str, Any]
+    ) -> Any:
+        """Return the client's identity for a scope of a push. Raise Forbidden."""
+        if scope not in identities:
+            try:
+                identities[scope] = await self.gate.authorize(request, scope)
+            except Forbidden as refusal:
+                identities[scope] = refusal
+        identity = identities[scope]
+        if isinstance(identity, Forbidden):
+            raise identity
+        return identity
+
+    async def pull(self, request: Request) -> Response:
+        """Return a page of changes; with `wait`, wait for the first one."""
+        scope, _ = await self.gate.authorize_query(request)
+        cursor = int(request.number("cursor", 0))
+        limit = int(request.number("limit", 0))
+        epoch = request.query.get("epoch", "")
+        wait = request.number("wait", 0, r"[0-9]{1,9}(\.[0-9]{1,20})?")
+        if cursor > MAX_CURSOR:
+            raise InvalidRequest("the cursor has to be below 2**53")
+        if limit < 1 and "limit" in request.query:
+            raise InvalidRequest("the limit has to be 1 or more")
+        pull = functools.partial(
+            self.engine.pull, scope, cursor, epoch=epoch, limit=limit
+        )
+        if not wait or not self.may_wait:
+            return Response(body=(await pull()).encode())
+        try:
+            async with asyncio.timeout(None) as end:
+                self.waits[request] = end
+                page = await pull(wait=wait)
+        except TimeoutError:  # the client has closed its half: it gets what there is
+            page = await pull()
+        finally:
+            self.waits.pop(request, None)
+        await self.gate.authorize(request, scope)  # permission may have ended meanwhile
+        return Response(body=page.encode())
+
+    def end_wait(self, request: Request) -> None:
+        """End the wait of a pull whose client has left."""
+        self.waits.pop(request).reschedule(0)
+
+    def end_waits(self) -> None:
+        """End all waits, and let none begin: the server stops."""
+        self.may_wait = False
+        self.engine.end_waits()
+
+    async def snapshot(self, request: Request) -> Response:
+        """Return the whole state of a scope."""
+        scope, _ = await self.gate.authorize_query(request)
+        return Response(body=(await self.engine.snapshot(scope)).encode())
+
+    async def healthz(self, request: Request, sessions: int) -> Any:
+        """Return how the server is; with a token, only that the store answers."""
+        head, epoch, _ = await self.engine.position()
+        if self.gate.token is not None:
+            return {"status": "ok"}
+        return {
+            "status": "ok",
+            "version": __version__,
+            "cursor": head,
+            "epoch": epoch,
+            "sessions": sessions,
+        }
+
+
+# --- Routes ---------------------------------------------------------------------------
+# One table from path and method to a handler, for our endpoints and the application's
+# alike. 404, 405, OPTIONS and Allow follow from it.
+
+
+class Route(NamedTuple):
+    """A handler, and what happens before it is called."""
+
+    handler: Callable[[Any], Any]
+    is_websocket: bool = False
+    needs_token: bool = False  # before the body: nobody else makes us read or parse one
+
+
+class Routes:
+    """The routes of a server, by path and method."""
+
+    def __init__(self) -> None:
+        self.table: dict[str, dict[str, Route]] = {}
+
+    def add(self, method: str, path: str, route: Route) -> None:
+        """Add a route; one for GET answers HEAD as well.
+
+        Raise ValueError for a path that can never match, and for one that is taken.
+        """
+        method = method.upper()
+        if not path.startswith("/") or re.search(r"[{}<>*?#%]|/:", path):
+            rule = "a path begins with a slash, without patterns, query and escapes"
+            raise ValueError(f"the path {path!r} would never match: {rule}")
+        methods = self.table.get(path, {})
+        if method in methods:
+            raise ValueError(f"{method} {path} has a handler already")
+        methods[method] = route
+        if method == "GET" and not route.is_websocket:
+            methods.setdefault("HEAD", route)
+        self.table[path] = methods
+
+    def find(self, request: Request) -> Route:
+        """Return the route of a request. Raise NotFound, or HTTPError 405."""
+        if request.path == "*":  # OPTIONS asks about the server (RFC 9110 §9.3.7)
+            methods = {"GET", "HEAD", "POST"}
+        elif request.path in self.table:
+            methods = set(self.table[request.path])
+        else:
+            raise NotFound(f"there is nothing at {request.path[:100]}")
+        if request.method in methods:
+            return self.table[request.path][request.method]
+        allow = {"Allow": ", ".join(sorted({*methods, "OPTIONS"}))}
+        if request.method == "OPTIONS":
+            return Route(lambda request: Response(204, headers=allow))
+        raise HTTPError(405, f"{request.path} takes {allow['Allow']}", allow)
+
+
+# --- HTTP server ----------------------------------------------------------------------
+# Connections in, responses out, for a table of routes. Each connection has one task.
+# The sweep ends what is late, and a stop ends everything in a fixed order: first accept
+# the clients that have connected, then answer what has arrived, then abort.
+
+SWEEP_INTERVAL = 0.1  # seconds: how late a deadline may be noticed
+ACCEPT_QUEUE = 1024  # connections that the kernel holds until we accept them
+
+
+class HTTPServer:
+    """HTTP/1.1 and WebSocket over TCP. A subclass adds its routes."""
+
+    def __init__(self, settings: Settings, gate: Gate) -> None:
+        self.settings = settings
+        self.gate = gate
+        self.beyond_loopback = False  # once it listens: can other machines reach it?
+        self.tasks = Tasks()  # while there are any, it listens
+        self._routes = Routes()
+        self._connections: dict[Connection, WebSocket | None] = {}
+        self._unsent = Unsent(settings.max_unsent)
+        self._answers: Counter[int] = Counter()  # by the first digit of their status
+        self._stopping = False
+
+    def route(self, method: str, path: str) -> Callable[[T], T]:
+        """Add an endpoint: `@server.route("GET", "/path")`.
+
+        The function, or coroutine function, takes a Request and returns a Response,
+        text, bytes or a JSON value. Host and Origin are checked before it is called; to
+        check the client, it calls `await server.gate.authorize(request, scope)`.
+        Raise ValueError for a path that can never match, and for one that is taken.
+        """
+
+        def register(handler: T) -> T:
+            self._routes.add(method, path, Route(cast(Any, handler)))
+            return handler
+
+        return register
+
+    def websocket(self, path: str) -> Callable[[T], T]:
+        """Add a WebSocket: `@server.websocket("/path")`.
+
+        The coroutine function has a WebSocket to itself. To check the client, it calls
+        `gate.authorize(websocket.request, scope)` before it accepts. It learns that the
+        peer has left when it receives or sends, and at no other time.
+        """
+
+        def register(handler: T) -> T:
+            route = Route(cast(Any, handler), is_websocket=True)
+            self._routes.add("GET", path, route)
+            return handler
+
+        return register
+
+    # -- the life of a connection, and of a request
+
+    async def _serve(self, sock: socket.socket) -> None:
+        """Serve one connection, from accept to close."""
+        try:
+            connection = await Connection.open(sock, self.settings, self._unsent)
+        except OSError:
+            return  # the peer has reset it meanwhile
+        self._connections[connection] = None
+        try:
+            await self._serve_requests(connection)
+            await connection.close_gracefully()
+        finally:
+            connection.abort()
+            del self._connections[connection]
+
+    async def _serve_requests(self, connection: Connection) -> None:
+        """Serve one request after the other, until none can follow."""
+        try:
+            if len(self._connections) > self.settings.max_connections:
+                raise Unavailable("the server has too many connections")
+            while True:
+                request = await connection.read_request()
+                response = await self._handle(connection, request)
+                if response is None:
+                    return
+                keep_alive = request.keep_alive and not connection.body_pending
+                keep_alive = keep_alive and not self._stopping
+                data = await self._encode(request, response, keep_alive)
+                del request, response  # while the client reads, only `data` is kept
+                await connection.send(data)
+                self.on_answer()
+                if not keep_alive:
+                    return
+                if connection.buffer:
+                    await asyncio.sleep(0)  # pipelined requests leave others their turn
+        except SyncError as refusal:
+            # What arrived is no request, so nothing behind it can be read as one.
+            http_log.debug("no request: %r", refusal)
+            self._answers[refusal.status // 100] += 1
+            head_only = connection.buffer.startswith(b"HEAD ")
+            answer = Response.refusal(refusal).encode("close", head_only)
+            with contextlib.suppress(OSError):
+                await connection.send(answer)
+        except OSError as error:
+            http_log.debug("no more requests: %r", error)
+
+    async def _handle(
+        self, connection: Connection, request: Request
+    ) -> Response | None:
+        """Return the response to a request; None after a WebSocket has ended."""
+        try:
+            self.gate.check_site(request)
+            self._unsent.check()
+            route = self._routes.find(request)
+            if route.is_websocket:
+                websocket = WebSocket(connection, request)
+                self._connections[connection] = websocket
+                await run_websocket(websocket, route.handler)
+                return None
+            if route.needs_token:
+                self.gate.authenticate(request)
+            request.body = await connection.read_body(request)
+            response = Response.of(await call_app(route.handler, request))
+            if request.method in ("GET", "HEAD"):
+                self._unsent.check()  # many pulls may have waited for one change
+            return response
+        except SyncError as refusal:
+            if request.is_handshake:
+                details = (request.path, request.peer, refusal.status, refusal)
+                live_log.info("refused a WebSocket at %r from %s: %s %s", *details)
+            return Response.refusal(refusal)
+        except Exception:
+            log_error(http_log, "failed on %s %s", request.method, request.path)
+            return Response.refusal(SyncError("the server failed on this request"))
+
+    async def _encode(
+        self, request: Request, response: Response, keep_alive: bool
+    ) -> bytes:
+        """Return a response as bytes, with CORS and gzip where the request wants it."""
+        http_log.debug("%s %r -> %s", request.method, request.path, response.status)
+        self._answers[response.status // 100] += 1
+        methods = response.headers.get("Allow", "GET")
+        cors_fields = self.gate.cors_fields(request, methods)
+        if cors_fields:
+            response = response.with_fields(cors_fields)
+        if len(response.body) > self.settings.min_gzip_size and request.accepts_gzip:
+            with self._unsent.counting(len(response.body)):
+                response = await asyncio.to_thread(response.compress)
+        option = "" if keep_alive else "close"
+        if keep_alive and request.version < (1, 1):
+            option = "keep-alive"
+        return response.encode(option, head_only=request.method == "HEAD")
+
+    # -- accepting, and the sweep
+
+    async def _accept(self, listener: socket.socket) -> None:
+        """Accept connections, and serve each in a task of its own.
+
+        asyncio.start_server would log without end while descriptors are used up.
+        """
+        loop = asyncio.get_running_loop()
+        logged_at = -math.inf
+        while not self._stopping:
+            try:
+                # Readers may have to open files: take no client at their cost.
+                with contextlib.ExitStack() as spare:
+                    for _ in range(2 * self.settings.readers + 2):
+                        spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+                sock, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                if time.monotonic() > logged_at + 60:
+                    log_error(http_log, "new clients wait: %s", error, traceback=False)
+                    logged_at = time.monotonic()
+                await asyncio.sleep(0.1)
+            else:
+                self.tasks.spawn(self._serve(sock))
+                await asyncio.sleep(0)  # in a flood, others have their turn
+
+    async def _sweep(self) -> None:
+        """Look at every deadline, ten times a second."""
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL)
+            try:
+                self.on_sweep(time.monotonic())
+            except Exception:  # nobody would start this task again
+                log_error(http_log, "the sweep failed")
+
+    def on_sweep(self, now: float) -> None:
+        """Act on the deadlines that have passed. A subclass adds its own."""
+        due = [one for one in self._connections if one.deadline <= now]
+        for connection in due:
+            connection.check_deadline(now)
+        self._unsent.messages = sum(
+            connection.unsent_size
+            for connection, websocket in self._connections.items()
+            if websocket
+        )
+
+    def on_answer(self) -> None:
+        """Do what follows each answer. For a subclass."""
+
+    def on_stop(self) -> None:
+        """End what waits: the server stops. For a subclass."""
+
+    # -- start and stop
+
+    @contextlib.asynccontextmanager
+    async def listen(
+        self, host: str, port: int, *, reuse_port: bool = False
+    ) -> AsyncIterator[tuple[str, int]]:
+        """Serve on the running loop while the block lasts; yield the address.
+
+        Port 0 takes a free port. Raise OSError if it can't listen there.
+        """
+        if self.tasks.running:
+            raise RuntimeError("this server is listening already")
+        listeners = open_listeners(host, port, reuse_port)
+        name, number = listeners[0].getsockname()[:2]
+        self.beyond_loopback = not is_loopback(name)
+        self.gate.allow_hosts(self.beyond_loopback)
+        self._stopping = False
+        sweep = self.tasks.spawn(self._sweep())
+        accepting = [self.tasks.spawn(self._accept(one)) for one in listeners]
+        try:
+            yield name, number
+        finally:
+            try:
+                await self._stop_accepting(listeners, accepting)
+                await self._finish_requests(sweep)
+            finally:  # also when this task is cancelled in there
+                await self._abort_all()
+
+    async def _stop_accepting(
+        self, listeners: list[socket.socket], accepting: list[asyncio.Task[None]]
+    ) -> None:
+        """Close the listeners, after taking the clients that have connected.
+
+        The kernel has accepted them for us, and would reset them.
+        """
+        self._stopping = True
+        loop = asyncio.get_running_loop()
+        for listener in listeners:
+            with contextlib.suppress(NotImplementedError):  # Windows has no readers
+                loop.remove_reader(listener)
+        await asyncio.sleep(0)  # an accept that was under way ends
+        for task in accepting:
+            task.cancel()
+        for listener in listeners:
+            with contextlib.suppress(OSError):  # there is none left
+                for _ in range(ACCEPT_QUEUE):
+                    sock, _ = listener.accept()
+                    self.tasks.spawn(self._serve(sock))
+            listener.close()
+        for _ in range(5):
+            await asyncio.sleep(0)  # turns that their first request may need
+
+    async def _finish_requests(self, sweep: asyncio.Task[None]) -> None:
+        """Answer what has arrived, end waits, close WebSockets with 1001."""
+        deadline = time.monotonic() + self.settings.shutdown_timeout
+        self.on_stop()
+        while self.tasks.running - {sweep} and time.monotonic() < deadline:
+            for connection, websocket in list(self._connections.items()):
+                if websocket and websocket.accepted:
+                    websocket.close(1001, "the server is stopping")
+                elif connection.phase is Phase.IDLE:
+                    connection.interrupt(ConnectionError("the server is stopping"))
+                else:
+                    connection.interrupt(Unavailable("the server is stopping"))
+            await asyncio.sleep(0.005)
+
+    async def _abort_all(self) -> None:
+        """End every connection and every task that is left."""
+        for connection in list(self._connections):
+            connection.abort()
+        for _ in range(2):  # an on_close that the first cancel called may hang as well
+            for task in self.tasks.running:
+                task.cancel()
+            if self.tasks.running:
+                timeout = self.settings.linger_timeout
+                await asyncio.wait(self.tasks.running, timeout=timeout)
+
+
+def open_listeners(host: str, port: int, reuse_port: bool) -> list[socket.socket]:
+    """Return a listening socket for each address of a host that this machine has.
+
+    All have the same port. Raise OSError if there is none, or if one is in use.
+    """
+    found = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    listeners: list[socket.socket] = []
+    missing = OSError(f"{host} has no address")
+    with contextlib.ExitStack() as undo:
+        for family, _, _, _, (address, _, *interface) in found:
+            try:
+                listener = socket.create_server(
+                    (address, port, *interface),
+                    family=family,
+                    backlog=ACCEPT_QUEUE,
+                    reuse_port=reuse_port,
+                )
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+                missing = error  # another machine's
+                continue
+            undo.callback(listener.close)
+            listener.setblocking(False)
+            listeners.append(listener)
+            port = listener.getsockname()[1]  # the first one chooses a free port
+        if not listeners:
+            raise missing
+        undo.pop_all()
+    return listeners
+
+
+# --- Server ---------------------------------------------------------------------------
+# The wiring of the two halves, and the one arrow between them: the engine notifies the
+# hub of each commit, and the hub sends hints to the sessions.
+
+
+class Server(HTTPServer):
     """HTTP and WebSocket over an engine.
 
-    `token`, `allow_origin` and `allow_host` mean what the command line's flags mean;
-    what can never match raises ValueError. `on_auth(request, scope)` returns the
-    identity of the client. To refuse it raises Unauthorized or Forbidden; False means
-    Forbidden, and any other value, None too, is a yes. `on_message(session, topic,
-    data)` gets the messages that are not the protocol's; `on_close(session, error)`
-    hears of each session's end. Each may be a function or a coroutine. `page` is an
-    HTML file, which `GET /` shows; raises OSError where it can't be read.
+    `token`, `allow_origin` and `allow_host` mean what the flags of the command line
+    mean; a value that can never match raises ValueError. `page` is an HTML file for
+    `GET /`; an OSError is raised if it can't be read.
+
+    `on_auth(request, scope)` returns the identity of the client. To refuse it, it
+    raises Unauthorized or Forbidden; False means Forbidden, and any other value, None
+    too, grants access. `on_message(session, topic, data)` gets the messages that are
+    not the protocol's; `on_close(session, error)` is called at each session's end. Each
+    may be a function or a coroutine function.
     """
 
     def __init__(
@@ -4592,79 +5455,44 @@ class Server:
         on_close: Callable[[Session, Exception | None], Any] | None = None,
         page: StrPath | None = None,
     ) -> None:
-        self.engine, self.settings = engine, settings or engine.settings
-        self.on_message, self.on_close = on_message, on_close
         validate_token(token)
-        self.gate = Gate(token, None, normalize_origins(allow_origin), on_auth)
-        self.hub = Hub(self.settings, functools.partial(encode_frame, TEXT))
-        self.sessions: set[Session] = set()
-        self._answers: Counter[int] = Counter()  # by the hundreds of their status
-        self._unsent_answers = 0  # bytes of HTTP answers that are not sent yet
-        self._unsent_messages = (
-            0  # bytes that WebSockets have to read; the sweep counts
+        gate = Gate(
+            token=token,
+            allowed_hosts=validate_names(allow_host, HOST),
+            origins=validate_names(allow_origin, ORIGIN),
+            on_auth=on_auth,
         )
-        self._allow_host = normalize_hosts(allow_host)
-        self.beyond_loopback = False  # whether others reach it, once it listens
-        self._connections: dict[Connection, WebSocket | None] = {}  # and what it became
-        self._tasks: set[asyncio.Task[None]] = set()  # while there are any, it listens
-        self._stopping = False
-        self._stop: Future[None] = Future()  # what run waits for
-        # By path and method: a handler, and whether it is a WebSocket's.
-        self._routes: dict[str, dict[str, tuple[Callable[[Any], Any], bool]]] = {}
-        self.route("POST", "/sync/push")(self._push)
-        self.route("GET", "/sync/pull")(self._pull)
-        self.route("GET", "/sync/snapshot")(self._snapshot)
-        self.route("GET", "/healthz")(self._healthz)
-        self.websocket("/ws")(self._live)
-        # OPTIONS * asks about the server as a whole (RFC 9110 §9.3.7).
-        self._routes["*"] = self._routes["/healthz"] | self._routes["/sync/push"]
+        super().__init__(settings or engine.settings, gate)
+        self.engine = engine
+        self.hub = Hub(self.settings, functools.partial(encode_frame, TEXT))
+        self._rewinds = 0  # of the log, as far as the sessions know
+        self._stop: Future[None] = Future()  # run() waits for it
+        self._sync = SyncEndpoints(engine, gate, self.settings)
+        self._live = LiveEndpoint(
+            engine, self.hub, gate, self.tasks, self.settings, on_message, on_close
+        )
+        self.sessions = self._live.sessions
+        self._add_routes(page)
+
+    def _add_routes(self, page: StrPath | None) -> None:
+        add = self._routes.add
+        add("POST", "/sync/push", Route(self._sync.push, needs_token=True))
+        add("GET", "/sync/pull", Route(self._sync.pull, needs_token=True))
+        add("GET", "/sync/snapshot", Route(self._sync.snapshot, needs_token=True))
+        add("GET", "/ws", Route(self._live.run_session, is_websocket=True))
+        add("GET", "/healthz", Route(self._healthz))
         if page is not None:
             with open(page, "rb") as file:
                 response = Response.page(file.read())
-            self.route("GET", "/")(lambda request: response)
+            add("GET", "/", Route(lambda request: response))
 
-    # -- endpoints and topics of the application's own
-
-    def route(self, method: str, path: str) -> Callable[[T], T]:
-        """`@server.route("GET", "/path")`: from a Request to a Response, text, bytes or
-        JSON.
-
-        A function or a coroutine. One for GET answers HEAD as well. Host and Origin
-        were checked; who asks is for it to ask: `await server.gate.identify(request,
-        scope)`. Raises ValueError for a path that can never match, and for one that is
-        taken."""
-        return functools.partial(self._register, path, method.upper(), False)
-
-    def websocket(self, path: str) -> Callable[[T], T]:
-        """`@server.websocket("/path")`: a coroutine that has a WebSocket to itself.
-
-        Who asks is for it to ask, before it accepts: `gate.identify(websocket.request,
-        scope)`. That the peer has gone it hears when it reads or sends, and at no other
-        time."""
-        return functools.partial(self._register, path, "GET", True)
-
-    def _register(self, path: str, method: str, websocket: bool, handler: Any) -> Any:
-        if not path.startswith("/"):
-            raise ValueError(f"the path {path!r} does not begin with a slash")
-        if re.search(r"[{}<>*?#%]|/:", path):
-            rule = "a path is literal, without patterns, query and escapes"
-            raise ValueError(f"the path {path!r} would never match: {rule}")
-        if not re.fullmatch(_TOKEN, method):
-            raise ValueError(f"{method!r} is not the name of a method")
-        if method == "OPTIONS":
-            raise ValueError(f"the server itself answers OPTIONS {path}")
-        taken = self._routes.get(path, {})
-        methods = ("GET", "HEAD") if method == "GET" and not websocket else (method,)
-        for name in methods:
-            if name in taken:
-                raise ValueError(f"{name} {path} has a handler already")
-        for name in methods:
-            self._routes.setdefault(path, {})[name] = handler, websocket
-        return handler
+    # -- for the application
 
     def publish(self, topic: str, data: Any) -> None:
-        """Send a message to all sessions that follow a topic of the application's. On
-        the loop."""
+        """Send a message to the subscribers of a topic of the application's.
+
+        Call it on the server's loop. Raise ValueError for a topic of the engine's.
+        """
         if topic.startswith(SYNC):
             raise ValueError(
                 f"{topic!r}: topics that begin with sync: are the engine's"
@@ -4672,437 +5500,101 @@ class Server:
         self.hub.publish(topic, encode_json(data).encode())
 
     def subscribe(self, session: Session, topic: str) -> None:
-        """Let a session follow a topic, while it lives. Raises TooLarge past
-        `max_session_topics`."""
+        """Subscribe an open session to a topic. Raise TooLarge past the limit."""
         if session in self.sessions:
-            session.follow(topic)
+            session.subscribe(topic)
 
     def unsubscribe(self, session: Session, topic: str) -> None:
-        session.leave(topic)
+        session.unsubscribe(topic)
 
     def stats(self) -> dict[str, Any]:
-        """What an operator asks: numbers of now, and since the start."""
-        now = {"connections": len(self._connections), "sessions": len(self.sessions)}
-        now["unsent_bytes"] = self._unsent_answers + self._unsent_messages
-        answers = {f"answers_{n}xx": self._answers[n] for n in (2, 3, 4, 5)}
+        """Return numbers for an operator: of the present, and since the start."""
+        answers = {f"answers_{digit}xx": self._answers[digit] for digit in (2, 3, 4, 5)}
         return {
             "version": __version__,
-            **now,
+            "connections": len(self._connections),
+            "sessions": len(self.sessions),
+            "unsent_bytes": self._unsent.answers + self._unsent.messages,
             **self.engine.stats(),
             **answers,
             **self.hub.counts,
         }
 
-    # -- the life of a connection, and of a request
-
-    async def _serve(self, sock: socket.socket, ssl: tls.SSLContext | None) -> None:
-        """A connection's whole life."""
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        crowded = len(self._connections) >= self.settings.max_connections
-
-        def on_lost() -> None:
-            websocket = self._connections.pop(connection, None)
-            if websocket and websocket.accepted:
-                live_log.info(
-                    "%s ended: %r", websocket.name, websocket.reason or connection.end
-                )
-            elif task:  # by HTTP there is nobody left to answer, whatever it is at
-                http_log.debug("no more requests: %r", connection.end)
-                task.cancel()
-
-        connection = Connection(self.settings, on_lost)
-        self._connections[connection] = None
-        if task:
-            connection.give(
-                math.inf, task.cancel
-            )  # TLS's handshake has a time-out of its own
-        try:
-            # asyncio does so only to a socket that names its protocol, and an accepted
-            # one doesn't.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Without limits, a peer that does not answer TLS's handshake would hold its
-            # socket for 60 s, one that does not answer its close for 30 s.
-            begin, end = self.settings.head_timeout, self.settings.linger_timeout
-            limits = (
-                {"ssl_handshake_timeout": begin, "ssl_shutdown_timeout": end}
-                if ssl
-                else {}
-            )
-            await loop.connect_accepted_socket(
-                lambda: connection, sock, ssl=ssl, **limits
-            )
-            await self._take_requests(connection, crowded)
-            await connection.finish()
-        except OSError as error:
-            connection.end = connection.end or error
-        finally:
-            if not connection.lingering:
-                connection.abort()
-            if not connection.transport:
-                sock.close()
-                on_lost()
-
-    async def _take_requests(self, connection: Connection, crowded: bool) -> None:
-        """One request after another, until none can follow."""
-        try:
-            if crowded:
-                raise Unavailable("the server has too many connections")
-            while await self._exchange(connection):
-                if (
-                    connection.buffer
-                ):  # requests that came together: others have their turn
-                    await asyncio.sleep(0)
-        except (
-            SyncError
-        ) as refusal:  # what came is no request, so nothing can follow it
-            http_log.debug("no request: %r", refusal)
-            self._answers[refusal.status // 100] += 1
-            connection.unread = True
-            head_only = connection.buffer.startswith(b"HEAD ")
-            answer = Response.refusal(refusal).encode("close", head_only)
-            connection.transport.write(answer)
-        except OSError:
-            pass  # none came; on_lost will say why
-
-    async def _exchange(self, connection: Connection) -> bool:
-        """One request and its answer. Whether another may follow; raises what
-        next_request does."""
-        request = await connection.next_request()
-        try:
-            try:
-                response = await self._respond(connection, request)
-            except SyncError as refusal:  # the client sees it
-                response = Response.refusal(refusal)
-        except (
-            Exception
-        ):  # our bug, or the application's: the log sees it, the client a bare 500
-            log_error(http_log, "failed on %s %s", request.method, request.path)
-            response = Response.refusal(SyncError("the server failed on this request"))
-        if response is None:
-            return False
-        keep = request.keep_alive and not connection.unread and not self._stopping
-        with self._counted(len(response.body)):
-            data = await self._encode(request, response, keep)
-        del request, response  # while the peer reads, these bytes are all that is kept
-        with self._counted(len(data)):
-            await connection.send(data)
-        if self.engine.committing:
-            time.sleep(
-                0
-            )  # a busy loop never lets the writer's thread have the interpreter
-        return keep
-
-    @contextlib.contextmanager
-    def _counted(self, size: int) -> Iterator[None]:
-        """Count the bytes of an answer among the unsent ones while the block lasts."""
-        self._unsent_answers += size
-        try:
-            yield
-        finally:
-            self._unsent_answers -= size
-
-    def _check_unsent(self) -> None:
-        """Raise Unavailable while too many bytes wait for clients to read them."""
-        unsent = self._unsent_answers + self._unsent_messages
-        if unsent > self.settings.max_unsent:
-            raise Unavailable("too many answers wait for their clients to read them")
-
-    async def _respond(
-        self, connection: Connection, request: Request
-    ) -> Response | None:
-        """What its route says; None: it was a WebSocket."""
-        self.gate.check(request)
-        self._check_unsent()
-        if (routes := self._routes.get(request.path)) is None:
-            raise NotFound(f"there is nothing at {request.path[:100]}")
-        handler, is_websocket = routes.get(request.method, (None, False))
-        if handler and is_websocket:
-            websocket = self._connections[connection] = WebSocket(connection, request)
-            await self._converse(websocket, handler)
-            return None
-        if handler in (self._push, self._pull, self._snapshot):
-            # Before the body: without the token nobody makes the server read or parse
-            # one.
-            self.gate.check_token(request)
-        request.body = await connection.read_body(request)
-        if handler is None or request.method == "OPTIONS":
-            allow = {"Allow": ", ".join(sorted({*routes, "OPTIONS"}))}
-            if request.method == "OPTIONS":
-                return Response(204, headers=allow)
-            raise HTTPError(405, f"{request.path} takes {allow['Allow']}", allow)
-        response = Response.of(await call_app(handler, request))
-        if request.method in ("GET", "HEAD"):
-            self._check_unsent()  # many may have waited for the same change
-        return response
-
-    async def _encode(self, request: Request, response: Response, keep: bool) -> bytes:
-        """Return the answer as bytes, with what the request lets it have: CORS,
-        gzip."""
-        http_log.debug("%s %r -> %s", request.method, request.path, response.status)
-        self._answers[response.status // 100] += 1
-        if cors := self.gate.cors(request, response.headers.get("Allow", "GET")):
-            if vary := response.headers.get("Vary"):  # the application's own stays
-                cors["Vary"] = f"{vary}, Origin"
-            headers = {**response.headers, **cors}
-            response = Response(
-                response.status, response.body, headers, response.content_type
-            )
-        if len(response.body) > self.settings.min_gzip_size and request.takes_gzip:
-            response = await asyncio.to_thread(response.compress)
-        word = "" if keep else "close"
-        if keep and request.version < (1, 1):
-            word = "keep-alive"
-        return response.encode(word, head_only=request.method == "HEAD")
-
-    async def _converse(
-        self, websocket: WebSocket, handler: Callable[[Any], Any]
-    ) -> None:
-        """A WebSocket's whole life. A SyncError before it was accepted is answered in
-        HTTP."""
-        try:
-            await call_app(handler, websocket)
-            websocket.close()
-        except Exception as error:
-            websocket.error = error
-            is_lost = websocket.closing or websocket.connection.transport.is_closing()
-            if not (
-                isinstance(error, ConnectionLost) and is_lost
-            ):  # it may be another's loss
-                if not websocket.accepted:
-                    raise
-                log_error(
-                    live_log, "the WebSocket at %s failed", websocket.request.path
-                )
-                websocket.close(1011, "the server failed")
-        with contextlib.suppress(
-            RuntimeError
-        ):  # a task that the handler left reads it already
-            await websocket.receive()  # the peer's half of the closing handshake
-
-    # -- the protocol's endpoints
-
-    async def _push(self, request: Request) -> Response:
-        media_type = request.headers.get("content-type", "").partition(";")[0]
-        if media_type.strip(" \t").lower() != "application/json":
-            raise HTTPError(415, "a push is application/json")
-        values, most = await self._parse(request.body), self.settings.max_push_mutations
-        if not isinstance(values, list) or not values:
-            raise InvalidRequest(f"a push is a JSON array of 1 to {most} mutations")
-        if len(values) > most:
-            raise TooLarge(f"a push has at most {most} mutations")
-        mutations: list[Mutation] = []
-        refused: dict[int, Result] = {}  # by their place in the push
-        identities: dict[
-            str, Any
-        ] = {}  # of each scope, or its refusal: permission is asked once
-        for place, value in enumerate(values):
-            try:
-                mutation = Mutation.parse(value)
-                if (scope := mutation.scope) not in identities:
-                    identities[scope] = await self.gate.identify(request, scope)
-                if isinstance(identity := identities[scope], Forbidden):
-                    raise identity
-                if identity is not None:
-                    mutation = dataclasses.replace(mutation, identity=identity)
-                mutations.append(mutation)
-            except InvalidMutation as refusal:
-                refused[place] = Result.refused(refusal)
-            except Forbidden as refusal:
-                identities[scope] = refusal
-                refused[place] = Result.refused(refusal)
-        applied = iter(await self.engine.push(mutations) if mutations else ())
-        results = [refused.get(place) or next(applied) for place in range(len(values))]
-        return Response(body=b"[%b]" % b",".join(result.encoded for result in results))
-
-    async def _parse(self, text: bytes) -> Any:
-        """Strict JSON. A large text takes 0.1 s at worst, which the loop has not."""
-        depth, most = self.settings.max_json_depth, self.settings.max_json_values
-        parse = functools.partial(parse_json, text, depth, most)
-        return parse() if len(text) < READ_SIZE else await asyncio.to_thread(parse)
-
-    async def _admit(self, request: Request) -> tuple[str, Any]:
-        """The scope that a request names and may have, and who asks."""
-        scope = check_scope(request.query.get("scope", DEFAULT_SCOPE))
-        return scope, await self.gate.identify(request, scope)
-
-    async def _pull(self, request: Request) -> Response:
-        scope, _ = await self._admit(request)
-        cursor, limit = (
-            int(request.number("cursor", 0)),
-            int(request.number("limit", 0)),
-        )
-        wait = request.number("wait", 0.0, r"[0-9]{1,9}(\.[0-9]{1,20})?")
-        if cursor > MAX_CURSOR:
-            raise InvalidRequest("the cursor has to be below 2**53")
-        if limit < 1 and "limit" in request.query:
-            raise InvalidRequest("the limit has to be 1 or more")
-        epoch, wait = request.query.get("epoch", ""), 0.0 if self._stopping else wait
-        page = await self.engine.pull(
-            scope, cursor, epoch=epoch, limit=limit, wait=wait
-        )
-        if wait:  # meanwhile permission may have ended
-            await self.gate.identify(request, scope)
-        return Response(body=page.encode())
-
-    async def _snapshot(self, request: Request) -> Response:
-        scope, _ = await self._admit(request)
-        return Response(body=(await self.engine.snapshot(scope)).encode())
-
     async def _healthz(self, request: Request) -> Any:
-        head, epoch, _ = await self.engine.position()
-        if self.gate.token is not None:
-            return {"status": "ok"}
-        where = {"cursor": head, "epoch": epoch, "sessions": len(self.sessions)}
-        return {"status": "ok", "version": __version__, **where}
+        return await self._sync.healthz(request, len(self.sessions))
 
-    # -- live
+    # -- what the server does between requests
 
-    async def _live(self, websocket: WebSocket) -> None:
-        """/ws: a session, from its handshake to on_close."""
-        scope, identity = await self._admit(websocket.request)
-        if len(self.sessions) >= self.settings.max_sessions:
-            raise Unavailable("the server has too many sessions")
-        websocket.accept()
-        session = Session(websocket, self.hub, scope, identity)
-        websocket.name = f"session {session.id} of {scope!r}"
-        self.sessions.add(session)
-        work: asyncio.Task[None] | None = None
-        try:
-            async for message in websocket:
-                # One at a time, in order. One more is read ahead, so that pings are
-                # answered.
-                if not await self._finish(work, websocket):
-                    break
-                work = await self._handle(session, message)
-            await self._finish(work, websocket)
-        except Exception as error:
-            websocket.error = error
-            raise
-        finally:
-            self.sessions.discard(session)
-            for topic in list(session.topics):
-                session.leave(topic)
-            if self.on_close:
-                await self._call(self.on_close, session, websocket.error)
+    def on_answer(self) -> None:
+        """Let the writer have the GIL, which a busy loop would keep."""
+        if self.engine.committing:
+            time.sleep(0)
 
-    async def _finish(
-        self, work: asyncio.Task[None] | None, websocket: WebSocket
-    ) -> bool:
-        """Whether the application is done with it; if the peer has gone, it may never
-        be."""
-        while work and not work.done():
-            await asyncio.wait([work], timeout=self.settings.close_timeout)
-            if websocket.connection.transport.is_closing():
-                break
-        return work is None or work.done()
+    def on_sweep(self, now: float) -> None:
+        """Look at deadlines, waits, permissions and silent topics."""
+        super().on_sweep(now)
+        if self._sync.waits:
+            for connection in self._connections:
+                request = connection.request
+                if request in self._sync.waits and connection.has_left():
+                    self._sync.end_wait(request)
+        self._live.ask_again(now)
+        self.hub.send_heartbeats(now)
+        if self._rewinds != self.engine.rewinds:
+            self._rewinds = self.engine.rewinds
+            self._restart_sessions()
 
-    async def _handle(
-        self, session: Session, raw: str | bytes
-    ) -> asyncio.Task[None] | None:
-        """One message of a client. A task where the application goes on working on
-        it."""
-        try:
-            if isinstance(raw, bytes):
-                session.close(1003, "messages are text")
-                return None
-            message = await self._parse(raw.encode())
-            if not isinstance(message, dict) or not isinstance(
-                topic := message.get("topic"), str
-            ):
-                raise InvalidRequest('a message is {"topic": "...", "data": ...}')
-            if topic in ("subscribe", "unsubscribe"):
-                await self._subscribe(session, topic, message.get("data", {}))
-            elif self.on_message and not topic.startswith(SYNC):
-                return self._spawn(
-                    self._call(self.on_message, session, topic, message.get("data"))
-                )
-            else:
-                sentence = f"nothing listens to {topic[:100]!r}"
-                session.send_error("unknown_topic", sentence)
-        except SyncError as refusal:
-            code = (
-                "invalid_message"
-                if isinstance(refusal, InvalidRequest)
-                else refusal.code
-            )
-            session.send_error(code, str(refusal))
-        return None
+    def on_stop(self) -> None:
+        """End the pulls that wait."""
+        self._sync.end_waits()
 
-    async def _subscribe(self, session: Session, verb: str, wish: Any) -> None:
-        scope = check_scope(
-            wish.get("scope", session.scope) if isinstance(wish, dict) else None
-        )
-        if verb == "unsubscribe":
-            session.leave(f"{SYNC}{scope}")
-        else:
-            asking = self._spawn(self.gate.identify(session.websocket.request, scope))
-            if not await self._finish(asking, session.websocket):
-                asking.cancel()
-                raise ConnectionLost("the peer is gone: nobody is left to be told")
-            try:
-                await asking
-            except Forbidden as refusal:
-                session.forbid(scope, refusal)
-                return
-            # First follow, then read: no change can fall between the two.
-            session.follow(f"{SYNC}{scope}", wish.get("changes") is True)
-            self.hub.tell(f"{SYNC}{scope}", session, await self.engine.current(scope))
+    def _restart_sessions(self) -> None:
+        """Send all clients away after an older copy of the log was restored.
 
-    async def _ask_again(self, session: Session) -> None:
-        """Ask on_auth about each scope of a session again, and obey the answers.
-
-        Where on_auth fails, all stays as it was; after three failures in a row the
-        session ends.
+        Cursors went down, and no hint may: each client comes back, pulls, and sees.
         """
-        failed, reason = False, "no scope is left"
-        request = session.websocket.request
-        for scope in session.scopes:  # each by itself: none keeps another from its turn
-            if session not in self.sessions:
-                return
-            try:
-                async with asyncio.timeout(self.settings.auth_interval):
-                    identity = await self.gate.identify(request, scope)
-            except Unauthorized as refusal:
-                session.close(1008, str(refusal))
-                return
-            except Forbidden as refusal:
-                session.forbid(scope, refusal)
-                reason = str(refusal)
-            except Exception:
-                failed = True
-                log_error(live_log, "on_auth failed for a session of %r", scope)
-            else:
-                session.allow(scope, identity)
-        session.failures = session.failures + 1 if failed else 0
-        if not session.scopes:
-            session.close(1008, reason)
-        elif session.failures >= MAX_AUTH_FAILURES:
-            session.close(1011, "on_auth failed again and again")
-        else:
-            session.asked = time.monotonic()
+        self.hub.forget_cursors()
+        for session in self.sessions:
+            session.close(1001, "an older copy of the log was restored: come back")
+        self.engine.end_waits()
 
-    async def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """A function or coroutine of the application's; what it raises hurts nobody
-        else."""
+    # -- start and stop
+
+    @contextlib.asynccontextmanager
+    async def listen(
+        self, host: str, port: int, *, reuse_port: bool = False
+    ) -> AsyncIterator[tuple[str, int]]:
+        """Serve on the running loop while the block lasts; yield the address.
+
+        Port 0 takes a free port. Raise OSError if it can't listen there.
+        """
+        self._sync.may_wait = True
+        self._rewinds = self.engine.rewinds
+        remove_listener = self.engine.add_listener(self.hub.notify)
         try:
-            await call_app(function, *arguments)
-        except Exception:
-            log_error(live_log, "%s failed", getattr(function, "__name__", function))
-
-    # -- life
+            async with super().listen(host, port, reuse_port=reuse_port) as address:
+                has_lock = self.gate.token is not None or self.gate.on_auth is not None
+                if self.beyond_loopback and not has_lock:
+                    name = address[0]
+                    log.warning("without token and on_auth %s is open to anybody", name)
+                yield address
+        finally:
+            remove_listener()
 
     def run(
         self,
         host: str,
         port: int,
         announce: Callable[[str], None] = log.info,
-        **options: Any,
+        *,
+        reuse_port: bool = False,
     ) -> None:
-        """Serve until SIGTERM, SIGINT or `stop`; then end gently, and close the engine.
-        Blocks.
+        """Serve until SIGTERM, SIGINT or `stop`; then finish, and close the engine.
 
-        `announce` is told where to open the page; the options are listen's, and what it
-        raises. Raises RuntimeError where a loop is running already."""
+        Call `announce` with a sentence that has the address. A second signal ends the
+        program at once. Raise OSError if it can't listen there, and RuntimeError where
+        a loop is running already.
+        """
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -5110,231 +5602,86 @@ class Server:
         else:
             advice = "async with server.listen(host, port): ..."
             raise RuntimeError(f"a loop is running here, as in Jupyter: use `{advice}`")
-
-        deadline = math.inf  # of the stop
-
-        async def serve() -> None:
-            nonlocal deadline
-            loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
-            # Neither a thread other than the first nor Windows can have signal handlers
-            # here.
-            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-                for one in signals:
-                    loop.add_signal_handler(one, self.stop)
-            async with self.listen(host, port, **options) as (name, number):
-                name = f"[{name}]" if ":" in name else name
-                announce(
-                    f"open {'https' if options.get('ssl') else 'http'}://{name}:{number}/"
-                )
-                await asyncio.wrap_future(self._stop)
-                deadline = time.monotonic() + self.settings.shutdown_timeout
-                with contextlib.suppress(NotImplementedError):
-                    for one in signals:
-                        loop.remove_signal_handler(one)  # a second one ends at once
-
+        time_left = None
         try:
-            asyncio.run(serve())
+            deadline = asyncio.run(
+                self._run_until_stopped(host, port, announce, reuse_port)
+            )
+            # At least a second: slow clients may have used up the rest.
+            time_left = max(1.0, deadline - time.monotonic())
+            time_left = min(time_left, threading.TIMEOUT_MAX)
+        except KeyboardInterrupt:
+            time_left = 0.5  # a second signal ends the program at once
+            raise
         finally:
-            # A second at least: a slow client may have used the rest.
-            left = min(max(1.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
-            self.engine.close(left if math.isfinite(deadline) else None)
+            self.engine.close(time_left)
+
+    async def _run_until_stopped(
+        self, host: str, port: int, announce: Callable[[str], None], reuse_port: bool
+    ) -> float:
+        """Serve until a signal or `stop`; return the deadline of the stop."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        # Neither Windows nor a thread other than the first can have signal handlers.
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            for number in signals:
+                loop.add_signal_handler(number, self.stop)
+        async with self.listen(host, port, reuse_port=reuse_port) as (name, port):
+            name = f"[{name}]" if ":" in name else name
+            announce(f"open http://{name}:{port}/")
+            await asyncio.wrap_future(self._stop)
+            deadline = time.monotonic() + self.settings.shutdown_timeout
+            with contextlib.suppress(NotImplementedError):
+                for number in signals:
+                    loop.remove_signal_handler(number)
+        return deadline
 
     def stop(self) -> None:
-        """End `run`, as a signal does. From any thread, also before it has begun."""
+        """End `run`, as a signal does. Call it from any thread, also before `run`."""
         with contextlib.suppress(InvalidStateError):  # twice does no harm
             self._stop.set_result(None)
-
-    @contextlib.asynccontextmanager
-    async def listen(
-        self,
-        host: str,
-        port: int,
-        *,
-        ssl: tls.SSLContext | None = None,
-        reuse_port: bool = False,
-    ) -> AsyncIterator[tuple[str, int]]:
-        """Serve on the running loop while the block lasts; gives the address. Port 0: a
-        free one.
-
-        Raises OSError where the address can't be had.
-        """
-        if self._tasks:
-            raise RuntimeError("this server is listening already")
-        kind = socket.SOCK_STREAM
-        family, *_, address = socket.getaddrinfo(
-            host, port, type=kind, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.create_server(
-            address[:2], family=family, reuse_port=reuse_port
-        )
-        listener.listen(1024)
-        listener.setblocking(False)
-        name, number = listener.getsockname()[:2]
-        self.beyond_loopback = not is_loopback(name)
-        self.gate.hosts = (
-            self._allow_host if self._allow_host or is_loopback(name) else None
-        )
-        has_lock = self.gate.token is not None or self.gate.on_auth is not None
-        if self.beyond_loopback and not has_lock:
-            log.warning("without token and on_auth %s is open to anybody", name)
-        self._stopping, unlisten = False, self.engine.add_listener(self.hub.notify)
-        accepting, sweeping = (
-            self._spawn(self._accept(listener, ssl)),
-            self._spawn(self._sweep()),
-        )
-        try:
-            yield name, number
-        finally:
-            # Finish what was begun: answer pushes, end long polls, close sockets with
-            # 1001.
-            self._stopping, latest = (
-                True,
-                time.monotonic() + self.settings.shutdown_timeout,
-            )
-            with contextlib.suppress(NotImplementedError):  # Windows has no readers
-                # An accept that is due already would run after the close,
-                asyncio.get_running_loop().remove_reader(listener)
-            try:
-                await asyncio.sleep(
-                    0
-                )  # and who was accepted in this very turn would be forgotten.
-                accepting.cancel()
-                listener.close()
-                self.engine.end_waits()
-                while (
-                    self._tasks - {sweeping} or self._connections
-                ) and time.monotonic() < latest:
-                    for connection, websocket in list(self._connections.items()):
-                        if websocket and websocket.accepted:
-                            websocket.close(1001, "the server is stopping")
-                        elif connection.idle:
-                            connection.expire()
-                    await asyncio.sleep(0.005)  # most ends are quick
-            finally:  # also when it is cancelled in there
-                unlisten()
-                for connection in list(self._connections):
-                    connection.abort()
-                for _ in range(
-                    2
-                ):  # an on_close that the first cancel began may hang, too
-                    for task in self._tasks:
-                        task.cancel()
-                    if self._tasks:
-                        await asyncio.wait(
-                            self._tasks, timeout=self.settings.linger_timeout
-                        )
-
-    async def _accept(
-        self, listener: socket.socket, ssl: tls.SSLContext | None
-    ) -> None:
-        """Our own accept loop: asyncio's logs without end when descriptors run out."""
-        loop, silent = asyncio.get_running_loop(), 0.0  # until when
-        while not self._stopping:
-            try:
-                # What the store's readers may have to open, tried and given back: no
-                # client is taken at whose cost they would fail.
-                with contextlib.ExitStack() as spare:
-                    for _ in range(2 * self.engine.settings.readers + 2):
-                        spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
-                sock, _ = await loop.sock_accept(listener)
-            except OSError as error:
-                if (now := time.monotonic()) >= silent:
-                    log_error(http_log, "new clients wait: %s", error, traceback=False)
-                    silent = now + 60  # it may come and go ten times a second
-                await asyncio.sleep(0.1)
-            else:
-                self._spawn(self._serve(sock, ssl))
-                await asyncio.sleep(
-                    0
-                )  # an accept that never waits would keep the loop to itself
-
-    def _spawn(self, work: Any) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _sweep(self) -> None:
-        """Every deadline of every connection, in one task."""
-        rewinds = self.engine.rewinds
-        while True:
-            await asyncio.sleep(0.1)
-            # Whatever these raise is logged: nobody would start this task again.
-            await self._call(self._expire, time.monotonic())
-            if rewinds != self.engine.rewinds:
-                rewinds = self.engine.rewinds
-                await self._call(self._begin_anew)
-
-    def _expire(self, now: float) -> None:
-        self._unsent_messages = sum(
-            connection.transport.get_write_buffer_size()
-            for connection, websocket in self._connections.items()
-            if websocket and connection.full
-        )
-        interval = self.settings.auth_interval or math.inf
-        for connection in [one for one in self._connections if one.deadline <= now]:
-            connection.expire()
-        for session in [one for one in self.sessions if one.asked + interval <= now]:
-            session.asked = math.inf  # one question at a time
-            self._spawn(self._call(self._ask_again, session))
-        self.hub.beat(now)
-
-    def _begin_anew(self) -> None:
-        """Cursors went down, and no hint may: each client comes back, pulls, and finds
-        out."""
-        for topic in self.hub.topics.values():
-            topic.cursor, topic.pending = -1, None
-        for session in self.sessions:
-            session.close(1001, "an older copy of the log was restored: come back")
-        self.engine.end_waits()  # who polls is told at once
 
 
 # --- Todo -----------------------------------------------------------------------------
 # The demo, as an application would write it: its tables, its apply, its snapshot.
 
 TODO_SCHEMA = """
-    CREATE TABLE IF NOT EXISTS todos (position INTEGER PRIMARY KEY, scope TEXT NOT NULL,
-        id TEXT NOT NULL, title TEXT NOT NULL, completed INTEGER NOT NULL,
-        UNIQUE (scope, id));
+    CREATE TABLE IF NOT EXISTS todos (
+        position INTEGER PRIMARY KEY,
+        scope TEXT NOT NULL,
+        id TEXT NOT NULL,
+        title TEXT NOT NULL,
+        completed INTEGER NOT NULL,
+        UNIQUE (scope, id)
+    );
 """
 
 
 def apply_todo(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-    """todo.create, todo.update, todo.toggle, todo.delete; in each scope a list of its
-    own."""
-    # What comes from outside is checked first. Whatever is raised undoes this mutation
-    # alone.
+    """Create, update, toggle or delete a todo; each scope has a list of its own."""
+    # Whatever is raised here undoes this mutation alone.
     args = mutation.args if isinstance(mutation.args, dict) else {}
-    key, title, completed = args.get("id"), args.get("title"), args.get("completed")
-    if not isinstance(key, str) or not 1 <= len(key) <= 128:
-        raise InvalidMutation("a todo's id is a string of 1 to 128 characters")
-    if "title" in args and not (isinstance(title, str) and 1 <= len(title) <= 1000):
-        raise InvalidMutation("a todo's title is a string of 1 to 1,000 characters")
-    if "completed" in args and not isinstance(completed, bool):
-        raise InvalidMutation("completed is true or false")
-    where = {"scope": mutation.scope, "id": key}
+    check_todo(args)
+    key = {"scope": mutation.scope, "id": args["id"]}
     sql = "SELECT title, completed FROM todos WHERE scope = :scope AND id = :id"
-    old = db.execute(sql, where).fetchone()
-    # What is asked for, and what is there: each case has its line.
-    match mutation.name, old:  # mizusync needs Python 3.11 or newer: 3.9 stops here
-        case "todo.create", None if title:
-            new = {"title": title, "completed": False}
+    old = db.execute(sql, key).fetchone()
+    match mutation.name, old:
         case "todo.create", None:
-            raise InvalidMutation("a new todo needs a title")
+            if "title" not in args:
+                raise InvalidMutation("a new todo needs a title")
+            new = {"title": args["title"], "completed": False}
         case "todo.create", _:
             raise Conflict("this todo is there already")
         case "todo.update" | "todo.toggle" | "todo.delete", None:
             raise NotFound("this todo is not there")
-        case "todo.update", (text, done):
-            new = {
-                "title": args.get("title", text),
-                "completed": args.get("completed", bool(done)),
-            }
-        case "todo.toggle", (text, done):
-            new = {"title": text, "completed": not done}
+        case "todo.update", (title, completed):
+            new = {"title": title, "completed": bool(completed)}
+            new |= {name: args[name] for name in new if name in args}
+        case "todo.toggle", (title, completed):
+            new = {"title": title, "completed": not completed}
         case "todo.delete", _:
-            db.execute("DELETE FROM todos WHERE scope = :scope AND id = :id", where)
-            return [{"op": "delete", "id": key}]
+            db.execute("DELETE FROM todos WHERE scope = :scope AND id = :id", key)
+            return [{"op": "delete", "id": args["id"]}]
         case _:
             raise InvalidMutation(f"there is no mutation {mutation.name!r}")
     sql = """
@@ -5342,29 +5689,45 @@ def apply_todo(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
         VALUES (:scope, :id, :title, :completed)
         ON CONFLICT (scope, id) DO UPDATE SET title = :title, completed = :completed
     """
-    db.execute(sql, where | new)
+    db.execute(sql, key | new)
     # What every client of the scope will see.
-    return [{"op": "update" if old else "create", "todo": {"id": key} | new}]
+    return [{"op": "update" if old else "create", "todo": {"id": args["id"]} | new}]
+
+
+def check_todo(args: Mapping[str, Any]) -> None:
+    """Raise InvalidMutation unless the args of a mutation describe a todo."""
+    key = args.get("id")
+    if not isinstance(key, str) or not 1 <= len(key) <= 128:
+        raise InvalidMutation("a todo's id is a string of 1 to 128 characters")
+    title = args.get("title", "-")
+    if not isinstance(title, str) or not 1 <= len(title) <= 1000:
+        raise InvalidMutation("a todo's title is a string of 1 to 1,000 characters")
+    if not isinstance(args.get("completed", False), bool):
+        raise InvalidMutation("completed is true or false")
 
 
 def snapshot_todos(db: sqlite3.Connection, scope: str) -> Json:
-    """All todos of a scope. SQLite writes the JSON: fast, and without the interpreter's
-    lock."""
+    """Return all todos of a scope. SQLite writes the JSON fast, without the GIL."""
     sql = """
-        SELECT json_group_array(json_object('id', id, 'title', title, 'completed',
-                                json(CASE WHEN completed THEN 'true' ELSE 'false' END)))
+        SELECT json_group_array(json_object(
+            'id', id,
+            'title', title,
+            'completed', json(CASE WHEN completed THEN 'true' ELSE 'false' END)
+        ))
         FROM (SELECT * FROM todos WHERE scope = ? ORDER BY position)
     """
     return Json(f'{{"todos":{db.execute(sql, (scope,)).fetchone()[0]}}}')
 
 
 def require_scope(request: Request, scope: str) -> None:
-    """The guide's rule for the demo: a socket names its scope."""
+    """Refuse a socket of the demo that names no scope, as the guide does."""
     if request.path == "/ws" and "scope" not in request.query:
         raise Unauthorized("name a scope: /ws?scope=...")
 
 
 # --- Command line ---------------------------------------------------------------------
+# python mizusync.py: flags, the log, and the todo demo. What can go wrong at the start
+# is one sentence on stderr.
 
 PAGE = os.path.join(os.path.dirname(__file__), "demo.html")  # need not be there
 
@@ -5416,7 +5779,7 @@ class LogWriter(logging.Handler):
                 line += f"\n{self.dropped} log lines were dropped: nobody read them"
                 self.dropped = 0
             data = f"{line}\n".encode(errors="backslashreplace")
-            with contextlib.suppress(OSError):  # there is nobody to be told
+            with contextlib.suppress(OSError):  # nobody is left to be told
                 while data:
                     data = data[os.write(self.descriptor, data) :]
 
@@ -5442,91 +5805,84 @@ def say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     about = "A durable sync server with instant updates: the todo demo."
     parser = argparse.ArgumentParser(prog="mizusync", description=about)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=8080, help="port; 0 takes a free one (%(default)s)")
     add("--db", default="mizusync.db", help="the database file (%(default)s)")
-    add(
-        "--keep-changes", type=int, help="trim the log to about so many changes a scope"
-    )
+    trim = "trim the log to about so many changes a scope"
+    add("--keep-changes", type=int, help=trim)
     token = os.environ.get("MIZUSYNC_TOKEN")
     add("--token", default=token, help="what clients must show")
-    add(
-        "--allow-origin",
-        action="append",
-        default=[],
-        help="a web origin that may use the server",
-    )
-    add(
-        "--allow-host",
-        action="append",
-        default=[],
-        help="a name that the server goes by",
-    )
-    add("--certfile", help="a certificate chain, for TLS; with --keyfile")
-    add("--keyfile", help="the certificate's key")
+    origin = "a web origin that may use the server"
+    add("--allow-origin", action="append", default=[], help=origin)
+    name = "a name that the server goes by"
+    add("--allow-host", action="append", default=[], help=name)
     add("--reuse-port", action="store_true", help="share the port with other processes")
     add("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     add("--version", action="version", version=f"mizusync {__version__}")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments; end the program with 2 and a sentence for a wrong one."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
         parser.error(f"--port {args.port}: a port is a number from 0 to 65535")
     try:
         Settings(keep_changes=args.keep_changes)
-    except ValueError:
-        parser.error(
-            f"--keep-changes {args.keep_changes}: keep 1 to {10**15:,} changes"
-        )
-    if bool(args.certfile) != bool(args.keyfile):
-        parser.error("--certfile and --keyfile go together")
-    try:
         validate_token(args.token)
+        validate_names(args.allow_origin, ORIGIN)
+        validate_names(args.allow_host, HOST)
     except ValueError as error:
-        parser.error(f"--token, or MIZUSYNC_TOKEN of the environment: {error}")
-    try:
-        normalize_origins(args.allow_origin)
-        normalize_hosts(args.allow_host)
-    except ValueError as error:
-        parser.error(f"--allow-origin, --allow-host: {error}")
+        parser.error(str(error))
     return args
 
 
+def make_todo_server(args: argparse.Namespace) -> Server:
+    """Return the server of the demo. Raise StoreError, or OSError for its page."""
+    engine = Engine(
+        args.db,
+        apply=apply_todo,
+        snapshot=snapshot_todos,
+        schema=TODO_SCHEMA,
+        settings=Settings(keep_changes=args.keep_changes),
+    )
+    has_page = os.path.exists(PAGE)
+    server = Server(
+        engine,
+        token=args.token,
+        allow_origin=args.allow_origin,
+        allow_host=args.allow_host,
+        on_auth=require_scope,
+        page=PAGE if has_page else None,
+    )
+    if not has_page:
+        advice = "It serves. Its page, demo.html, is not beside mizusync.py.\n"
+        server.route("GET", "/")(lambda request: advice)
+    return server
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve the todo demo. The exit status: 0, 1 where it can't run, 2 for a bad
-    command line."""
-    args, ssl = parse_args(argv), None
+    """Serve the todo demo. Return the exit status: 0, or 1 if it can't run."""
+    args = parse_args(argv)
     log_to_stderr(args.log_level)
     try:
-        if args.certfile:
-            ssl = tls.create_default_context(tls.Purpose.CLIENT_AUTH)
-            ssl.load_cert_chain(args.certfile, args.keyfile)
-        todo: dict[str, Any] = {"apply": apply_todo, "snapshot": snapshot_todos}
-        settings = Settings(keep_changes=args.keep_changes)
-        engine = Engine(args.db, **todo, schema=TODO_SCHEMA, settings=settings)
-        page = PAGE if os.path.exists(PAGE) else None
-        gate: dict[str, Any] = {"token": args.token, "allow_host": args.allow_host}
-        gate |= {"allow_origin": args.allow_origin, "on_auth": require_scope}
-        server = Server(engine, page=page, **gate)
-        if page is None:
-            advice = "It serves. Its page, demo.html, is not beside mizusync.py.\n"
-            server.route("GET", "/")(lambda request: advice)
+        server = make_todo_server(args)
 
         def announce(where: str) -> None:
             say(f"mizusync {__version__}: {where} (data in {args.db})")
             if args.token is None and server.beyond_loopback:
                 log.warning("without --token, %s is open to anybody", args.host)
 
-        server.run(args.host, args.port, announce, ssl=ssl, reuse_port=args.reuse_port)
+        server.run(args.host, args.port, announce, reuse_port=args.reuse_port)
     except KeyboardInterrupt:
         return 130
-    except (
-        StoreError,
-        OSError,
-        UnicodeError,
-    ) as error:  # the last: of what can't be a host
+    # A UnicodeError comes from a name that no host can have.
+    except (StoreError, OSError, UnicodeError) as error:
         print(f"mizusync: {args.host}:{args.port}, {args.db}: {error}", file=sys.stderr)
         return 1
     return 0
