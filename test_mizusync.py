@@ -741,6 +741,18 @@ async def asked(question: Callable[[], Any]) -> Any:
     return await question()
 
 
+def make_certificate(folder: Path) -> tuple[str, str]:
+    """Make the key and the certificate of a proxy; skip the test without openssl."""
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("no openssl to make a certificate with")
+    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
+    make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = [openssl, *make.split(" "), *named, "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+    return key, certificate
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "log.db"
@@ -6938,7 +6950,8 @@ def test_an_on_message_that_never_returns_keeps_no_session_whose_peer_has_gone(
         for leave in (RawClient.close, RawClient.reset):
             client, before = live.socket(), len(entered)
             client.subscribe()
-            client.say("hello")
+            for _ in range(20):  # more than is read ahead
+                client.say("hello", "x" * 10_000)
             until(lambda: len(entered) > before)  # noqa: B023
             leave(client)
         until(lambda: not live.server.sessions and not live.server.hub.topics)
@@ -7154,6 +7167,21 @@ def test_a_raw_websocket_that_sends_without_end_leaves_others_their_turn_and_end
         live.stop()
         reader.join(PATIENCE)
     assert (ended, late) == ([mizusync.ConnectionLost], [])
+
+
+def test_a_raw_websocket_that_only_sends_ends_with_its_peer(tmp_path: Path) -> None:
+    async def pour(websocket: Any) -> None:
+        while True:
+            await websocket.send("x")
+
+    def prepare(server: Server) -> None:
+        server.websocket("/it")(pour)
+
+    with serve(tmp_path, prepare=prepare) as live:
+        client = live.socket("/it", receive_buffer=4096)
+        client.send(masked(TEXT, b"x" * 100_000))  # more than is read ahead
+        client.close()
+        until(lambda: live.server.stats()["connections"] == 0)
 
 
 def test_a_fault_of_a_raw_websocket_is_logged_and_closes_with_1011(
@@ -9118,17 +9146,52 @@ def test_a_server_that_is_cancelled_twice_leaves_nothing_behind(engine: Engine) 
     ask(go())
 
 
-def test_a_client_that_does_not_shake_hands_in_tls_is_closed_in_time(
+def test_pulls_that_wait_end_with_their_client(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, max_pull_wait=MOMENT)) as live:
+        client = live.client()
+        client.send(get(b"/sync/pull?wait=60") * 4000)  # which would take minutes
+        assert client.response().status == 200
+        client.close()
+        until(lambda: live.server.stats()["connections"] == 0)
+
+
+def test_a_client_that_sends_nothing_does_not_delay_a_stop(tmp_path: Path) -> None:
+    with serve(tmp_path, replace(SMALL, shutdown_timeout=PATIENCE * 3)) as live:
+        live.client()
+        until(lambda: live.server.stats()["connections"] == 1)
+        live.stop()
+        until(lambda: live.loop.is_closed())
+
+
+def test_slow_sessions_that_reset_their_connections_are_not_logged_as_failures(
     tmp_path: Path,
 ) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with joined(tmp_path) as (live, join):
+        clients = [live.socket(receive_buffer=4096) for _ in range(10)]
+        for client in clients:
+            join(client)
+        for _ in range(30):  # their sockets are full
+            live.call(live.server.publish, "news", "x" * 20_000)
+        for client in clients:
+            client.reset()
+        until(lambda: live.server.stats()["connections"] == 0)
 
-    def over_tls(server: Server) -> None:
-        listen = functools.partial(server.listen, ssl=context)
-        setattr(server, "listen", listen)  # noqa: B010
 
-    with serve(tmp_path, replace(SMALL, head_timeout=MOMENT), prepare=over_tls) as live:
-        assert live.client().ended()
+def test_a_large_answer_reaches_a_client_that_reads_slowly(tmp_path: Path) -> None:
+    def prepare(server: Server) -> None:
+        server.route("GET", "/it")(lambda request: b"x" * 4_000_000)
+
+    short = replace(SMALL, linger_timeout=MOMENT)
+    with serve(tmp_path, short, prepare=prepare) as live:
+        client = live.client(receive_buffer=4096)
+        client.send(get(b"/it", b"Connection: close"))
+        started, whole = time.monotonic(), bytearray()
+        while piece := client.sock.recv(16384):
+            whole += piece
+            due = started + 3 * MOMENT * len(whole) / 4_000_000
+            while time.monotonic() < due:  # it reads on and on, but slowly
+                time.sleep(0.001)
+        assert len(whole.partition(b"\r\n\r\n")[2]) == 4_000_000
 
 
 def test_no_more_readers_read_at_once_than_the_limit(tmp_path: Path) -> None:
@@ -9424,7 +9487,7 @@ class Program:
         watchdog.start()
         self.line = self.process.stdout.readline()
         watchdog.cancel()
-        found = re.search(r"https?://([^:/]+):(\d+)/", self.line)
+        found = re.search(r"http://([^:/]+):(\d+)/", self.line)
         assert found, (self.line, self.process.communicate())
         self.address = (found[1], int(found[2]))
 
@@ -9909,207 +9972,12 @@ def test_a_folder_that_is_not_there_or_not_writable_is_one_sentence(
         assert (status, sentence.count("\n")) == (1, 1)
 
 
-def test_a_certificate_that_is_not_there_is_one_sentence(
-    tmp_path: Path, refusal: Callable[..., Refusal]
-) -> None:
-    files = (
-        "--certfile",
-        str(tmp_path / "c.pem"),
-        "--keyfile",
-        str(tmp_path / "k.pem"),
-    )
-    status, sentence = refusal("--db", str(tmp_path / "t.db"), *files)
-    assert (status, sentence.count("\n")) == (1, 1)
-
-
 @pytest.mark.parametrize("host", [b"", b"Host: a b\r\n"])
 def test_a_target_in_absolute_form_does_not_excuse_a_bad_host(
     client: RawClient, host: bytes
 ) -> None:
     client.send(b"GET http://localhost/healthz HTTP/1.1\r\n" + host + b"\r\n")
     assert refused(client.response(), 400)
-
-
-def make_certificate(folder: Path) -> tuple[str, str]:
-    if (openssl := shutil.which("openssl")) is None:
-        pytest.skip("no openssl to make a certificate with")
-    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
-    make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = [openssl, *make.split(" "), *named, "-keyout", key, "-out", certificate]
-    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
-    return key, certificate
-
-
-@contextmanager
-def serve_tls(
-    folder: Path,
-    settings: Settings,
-    prepare: Callable[[Server], Any] = lambda server: None,
-    **options: Any,
-) -> Iterator[tuple[Live, Callable[[], RawClient]]]:
-    """A server over TLS, and what makes clients of it; none has much room for what it
-    reads."""
-    key, certificate = make_certificate(folder)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate, key)
-    trusting = ssl.create_default_context(cafile=certificate)
-
-    def over_tls(server: Server) -> None:
-        listen = functools.partial(server.listen, ssl=context)
-        setattr(server, "listen", listen)  # noqa: B010
-        prepare(server)
-
-    def make_client() -> RawClient:
-        client = live.client(receive_buffer=4096)
-        client.sock = trusting.wrap_socket(client.sock, server_hostname="127.0.0.1")
-        return client
-
-    with serve(folder, settings, prepare=over_tls, **options) as live:
-        yield live, make_client
-
-
-def test_pulls_that_wait_end_with_their_client_over_tls(tmp_path: Path) -> None:
-    settings, may_log = replace(SMALL, max_pull_wait=MOMENT), "SSL connection is closed"
-    with serve_tls(tmp_path, settings, may_log=may_log) as (live, make_client):
-        client = make_client()
-        client.send(get(b"/sync/pull?wait=60") * 4000)  # which would take minutes
-        assert client.response().status == 200
-        socket.socket.shutdown(
-            client.sock, socket.SHUT_WR
-        )  # a FIN; TLS has no half of a close
-        until(lambda: live.server.stats()["connections"] == 0)
-
-
-def test_a_session_ends_with_its_peer_over_tls_though_the_application_hangs(
-    tmp_path: Path,
-) -> None:
-    async def hang(session: mizusync.Session, topic: str, data: Any) -> None:
-        await asyncio.Event().wait()
-
-    settings = replace(
-        SMALL, ping_interval=MOMENT, ping_timeout=MOMENT, shutdown_timeout=1.0
-    )
-    with serve_tls(tmp_path, settings, on_message=hang) as (live, make_client):
-        client = make_client()
-        assert client.upgrade().status == 101
-        for _ in range(20):  # more than is read ahead
-            client.say("hello", "x" * 10_000)
-        socket.socket.shutdown(client.sock, socket.SHUT_WR)
-        client.close()
-        until(lambda: live.server.stats()["sessions"] == 0)
-
-
-def test_a_raw_websocket_that_only_sends_ends_with_its_peer_over_tls(
-    tmp_path: Path,
-) -> None:
-    async def pour(websocket: Any) -> None:
-        while True:
-            await websocket.send("x")
-
-    def prepare(server: Server) -> None:
-        server.websocket("/it")(pour)
-
-    may_log = "SSL connection is closed|socket.send"
-    with serve_tls(tmp_path, SMALL, prepare, may_log=may_log) as (live, make_client):
-        client = make_client()
-        assert client.upgrade("/it").status == 101
-        client.send(masked(TEXT, b"x" * 100_000))  # more than is read ahead
-        socket.socket.shutdown(client.sock, socket.SHUT_WR)
-        until(lambda: live.server.stats()["connections"] == 0)
-        assert len(live.records.texts) < 100
-
-
-def test_who_does_not_shake_hands_does_not_hold_the_end_over_tls(
-    tmp_path: Path,
-) -> None:
-    with serve_tls(tmp_path, replace(SMALL, shutdown_timeout=PATIENCE * 3)) as (
-        live,
-        _,
-    ):
-        live.client()
-        until(lambda: live.server.stats()["connections"] == 1)
-
-
-def test_slow_sessions_that_reset_are_no_fault_over_tls(tmp_path: Path) -> None:
-    joined = list[mizusync.Session]()
-
-    def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
-        joined.append(session)
-
-    with serve_tls(tmp_path, SMALL, on_message=on_message) as (live, make_client):
-        clients = [make_client() for _ in range(10)]
-        for client in clients:
-            assert client.upgrade().status == 101
-            client.say("join")
-        until(lambda: len(joined) == len(clients))
-        for _ in range(30):  # their sockets are full
-            for session in joined:
-                live.call(session.send, "news", "x" * 20_000)
-        for client in clients:
-            client.reset()
-        until(lambda: live.server.stats()["connections"] == 0)
-
-
-def test_a_large_answer_reaches_who_reads_it_slowly_over_tls(tmp_path: Path) -> None:
-    def prepare(server: Server) -> None:
-        server.route("GET", "/it")(lambda request: b"x" * 4_000_000)
-
-    with serve_tls(tmp_path, replace(SMALL, linger_timeout=MOMENT), prepare) as (
-        _,
-        make_client,
-    ):
-        client = make_client()
-        client.send(get(b"/it", b"Connection: close"))
-        started, whole = time.monotonic(), bytearray()
-        while piece := client.sock.recv(16384):
-            whole += piece
-            due = started + 3 * MOMENT * len(whole) / 4_000_000
-            while time.monotonic() < due:  # it reads on and on, but slowly
-                time.sleep(0.001)
-        assert len(whole.partition(b"\r\n\r\n")[2]) == 4_000_000
-
-
-def test_the_program_speaks_tls(tmp_path: Path) -> None:
-    key, certificate = make_certificate(tmp_path)
-    arguments = (
-        "--db",
-        str(tmp_path / "todos.db"),
-        "--certfile",
-        certificate,
-        "--keyfile",
-        key,
-    )
-    context = ssl.create_default_context(cafile=certificate)
-    with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        assert "open https://" in running.line
-        client.sock = context.wrap_socket(client.sock, server_hostname="127.0.0.1")
-        origin = {"Origin": "https://{}:{}".format(*running.address)}
-        assert client.push(todo("create", id="1", title="x"), headers=origin)[0]["ok"]
-        with closing(
-            RawClient(running.address)
-        ) as other:  # a refusal is heard, to the last byte
-            other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
-            other.send(post(CHUNKED, body=b""))
-            for _ in range(100):
-                other.send(b"ea60\r\n%b\r\n" % (b"x" * 60_000))
-            assert refused(other.response(), 413)
-        with closing(
-            RawClient(running.address)
-        ) as other:  # and so is why a WebSocket is closed
-            other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
-            assert other.upgrade("/ws?scope=list", origin).status == 101
-            other.send(masked(TEXT, b"x" * 8_000_000))
-            assert other.read_frame().payload[:2] == (1009).to_bytes(2, "big")
-        assert client.upgrade("/ws?scope=list", origin).status == 101
-        before = client.subscribe()["data"]["cursor"]
-        with closing(RawClient(running.address)) as other:
-            other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
-            other.push(todo("create", id="2", title="y"), headers=origin)
-        assert client.read_json()["data"]["cursor"] > before > 0
-        running.process.send_signal(signal.SIGTERM)
-        assert client.read_close() == 1001
-        assert running.process.wait(PATIENCE) == 0
 
 
 # --- README ---------------------------------------------------------------------------
