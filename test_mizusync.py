@@ -460,6 +460,7 @@ class Live:
 
     address: tuple[str, int]
     loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
 
     def __init__(self, engine: Engine, server: Server) -> None:
         self.engine, self.server = engine, server
@@ -480,6 +481,12 @@ class Live:
     def stop(self) -> None:
         with suppress(RuntimeError):  # its loop is closed: a test has stopped it before
             self.loop.call_soon_threadsafe(self.stopping.set)
+
+    def end(self) -> None:
+        """Stop the server, and wait until it has ended."""
+        self.stop()
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive(), "the server did not end"
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function or coroutine function in the server's loop."""
@@ -534,16 +541,15 @@ def serving(
         stack.callback(
             gc.collect, 1
         )  # logs the exceptions of tasks that nobody awaited
-        thread = threading.Thread(target=lambda: asyncio.run(live.main()), daemon=True)
-        thread.start()
-        until(lambda: hasattr(live, "address") or not thread.is_alive())
+        run = functools.partial(asyncio.run, live.main())
+        live.thread = threading.Thread(target=run, daemon=True)
+        live.thread.start()
+        until(lambda: hasattr(live, "address") or not live.thread.is_alive())
         try:
             yield live
         finally:
             live.clients.close()
-            live.stop()
-            thread.join(PATIENCE)
-    assert not thread.is_alive(), "the server did not end"
+            live.end()
     assert not live.left, "tasks were left"
     assert not [text for text in live.records.texts if not re.search(may_log, text)]
 
@@ -6281,6 +6287,10 @@ ECHOES = {
         for kind, opcode in (("A text", TEXT), ("A binary", BINARY))
         for size in (*SIZES, MIB // 4, MIB)
     },
+    "A binary message of any bytes is echoed": goes_on(
+        masked(BINARY, bytes(range(256)) * 400),
+        back=[Frame(BINARY, bytes(range(256)) * 400)],
+    ),
     # 9.3, 9.4 and 10.1: in fragments
     **{
         f"A message of {size:,} bytes in frames of {part:,} is echoed": goes_on(
@@ -6620,26 +6630,24 @@ def test_a_close_code_that_may_not_be_sent_is_an_error_of_the_application(
 
 
 # --- Live -----------------------------------------------------------------------------
-# What a session is told: hints, never late, never going down; and what an application
-# may add.
+# A session gets hints, never late, never going down; an application adds topics and raw
+# WebSocket endpoints of its own.
+
+
+def hint_of(scope: str, cursor: int) -> dict[str, Any]:
+    return {"topic": f"sync:{scope}", "data": {"cursor": cursor}}
 
 
 def test_subscribe_answers_the_current_cursor_at_once(server: Live) -> None:
     (result,) = server.client().push(note("a", scope="s"))
     server.client().push(note("b", scope="other"))
     client = server.socket("/ws?scope=s")
-    assert client.subscribe() == {
-        "topic": "sync:s",
-        "data": {"cursor": result["cursor"]},
-    }
+    assert client.subscribe() == hint_of("s", result["cursor"])
 
 
 def test_the_current_cursor_is_0_before_the_first_change(server: Live) -> None:
     server.client().push(note("b", scope="other"))
-    assert server.socket().subscribe() == {
-        "topic": "sync:_default",
-        "data": {"cursor": 0},
-    }
+    assert server.socket().subscribe() == hint_of(DEFAULT, 0)
 
 
 def test_a_trim_does_not_lower_the_current_cursor(server: Live) -> None:
@@ -6652,34 +6660,27 @@ def test_a_push_is_hinted_and_a_pull_sees_it(server: Live) -> None:
     client = server.socket("/ws?scope=caf%C3%A9")
     client.subscribe()
     (result,) = server.client().push(note("a", scope="caf\u00e9"))
-    assert client.read_json() == {
-        "topic": "sync:caf\u00e9",
-        "data": {"cursor": result["cursor"]},
-    }
+    assert client.read_json() == hint_of("caf\u00e9", result["cursor"])
     assert server.client().pull(scope="caf\u00e9")["changes"] == result["changes"]
 
 
 def test_a_session_may_subscribe_to_another_scope(server: Live) -> None:
     client = server.socket("/ws?scope=one")
     assert client.subscribe(scope="two")["topic"] == "sync:two"
-    server.client().push(note("a", scope="one"))  # nobody asked for it
+    server.client().push(note("a", scope="one"))
     (result,) = server.client().push(note("b", scope="two"))
-    assert client.read_json() == {
-        "topic": "sync:two",
-        "data": {"cursor": result["cursor"]},
-    }
+    assert client.read_json() == hint_of("two", result["cursor"])
 
 
 def test_a_change_in_another_scope_is_hinted_there(server: Live) -> None:
     client = server.socket()
     client.subscribe(scope="two")
-    (result,) = server.client().push(
-        {"id": "a", "name": "share", "args": ["one", "two", "one"]}
-    )
+    share = {"id": "a", "name": "share", "args": ["one", "two", "one"]}
+    (result,) = server.client().push(share)
     assert client.read_json()["data"] == {"cursor": result["cursor"] - 1}
 
 
-def test_a_session_that_unsubscribed_hears_no_more(server: Live) -> None:
+def test_a_session_that_unsubscribed_gets_no_more_hints(server: Live) -> None:
     client, witness = server.socket(), server.socket()
     for one in (client, witness):
         one.subscribe()
@@ -6688,14 +6689,12 @@ def test_a_session_that_unsubscribed_hears_no_more(server: Live) -> None:
     client.say("unsubscribe", {"scope": "two"})
     assert client.quiet()
     server.client().push(note("a"), note("b", scope="two"))
-    assert {witness.read_json()["topic"] for _ in range(2)} == {
-        "sync:_default",
-        "sync:two",
-    }
+    topics = {witness.read_json()["topic"] for _ in range(2)}
+    assert topics == {"sync:_default", "sync:two"}
     assert client.quiet()
 
 
-def test_a_session_that_did_not_subscribe_hears_nothing(server: Live) -> None:
+def test_a_session_that_did_not_subscribe_gets_no_hint(server: Live) -> None:
     client, witness = server.socket(), server.socket()
     witness.subscribe()
     server.client().push(note("a"))
@@ -6703,7 +6702,7 @@ def test_a_session_that_did_not_subscribe_hears_nothing(server: Live) -> None:
     assert client.quiet()
 
 
-def test_hints_carry_the_changes_for_who_asked(server: Live) -> None:
+def test_hints_carry_the_changes_to_a_session_that_asked_for_them(server: Live) -> None:
     plain, client = server.socket(), server.socket()
     plain.subscribe()
     assert client.subscribe(changes=True)["data"]["cursor"] == 0
@@ -6717,7 +6716,7 @@ def test_hints_carry_the_changes_for_who_asked(server: Live) -> None:
     assert plain.read_json()["data"] == {"cursor": result["cursor"]}
 
 
-def test_hints_with_changes_and_pulls_where_they_lack_give_the_whole_log(
+def test_hints_with_changes_and_pulls_in_their_gaps_give_the_whole_log(
     server: Live,
 ) -> None:
     client, pusher = server.socket(), server.client()
@@ -6774,126 +6773,143 @@ def test_cursors_of_a_topic_never_go_down(server: Live) -> None:
 def test_a_commit_of_another_process_is_hinted_and_ends_a_wait(
     server: Live, tmp_path: Path
 ) -> None:
-    live, waiting = server.socket(), server.client()
-    live.subscribe()
+    session, waiting = server.socket(), server.client()
+    session.subscribe()
     waiting.send(get(b"/sync/pull?wait=60"))
     with closing(Engine(tmp_path / "log.db", apply=apply, schema=SCHEMA)) as other:
         (result,) = other.submit([Mutation("a", "note", 7)]).result(PATIENCE)
-    assert live.read_json()["data"]["cursor"] == result.cursor
+    assert session.read_json()["data"]["cursor"] == result.cursor
     assert waiting.response().json["changes"][0]["data"] == 7
 
 
-def test_the_newest_cursor_is_sent_again_after_silence(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, heartbeat=MOMENT)) as live:
-        (result,) = live.client().push(note("a"))
-        client, started = live.socket(), time.monotonic()
-        hint = client.subscribe()
-        assert client.read_json() == client.read_json() == hint
-        assert hint["data"] == {"cursor": result["cursor"]}
-        assert time.monotonic() - started > MOMENT * 1.5
+def test_the_newest_cursor_is_sent_again_after_silence(start: Start) -> None:
+    live = start(heartbeat=MOMENT)
+    (result,) = live.client().push(note("a"))
+    client, started = live.socket(), time.monotonic()
+    hint = client.subscribe()
+    assert client.read_json() == client.read_json() == hint
+    assert hint["data"] == {"cursor": result["cursor"]}
+    assert time.monotonic() - started > MOMENT * 1.5
 
 
-def test_a_slow_reader_is_kept_and_gets_the_newest_cursor(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, send_buffer=4096)) as live:
-        client, pusher = live.socket(receive_buffer=4096), live.client()
-        client.subscribe(changes=True)
-        for number in range(100):
-            (result,) = pusher.push(note(str(number), "x" * 12_000))
-        size, cursor = 0, 0
-        while cursor < result["cursor"]:
-            hint = client.read_json()["data"]
-            size, cursor = size + len(json.dumps(hint)), hint["cursor"]
-        assert size < 600_000  # of 1,200,000: what it did not read was merged
-        (result,) = pusher.push(note("after"))
-        assert client.read_json()["data"]["cursor"] == result["cursor"]
+def test_a_session_that_reads_slowly_stays_and_gets_the_newest_cursor(
+    start: Start,
+) -> None:
+    live = start(send_buffer=4096)
+    client, pusher = live.socket(receive_buffer=4096), live.client()
+    client.subscribe(changes=True)
+    for number in range(100):
+        (result,) = pusher.push(note(str(number), "x" * 12_000))
+    size, cursor = 0, 0
+    while cursor < result["cursor"]:
+        hint = client.read_json()["data"]
+        size, cursor = size + len(json.dumps(hint)), hint["cursor"]
+    assert size < 600_000  # of 1,200,000: hints that it did not read were merged
+    (result,) = pusher.push(note("after"))
+    assert client.read_json()["data"]["cursor"] == result["cursor"]
 
 
-@contextmanager
+def subscribers(live: Live) -> int:
+    """Push, and return how many subscribers of the default scope got a hint."""
+    witness, before = live.socket(), live.server.stats()["hints_sent"]
+    witness.subscribe()
+    live.client().push(note(f"{uuid.uuid4()}"))
+    witness.read_json()
+    until(lambda: live.server.stats()["hints_sent"] > before)
+    return int(live.server.stats()["hints_sent"] - before - 1)
+
+
 def joined(
-    folder: Path, settings: Settings = SMALL, **options: Any
-) -> Iterator[tuple[Live, Any]]:
-    """A server whose sessions follow the topic `news` once they said `join`, and how to
-    do so."""
+    start: Start, **options: Any
+) -> tuple[Live, Callable[[RawClient], mizusync.Session]]:
+    """Start a server, and return it with a way to subscribe a client to "news"."""
     came: list[mizusync.Session] = []
 
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         came.append(session)
 
-    with serve(folder, settings, on_message=on_message, **options) as live:
+    live = start(on_message=on_message, **options)
 
-        def join(client: RawClient) -> mizusync.Session:
-            number = len(came)
-            client.say("join")
-            until(lambda: len(came) > number)
-            live.call(live.server.subscribe, came[-1], "news")
-            return came[-1]
+    def join(client: RawClient) -> mizusync.Session:
+        number = len(came)
+        client.say("join")
+        until(lambda: len(came) > number)
+        live.call(live.server.subscribe, came[-1], "news")
+        return came[-1]
 
-        yield live, join
-
-
-def test_a_topic_of_the_application_is_heard_by_who_follows_it(tmp_path: Path) -> None:
-    with joined(tmp_path) as (live, join):
-        member, guest = live.socket(), live.socket()
-        session = join(member)
-        live.call(live.server.publish, "news", {"n": [1, "\u00e9"]})
-        assert member.read_json() == {"topic": "news", "data": {"n": [1, "\u00e9"]}}
-        live.call(live.server.unsubscribe, session, "news")
-        live.call(live.server.publish, "news", 2)
-        assert member.quiet()
-        assert guest.quiet()
+    return live, join
 
 
-def test_a_reader_too_slow_for_what_may_not_be_merged_is_closed(tmp_path: Path) -> None:
-    small = replace(
-        SMALL, send_buffer=4096, max_session_queue=2**15, close_timeout=PATIENCE
-    )
-    with joined(tmp_path, small) as (live, join):
-        slow, quick = live.socket(receive_buffer=4096), live.socket()
-        join(slow)
-        join(quick)
-        for number in range(500):
-            live.call(live.server.publish, "news", [number, "x" * 2000])
-            assert quick.read_json()["data"][0] == number
-        assert slow.read_close() == 1013
-        until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 1)
+def test_a_topic_of_the_application_reaches_its_subscribers_alone(start: Start) -> None:
+    live, join = joined(start)
+    member, guest = live.socket(), live.socket()
+    session = join(member)
+    live.call(live.server.publish, "news", {"n": [1, "\u00e9"]})
+    assert member.read_json() == {"topic": "news", "data": {"n": [1, "\u00e9"]}}
+    live.call(live.server.unsubscribe, session, "news")
+    live.call(live.server.publish, "news", 2)
+    assert member.quiet()
+    assert guest.quiet()
 
 
-def test_a_session_that_has_ended_can_not_be_subscribed(tmp_path: Path) -> None:
-    with joined(tmp_path) as (live, join):
-        client = live.socket()
-        session = join(client)
-        client.close()
-        until(lambda: not live.server.sessions)
-        live.call(live.server.subscribe, session, "news")
-        assert (session.topics, live.server.hub.topics) == ({}, {})
-
-
-def test_an_older_copy_restored_under_a_session_sends_it_away_to_come_back(
-    tmp_path: Path,
+def test_a_session_too_slow_for_messages_that_may_not_be_merged_is_closed(
+    start: Start,
 ) -> None:
-    with serve(tmp_path, may_log="walresetbug") as live:
-        client, deaf = live.client(), live.socket()
-        client.push(note("a"))
-        backup = back_up(tmp_path / "log.db")
-        client.push(note("b"), note("c"))
-        late = client.pull()
-        assert deaf.subscribe()["data"] == {"cursor": 3}
-        restore(tmp_path / "log.db", backup)
-        assert (
-            deaf.read_frame().payload[:2] == b"\x03\xe9"
-        )  # 1001, which it does not answer
-        session = live.socket()
-        assert session.subscribe()["data"] == {"cursor": 1}
-        query = f"cursor={late['cursor']}&epoch={late['epoch']}"
-        for key in ("d", "e", "f"):  # past the old cursor
-            reply = client.request("GET", f"/sync/pull?{query}")
-            assert refused(reply, 410, code="cursor_unknown")
-            (result,) = client.push(note(key))
-            assert session.read_json()["data"] == {"cursor": result["cursor"]}
+    live, join = joined(
+        start, send_buffer=4096, max_session_queue=2**15, close_timeout=PATIENCE
+    )
+    slow, quick = live.socket(receive_buffer=4096), live.socket()
+    join(slow)
+    join(quick)
+    for number in range(500):
+        live.call(live.server.publish, "news", [number, "x" * 2000])
+        assert quick.read_json()["data"][0] == number
+    assert slow.read_close() == 1013
+    until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 1)
 
 
-def test_a_follower_of_another_transport_that_fails_or_leaves_ends_no_heartbeat(
-    tmp_path: Path,
+def test_a_session_that_has_ended_cannot_be_subscribed(start: Start) -> None:
+    ended = list[mizusync.Session]()
+    live = start(on_close=lambda session, error: ended.append(session))
+    live.socket().close()
+    until(lambda: ended)
+    live.call(live.server.subscribe, ended[0], "news")
+    assert ended[0].topics == {}
+    key = ended.pop().id
+
+    def kept() -> bool:
+        gc.collect()
+        objects = gc.get_objects()
+        return any(isinstance(o, mizusync.Session) and o.id == key for o in objects)
+
+    until(lambda: not kept())  # no topic holds it
+
+
+def test_a_session_is_closed_with_1001_if_an_older_copy_is_restored(
+    start: Start, tmp_path: Path
+) -> None:
+    live = start(may_log="walresetbug")
+    client, older = live.client(), live.socket()
+    client.push(note("a"))
+    backup = back_up(tmp_path / "log.db")
+    client.push(note("b"), note("c"))
+    late = client.pull()
+    assert older.subscribe()["data"] == {"cursor": 3}
+    restore(tmp_path / "log.db", backup)
+    # The close is 1001, and the client does not answer it.
+    assert older.read_frame().payload[:2] == b"\x03\xe9"
+    session = live.socket()
+    assert session.subscribe()["data"] == {"cursor": 1}
+    query = f"cursor={late['cursor']}&epoch={late['epoch']}"
+    for key in ("d", "e", "f"):  # past the old cursor
+        reply = client.request("GET", f"/sync/pull?{query}")
+        assert refused(reply, 410, code="cursor_unknown")
+        (result,) = client.push(note(key))
+        assert session.read_json()["data"] == {"cursor": result["cursor"]}
+
+
+def test_heartbeats_go_on_if_a_subscriber_of_another_transport_fails_and_unsubscribes(
+    start: Start,
 ) -> None:
     class Broken(Follower):
         def hint(self, topic: str, cursor: int, message: bytes) -> None:
@@ -6903,27 +6919,28 @@ def test_a_follower_of_another_transport_that_fails_or_leaves_ends_no_heartbeat(
                     live.server.hub.unsubscribe(name, self)
                 raise ConnectionError("gone")
 
-    def follow() -> None:
-        broken = Broken()
+    broken = Broken()
+
+    def subscribe() -> None:
         for name in ("sync:a", "sync:b"):
             live.server.hub.subscribe(name, broken)
             live.server.hub.tell(name, broken, 1)
 
-    with serve(tmp_path, replace(SMALL, heartbeat=MOMENT)) as live:
-        live.call(follow)
-        until(lambda: not live.server.hub.topics)
-        live.logged("gone")
-        client = live.socket()
-        assert client.subscribe() == client.read_json() == client.read_json()
+    live = start(heartbeat=MOMENT)
+    live.call(subscribe)
+    until(lambda: len(broken.heard) > 2)
+    live.logged("gone")
+    client = live.socket()
+    assert client.subscribe() == client.read_json() == client.read_json()
 
 
-def test_topics_of_scopes_are_not_the_applications_to_publish(server: Live) -> None:
+def test_the_application_cannot_publish_to_the_topic_of_a_scope(server: Live) -> None:
     with pytest.raises(ValueError, match="sync:"):
         server.call(server.server.publish, "sync:_default", {"cursor": 7})
 
 
 @pytest.mark.parametrize("topic", ["news", "sync:_default", "sync:", "", "Subscribe"])
-def test_a_topic_that_nobody_serves_is_unknown(visitor: RawClient, topic: str) -> None:
+def test_a_topic_without_a_handler_is_unknown(visitor: RawClient, topic: str) -> None:
     assert visitor.upgrade().status == 101
     visitor.say(topic, {"cursor": 1})
     answer = visitor.read_json()
@@ -6933,13 +6950,13 @@ def test_a_topic_that_nobody_serves_is_unknown(visitor: RawClient, topic: str) -
 
 
 def test_topics_of_scopes_are_refused_before_the_application_sees_them(
-    tmp_path: Path,
+    start: Start,
 ) -> None:
-    with joined(tmp_path) as (live, join):
-        client = live.socket()
-        client.say("sync:_default", {"cursor": 1})
-        assert client.read_json()["data"]["code"] == "unknown_topic"
-        join(client)  # which would find the other message first
+    live, join = joined(start)
+    client = live.socket()
+    client.say("sync:_default", {"cursor": 1})
+    assert client.read_json()["data"]["code"] == "unknown_topic"
+    join(client)  # it would find the other message first
 
 
 BAD_MESSAGES = {
@@ -6949,18 +6966,19 @@ BAD_MESSAGES = {
     "a number": b"1",
     "null": b"null",
     "no topic": b'{"data": {}}',
-    "a topic of no string": b'{"topic": 1, "data": {}}',
-    "a topic of null": b'{"topic": null}',
+    "a number as a topic": b'{"topic": 1, "data": {}}',
+    "null as a topic": b'{"topic": null}',
     "NaN": b'{"topic": "x", "data": NaN}',
     "a number that becomes infinite": b'{"topic": "x", "data": 1e400}',
-    "a lone surrogate": b'{"topic": "\\ud800", "data": 1}',
+    "half a surrogate pair": b'{"topic": "\\ud800", "data": 1}',
     "65 levels": b'{"topic": "x", "data": ' + b"[" * 64 + b"]" * 64 + b"}",
     "90,000 levels": b'{"topic": "x", "data": ' + b"[" * 90_000 + b"]" * 90_000 + b"}",
     "5,000 digits": b'{"topic": "x", "data": ' + b"9" * 5000 + b"}",
     "an empty scope": b'{"topic": "subscribe", "data": {"scope": ""}}',
-    "a scope of 257": b'{"topic": "subscribe", "data": {"scope": "%b"}}' % (b"x" * 257),
-    "a scope of no string": b'{"topic": "subscribe", "data": {"scope": 7}}',
-    "an empty scope to leave": b'{"topic": "unsubscribe", "data": {"scope": ""}}',
+    "a scope of 257 letters": b'{"topic": "subscribe", "data": {"scope": "%b"}}'
+    % (b"x" * 257),
+    "a number as a scope": b'{"topic": "subscribe", "data": {"scope": 7}}',
+    "an empty scope to unsubscribe": b'{"topic": "unsubscribe", "data": {"scope": ""}}',
 }
 
 
@@ -6983,19 +7001,19 @@ def test_unknown_fields_of_a_message_are_ignored(server: Live) -> None:
     assert client.read_json()["topic"] == "sync:_default"
 
 
-def test_more_topics_than_a_session_may_have_are_too_large(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, max_session_topics=2)) as live:
-        client = live.socket()
-        assert client.subscribe()["topic"] == "sync:_default"
-        assert client.subscribe(scope="two")["topic"] == "sync:two"
-        assert client.subscribe(scope="three")["data"]["code"] == "too_large"
-        assert client.subscribe(scope="two")["topic"] == "sync:two"  # one that it has
-        client.say("unsubscribe", {"scope": "two"})
-        assert client.subscribe(scope="three")["topic"] == "sync:three"
+def test_more_topics_than_a_session_may_have_are_too_large(start: Start) -> None:
+    live = start(max_session_topics=2)
+    client = live.socket()
+    assert client.subscribe()["topic"] == "sync:_default"
+    assert client.subscribe(scope="two")["topic"] == "sync:two"
+    assert client.subscribe(scope="three")["data"]["code"] == "too_large"
+    assert client.subscribe(scope="two")["topic"] == "sync:two"  # one that it has
+    client.say("unsubscribe", {"scope": "two"})
+    assert client.subscribe(scope="three")["topic"] == "sync:three"
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_other_topics_are_the_applications(tmp_path: Path, waits: bool) -> None:
+def test_other_topics_are_handed_to_on_message(start: Start, waits: bool) -> None:
     def at_once(session: mizusync.Session, topic: str, data: Any) -> None:
         session.send("answer", [session.scope, topic, data])
 
@@ -7003,21 +7021,18 @@ def test_other_topics_are_the_applications(tmp_path: Path, waits: bool) -> None:
         await asyncio.sleep(0)
         at_once(session, topic, data)
 
-    with serve(tmp_path, on_message=later if waits else at_once) as live:
-        client = live.socket("/ws?scope=s")
-        for number in range(3):
-            client.say("hello", number)
-        for number in range(3):
-            assert client.read_json() == {
-                "topic": "answer",
-                "data": ["s", "hello", number],
-            }
-        assert client.subscribe()["topic"] == "sync:s"
+    live = start(on_message=later if waits else at_once)
+    client = live.socket("/ws?scope=s")
+    for number in range(3):
+        client.say("hello", number)
+    for number in range(3):
+        assert client.read_json() == {"topic": "answer", "data": ["s", "hello", number]}
+    assert client.subscribe()["topic"] == "sync:s"
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_fault_of_on_message_is_logged_and_hurts_nobody(
-    tmp_path: Path, waits: bool
+def test_an_exception_of_on_message_is_logged_and_the_session_goes_on(
+    start: Start, waits: bool
 ) -> None:
     def broken(session: mizusync.Session, topic: str, data: Any) -> None:
         raise RuntimeError("a secret of the inside")
@@ -7025,22 +7040,20 @@ def test_a_fault_of_on_message_is_logged_and_hurts_nobody(
     async def broken_later(session: mizusync.Session, topic: str, data: Any) -> None:
         broken(session, topic, data)
 
-    with serve(tmp_path, on_message=broken_later if waits else broken) as live:
-        client = live.socket()
-        client.say("hello")
-        client.say("subscribe", {})
-        answers = [client.read_json()]
-        if (
-            answers[-1]["topic"] == "error"
-        ):  # it may say that something went wrong, but not what
-            answers.append(client.read_json())
-        assert "secret" not in str(answers)
-        assert answers[-1]["topic"] == "sync:_default"
-        live.logged("a secret of the inside")
+    live = start(on_message=broken_later if waits else broken)
+    client = live.socket()
+    client.say("hello")
+    client.say("subscribe", {})
+    received = [client.read_json()]
+    if received[0]["topic"] == "error":  # it may say that it failed, but not why
+        received.append(client.read_json())
+    assert "secret" not in str(received)
+    assert received[-1]["topic"] == "sync:_default"
+    live.logged("a secret of the inside")
 
 
-def test_an_on_message_that_never_returns_keeps_no_session_whose_peer_has_gone(
-    tmp_path: Path,
+def test_a_session_ends_with_its_peer_though_on_message_never_returns(
+    start: Start,
 ) -> None:
     entered, release = list[asyncio.Event](), asyncio.Event()
 
@@ -7048,23 +7061,23 @@ def test_an_on_message_that_never_returns_keeps_no_session_whose_peer_has_gone(
         entered.append(release)
         await release.wait()
 
-    quick = replace(
-        SMALL, ping_interval=MOMENT, ping_timeout=MOMENT, close_timeout=MOMENT
+    live = start(
+        ping_interval=MOMENT, ping_timeout=MOMENT, close_timeout=MOMENT, on_message=hang
     )
-    with serve(tmp_path, quick, on_message=hang) as live:
-        for leave in (RawClient.close, RawClient.reset):
-            client, before = live.socket(), len(entered)
-            client.subscribe()
-            for _ in range(20):  # more than is read ahead
-                client.say("hello", "x" * 10_000)
-            until(lambda: len(entered) > before)  # noqa: B023
-            leave(client)
-        until(lambda: not live.server.sessions and not live.server.hub.topics)
-        live.call(release.set)
+    for leave in (RawClient.close, RawClient.reset):
+        client, before = live.socket(), len(entered)
+        client.subscribe()
+        for _ in range(20):  # more than is read ahead
+            client.say("hello", "x" * 10_000)
+        until(lambda: len(entered) > before)  # noqa: B023
+        leave(client)
+    until(lambda: live.server.stats()["sessions"] == 0)
+    assert subscribers(live) == 0
+    live.call(release.set)
 
 
-def test_messages_are_handled_one_at_a_time_also_when_their_sender_is_gone(
-    tmp_path: Path,
+def test_messages_are_handled_one_at_a_time_even_after_their_sender_left(
+    start: Start,
 ) -> None:
     handled, at_once, closed = list[int](), list[int](), threading.Event()
 
@@ -7073,19 +7086,17 @@ def test_messages_are_handled_one_at_a_time_also_when_their_sender_is_gone(
         await asyncio.sleep(0.01)
         handled.append(data)
 
-    with serve(tmp_path, on_message=slowly, on_close=lambda *_: closed.set()) as live:
-        client = live.socket()
-        client.send(
-            b"".join(masked(TEXT, b'{"topic":"t","data":%d}' % n) for n in range(12))
-        )
-        until(lambda: handled)
-        client.reset()
-        assert closed.wait(PATIENCE)
-        assert handled == list(range(len(handled)))
-        assert set(at_once) == {0}
+    live = start(on_message=slowly, on_close=lambda *_: closed.set())
+    client = live.socket()
+    client.send(b"".join(text(b'{"topic":"t","data":%d}' % n) for n in range(12)))
+    until(lambda: handled)
+    client.reset()
+    assert closed.wait(PATIENCE)
+    assert handled == list(range(len(handled)))
+    assert set(at_once) == {0}
 
 
-def test_who_gives_up_waiting_for_a_message_loses_none(tmp_path: Path) -> None:
+def test_a_receive_that_times_out_loses_no_message(start: Start) -> None:
     got = list[Any]()
 
     async def impatient(websocket: Any) -> None:
@@ -7095,150 +7106,124 @@ def test_who_gives_up_waiting_for_a_message_loses_none(tmp_path: Path) -> None:
                     got.append(await websocket.receive())
             got.append(await websocket.receive())
 
-    with serve(
-        tmp_path, prepare=lambda server: server.websocket("/raw")(impatient)
-    ) as live:
-        client = live.socket("/raw")
-        client.send(b"".join(masked(TEXT, b"%d" % n) for n in range(50)))
-        client.send_frame(CLOSE, b"\x03\xe8")
-        client.read_close()
-    assert [message for message in got if message is not None] == list(
-        map(str, range(50))
-    )
+    client = start(websocket=impatient).socket("/it")
+    client.send(b"".join(text(b"%d" % n) for n in range(50)))
+    client.send(goodbye(1000))
+    client.read_close()
+    until(lambda: got and got[-1] is None)
+    assert [message for message in got if message is not None] == [
+        str(n) for n in range(50)
+    ]
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
-def test_an_on_message_that_was_cancelled_ends_no_session(
-    tmp_path: Path, error: type[BaseException]
+def test_a_session_goes_on_if_on_message_is_cancelled_or_exits(
+    start: Start, error: type[BaseException]
 ) -> None:
     async def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         raise error
 
-    with serve(tmp_path, on_message=on_message) as live:
-        client = live.socket()
+    live = start(on_message=on_message)
+    client = live.socket()
+    for _ in range(2):
         client.say("hello")
-        client.say("hello")
-        assert client.subscribe()["topic"] == "sync:_default"
-        live.logged("on_message failed")
+    assert client.subscribe()["topic"] == "sync:_default"
+    live.logged("on_message failed")
 
 
 @table(
     "leave",
     {
-        "a close": lambda client: client.send_frame(CLOSE, b"\x03\xe8"),
-        "an end without a close": lambda client: client.half_close(),
-        "a reset": lambda client: client.reset(),
-        "a broken rule": lambda client: client.send_frame(3, b""),
+        "closes": lambda client: client.send(goodbye(1000)),
+        "half-closes": RawClient.half_close,
+        "resets": RawClient.reset,
+        "breaks a rule": lambda client: client.send_frame(3, b""),
     },
 )
 def test_on_close_is_called_once_with_the_session(
-    tmp_path: Path, leave: Callable[[RawClient], None]
+    start: Start, leave: Callable[[RawClient], None]
 ) -> None:
-    closed: list[mizusync.Session] = []
-
-    def on_close(session: mizusync.Session, error: BaseException | None) -> None:
-        closed.append(session)
-
-    with joined(tmp_path, on_close=on_close) as (live, join):
-        client, other = live.socket(), live.socket()
-        session = join(client)
-        leave(client)
-        client.close()
-        until(lambda: closed)
-        assert other.quiet()
-        assert closed == [session]
+    closed = list[mizusync.Session]()
+    live, join = joined(start, on_close=lambda session, error: closed.append(session))
+    client, other = live.socket(), live.socket()
+    session = join(client)
+    leave(client)
+    client.close()
+    until(lambda: closed)
+    assert other.quiet()
+    assert closed == [session]
+    other.close()
+    live.end()
     assert len(closed) == 2
 
 
-def test_a_fault_of_on_close_is_logged_and_hurts_nobody(tmp_path: Path) -> None:
+def test_an_exception_of_on_close_is_logged_and_the_session_ends(start: Start) -> None:
     async def broken(session: mizusync.Session, error: BaseException | None) -> None:
         raise RuntimeError("a secret of the inside")
 
-    with serve(tmp_path, on_close=broken) as live:
-        live.socket().close()
-        live.logged("a secret of the inside")
-        client = live.client()
-        until(lambda: client.request("GET", "/healthz").json["sessions"] == 0)
+    live = start(on_close=broken)
+    live.socket().close()
+    live.logged("a secret of the inside")
+    client = live.client()
+    until(lambda: client.request("GET", "/healthz").json["sessions"] == 0)
 
 
-def test_an_on_close_that_never_returns_does_not_hold_the_end(tmp_path: Path) -> None:
+def test_an_on_close_that_never_returns_does_not_delay_a_stop(start: Start) -> None:
     async def hanging(session: mizusync.Session, error: BaseException | None) -> None:
         await asyncio.Event().wait()
 
-    quick = Settings(
-        shutdown_timeout=MOMENT, linger_timeout=MOMENT, close_timeout=PATIENCE * 3
+    live = start(
+        shutdown_timeout=MOMENT,
+        linger_timeout=MOMENT,
+        close_timeout=PATIENCE * 3,
+        on_close=hanging,
     )
-    with ExitStack() as stack, serve(tmp_path, quick, on_close=hanging) as live:
-        client = stack.enter_context(
-            closing(RawClient(live.address))
-        )  # it outlives the server
-        assert client.upgrade().status == 101  # and answers no close
+    live.socket()  # it stays, and answers no close
+    live.end()
 
 
-def test_the_application_may_close_a_session(tmp_path: Path) -> None:
+def test_the_application_may_close_a_session(start: Start) -> None:
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         session.close(4000, "enough")
 
-    with serve(tmp_path, on_message=on_message) as live:
-        client = live.socket()
-        client.say("hello")
-        assert client.read_frame() == Frame(CLOSE, b"\x0f\xa0enough")
+    live = start(on_message=on_message)
+    client = live.socket()
+    client.say("hello")
+    assert client.read_frame() == Frame(CLOSE, b"\x0f\xa0enough")
 
 
-def test_sessions_have_ids_of_their_own(tmp_path: Path) -> None:
-    with joined(tmp_path) as (live, join):
-        sessions = [join(live.socket(f"/ws?scope={scope}")) for scope in ("one", "two")]
-        assert [session.scope for session in sessions] == ["one", "two"]
-        assert len({session.id for session in sessions}) == 2
-        assert all(isinstance(session.id, str) and session.id for session in sessions)
+def test_sessions_have_ids_of_their_own(start: Start) -> None:
+    live, join = joined(start)
+    sessions = [join(live.socket(f"/ws?scope={scope}")) for scope in ("one", "two")]
+    assert [session.scope for session in sessions] == ["one", "two"]
+    assert len({session.id for session in sessions}) == 2
+    assert all(isinstance(session.id, str) and session.id for session in sessions)
 
 
-def test_a_raw_websocket_echoes_text_and_binary(tmp_path: Path) -> None:
-    with serve(
-        tmp_path, prepare=lambda server: server.websocket("/echo")(echo)
-    ) as live:
-        client = live.socket("/echo")
-        for frame in (
-            Frame(TEXT, b""),
-            Frame(BINARY, bytes(range(256)) * 400),
-            Frame(TEXT, b"\xc3\xa9"),
-        ):
-            client.send_frame(*frame)
-            assert client.read_frame() == frame
-        client.send_frame(CLOSE, b"\x03\xe8")
-        assert client.read_frame().opcode == CLOSE
-        assert client.ended()
-
-
-def test_a_raw_websocket_takes_a_large_message_where_the_settings_allow_it(
-    tmp_path: Path,
+def test_a_raw_websocket_accepts_a_large_message_if_the_settings_allow_it(
+    start: Start,
 ) -> None:
     message = os.urandom(2**23)
-    large = replace(SMALL, max_message_size=2**23)
-    with serve(
-        tmp_path, large, prepare=lambda server: server.websocket("/echo")(echo)
-    ) as live:
-        client = live.socket("/echo")
-        writer = threading.Thread(target=client.send_frame, args=(BINARY, message))
-        writer.start()
-        assert client.read_frame() == Frame(BINARY, message)
-        writer.join(PATIENCE)
+    live = start(max_message_size=2**23, websocket=echo)
+    client = live.socket("/it")
+    writer = threading.Thread(target=client.send_frame, args=(BINARY, message))
+    writer.start()
+    assert client.read_frame() == Frame(BINARY, message)
+    writer.join(PATIENCE)
 
 
-def test_a_raw_websocket_ends_with_its_function(tmp_path: Path) -> None:
+def test_a_raw_websocket_ends_with_its_function(start: Start) -> None:
     async def once(websocket: Any) -> None:
         await websocket.send("bye")
 
-    with serve(
-        tmp_path, prepare=lambda server: server.websocket("/once")(once)
-    ) as live:
-        client = live.socket("/once")
-        assert client.read_frame() == Frame(TEXT, b"bye")
-        assert client.read_close() == 1000
+    live = start(websocket=once)
+    client = live.socket("/it")
+    assert client.read_frame() == Frame(TEXT, b"bye")
+    assert client.read_close() == 1000
 
 
-def test_a_raw_websocket_that_sends_without_end_leaves_others_their_turn_and_ends(
-    tmp_path: Path,
+def test_a_raw_websocket_that_sends_without_end_does_not_starve_others_or_a_stop(
+    start: Start,
 ) -> None:
     ended, late = list[type[BaseException]](), []
 
@@ -7256,85 +7241,74 @@ def test_a_raw_websocket_that_sends_without_end_leaves_others_their_turn_and_end
             while client.sock.recv(2**16):
                 pass
 
-    def prepare(server: Server) -> None:
-        server.websocket("/stream")(stream)
-
-    with serve(tmp_path, replace(SMALL, close_timeout=MOMENT), prepare=prepare) as live:
-        reader = threading.Thread(target=drain, args=[live.socket("/stream")])
-        reader.start()
-        for _ in range(3):
-            assert live.client().request("GET", "/healthz").status == 200
-        live.stop()
-        reader.join(PATIENCE)
+    live = start(close_timeout=MOMENT, websocket=stream)
+    reader = threading.Thread(target=drain, args=[live.socket("/it")])
+    reader.start()
+    for _ in range(3):
+        assert live.client().request("GET", "/healthz").status == 200
+    live.stop()
+    reader.join(PATIENCE)
+    live.end()
     assert (ended, late) == ([mizusync.ConnectionLost], [])
 
 
-def test_a_raw_websocket_that_only_sends_ends_with_its_peer(tmp_path: Path) -> None:
+def test_a_raw_websocket_that_only_sends_ends_with_its_peer(start: Start) -> None:
     async def pour(websocket: Any) -> None:
         while True:
             await websocket.send("x")
 
-    def prepare(server: Server) -> None:
-        server.websocket("/it")(pour)
-
-    with serve(tmp_path, prepare=prepare) as live:
-        client = live.socket("/it", receive_buffer=4096)
-        client.send(masked(TEXT, b"x" * 100_000))  # more than is read ahead
-        client.close()
-        until(lambda: live.server.stats()["connections"] == 0)
+    live = start(websocket=pour)
+    client = live.socket("/it", receive_buffer=4096)
+    client.send(masked(TEXT, b"x" * 100_000))  # more than is read ahead
+    client.close()
+    until(lambda: live.server.stats()["connections"] == 0)
 
 
-def test_a_fault_of_a_raw_websocket_is_logged_and_closes_with_1011(
-    tmp_path: Path,
+def test_an_exception_of_a_raw_websocket_is_logged_and_closes_with_1011(
+    start: Start,
 ) -> None:
     async def broken(websocket: Any) -> None:
         await websocket.send("hello")
         raise RuntimeError("a secret of the inside")
 
-    with serve(
-        tmp_path, prepare=lambda server: server.websocket("/broken")(broken)
-    ) as live:
-        assert live.socket("/broken").read_close() == 1011
-        live.logged("a secret of the inside")
+    live = start(websocket=broken)
+    assert live.socket("/it").read_close() == 1011
+    live.logged("a secret of the inside")
 
 
-def test_a_raw_websocket_whose_function_waits_for_what_is_cancelled_closes_with_1011(
-    tmp_path: Path,
+def test_a_raw_websocket_that_awaits_a_cancelled_future_closes_with_1011(
+    start: Start,
 ) -> None:
     async def cancelling(websocket: Any) -> None:
         await websocket.send("hello")
         await cancelled(websocket.request)
 
-    with serve(
-        tmp_path, prepare=lambda server: server.websocket("/it")(cancelling)
-    ) as live:
-        assert live.socket("/it").read_close() == 1011
-        live.logged("Traceback")
+    live = start(websocket=cancelling)
+    assert live.socket("/it").read_close() == 1011
+    live.logged("Traceback")
 
 
-def test_a_raw_websocket_that_meets_the_loss_of_another_closes_with_1011(
-    tmp_path: Path,
+def test_a_raw_websocket_that_sends_to_a_lost_one_closes_with_1011(
+    start: Start,
 ) -> None:
     gone = list[Any]()
 
     async def relay(websocket: Any) -> None:
         gone.append(websocket)
         async for _ in websocket:
-            await gone[0].send("to one that has gone")
+            await gone[0].send("to a client that has gone")
 
-    with serve(tmp_path, prepare=lambda server: server.websocket("/it")(relay)) as live:
-        first, second = live.socket("/it"), live.socket("/it")
-        until(lambda: len(gone) == 2)
-        first.close()
-        until(lambda: live.server.stats()["connections"] == 1)
-        second.say("hello")
-        assert second.read_close() == 1011
-        live.logged("Traceback")
+    live = start(websocket=relay)
+    first, second = live.socket("/it"), live.socket("/it")
+    until(lambda: len(gone) == 2)
+    first.close()
+    until(lambda: live.server.stats()["connections"] == 1)
+    second.say("hello")
+    assert second.read_close() == 1011
+    live.logged("Traceback")
 
 
-def test_a_raw_websocket_that_a_task_still_reads_ends_as_any_other(
-    tmp_path: Path,
-) -> None:
+def test_a_raw_websocket_ends_though_a_task_still_reads_from_it(start: Start) -> None:
     reading = set[asyncio.Task[Any]]()
 
     async def leave(websocket: Any) -> None:
@@ -7342,12 +7316,12 @@ def test_a_raw_websocket_that_a_task_still_reads_ends_as_any_other(
         reading.add(asyncio.create_task(websocket.receive()))
         await asyncio.sleep(0)
 
-    with serve(tmp_path, prepare=lambda server: server.websocket("/it")(leave)) as live:
-        assert live.socket("/it").read_close() == 1000
-        until(lambda: all(task.done() for task in reading))
+    live = start(websocket=leave)
+    assert live.socket("/it").read_close() == 1000
+    until(lambda: all(task.done() for task in reading))
 
 
-def test_the_websockets_library_hears_hints_with_changes(server: Live) -> None:
+def test_the_websockets_library_gets_hints_with_changes(server: Live) -> None:
     client = pytest.importorskip("websockets.sync.client")
     with client.connect("ws://{}:{}/ws?scope=s".format(*server.address)) as socket:
         socket.send(json.dumps({"topic": "subscribe", "data": {"changes": True}}))
@@ -7361,9 +7335,8 @@ def test_the_websockets_library_hears_hints_with_changes(server: Live) -> None:
 def test_the_httpx_library_is_served_on_one_connection(server: Live) -> None:
     httpx = pytest.importorskip("httpx")
     with httpx.Client(base_url="http://{}:{}".format(*server.address)) as client:
-        chunks = iter(
-            [json.dumps([note("a", "x" * 20_000)]).encode()]
-        )  # without a length
+        # An iterator has no length, so the body comes in chunks.
+        chunks = iter([json.dumps([note("a", "x" * 20_000)]).encode()])
         json_type = {"Content-Type": "application/json"}
         (result,) = client.post("/sync/push", content=chunks, headers=json_type).json()
         assert client.get("/sync/pull").json()["changes"] == result["changes"]
@@ -7373,7 +7346,7 @@ def test_the_httpx_library_is_served_on_one_connection(server: Live) -> None:
         assert server.server.stats()["connections"] == 1
 
 
-def test_the_aiohttp_library_pushes_follows_and_is_asked_for_its_body(
+def test_the_aiohttp_library_pushes_subscribes_and_is_asked_for_its_body(
     server: Live,
 ) -> None:
     aiohttp = pytest.importorskip("aiohttp")
@@ -7447,16 +7420,16 @@ def test_the_host_of_a_whole_address_is_the_host(visitor: RawClient) -> None:
     assert refused(visitor.request("GET", "http://evil.example/sync/pull"), 400, 403)
 
 
-def test_a_host_that_is_allowed_is_taken(tmp_path: Path) -> None:
-    with serve(tmp_path, allow_host=["sync.example"]) as live:
-        client = live.client()
-        assert (
-            client.request("GET", "/sync/pull", headers={"Host": "sync.example"}).status
-            == 200
-        )
-        assert refused(
-            client.request("GET", "/sync/pull", headers={"Host": "evil.example"}), 403
-        )
+def test_a_host_that_is_allowed_is_taken(start: Start) -> None:
+    live = start(allow_host=["sync.example"])
+    client = live.client()
+    assert (
+        client.request("GET", "/sync/pull", headers={"Host": "sync.example"}).status
+        == 200
+    )
+    assert refused(
+        client.request("GET", "/sync/pull", headers={"Host": "evil.example"}), 403
+    )
 
 
 FOREIGN = [
@@ -7501,50 +7474,48 @@ def test_its_own_origin_is_taken(client: RawClient) -> None:
     assert client.upgrade(headers=headers).status == 101
 
 
-def test_an_allowed_origin_may_use_what_methods_a_route_has(tmp_path: Path) -> None:
+def test_an_allowed_origin_may_use_what_methods_a_route_has(start: Start) -> None:
     def prepare(server: Server) -> None:
         server.route("PUT", "/it")(lambda request: b"")
 
     headers = {"Origin": "https://app.example", "Access-Control-Request-Method": "PUT"}
-    with serve(tmp_path, prepare=prepare, allow_origin=["https://app.example"]) as live:
-        preflight = live.client().request("OPTIONS", "/it", headers=headers)
-        assert "PUT" in preflight.headers["access-control-allow-methods"].split(", ")
+    live = start(prepare=prepare, allow_origin=["https://app.example"])
+    preflight = live.client().request("OPTIONS", "/it", headers=headers)
+    assert "PUT" in preflight.headers["access-control-allow-methods"].split(", ")
 
 
-def test_an_allowed_origin_is_told_so(tmp_path: Path) -> None:
-    with serve(tmp_path, allow_origin=["https://app.example"]) as live:
-        client = live.client()
-        headers = {"Origin": "https://app.example"}
-        asked = {
-            "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization,content-type",
-        }
-        preflight = client.request("OPTIONS", "/sync/push", headers=headers | asked)
-        assert preflight.status == 204
-        assert "POST" in preflight.headers["access-control-allow-methods"]
-        allowed = preflight.headers["access-control-allow-headers"].lower()
-        assert "content-type" in allowed
-        assert "authorization" in allowed
-        pushed = client.request("POST", "/sync/push", BODY, headers)
-        missing = client.request("GET", "/nowhere", headers=headers)
-        for reply in (preflight, pushed, missing):
-            assert reply.headers["access-control-allow-origin"] == "https://app.example"
-            assert "origin" in reply.headers["vary"].lower()
-        assert client.upgrade(headers=headers).status == 101
+def test_an_allowed_origin_is_told_so(start: Start) -> None:
+    live = start(allow_origin=["https://app.example"])
+    client = live.client()
+    headers = {"Origin": "https://app.example"}
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    preflight = client.request("OPTIONS", "/sync/push", headers=headers | asked)
+    assert preflight.status == 204
+    assert "POST" in preflight.headers["access-control-allow-methods"]
+    allowed = preflight.headers["access-control-allow-headers"].lower()
+    assert "content-type" in allowed
+    assert "authorization" in allowed
+    pushed = client.request("POST", "/sync/push", BODY, headers)
+    missing = client.request("GET", "/nowhere", headers=headers)
+    for reply in (preflight, pushed, missing):
+        assert reply.headers["access-control-allow-origin"] == "https://app.example"
+        assert "origin" in reply.headers["vary"].lower()
+    assert client.upgrade(headers=headers).status == 101
 
 
-def test_an_origin_like_an_allowed_one_is_forbidden(tmp_path: Path) -> None:
-    with serve(tmp_path, allow_origin=["https://app.example"]) as live:
-        for origin in (
-            "https://app.example.evil.example",
-            "http://app.example",
-            "https://evil",
-        ):
-            headers = {"Origin": origin}
-            assert refused(
-                live.client().request("POST", "/sync/push", BODY, headers), 403
-            )
-            assert refused(live.client().upgrade(headers=headers), 403)
+def test_an_origin_like_an_allowed_one_is_forbidden(start: Start) -> None:
+    live = start(allow_origin=["https://app.example"])
+    for origin in (
+        "https://app.example.evil.example",
+        "http://app.example",
+        "https://evil",
+    ):
+        headers = {"Origin": origin}
+        assert refused(live.client().request("POST", "/sync/push", BODY, headers), 403)
+        assert refused(live.client().upgrade(headers=headers), 403)
 
 
 @table(
@@ -7555,13 +7526,11 @@ def test_an_origin_like_an_allowed_one_is_forbidden(tmp_path: Path) -> None:
         "neither": "http://localhost:5173",
     },
 )
-def test_an_origin_may_be_allowed_as_people_write_it(
-    tmp_path: Path, given: str
-) -> None:
+def test_an_origin_may_be_allowed_as_people_write_it(start: Start, given: str) -> None:
     headers = {"Origin": "http://localhost:5173"}
-    with serve(tmp_path, allow_origin=[given]) as live:
-        reply = live.client().request("GET", "/sync/pull", headers=headers)
-        assert reply.headers["access-control-allow-origin"] == "http://localhost:5173"
+    live = start(allow_origin=[given])
+    reply = live.client().request("GET", "/sync/pull", headers=headers)
+    assert reply.headers["access-control-allow-origin"] == "http://localhost:5173"
 
 
 @pytest.mark.parametrize(
@@ -7575,20 +7544,20 @@ def test_an_origin_may_be_allowed_as_people_write_it(
     ],
 )
 def test_an_allowed_origin_is_compared_as_browsers_send_it(
-    tmp_path: Path, given: str, sent: str
+    start: Start, given: str, sent: str
 ) -> None:
-    with serve(tmp_path, allow_origin=[given]) as live:
-        reply = live.client().request("GET", "/sync/pull", headers={"Origin": sent})
-        assert reply.headers["access-control-allow-origin"] == sent
+    live = start(allow_origin=[given])
+    reply = live.client().request("GET", "/sync/pull", headers={"Origin": sent})
+    assert reply.headers["access-control-allow-origin"] == sent
 
 
 @pytest.mark.parametrize(
     "given", ["Sync.Example", "sync.example:8080", "sync.example/"]
 )
-def test_a_host_may_be_allowed_as_people_write_it(tmp_path: Path, given: str) -> None:
-    with serve(tmp_path, allow_host=[given]) as live:
-        headers = {"Host": "sync.example:8080"}
-        assert live.client().request("GET", "/sync/pull", headers=headers).status == 200
+def test_a_host_may_be_allowed_as_people_write_it(start: Start, given: str) -> None:
+    live = start(allow_host=[given])
+    headers = {"Host": "sync.example:8080"}
+    assert live.client().request("GET", "/sync/pull", headers=headers).status == 200
 
 
 NOWHERE = "/nowhere/todos.db"  # a program that takes its arguments ends with 1
@@ -7663,25 +7632,24 @@ def test_what_is_no_list_of_strings_is_a_type_error(
         Server(engine, **options)
 
 
-def test_a_page_of_an_allowed_origin_may_read_when_to_come_back(tmp_path: Path) -> None:
+def test_a_page_of_an_allowed_origin_may_read_when_to_come_back(start: Start) -> None:
     def busy(server: Server) -> None:
         server.route("GET", "/busy")(failing(Unavailable("come back later")))
 
     ours, other = {"Origin": "https://app.example"}, {"Origin": "https://other.example"}
-    with serve(tmp_path, prepare=busy, allow_origin=["https://app.example"]) as live:
-        client = live.client()
-        assert refused(reply := client.request("GET", "/busy", headers=ours), 503)
-        exposed = reply.headers["access-control-expose-headers"]
-        assert "retry-after" in exposed.lower().split(", ")
-        for headers in (other, {}):
-            reply = client.request("GET", "/busy", headers=headers)
-            assert "access-control-expose-headers" not in reply.headers
+    live = start(prepare=busy, allow_origin=["https://app.example"])
+    client = live.client()
+    assert refused(reply := client.request("GET", "/busy", headers=ours), 503)
+    exposed = reply.headers["access-control-expose-headers"]
+    assert "retry-after" in exposed.lower().split(", ")
+    for headers in (other, {}):
+        reply = client.request("GET", "/busy", headers=headers)
+        assert "access-control-expose-headers" not in reply.headers
 
 
 @pytest.fixture
-def guarded(tmp_path: Path) -> Iterator[Live]:
-    with serve(tmp_path, token="s3cret-token") as live:
-        yield live
+def guarded(start: Start) -> Live:
+    return start(token="s3cret-token")
 
 
 BAD_TOKENS = [
@@ -7809,9 +7777,8 @@ def doors() -> Doors:
 
 
 @pytest.fixture
-def watched(tmp_path: Path, doors: Doors) -> Iterator[Live]:
-    with serve(tmp_path, on_auth=doors.later) as live:
-        yield live
+def watched(start: Start, doors: Doors) -> Live:
+    return start(on_auth=doors.later)
 
 
 def test_a_push_fails_alone_where_its_scope_is_forbidden(watched: Live) -> None:
@@ -7871,37 +7838,37 @@ def test_a_scope_that_is_not_allowed_cannot_be_subscribed_to(watched: Live) -> N
 
 @table("gate", {"a function": Doors().now, "a coroutine": Doors().later})
 def test_what_on_auth_returned_is_the_identity(
-    tmp_path: Path, gate: Callable[[mizusync.Request, str], Any]
+    start: Start, gate: Callable[[mizusync.Request, str], Any]
 ) -> None:
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         session.send("you", session.identity)
 
-    with serve(tmp_path, on_auth=gate, on_message=on_message) as live:
-        (result,) = live.client().push({"id": "a", "name": "who"}, headers=ANN)
-        assert result["changes"][0]["data"] == "ann"
-        client = live.socket("/ws", ANN)
-        client.say("who?")
-        assert client.read_json() == {"topic": "you", "data": "ann"}
+    live = start(on_auth=gate, on_message=on_message)
+    (result,) = live.client().push({"id": "a", "name": "who"}, headers=ANN)
+    assert result["changes"][0]["data"] == "ann"
+    client = live.socket("/ws", ANN)
+    client.say("who?")
+    assert client.read_json() == {"topic": "you", "data": "ann"}
 
 
-def test_a_fault_of_on_auth_lets_nobody_in(tmp_path: Path) -> None:
+def test_a_fault_of_on_auth_lets_nobody_in(start: Start) -> None:
     def broken(request: mizusync.Request, scope: str) -> None:
         raise KeyError("a secret of the inside")
 
-    with serve(tmp_path, on_auth=broken) as live:
-        client = live.client()
-        assert refused(client.request("POST", "/sync/push", BODY), 500)
-        assert refused(client.request("GET", "/sync/pull"), 500)
-        reply = client.upgrade()
-        assert refused(reply, 500)
-        assert b"secret" not in reply.body
-        live.logged("a secret of the inside")
-        assert live.call(live.engine.current, "_default") == 0
+    live = start(on_auth=broken)
+    client = live.client()
+    assert refused(client.request("POST", "/sync/push", BODY), 500)
+    assert refused(client.request("GET", "/sync/pull"), 500)
+    reply = client.upgrade()
+    assert refused(reply, 500)
+    assert b"secret" not in reply.body
+    live.logged("a secret of the inside")
+    assert live.call(live.engine.current, "_default") == 0
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["a function", "a coroutine"])
 def test_an_on_auth_that_returns_false_forbids_the_scope(
-    tmp_path: Path, waits: bool
+    start: Start, waits: bool
 ) -> None:
     def user_may(request: mizusync.Request, scope: str) -> bool:
         return scope == "open"
@@ -7909,43 +7876,42 @@ def test_an_on_auth_that_returns_false_forbids_the_scope(
     async def user_may_later(request: mizusync.Request, scope: str) -> bool:
         return user_may(request, scope)
 
-    with serve(tmp_path, on_auth=user_may_later if waits else user_may) as live:
-        client = live.client()
-        no, yes = client.push(note("a"), note("b", scope="open"))
-        assert (no["code"], yes["ok"]) == ("forbidden", True)
-        assert refused(client.request("GET", "/sync/pull"), 403)
-        assert refused(client.request("GET", "/sync/snapshot"), 403)
-        assert refused(client.upgrade(), 403)
-        session = live.socket("/ws?scope=open")
-        assert session.subscribe(scope="_default")["data"]["code"] == "forbidden"
-        assert session.subscribe()["data"]["cursor"] == yes["cursor"]
+    live = start(on_auth=user_may_later if waits else user_may)
+    client = live.client()
+    no, yes = client.push(note("a"), note("b", scope="open"))
+    assert (no["code"], yes["ok"]) == ("forbidden", True)
+    assert refused(client.request("GET", "/sync/pull"), 403)
+    assert refused(client.request("GET", "/sync/snapshot"), 403)
+    assert refused(client.upgrade(), 403)
+    session = live.socket("/ws?scope=open")
+    assert session.subscribe(scope="_default")["data"]["code"] == "forbidden"
+    assert session.subscribe()["data"]["cursor"] == yes["cursor"]
 
 
 @pytest.mark.parametrize("identity", [None, 0, "", True, ()])
 def test_every_other_value_that_on_auth_returns_is_an_identity(
-    tmp_path: Path, identity: Any
+    start: Start, identity: Any
 ) -> None:
-    with serve(tmp_path, on_auth=lambda request, scope: identity) as live:
-        (result,) = live.client().push({"id": "a", "name": "who"})
-        assert result["changes"][0]["data"] == (
-            list(identity) if identity == () else identity
-        )
+    live = start(on_auth=lambda request, scope: identity)
+    (result,) = live.client().push({"id": "a", "name": "who"})
+    assert result["changes"][0]["data"] == (
+        list(identity) if identity == () else identity
+    )
 
 
 def test_a_session_whose_permission_ended_is_closed_with_1008(
-    tmp_path: Path, doors: Doors
+    start: Start, doors: Doors
 ) -> None:
-    settings = replace(SMALL, auth_interval=MOMENT / 2)
-    with serve(tmp_path, settings, on_auth=doors.later) as live:
-        client = live.socket("/ws", ANN)
-        until(lambda: len(doors.asked) > 2)
-        assert client.subscribe()["topic"] == "sync:_default"
-        doors.shut = True
-        assert client.read_close() == 1008
+    live = start(**ASKING, on_auth=doors.later)
+    client = live.socket("/ws", ANN)
+    until(lambda: len(doors.asked) > 2)
+    assert client.subscribe()["topic"] == "sync:_default"
+    doors.shut = True
+    assert client.read_close() == 1008
 
 
 def test_an_on_auth_that_hangs_when_it_is_asked_again_is_asked_once_more(
-    tmp_path: Path,
+    start: Start,
 ) -> None:
     asked: list[str] = []
 
@@ -7956,14 +7922,12 @@ def test_an_on_auth_that_hangs_when_it_is_asked_again_is_asked_once_more(
         if len(asked) > 2:
             raise mizusync.Forbidden("no more")
 
-    with serve(
-        tmp_path, replace(SMALL, auth_interval=MOMENT / 2), on_auth=on_auth
-    ) as live:
-        assert live.socket().read_close() == 1008
-        live.logged("TimeoutError")
+    live = start(auth_interval=MOMENT / 2, on_auth=on_auth)
+    assert live.socket().read_close() == 1008
+    live.logged("TimeoutError")
 
 
-ASKING = replace(SMALL, auth_interval=MOMENT / 2)
+ASKING = {"auth_interval": MOMENT / 2}  # seconds
 
 
 class Permits:
@@ -7995,81 +7959,78 @@ def permits() -> Permits:
 
 @table("no", {"Forbidden": mizusync.Forbidden("no more"), "False": False})
 def test_a_scope_whose_permission_ended_is_unsubscribed_and_told(
-    tmp_path: Path, permits: Permits, no: Any
+    start: Start, permits: Permits, no: Any
 ) -> None:
-    with serve(tmp_path, ASKING, on_auth=permits) as live:
-        client = live.socket()
-        client.subscribe(scope="s")
-        client.subscribe(scope="t")
-        permits.answers["s"] = no
-        told = client.read_json()
-        assert told["topic"] == "error"
-        assert (told["data"]["code"], told["data"]["scope"]) == ("forbidden", "s")
-        live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(
-            PATIENCE
-        )
-        assert client.read_json()["topic"] == "sync:t"  # the session goes on
-        permits.ask_again()
-        assert client.quiet()  # it is told once
-        permits.answers.clear()
-        assert client.subscribe(scope="s")["data"]["cursor"] == 1
+    live = start(**ASKING, on_auth=permits)
+    client = live.socket()
+    client.subscribe(scope="s")
+    client.subscribe(scope="t")
+    permits.answers["s"] = no
+    told = client.read_json()
+    assert told["topic"] == "error"
+    assert (told["data"]["code"], told["data"]["scope"]) == ("forbidden", "s")
+    live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(PATIENCE)
+    assert client.read_json()["topic"] == "sync:t"  # the session goes on
+    permits.ask_again()
+    assert client.quiet()  # it is told once
+    permits.answers.clear()
+    assert client.subscribe(scope="s")["data"]["cursor"] == 1
 
 
 def test_a_subscribe_that_is_refused_ends_the_subscription_of_before(
-    tmp_path: Path, permits: Permits
+    start: Start, permits: Permits
 ) -> None:
-    with serve(tmp_path, on_auth=permits) as live:  # nothing but the client asks
-        client = live.socket()
-        client.subscribe(scope="s")
-        client.subscribe(scope="t")
-        permits.answers["s"] = mizusync.Forbidden("no more")
-        client.say("subscribe", {"scope": "s"})
-        told = client.read_json()["data"]
-        assert (told["code"], told["scope"]) == ("forbidden", "s")
-        live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(
-            PATIENCE
-        )
-        assert client.read_json()["topic"] == "sync:t"
-        assert client.quiet()
+    # nothing but the client asks
+    live = start(on_auth=permits)
+    client = live.socket()
+    client.subscribe(scope="s")
+    client.subscribe(scope="t")
+    permits.answers["s"] = mizusync.Forbidden("no more")
+    client.say("subscribe", {"scope": "s"})
+    told = client.read_json()["data"]
+    assert (told["code"], told["scope"]) == ("forbidden", "s")
+    live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(PATIENCE)
+    assert client.read_json()["topic"] == "sync:t"
+    assert client.quiet()
 
 
 def test_a_session_may_outlive_the_scope_that_it_came_with(
-    tmp_path: Path, permits: Permits
+    start: Start, permits: Permits
 ) -> None:
-    with serve(tmp_path, ASKING, on_auth=permits) as live:
-        client = live.socket("/ws?scope=own")
-        client.subscribe(scope="other")
-        permits.answers["own"] = mizusync.Forbidden("no more")
-        assert client.read_json()["data"]["scope"] == "own"
-        permits.ask_again()
-        assert client.quiet()
-        permits.answers["other"] = mizusync.Forbidden("no more")
-        assert client.read_json()["data"]["scope"] == "other"
-        assert client.read_close() == 1008
+    live = start(**ASKING, on_auth=permits)
+    client = live.socket("/ws?scope=own")
+    client.subscribe(scope="other")
+    permits.answers["own"] = mizusync.Forbidden("no more")
+    assert client.read_json()["data"]["scope"] == "own"
+    permits.ask_again()
+    assert client.quiet()
+    permits.answers["other"] = mizusync.Forbidden("no more")
+    assert client.read_json()["data"]["scope"] == "other"
+    assert client.read_close() == 1008
 
 
 def test_a_session_without_a_scope_that_is_left_is_closed_with_1008(
-    tmp_path: Path, permits: Permits
+    start: Start, permits: Permits
 ) -> None:
-    with serve(tmp_path, ASKING, on_auth=permits) as live:
-        client = live.socket()
-        client.subscribe(scope="s")
-        permits.answers |= {"s": False, "_default": False}
-        assert client.read_close() == 1008
+    live = start(**ASKING, on_auth=permits)
+    client = live.socket()
+    client.subscribe(scope="s")
+    permits.answers |= {"s": False, "_default": False}
+    assert client.read_close() == 1008
 
 
 def test_a_client_that_is_unknown_now_is_closed_with_1008_whatever_scopes_are_left(
-    tmp_path: Path, permits: Permits
+    start: Start, permits: Permits
 ) -> None:
-    with serve(tmp_path, ASKING, on_auth=permits) as live:
-        client = live.socket()
-        client.subscribe(scope="s")
-        permits.answers["s"] = mizusync.Unauthorized("who?")
-        assert client.read_close() == 1008
+    live = start(**ASKING, on_auth=permits)
+    client = live.socket()
+    client.subscribe(scope="s")
+    permits.answers["s"] = mizusync.Unauthorized("who?")
+    assert client.read_close() == 1008
 
 
 def test_the_identity_of_a_session_follows_the_answer_for_the_scope_that_it_came_with(
-    tmp_path: Path, permits: Permits
+    start: Start, permits: Permits
 ) -> None:
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         session.send("you", session.identity)
@@ -8078,14 +8039,14 @@ def test_the_identity_of_a_session_follows_the_answer_for_the_scope_that_it_came
         client.say("who?")
         return client.read_json()["data"]
 
-    with serve(tmp_path, ASKING, on_auth=permits, on_message=on_message) as live:
-        client = live.socket("/ws?scope=own")
-        client.subscribe(scope="other")
-        assert who(client) == "ann"
-        permits.answers |= {"other": "nobody", "own": "ann, admin"}
-        until(lambda: who(client) == "ann, admin")
-        permits.ask_again()
-        assert who(client) == "ann, admin"
+    live = start(**ASKING, on_auth=permits, on_message=on_message)
+    client = live.socket("/ws?scope=own")
+    client.subscribe(scope="other")
+    assert who(client) == "ann"
+    permits.answers |= {"other": "nobody", "own": "ann, admin"}
+    until(lambda: who(client) == "ann, admin")
+    permits.ask_again()
+    assert who(client) == "ann, admin"
 
 
 @table(
@@ -8093,20 +8054,18 @@ def test_the_identity_of_a_session_follows_the_answer_for_the_scope_that_it_came
     {"fails": KeyError("inside"), "hangs": ..., "is busy": Unavailable("later")},
 )
 def test_a_session_is_closed_with_1011_once_on_auth_failed_three_times_in_a_row(
-    tmp_path: Path, permits: Permits, fault: Any
+    start: Start, permits: Permits, fault: Any
 ) -> None:
-    with serve(tmp_path, ASKING, on_auth=permits, may_log="on_auth failed") as live:
-        client = live.socket()
-        permits.answers["_default"] = fault
-        before = permits.asked
-        assert client.read_close() == 1011
-        assert permits.asked >= before + 3
-        assert (
-            len([text for text in live.records.texts if "on_auth failed" in text]) == 3
-        )
+    live = start(**ASKING, on_auth=permits, may_log="on_auth failed")
+    client = live.socket()
+    permits.answers["_default"] = fault
+    before = permits.asked
+    assert client.read_close() == 1011
+    assert permits.asked >= before + 3
+    assert len([text for text in live.records.texts if "on_auth failed" in text]) == 3
 
 
-def test_two_failures_of_on_auth_and_an_answer_are_no_three(tmp_path: Path) -> None:
+def test_two_failures_of_on_auth_and_an_answer_are_no_three(start: Start) -> None:
     asked = itertools.count()
 
     def on_auth(request: mizusync.Request, scope: str) -> str:
@@ -8114,45 +8073,43 @@ def test_two_failures_of_on_auth_and_an_answer_are_no_three(tmp_path: Path) -> N
             raise KeyError("inside")
         return "ann"
 
-    with serve(tmp_path, ASKING, on_auth=on_auth, may_log="on_auth failed") as live:
-        client = live.socket()
-        until(lambda: len(live.records.texts) >= 8)
-        assert client.quiet()
+    live = start(**ASKING, on_auth=on_auth, may_log="on_auth failed")
+    client = live.socket()
+    until(lambda: len(live.records.texts) >= 8)
+    assert client.quiet()
 
 
 def test_no_scope_that_is_not_answered_for_keeps_another_from_its_end(
-    tmp_path: Path, permits: Permits
+    start: Start, permits: Permits
 ) -> None:
     scopes = [*map(str, range(9)), "_default"]
-    with serve(tmp_path, ASKING, on_auth=permits, may_log="on_auth failed") as live:
-        client = live.socket()
-        for scope in (*scopes, "s"):
-            client.subscribe(scope=scope)
-        permits.answers = dict.fromkeys(scopes, ...) | {
-            "s": mizusync.Forbidden("no more")
-        }
-        assert client.read_json()["data"]["scope"] == "s"
+    live = start(**ASKING, on_auth=permits, may_log="on_auth failed")
+    client = live.socket()
+    for scope in (*scopes, "s"):
+        client.subscribe(scope=scope)
+    permits.answers = dict.fromkeys(scopes, ...) | {"s": mizusync.Forbidden("no more")}
+    assert client.read_json()["data"]["scope"] == "s"
 
 
 @pytest.mark.parametrize("target", ["/ws", "/sync/pull", "subscribe"])
 def test_a_client_that_goes_while_on_auth_thinks_is_forgotten(
-    tmp_path: Path, target: str
+    start: Start, target: str
 ) -> None:
     async def think(request: mizusync.Request, scope: str) -> None:
         if scope != "quick":
             await asyncio.Event().wait()
 
-    with serve(tmp_path, on_auth=think) as live:
-        before = live.tasks()
-        if target == "subscribe":
-            client = live.socket("/ws?scope=quick")
-            client.say("subscribe", {"scope": "another"})
-        else:
-            client = live.client()
-            client.send(RUDE_UPGRADE.replace(b"/ws", target.encode()))
-        until(lambda: live.tasks() > before)
-        client.reset()
-        until(lambda: live.tasks() <= before)
+    live = start(on_auth=think)
+    before = live.tasks()
+    if target == "subscribe":
+        client = live.socket("/ws?scope=quick")
+        client.say("subscribe", {"scope": "another"})
+    else:
+        client = live.client()
+        client.send(RUDE_UPGRADE.replace(b"/ws", target.encode()))
+    until(lambda: live.tasks() > before)
+    client.reset()
+    until(lambda: live.tasks() <= before)
 
 
 NO_TOKENS = ["", " ", "a b", "a,b", "YWJj/Q==", "a\n", "b\u00fccher", '"a"', "\udcff"]
@@ -8174,14 +8131,14 @@ def test_a_token_that_is_no_string_is_a_type_error(engine: Engine) -> None:
 
 
 def test_a_token_of_every_character_that_it_may_have_opens_both_ways(
-    tmp_path: Path,
+    start: Start,
 ) -> None:
     token = "!#$%&'*+-.^_`|~09AZaz"
     offer = {"Sec-WebSocket-Protocol": f"mizusync, bearer.{token}"}
-    with serve(tmp_path, token=token) as live:
-        shown = {"Authorization": f"Bearer {token}"}
-        assert live.client().request("GET", "/sync/pull", headers=shown).status == 200
-        assert live.client().upgrade(headers=offer).status == 101
+    live = start(token=token)
+    shown = {"Authorization": f"Bearer {token}"}
+    assert live.client().request("GET", "/sync/pull", headers=shown).status == 200
+    assert live.client().upgrade(headers=offer).status == 101
 
 
 def test_no_second_scope_leads_around_on_auth(watched: Live) -> None:
@@ -8205,28 +8162,22 @@ def test_no_method_and_no_key_twice_leads_around_on_auth(watched: Live) -> None:
 
 
 def test_a_pull_whose_permission_ended_while_it_waited_gives_nothing(
-    tmp_path: Path, doors: Doors
+    start: Start, doors: Doors
 ) -> None:
-    with serve(tmp_path, on_auth=doors.later) as live:
-        client = live.client()
-        client.send(get(b"/sync/pull?wait=60", b"X-Name: ann"))
-        until(lambda: doors.asked)
-        doors.shut = True
-        live.engine.submit([note("a")]).result(PATIENCE)
-        assert refused(client.response(), 401)
+    live = start(on_auth=doors.later)
+    client = live.client()
+    client.send(get(b"/sync/pull?wait=60", b"X-Name: ann"))
+    until(lambda: doors.asked)
+    doors.shut = True
+    live.engine.submit([note("a")]).result(PATIENCE)
+    assert refused(client.response(), 401)
 
 
-def test_a_preflight_needs_no_token(tmp_path: Path) -> None:
-    with serve(tmp_path, token="s3cret", allow_origin=["https://app.example"]) as live:
-        asked = {
-            "Origin": "https://app.example",
-            "Access-Control-Request-Method": "POST",
-        }
-        reply = live.client().request("OPTIONS", "/sync/push", headers=asked)
-        assert (reply.status, "authorization" in str(reply.headers).lower()) == (
-            204,
-            True,
-        )
+def test_a_preflight_needs_no_token(start: Start) -> None:
+    live = start(token="s3cret", allow_origin=["https://app.example"])
+    asked = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+    reply = live.client().request("OPTIONS", "/sync/push", headers=asked)
+    assert (reply.status, "authorization" in str(reply.headers).lower()) == (204, True)
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else(tmp_path: Path) -> None:
@@ -8271,18 +8222,18 @@ def test_the_log_has_no_token_and_no_line_of_a_clients_making(tmp_path: Path) ->
 # Routes of the application's own, limits of the whole, and an end that loses nothing.
 
 
-def test_the_page_is_served(tmp_path: Path) -> None:
+def test_the_page_is_served(start: Start, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("<!doctype html><title>caf\u00e9</title>", encoding="utf-8")
-    with serve(tmp_path, page=page) as live:
-        reply = live.client().request("GET", "/")
-        assert (reply.status, reply.body) == (200, page.read_bytes())
-        assert (
-            reply.headers["content-type"].replace(" ", "").lower()
-            == "text/html;charset=utf-8"
-        )
-        assert reply.headers["cache-control"] == "no-store"
-        assert refused(live.client().request("POST", "/", b""), 405)
+    live = start(page=page)
+    reply = live.client().request("GET", "/")
+    assert (reply.status, reply.body) == (200, page.read_bytes())
+    assert (
+        reply.headers["content-type"].replace(" ", "").lower()
+        == "text/html;charset=utf-8"
+    )
+    assert reply.headers["cache-control"] == "no-store"
+    assert refused(live.client().request("POST", "/", b""), 405)
 
 
 def test_a_server_in_a_thread_ends_in_order_when_it_is_told_to_stop(
@@ -8371,31 +8322,30 @@ def prepared(server: Server) -> None:
 
 
 def test_routes_of_the_application_give_text_bytes_json_or_a_response(
-    tmp_path: Path,
+    start: Start,
 ) -> None:
-    with serve(tmp_path, prepare=prepared) as live:
-        client = live.client()
-        assert client.request("GET", "/text?name=a+b").body.decode() == "h\u00e9llo a b"
-        assert (
-            client.request("POST", "/upper", b"abc", {"Content-Type": "x/y"}).body
-            == b"ABC"
-        )
-        assert client.request("GET", "/json").json == {"x": [1, None]}
-        made = client.request("GET", "/response")
-        assert (made.status, made.body, made.headers["x-a"]) == (201, b"made", "1")
-        assert made.headers["content-type"] == "a/b"
-        assert set(
-            client.request("OPTIONS", "/upper").headers["allow"].split(", ")
-        ) >= {"POST"}
+    live = start(prepare=prepared)
+    client = live.client()
+    assert client.request("GET", "/text?name=a+b").body.decode() == "h\u00e9llo a b"
+    assert (
+        client.request("POST", "/upper", b"abc", {"Content-Type": "x/y"}).body == b"ABC"
+    )
+    assert client.request("GET", "/json").json == {"x": [1, None]}
+    made = client.request("GET", "/response")
+    assert (made.status, made.body, made.headers["x-a"]) == (201, b"made", "1")
+    assert made.headers["content-type"] == "a/b"
+    assert set(client.request("OPTIONS", "/upper").headers["allow"].split(", ")) >= {
+        "POST"
+    }
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"NaN", b"\xff", b"[" * 65 + b"]" * 65])
 def test_a_route_that_wants_json_refuses_what_is_none(
-    tmp_path: Path, body: bytes
+    start: Start, body: bytes
 ) -> None:
-    with serve(tmp_path, prepare=prepared) as live:
-        assert refused(live.client().request("POST", "/keys", body), 400)
-        assert live.client().request("POST", "/keys", b'{"a": [1]}').json == ["a"]
+    live = start(prepare=prepared)
+    assert refused(live.client().request("POST", "/keys", body), 400)
+    assert live.client().request("POST", "/keys", b'{"a": [1]}').json == ["a"]
 
 
 @table(
@@ -8447,7 +8397,7 @@ def test_a_websocket_that_would_never_match_or_is_taken_is_refused(
         server.websocket(target)(echo)
 
 
-def test_a_refused_route_leaves_all_as_it_was(tmp_path: Path) -> None:
+def test_a_refused_route_leaves_all_as_it_was(start: Start) -> None:
     def prepare(server: Server) -> None:
         for method, path in (
             ("GET", "/sync/pull"),
@@ -8460,13 +8410,13 @@ def test_a_refused_route_leaves_all_as_it_was(tmp_path: Path) -> None:
             server.route("GET", path)(lambda request: request.path)
         server.route("PUT", "/sync/pull")(lambda request: b"put")
 
-    with serve(tmp_path, prepare=prepare) as live:
-        client = live.client()
-        assert client.pull()["changes"] == []
-        assert refused(client.request("GET", "/other"), 404)
-        assert client.request("PUT", "/sync/pull", b"").body == b"put"
-        for target in ("/literal/(id)", "/caf%C3%A9%20$1", "/a:b"):
-            assert client.request("GET", target).status == 200
+    live = start(prepare=prepare)
+    client = live.client()
+    assert client.pull()["changes"] == []
+    assert refused(client.request("GET", "/other"), 404)
+    assert client.request("PUT", "/sync/pull", b"").body == b"put"
+    for target in ("/literal/(id)", "/caf%C3%A9%20$1", "/a:b"):
+        assert client.request("GET", target).status == 200
 
 
 class Odd(mizusync.SyncError, status=499, code="odd"):
@@ -8523,15 +8473,13 @@ AMISS = {
 
 @table("handler", AMISS)
 def test_what_a_route_does_amiss_is_logged_and_answered(
-    tmp_path: Path, handler: Callable[[Any], Any]
+    start: Start, handler: Callable[[Any], Any]
 ) -> None:
-    with serve(
-        tmp_path, prepare=lambda server: server.route("GET", "/it")(handler)
-    ) as live:
-        client = live.client()
-        assert refused(client.request("GET", "/it"), 500)
-        live.logged("Traceback")
-        assert client.request("GET", "/healthz").status == 200  # on the same connection
+    live = start(route=handler)
+    client = live.client()
+    assert refused(client.request("GET", "/it"), 500)
+    live.logged("Traceback")
+    assert client.request("GET", "/healthz").status == 200  # on the same connection
 
 
 class Large(mizusync.Response):
@@ -8541,37 +8489,32 @@ class Large(mizusync.Response):
         super().__init__(200, text.encode(), {}, "text/plain")
 
 
-def test_a_response_may_be_of_a_class_of_its_own(tmp_path: Path) -> None:
+def test_a_response_may_be_of_a_class_of_its_own(start: Start) -> None:
     def prepare(server: Server) -> None:
         server.route("GET", "/it")(lambda request: Large("x" * 20_000))
 
     headers = {"Accept-Encoding": "gzip", "Origin": "https://app.example"}
-    with serve(tmp_path, prepare=prepare, allow_origin=["https://app.example"]) as live:
-        reply = live.client().request("GET", "/it", headers=headers)
-        assert (reply.status, gzip.decompress(reply.body)) == (200, b"x" * 20_000)
+    live = start(prepare=prepare, allow_origin=["https://app.example"])
+    reply = live.client().request("GET", "/it", headers=headers)
+    assert (reply.status, gzip.decompress(reply.body)) == (200, b"x" * 20_000)
 
 
-def test_a_refusal_may_have_a_status_of_its_own(tmp_path: Path) -> None:
+def test_a_refusal_may_have_a_status_of_its_own(start: Start) -> None:
     refuse = failing(Odd("it is odd"))
-    with serve(
-        tmp_path, prepare=lambda server: server.route("GET", "/it")(refuse)
-    ) as live:
-        reply = live.client().request("GET", "/it")
-        assert (reply.status, reply.json) == (
-            499,
-            {"code": "odd", "error": "it is odd"},
-        )
+    live = start(route=refuse)
+    reply = live.client().request("GET", "/it")
+    assert (reply.status, reply.json) == (499, {"code": "odd", "error": "it is odd"})
 
 
-def test_a_refusal_of_a_route_is_told_and_a_fault_is_not(tmp_path: Path) -> None:
-    with serve(tmp_path, prepare=prepared) as live:
-        client = live.client()
-        assert refused(client.request("GET", "/refuse"), 409)
-        reply = client.request("GET", "/crash")
-        assert refused(reply, 500)
-        assert b"secret" not in reply.body
-        live.logged("a secret of the inside")
-        assert live.client().request("GET", "/json").status == 200
+def test_a_refusal_of_a_route_is_told_and_a_fault_is_not(start: Start) -> None:
+    live = start(prepare=prepared)
+    client = live.client()
+    assert refused(client.request("GET", "/refuse"), 409)
+    reply = client.request("GET", "/crash")
+    assert refused(reply, 500)
+    assert b"secret" not in reply.body
+    live.logged("a secret of the inside")
+    assert live.client().request("GET", "/json").status == 200
 
 
 def test_stats_tell_of_sessions_that_come_and_go(server: Live) -> None:
@@ -8632,52 +8575,50 @@ def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(
 
 
 def test_stats_tell_of_pushes_that_wait_and_of_those_that_failed(
-    tmp_path: Path,
+    start: Start, tmp_path: Path
 ) -> None:
     entered, release = threading.Event(), threading.Event()
-    with serve(
-        tmp_path, apply=stalled(entered, release), may_log="pushes failed"
-    ) as live:
-        engine = live.engine
-        first = engine.submit([note("a")])
-        assert entered.wait(PATIENCE)
-        second = engine.submit([note("b")])
-        assert live.server.stats()["pushes_waiting"] == 1
-        release.set()
-        assert first.result(PATIENCE)[0].ok
-        assert second.result(PATIENCE)[0].ok
-        for file in tmp_path.glob("log.db*"):
-            file.unlink()
-        with pytest.raises(Unavailable):
-            engine.submit([note("c")]).result(PATIENCE)
-        stats = live.server.stats()
-        assert [
-            stats[name] for name in ("pushes_waiting", "pushes_failed", "pushes")
-        ] == [0, 1, 2]
-        assert (stats["database_bytes"], stats["wal_bytes"]) == (0, 0)
+    live = start(apply=stalled(entered, release), may_log="pushes failed")
+    engine = live.engine
+    first = engine.submit([note("a")])
+    assert entered.wait(PATIENCE)
+    second = engine.submit([note("b")])
+    assert live.server.stats()["pushes_waiting"] == 1
+    release.set()
+    assert first.result(PATIENCE)[0].ok
+    assert second.result(PATIENCE)[0].ok
+    for file in tmp_path.glob("log.db*"):
+        file.unlink()
+    with pytest.raises(Unavailable):
+        engine.submit([note("c")]).result(PATIENCE)
+    stats = live.server.stats()
+    assert [stats[name] for name in ("pushes_waiting", "pushes_failed", "pushes")] == [
+        0,
+        1,
+        2,
+    ]
+    assert (stats["database_bytes"], stats["wal_bytes"]) == (0, 0)
 
 
-def test_stats_count_hints_sent_and_merged(tmp_path: Path) -> None:
-    with serve(tmp_path) as live:
-        sessions = [live.socket(), live.socket()]
-        for session in sessions:
-            session.subscribe()
+def test_stats_count_hints_sent_and_merged(start: Start) -> None:
+    live = start()
+    sessions = [live.socket(), live.socket()]
+    for session in sessions:
+        session.subscribe()
 
-        def burst() -> (
-            None
-        ):  # the first is told at once, the others when it may speak again
-            for cursor in range(1, 10):
-                live.server.hub.hint(f"sync:{DEFAULT}", Hint(cursor, "epoch"))
+    def burst() -> (
+        None
+    ):  # the first is told at once, the others when it may speak again
+        for cursor in range(1, 10):
+            live.server.hub.hint(f"sync:{DEFAULT}", Hint(cursor, "epoch"))
 
-        live.call(burst)
-        for session in sessions:
-            while session.read_json()["data"]["cursor"] < 9:
-                pass
-        hints = live.server.hub.counts
-        until(
-            lambda: hints["hints_sent"] == len(sessions) * (9 - hints["hints_merged"])
-        )
-        assert hints.items() <= live.server.stats().items()
+    live.call(burst)
+    for session in sessions:
+        while session.read_json()["data"]["cursor"] < 9:
+            pass
+    hints = live.server.hub.counts
+    until(lambda: hints["hints_sent"] == len(sessions) * (9 - hints["hints_merged"]))
+    assert hints.items() <= live.server.stats().items()
 
 
 def hang_up(client: RawClient, live: Live) -> None:
@@ -8763,30 +8704,30 @@ def test_the_module_installs_no_handler_and_no_level() -> None:
         assert f"`{name}`" in readme("Logs")
 
 
-def test_more_sessions_than_the_limit_are_unavailable(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, max_sessions=1)) as live:
-        first = live.socket()
-        assert refused(live.client().upgrade(), 503)
-        first.close()
-        until(lambda: live.client().upgrade().status == 101)
+def test_more_sessions_than_the_limit_are_unavailable(start: Start) -> None:
+    live = start(max_sessions=1)
+    first = live.socket()
+    assert refused(live.client().upgrade(), 503)
+    first.close()
+    until(lambda: live.client().upgrade().status == 101)
 
 
-def test_more_connections_than_the_limit_are_unavailable(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, max_connections=2)) as live:
-        first, second, third = live.client(), live.client(), live.client()
-        assert first.request("GET", "/healthz").status == 200
-        assert second.request("GET", "/healthz").status == 200
-        assert refused(third.response(), 503)
-        assert third.ended()
-        third.close()
-        assert first.request("GET", "/healthz").status == 200
-        second.close()
+def test_more_connections_than_the_limit_are_unavailable(start: Start) -> None:
+    live = start(max_connections=2)
+    first, second, third = live.client(), live.client(), live.client()
+    assert first.request("GET", "/healthz").status == 200
+    assert second.request("GET", "/healthz").status == 200
+    assert refused(third.response(), 503)
+    assert third.ended()
+    third.close()
+    assert first.request("GET", "/healthz").status == 200
+    second.close()
 
-        def again() -> bool:
-            with closing(live.client()) as client:
-                return client.request("GET", "/healthz").status == 200
+    def again() -> bool:
+        with closing(live.client()) as client:
+            return client.request("GET", "/healthz").status == 200
 
-        until(again)
+    until(again)
 
 
 LARGE = (
@@ -8807,110 +8748,100 @@ def unread(live: Live, count: int) -> Iterator[list[RawClient]]:
         client.reset()
 
 
-def test_an_answer_that_nobody_reads_takes_its_own_bytes_alone(tmp_path: Path) -> None:
-    with serve(
-        tmp_path, Settings(max_tail_size=0)
-    ) as live:  # so each page is read from the disk
-        push(live.engine, note("a", "x" * LARGE))
-        tracemalloc.start()
-        try:
-            with unread(live, 3):
-                held = live.call(
-                    lambda: (gc.collect(), tracemalloc.get_traced_memory()[0])[1]
-                )
-        finally:
-            tracemalloc.stop()
-        assert (
-            2 * LARGE < held < 4 * LARGE
-        )  # three answers, and once each of them twice
+def test_an_answer_that_nobody_reads_takes_its_own_bytes_alone(start: Start) -> None:
+    # So each page is read from the disk.
+    live = start(max_tail_size=0)
+    push(live.engine, note("a", "x" * LARGE))
+    tracemalloc.start()
+    try:
+        with unread(live, 3):
+            held = live.call(
+                lambda: (gc.collect(), tracemalloc.get_traced_memory()[0])[1]
+            )
+    finally:
+        tracemalloc.stop()
+    assert 2 * LARGE < held < 4 * LARGE  # three answers, and once each of them twice
 
 
 def test_above_max_unsent_new_requests_are_unavailable_until_somebody_reads(
-    tmp_path: Path,
+    start: Start,
 ) -> None:
     def say(server: Server) -> None:
         server.route("GET", "/it")(lambda request: b"it")
 
-    with serve(tmp_path, replace(SMALL, max_unsent=LARGE // 2), prepare=say) as live:
-        push(live.engine, note("a", "x" * LARGE))
-        session, client = live.socket(), live.client()
-        for _ in range(2):
-            assert client.request("GET", "/sync/pull").status == 200  # and is read
-            with unread(live, 1) as (slow,):
-                until(lambda: live.server.stats()["unsent_bytes"] > LARGE // 2)
-                for target in ("/sync/pull?cursor=1", "/it", "/healthz", "/nowhere"):
-                    assert refused(client.request("GET", target), 503)
-                assert refused(live.client().request("POST", "/sync/push", BODY), 503)
-                assert refused(live.client().upgrade(), 503)
-                assert session.quiet()  # who is there already stays
-                assert slow.response().status == 200
-                until(lambda: live.client().request("GET", "/it").status == 200)
-        until(lambda: live.server.stats()["unsent_bytes"] == 0)
-        assert [change["cursor"] for change in client.pull()["changes"]] == [1]
+    live = start(max_unsent=LARGE // 2, prepare=say)
+    push(live.engine, note("a", "x" * LARGE))
+    session, client = live.socket(), live.client()
+    for _ in range(2):
+        assert client.request("GET", "/sync/pull").status == 200  # and is read
+        with unread(live, 1) as (slow,):
+            until(lambda: live.server.stats()["unsent_bytes"] > LARGE // 2)
+            for target in ("/sync/pull?cursor=1", "/it", "/healthz", "/nowhere"):
+                assert refused(client.request("GET", target), 503)
+            assert refused(live.client().request("POST", "/sync/push", BODY), 503)
+            assert refused(live.client().upgrade(), 503)
+            assert session.quiet()  # who is there already stays
+            assert slow.response().status == 200
+            until(lambda: live.client().request("GET", "/it").status == 200)
+    until(lambda: live.server.stats()["unsent_bytes"] == 0)
+    assert [change["cursor"] for change in client.pull()["changes"]] == [1]
 
 
 @pytest.mark.parametrize(
     "lines", [[], [b"Accept-Encoding: gzip"]], ids=["plain", "gzip"]
 )
 def test_pulls_that_waited_together_are_answered_up_to_max_unsent(
-    tmp_path: Path, lines: list[bytes]
+    start: Start, lines: list[bytes]
 ) -> None:
-    with serve(
-        tmp_path, replace(SMALL, max_unsent=LARGE, max_tail_size=4 * LARGE)
-    ) as live:
-        live.client().pull()  # from here on they are answered from memory: in one turn
-        waiting = [live.client(receive_buffer=4096) for _ in range(8)]
-        for client in waiting:
-            client.send(get(b"/sync/pull?wait=60", *lines))
-        until(lambda: live.server.stats()["pulls_from_memory"] == 8)
-        push(live.engine, note("a", "x" * LARGE))
-        statuses = [
-            client.line().split()[1] for client in waiting
-        ]  # and no more is read
-        assert sorted(statuses) == [b"200"] + [b"503"] * 7
+    live = start(max_unsent=LARGE, max_tail_size=4 * LARGE)
+    live.client().pull()  # from here on they are answered from memory: in one turn
+    waiting = [live.client(receive_buffer=4096) for _ in range(8)]
+    for client in waiting:
+        client.send(get(b"/sync/pull?wait=60", *lines))
+    until(lambda: live.server.stats()["pulls_from_memory"] == 8)
+    push(live.engine, note("a", "x" * LARGE))
+    statuses = [client.line().split()[1] for client in waiting]  # and no more is read
+    assert sorted(statuses) == [b"200"] + [b"503"] * 7
 
 
-def test_messages_that_sessions_do_not_read_count_as_unsent(tmp_path: Path) -> None:
-    small = replace(SMALL, send_buffer=4096, max_unsent=2**17)
-    with joined(tmp_path, small) as (live, join):
-        slow = live.socket(receive_buffer=4096)
-        join(slow)
-        for _ in range(6):
-            live.call(live.server.publish, "news", "x" * 2**16)
-        until(lambda: live.client().request("GET", "/healthz").status == 503)
-        slow.reset()
-        until(lambda: live.client().request("GET", "/healthz").status == 200)
+def test_messages_that_sessions_do_not_read_count_as_unsent(start: Start) -> None:
+    live, join = joined(start, send_buffer=4096, max_unsent=2**17)
+    slow = live.socket(receive_buffer=4096)
+    join(slow)
+    for _ in range(6):
+        live.call(live.server.publish, "news", "x" * 2**16)
+    until(lambda: live.client().request("GET", "/healthz").status == 503)
+    slow.reset()
+    until(lambda: live.client().request("GET", "/healthz").status == 200)
 
 
-def test_an_end_closes_sessions_with_1001_and_answers_who_waits(tmp_path: Path) -> None:
-    with serve(tmp_path) as live:
-        session, waiting, idle = live.socket(), live.client(), live.client()
-        assert idle.request("GET", "/healthz").status == 200
-        waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
-        assert (
-            waiting.response().json["status"] == "ok"
-        )  # so the other has arrived as well
-        live.stop()
-        assert session.read_close() == 1001
-        assert waiting.response().json["changes"] == []
-        assert waiting.ended()
-        assert idle.ended()
-        with pytest.raises(ConnectionError):
-            until(lambda: live.client() is None)
+def test_an_end_closes_sessions_with_1001_and_answers_who_waits(start: Start) -> None:
+    live = start()
+    session, waiting, idle = live.socket(), live.client(), live.client()
+    assert idle.request("GET", "/healthz").status == 200
+    waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
+    assert waiting.response().json["status"] == "ok"  # so the other has arrived as well
+    live.stop()
+    assert session.read_close() == 1001
+    assert waiting.response().json["changes"] == []
+    assert waiting.ended()
+    assert idle.ended()
+    with pytest.raises(ConnectionError):
+        until(lambda: live.client() is None)
 
 
-def test_a_push_in_flight_is_answered_before_the_end(tmp_path: Path) -> None:
+def test_a_push_in_flight_is_answered_before_the_end(start: Start) -> None:
     entered, release = threading.Event(), threading.Event()
     slow = stalled(entered, release)
-    with serve(tmp_path, apply=slow) as live:
-        client, session = live.client(), live.socket()
-        client.send(post(LENGTH))
-        assert entered.wait(PATIENCE)
-        live.stop()
-        assert session.read_close() == 1001
-        release.set()
-        assert client.response().json[0]["changes"][0]["data"] == "a"
-        assert client.ended()
+    live = start(apply=slow)
+    client, session = live.client(), live.socket()
+    client.send(post(LENGTH))
+    assert entered.wait(PATIENCE)
+    live.stop()
+    assert session.read_close() == 1001
+    release.set()
+    assert client.response().json[0]["changes"][0]["data"] == "a"
+    assert client.ended()
 
 
 # Seconds: much less than what would end it otherwise. It may be more (5, for a slow
@@ -8927,20 +8858,17 @@ SOON = 1.0
     "half", {"a head": b"GET /healthz HTTP/1.1\r\nHost:", "a body": post(LENGTH)[:-1]}
 )
 def test_a_stop_does_not_wait_for_a_request_that_has_not_arrived(
-    tmp_path: Path, half: bytes
+    start: Start, half: bytes
 ) -> None:
     late = 4 * PATIENCE
-    settings = replace(
-        SMALL, head_timeout=late, body_timeout=late, shutdown_timeout=late
-    )
-    with serve(tmp_path, settings) as live:
-        client = live.client()
-        client.send(HEALTHZ + half)
-        assert client.response().status == 200  # so the half has arrived as well
-        live.stop()
-        client.sock.settimeout(SOON)
-        while client.sock.recv(65536):  # an answer such as 408, or none
-            pass
+    live = start(head_timeout=late, body_timeout=late, shutdown_timeout=late)
+    client = live.client()
+    client.send(HEALTHZ + half)
+    assert client.response().status == 200  # so the half has arrived as well
+    live.stop()
+    client.sock.settimeout(SOON)
+    while client.sock.recv(65536):  # an answer such as 408, or none
+        pass
 
 
 @pytest.mark.xfail(
@@ -9113,14 +9041,14 @@ def test_a_cursor_that_a_restored_copy_never_gave_out_is_unknown(
         assert refused(reply, 410, code="cursor_unknown")
 
 
-def test_a_client_that_does_not_read_its_answers_is_dropped(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, send_timeout=MOMENT)) as live:
-        push(live.engine, note("a", "x" * 2**19))
-        before = live.tasks()
-        greedy = live.client(receive_buffer=4096)
-        greedy.send(get(b"/sync/pull") * 100)
-        until(lambda: live.server.stats()["answers_2xx"])
-        until(lambda: live.tasks() <= before)
+def test_a_client_that_does_not_read_its_answers_is_dropped(start: Start) -> None:
+    live = start(send_timeout=MOMENT)
+    push(live.engine, note("a", "x" * 2**19))
+    before = live.tasks()
+    greedy = live.client(receive_buffer=4096)
+    greedy.send(get(b"/sync/pull") * 100)
+    until(lambda: live.server.stats()["answers_2xx"])
+    until(lambda: live.tasks() <= before)
 
 
 RUDE_UPGRADE = get(b"/ws", KEY, *UPGRADE)
@@ -9136,7 +9064,7 @@ RUDE = [
 ]
 
 
-def test_requests_that_came_together_leave_others_their_turn(tmp_path: Path) -> None:
+def test_requests_that_came_together_leave_others_their_turn(start: Start) -> None:
     answered: list[int] = []  # how many, and how many when something else had its turn
     elsewhere: list[int] = []
 
@@ -9147,14 +9075,12 @@ def test_requests_that_came_together_leave_others_their_turn(tmp_path: Path) -> 
                 lambda: elsewhere.append(len(answered))
             )
 
-    with serve(
-        tmp_path, prepare=lambda server: server.route("GET", "/it")(answer)
-    ) as live:
-        client = live.client()
-        client.send(get(b"/it") * 500)
-        for _ in range(500):
-            assert client.response().status == 200
-        assert elsewhere[0] < 5
+    live = start(route=answer)
+    client = live.client()
+    client.send(get(b"/it") * 500)
+    for _ in range(500):
+        assert client.response().status == 200
+    assert elsewhere[0] < 5
 
 
 def test_a_client_that_goes_before_its_answers_floods_no_log(
@@ -9171,20 +9097,18 @@ def test_a_client_that_goes_before_its_answers_floods_no_log(
 
 
 def test_refused_upgrades_of_a_client_that_goes_leave_no_connection(
-    tmp_path: Path,
+    start: Start,
 ) -> None:
-    with serve(tmp_path, token="s3cret") as live:
-        for _ in range(5):
-            client = live.client(receive_buffer=4096)
-            client.sock.settimeout(MOMENT)
-            with suppress(TimeoutError):
-                client.send(RUDE_UPGRADE * 2000)
-            client.reset()
-        with closing(
-            live.client()
-        ) as last:  # when it is heard, all of them were accepted
-            assert last.request("GET", "/healthz").status == 200
-        until(lambda: live.server.stats()["connections"] == 0)
+    live = start(token="s3cret")
+    for _ in range(5):
+        client = live.client(receive_buffer=4096)
+        client.sock.settimeout(MOMENT)
+        with suppress(TimeoutError):
+            client.send(RUDE_UPGRADE * 2000)
+        client.reset()
+    with closing(live.client()) as last:  # when it is heard, all of them were accepted
+        assert last.request("GET", "/healthz").status == 200
+    until(lambda: live.server.stats()["connections"] == 0)
 
 
 def test_http_client_of_the_standard_library_is_served(server: Live) -> None:
@@ -9206,12 +9130,12 @@ def test_http_client_of_the_standard_library_is_served(server: Live) -> None:
         assert connection.getresponse().status == 405
 
 
-def test_a_refused_client_that_stays_is_closed_after_the_linger(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, linger_timeout=MOMENT)) as live:
-        client = live.client()
-        client.send(b"nonsense\r\n\r\n")
-        assert refused(client.response(), 400)
-        until(lambda: live.server.stats()["connections"] == 0)
+def test_a_refused_client_that_stays_is_closed_after_the_linger(start: Start) -> None:
+    live = start(linger_timeout=MOMENT)
+    client = live.client()
+    client.send(b"nonsense\r\n\r\n")
+    assert refused(client.response(), 400)
+    until(lambda: live.server.stats()["connections"] == 0)
 
 
 def test_a_server_that_is_cancelled_twice_leaves_nothing_behind(engine: Engine) -> None:
@@ -9246,55 +9170,54 @@ def test_a_server_that_is_cancelled_twice_leaves_nothing_behind(engine: Engine) 
     ask(go())
 
 
-def test_pulls_that_wait_end_with_their_client(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, max_pull_wait=MOMENT)) as live:
-        client = live.client()
-        client.send(get(b"/sync/pull?wait=60") * 4000)  # which would take minutes
-        assert client.response().status == 200
-        client.close()
-        until(lambda: live.server.stats()["connections"] == 0)
+def test_pulls_that_wait_end_with_their_client(start: Start) -> None:
+    live = start(max_pull_wait=MOMENT)
+    client = live.client()
+    client.send(get(b"/sync/pull?wait=60") * 4000)  # which would take minutes
+    assert client.response().status == 200
+    client.close()
+    until(lambda: live.server.stats()["connections"] == 0)
 
 
-def test_a_client_that_sends_nothing_does_not_delay_a_stop(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, shutdown_timeout=PATIENCE * 3)) as live:
-        live.client()
-        until(lambda: live.server.stats()["connections"] == 1)
-        live.stop()
-        until(lambda: live.loop.is_closed())
+def test_a_client_that_sends_nothing_does_not_delay_a_stop(start: Start) -> None:
+    live = start(shutdown_timeout=PATIENCE * 3)
+    live.client()
+    until(lambda: live.server.stats()["connections"] == 1)
+    live.stop()
+    until(lambda: live.loop.is_closed())
 
 
 def test_slow_sessions_that_reset_their_connections_are_not_logged_as_failures(
-    tmp_path: Path,
+    start: Start,
 ) -> None:
-    with joined(tmp_path) as (live, join):
-        clients = [live.socket(receive_buffer=4096) for _ in range(10)]
-        for client in clients:
-            join(client)
-        for _ in range(30):  # their sockets are full
-            live.call(live.server.publish, "news", "x" * 20_000)
-        for client in clients:
-            client.reset()
-        until(lambda: live.server.stats()["connections"] == 0)
+    live, join = joined(start)
+    clients = [live.socket(receive_buffer=4096) for _ in range(10)]
+    for client in clients:
+        join(client)
+    for _ in range(30):  # their sockets are full
+        live.call(live.server.publish, "news", "x" * 20_000)
+    for client in clients:
+        client.reset()
+    until(lambda: live.server.stats()["connections"] == 0)
 
 
-def test_a_large_answer_reaches_a_client_that_reads_slowly(tmp_path: Path) -> None:
+def test_a_large_answer_reaches_a_client_that_reads_slowly(start: Start) -> None:
     def prepare(server: Server) -> None:
         server.route("GET", "/it")(lambda request: b"x" * 4_000_000)
 
-    short = replace(SMALL, linger_timeout=MOMENT)
-    with serve(tmp_path, short, prepare=prepare) as live:
-        client = live.client(receive_buffer=4096)
-        client.send(get(b"/it", b"Connection: close"))
-        started, whole = time.monotonic(), bytearray()
-        while piece := client.sock.recv(16384):
-            whole += piece
-            due = started + 3 * MOMENT * len(whole) / 4_000_000
-            while time.monotonic() < due:  # it reads on and on, but slowly
-                time.sleep(0.001)
-        assert len(whole.partition(b"\r\n\r\n")[2]) == 4_000_000
+    live = start(linger_timeout=MOMENT, prepare=prepare)
+    client = live.client(receive_buffer=4096)
+    client.send(get(b"/it", b"Connection: close"))
+    started, whole = time.monotonic(), bytearray()
+    while piece := client.sock.recv(16384):
+        whole += piece
+        due = started + 3 * MOMENT * len(whole) / 4_000_000
+        while time.monotonic() < due:  # it reads on and on, but slowly
+            time.sleep(0.001)
+    assert len(whole.partition(b"\r\n\r\n")[2]) == 4_000_000
 
 
-def test_no_more_readers_read_at_once_than_the_limit(tmp_path: Path) -> None:
+def test_no_more_readers_read_at_once_than_the_limit(start: Start) -> None:
     entered, most, release = list[str](), list[int](), threading.Event()
 
     def slow(db: Any, scope: str) -> None:
@@ -9303,17 +9226,17 @@ def test_no_more_readers_read_at_once_than_the_limit(tmp_path: Path) -> None:
         release.wait(PATIENCE)
         entered.remove(scope)
 
-    with serve(tmp_path, replace(SMALL, readers=2), snapshot=slow) as live:
-        clients = [live.client() for _ in range(5)]
-        for number, client in enumerate(clients):
-            client.send(get(b"/sync/snapshot?scope=%d" % number))
-        until(lambda: len(entered) == 2)
-        assert (
-            live.client().request("GET", "/nowhere").status == 404
-        )  # all five have been heard
-        release.set()
-        assert [client.response().status for client in clients] == [200] * 5
-        assert max(most) == 2
+    live = start(readers=2, snapshot=slow)
+    clients = [live.client() for _ in range(5)]
+    for number, client in enumerate(clients):
+        client.send(get(b"/sync/snapshot?scope=%d" % number))
+    until(lambda: len(entered) == 2)
+    assert (
+        live.client().request("GET", "/nowhere").status == 404
+    )  # all five have been heard
+    release.set()
+    assert [client.response().status for client in clients] == [200] * 5
+    assert max(most) == 2
 
 
 def test_memory_holds_no_more_of_the_log_than_the_limit(tmp_path: Path) -> None:
@@ -9343,37 +9266,37 @@ def test_a_transaction_takes_nothing_more_once_its_time_is_over(tmp_path: Path) 
         assert engine.counts["commits"] == 4
 
 
-def test_rude_clients_leave_nothing_behind(tmp_path: Path) -> None:
+def test_rude_clients_leave_nothing_behind(start: Start) -> None:
     # The end of what a client sends is not the end of its waiting: that has a time of
     # its own.
-    with serve(tmp_path, replace(SMALL, max_pull_wait=MOMENT, readers=1)) as live:
+    live = start(max_pull_wait=MOMENT, readers=1)
 
-        def rudeness(times: int) -> tuple[int, int]:
-            for number in range(times):
-                client = live.client()
-                client.send(RUDE[number % len(RUDE)])
-                client.reset() if number % 3 else client.close()
-            # Accepted after all of them, and read from disk after all that they asked
-            # for.
-            with closing(live.client()) as last:
-                last.pull(scope=f"of {times}")
-            until(lambda: live.server.stats()["connections"] == 0)
-            until(lambda: live.tasks() <= tasks)
-            assert live.server.stats()["sessions"] == 0
-            live.clients.pop_all()
-            live.call(gc.collect)
-            return len(os.listdir("/dev/fd")), tracemalloc.get_traced_memory()[0]
+    def rudeness(times: int) -> tuple[int, int]:
+        for number in range(times):
+            client = live.client()
+            client.send(RUDE[number % len(RUDE)])
+            client.reset() if number % 3 else client.close()
+        # Accepted after all of them, and read from disk after all that they asked
+        # for.
+        with closing(live.client()) as last:
+            last.pull(scope=f"of {times}")
+        until(lambda: live.server.stats()["connections"] == 0)
+        until(lambda: live.tasks() <= tasks)
+        assert live.server.stats()["sessions"] == 0
+        live.clients.pop_all()
+        live.call(gc.collect)
+        return len(os.listdir("/dev/fd")), tracemalloc.get_traced_memory()[0]
 
-        tasks = live.tasks()
-        tracemalloc.start()
-        try:
-            before, after = rudeness(40), rudeness(120)
-        finally:
-            tracemalloc.stop()
-        assert after[0] <= before[0]
-        assert (
-            after[1] - before[1] < 120 * 600
-        )  # bytes: a connection forgotten would be thousands
+    tasks = live.tasks()
+    tracemalloc.start()
+    try:
+        before, after = rudeness(40), rudeness(120)
+    finally:
+        tracemalloc.stop()
+    assert after[0] <= before[0]
+    assert (
+        after[1] - before[1] < 120 * 600
+    )  # bytes: a connection forgotten would be thousands
 
 
 LINUX = pytest.mark.skipif(
