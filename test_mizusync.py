@@ -8186,32 +8186,29 @@ def test_the_log_has_no_token_and_no_line_that_a_client_wrote(
 
 
 # --- Server ---------------------------------------------------------------------------
-# Routes of the application's own, limits of the whole, and an end that loses nothing.
+# Routes of the application, limits of the whole server, and a stop that loses nothing.
 
 
 def test_the_page_is_served(start: Start, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("<!doctype html><title>caf\u00e9</title>", encoding="utf-8")
-    live = start(page=page)
-    reply = live.client().request("GET", "/")
+    client = start(page=page).client()
+    reply = client.request("GET", "/")
+    content_type = reply.headers["content-type"].replace(" ", "").lower()
     assert (reply.status, reply.body) == (200, page.read_bytes())
-    assert (
-        reply.headers["content-type"].replace(" ", "").lower()
-        == "text/html;charset=utf-8"
-    )
+    assert content_type == "text/html;charset=utf-8"
     assert reply.headers["cache-control"] == "no-store"
-    assert refused(live.client().request("POST", "/", b""), 405)
+    assert refused(client.request("POST", "/", b""), 405)
 
 
-def test_a_server_in_a_thread_ends_in_order_when_it_is_told_to_stop(
-    engine: Engine,
-) -> None:
-    server, told = Server(engine), list[str]()
-    run = functools.partial(server.run, "127.0.0.1", 0, told.append)
+def test_a_server_in_a_thread_stops_gracefully(engine: Engine) -> None:
+    server, announced = Server(engine), list[str]()
+    run = functools.partial(server.run, "127.0.0.1", 0, announced.append)
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    until(lambda: told)
-    with closing(RawClient(("127.0.0.1", int(told[0].split(":")[-1][:-1])))) as session:
+    until(lambda: announced)
+    port = int(announced[0].split(":")[-1][:-1])
+    with closing(RawClient(("127.0.0.1", port))) as session:
         assert session.upgrade().status == 101
         server.stop()
         assert session.read_close() == 1001
@@ -8221,9 +8218,7 @@ def test_a_server_in_a_thread_ends_in_order_when_it_is_told_to_stop(
     assert refuses(lambda: engine.submit([note("1")]))
 
 
-def test_a_server_does_not_run_where_a_loop_runs_and_leaves_the_engine_open(
-    engine: Engine,
-) -> None:
+def test_run_refuses_a_running_loop_and_leaves_the_engine_open(engine: Engine) -> None:
     async def main() -> None:
         with pytest.raises(RuntimeError, match="listen"):
             Server(engine).run("127.0.0.1", 0)
@@ -8233,9 +8228,7 @@ def test_a_server_does_not_run_where_a_loop_runs_and_leaves_the_engine_open(
     ask(main())
 
 
-def test_a_server_that_is_told_to_stop_before_it_runs_does_so_at_once(
-    engine: Engine,
-) -> None:
+def test_a_server_that_was_stopped_before_it_runs_ends_at_once(engine: Engine) -> None:
     server = Server(engine)
     server.stop()
     thread = threading.Thread(target=server.run, args=("127.0.0.1", 0), daemon=True)
@@ -8245,17 +8238,16 @@ def test_a_server_that_is_told_to_stop_before_it_runs_does_so_at_once(
     assert refuses(lambda: engine.submit([note("1")]))
 
 
-def test_a_server_without_a_page_has_none_and_one_that_is_named_has_to_be_there(
-    engine: Engine, tmp_path: Path
+def test_a_server_without_a_page_answers_404_and_a_missing_page_is_an_error(
+    client: RawClient, engine: Engine, tmp_path: Path
 ) -> None:
-    with serve(tmp_path) as live:
-        assert refused(live.client().request("GET", "/"), 404)
+    assert refused(client.request("GET", "/"), 404)
     with pytest.raises(OSError, match="nowhere"):
         Server(engine, page=tmp_path / "nowhere.html")
 
 
 def prepared(server: Server) -> None:
-    """Routes as an application would add them."""
+    """Add routes as an application would."""
 
     @server.route("GET", "/text")
     async def text(request: mizusync.Request) -> str:
@@ -8288,31 +8280,26 @@ def prepared(server: Server) -> None:
         raise RuntimeError("a secret of the inside")
 
 
-def test_routes_of_the_application_give_text_bytes_json_or_a_response(
-    start: Start,
-) -> None:
-    live = start(prepare=prepared)
-    client = live.client()
+def test_routes_return_text_bytes_json_or_a_response(start: Start) -> None:
+    client = start(prepare=prepared).client()
     assert client.request("GET", "/text?name=a+b").body.decode() == "h\u00e9llo a b"
-    assert (
-        client.request("POST", "/upper", b"abc", {"Content-Type": "x/y"}).body == b"ABC"
-    )
+    reply = client.request("POST", "/upper", b"abc", {"Content-Type": "x/y"})
+    assert reply.body == b"ABC"
     assert client.request("GET", "/json").json == {"x": [1, None]}
     made = client.request("GET", "/response")
     assert (made.status, made.body, made.headers["x-a"]) == (201, b"made", "1")
     assert made.headers["content-type"] == "a/b"
-    assert set(client.request("OPTIONS", "/upper").headers["allow"].split(", ")) >= {
-        "POST"
-    }
+    options = client.request("OPTIONS", "/upper")
+    assert "POST" in options.headers["allow"].split(", ")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"NaN", b"\xff", b"[" * 65 + b"]" * 65])
-def test_a_route_that_wants_json_refuses_what_is_none(
+def test_a_route_that_reads_json_refuses_a_body_without_it(
     start: Start, body: bytes
 ) -> None:
-    live = start(prepare=prepared)
-    assert refused(live.client().request("POST", "/keys", body), 400)
-    assert live.client().request("POST", "/keys", b'{"a": [1]}').json == ["a"]
+    client = start(prepare=prepared).client()
+    assert refused(client.request("POST", "/keys", body), 400)
+    assert client.request("POST", "/keys", b'{"a": [1]}').json == ["a"]
 
 
 @table(
@@ -8329,15 +8316,15 @@ def test_a_route_that_wants_json_refuses_what_is_none(
         "path and method in the wrong order": ("/x", "GET", "slash"),
         "no method": ("GET POST", "/x", "method"),
         "an empty method": ("", "/x", "method"),
-        "what the server itself answers": ("OPTIONS", "/x", "OPTIONS"),
+        "OPTIONS, which the server answers": ("OPTIONS", "/x", "OPTIONS"),
         "the push": ("POST", "/sync/push", "POST /sync/push"),
         "the pull": ("GET", "/sync/pull", "GET /sync/pull"),
         "the same in lower case": ("get", "/sync/pull", "GET /sync/pull"),
         "the pull's HEAD": ("HEAD", "/sync/pull", "HEAD /sync/pull"),
         "the sessions": ("GET", "/ws", "GET /ws"),
         "the page": ("GET", "/", "GET /"),
-        "one of its own": ("PUT", "/twice", "PUT /twice"),
-        "the GET of its own HEAD": ("GET", "/head", "HEAD /head"),
+        "a route of the application": ("PUT", "/twice", "PUT /twice"),
+        "the GET of a HEAD of the application": ("GET", "/head", "HEAD /head"),
     },
 )
 def test_a_route_that_would_never_match_or_is_taken_is_refused(
@@ -8364,7 +8351,7 @@ def test_a_websocket_that_would_never_match_or_is_taken_is_refused(
         server.websocket(target)(echo)
 
 
-def test_a_refused_route_leaves_all_as_it_was(start: Start) -> None:
+def test_a_refused_route_changes_nothing(start: Start) -> None:
     def prepare(server: Server) -> None:
         for method, path in (
             ("GET", "/sync/pull"),
@@ -8387,7 +8374,7 @@ def test_a_refused_route_leaves_all_as_it_was(start: Start) -> None:
 
 
 class Odd(mizusync.SyncError, status=499, code="odd"):
-    """A refusal of an application's own, of whose status HTTP says nothing."""
+    """A refusal of the application, with a status that HTTP does not know."""
 
 
 def failing(error: BaseException) -> Callable[[Any], Any]:
@@ -8415,7 +8402,7 @@ def response_of(*values: Any, **fields: Any) -> Callable[[Any], Any]:
 
 ODD = Odd("it is odd")
 ODD.headers = {"X-A": "\u00fc"}
-AMISS = {
+BAD_ANSWERS = {
     "text as a body": response_of(200, "text"),
     "no body": response_of(200, None),
     "a header with a line break": response_of(headers={"X-A": "1\r\nX-B: 2"}),
@@ -8423,23 +8410,22 @@ AMISS = {
     "a header's name with a space": response_of(headers={"X A": "1"}),
     "a header without a name": response_of(headers={"": "1"}),
     "a header of a refusal": failing(ODD),
-    **{name: response_of(headers={name: "1"}) for name in ("Content-Length", "date")},
     **{
-        name: response_of(headers={name: "1"})
-        for name in ("Transfer-Encoding", "Connection")
+        f"the header {name}": response_of(headers={name: "1"})
+        for name in ("Content-Length", "date", "Transfer-Encoding", "Connection")
     },
     "an interim status": response_of(103),
     "no status": response_of(600),
-    "what is no JSON": lambda request: {1, 2},
-    "a wait for what is cancelled": cancelled,
-    "an exit": failing(SystemExit(3)),
-    "an end of a library's own": failing(type("Timeout", (BaseException,), {})()),
-    "a switch of protocols to none": response_of(101),
+    "a set, which JSON lacks": lambda request: {1, 2},
+    "a cancelled future": cancelled,
+    "SystemExit": failing(SystemExit(3)),
+    "a BaseException of a library": failing(type("Timeout", (BaseException,), {})()),
+    "a switch to no protocol": response_of(101),
 }
 
 
-@table("handler", AMISS)
-def test_what_a_route_does_amiss_is_logged_and_answered(
+@table("handler", BAD_ANSWERS)
+def test_a_bad_answer_of_a_route_is_logged_and_an_internal_error(
     start: Start, handler: Callable[[Any], Any]
 ) -> None:
     live = start(route=handler)
@@ -8450,30 +8436,24 @@ def test_what_a_route_does_amiss_is_logged_and_answered(
 
 
 class Large(mizusync.Response):
-    """A response of an application's own making."""
+    """A response of the application."""
 
     def __init__(self, text: str) -> None:
         super().__init__(200, text.encode(), {}, "text/plain")
 
 
-def test_a_response_may_be_of_a_class_of_its_own(start: Start) -> None:
-    def prepare(server: Server) -> None:
-        server.route("GET", "/it")(lambda request: Large("x" * 20_000))
-
-    headers = {"Accept-Encoding": "gzip", "Origin": "https://app.example"}
-    live = start(prepare=prepare, allow_origin=["https://app.example"])
-    reply = live.client().request("GET", "/it", headers=headers)
+def test_a_response_may_be_of_a_subclass(start: Start) -> None:
+    client = start(route=lambda request: Large("x" * 20_000), **ALLOWING).client()
+    reply = client.request("GET", "/it", headers=APP | {"Accept-Encoding": "gzip"})
     assert (reply.status, gzip.decompress(reply.body)) == (200, b"x" * 20_000)
 
 
-def test_a_refusal_may_have_a_status_of_its_own(start: Start) -> None:
-    refuse = failing(Odd("it is odd"))
-    live = start(route=refuse)
-    reply = live.client().request("GET", "/it")
+def test_a_refusal_may_have_a_status_of_the_application(start: Start) -> None:
+    reply = start(route=failing(Odd("it is odd"))).client().request("GET", "/it")
     assert (reply.status, reply.json) == (499, {"code": "odd", "error": "it is odd"})
 
 
-def test_a_refusal_of_a_route_is_told_and_a_fault_is_not(start: Start) -> None:
+def test_a_refusal_of_a_route_is_shown_and_an_exception_is_not(start: Start) -> None:
     live = start(prepare=prepared)
     client = live.client()
     assert refused(client.request("GET", "/refuse"), 409)
@@ -8484,7 +8464,7 @@ def test_a_refusal_of_a_route_is_told_and_a_fault_is_not(start: Start) -> None:
     assert live.client().request("GET", "/json").status == 200
 
 
-def test_stats_tell_of_sessions_that_come_and_go(server: Live) -> None:
+def test_stats_count_the_sessions_that_are_open(server: Live) -> None:
     assert server.call(server.server.stats)["sessions"] == 0
     client = server.socket()
     assert server.call(server.server.stats)["sessions"] == 1
@@ -8503,26 +8483,22 @@ def test_stats_have_every_name_from_the_start_and_the_readme_explains_each(
     assert not any(stats.values())
 
 
-def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(
-    tmp_path: Path,
-) -> None:
-    with serve(tmp_path, may_log="secret") as live:
-        client = live.client()
-        client.push(
-            note("a"), note("a"), note("b"), {"id": "c", "name": "notes", "args": 7}
-        )
-        client.push(
-            *({"id": code, "name": "refuse", "args": code} for code in REFUSALS)
-        )
-        client.push({"id": "d", "name": "apply fails"})
-        client.pull(), client.pull(), client.pull(scope="new")
-        for target, status in (("/sync/snapshot", 200), ("/nowhere", 404)):
-            assert client.request("GET", target).status == status
-        client.send(b"nonsense\r\n\r\n")
-        assert client.response().status == 400
-        client.close()
-        until(lambda: live.server.stats()["connections"] == 0)
-        stats = live.server.stats()
+def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(start: Start) -> None:
+    live = start(may_log="secret")
+    client = live.client()
+    notes = {"id": "c", "name": "notes", "args": 7}
+    client.push(note("a"), note("a"), note("b"), notes)
+    client.push(*({"id": code, "name": "refuse", "args": code} for code in REFUSALS))
+    client.push({"id": "d", "name": "apply fails"})
+    for scope in (DEFAULT, DEFAULT, "new"):
+        client.pull(scope=scope)
+    for target, status in (("/sync/snapshot", 200), ("/nowhere", 404)):
+        assert client.request("GET", target).status == status
+    client.send(b"nonsense\r\n\r\n")
+    assert client.response().status == 400
+    client.close()
+    until(lambda: live.server.stats()["connections"] == 0)
+    stats = live.server.stats()
     counted = {name: value for name, value in stats.items() if "_bytes" not in name}
     assert {name: value for name, value in counted.items() if value} == {
         "version": mizusync.__version__,
@@ -8541,7 +8517,7 @@ def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(
     }
 
 
-def test_stats_tell_of_pushes_that_wait_and_of_those_that_failed(
+def test_stats_count_pushes_that_wait_and_pushes_that_failed(
     start: Start, tmp_path: Path
 ) -> None:
     entered, release = threading.Event(), threading.Event()
@@ -8567,108 +8543,162 @@ def test_stats_tell_of_pushes_that_wait_and_of_those_that_failed(
     assert (stats["database_bytes"], stats["wal_bytes"]) == (0, 0)
 
 
-def test_stats_count_hints_sent_and_merged(start: Start) -> None:
-    live = start()
-    sessions = [live.socket(), live.socket()]
+def test_stats_count_hints_sent_and_merged(server: Live) -> None:
+    sessions = [server.socket(), server.socket()]
     for session in sessions:
         session.subscribe()
 
-    def burst() -> (
-        None
-    ):  # the first is told at once, the others when it may speak again
+    def burst() -> None:
+        # The first hint leaves at once; the others merge, and leave a little later.
         for cursor in range(1, 10):
-            live.server.hub.hint(f"sync:{DEFAULT}", Hint(cursor, "epoch"))
+            server.server.hub.notify({DEFAULT: Hint(cursor, "epoch")})
 
-    live.call(burst)
+    server.call(burst)
     for session in sessions:
         while session.read_json()["data"]["cursor"] < 9:
             pass
-    hints = live.server.hub.counts
-    until(lambda: hints["hints_sent"] == len(sessions) * (9 - hints["hints_merged"]))
-    assert hints.items() <= live.server.stats().items()
 
+    def are_counted() -> bool:
+        stats = server.server.stats()
+        sent = len(sessions) * (9 - stats["hints_merged"])
+        return bool(stats["hints_merged"] and stats["hints_sent"] == sent)
 
-def hang_up(client: RawClient, live: Live) -> None:
-    client.send_frame(CLOSE, b"\x03\xe9bye")
+    until(are_counted)
 
 
 ENDS: dict[str, tuple[Callable[[RawClient, Live], Any], str]] = {
-    "it said goodbye": (hang_up, "the peer closed: 1001 bye"),
-    "it is gone": (
+    "the client closes": (
+        lambda client, live: client.send(goodbye(1001, b"bye")),
+        "the peer closed: 1001 bye",
+    ),
+    "the client disconnects": (
         lambda client, live: client.close(),
         "the peer closed the connection",
     ),
-    "it broke": (lambda client, live: client.reset(), "reset by peer"),
-    "it broke a rule": (lambda client, live: client.send(b"\xff\xff"), "1002 "),
-    "it sent bytes": (
+    "the client resets": (lambda client, live: client.reset(), "reset by peer"),
+    "the client breaks a rule": (
+        lambda client, live: client.send(b"\xff\xff"),
+        "1002 ",
+    ),
+    "the client sends bytes": (
         lambda client, live: client.send_frame(BINARY, b"x"),
         "1003 messages are",
     ),
-    "the application": (lambda client, live: client.say("enough"), "1008 not any more"),
-    "it is deaf": (lambda client, live: None, f"no answer to a ping for {MOMENT:g} s"),
-    "the end": (lambda client, live: live.stop(), "1001 the server is stopping"),
+    "the application closes": (
+        lambda client, live: client.say("enough"),
+        "1008 not any more",
+    ),
+    "the client answers no ping": (
+        lambda client, live: None,
+        f"no answer to a ping for {MOMENT:g} s",
+    ),
+    "the server stops": (
+        lambda client, live: live.stop(),
+        "1001 the server is stopping",
+    ),
 }
 
 
 @table("ending", ENDS)
-def test_the_log_says_in_one_line_why_a_session_ended(
-    tmp_path: Path, ending: tuple[Callable[[RawClient, Live], Any], str]
+def test_the_log_gives_one_line_to_the_end_of_a_session_with_its_reason(
+    log: Records, start: Start, ending: tuple[Callable[[RawClient, Live], Any], str]
 ) -> None:
     def enough(session: mizusync.Session, topic: str, data: Any) -> None:
         session.close(1008, "not any more")
 
-    end, why = ending
-    impatient = replace(SMALL, close_timeout=MOMENT, linger_timeout=MOMENT)
-    if "to a ping" in why:
-        impatient = replace(impatient, ping_interval=MOMENT, ping_timeout=MOMENT)
-    with (
-        recorded() as everything,
-        serve(tmp_path, impatient, on_message=enough) as live,
+    end, reason = ending
+    interval = MOMENT if "to a ping" in reason else PATIENCE
+    live = start(
+        close_timeout=MOMENT,
+        linger_timeout=MOMENT,
+        ping_interval=interval,
+        ping_timeout=interval,
+        on_message=enough,
+    )
+    end(live.socket("/ws?scope=family"), live)
+    lines = until(lambda: [text for text in log.texts if " ended: " in text])
+    assert re.match(r"INFO mizusync\.live: session \S+ of 'family'.* ended: ", lines[0])
+    assert reason in lines[0]
+    live.end()
+    assert len([text for text in log.texts if " ended: " in text]) == 1
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the line of a session's end lacks its identity and its peer's address",
+)
+def test_the_log_names_the_identity_and_the_address_of_a_session_that_ended(
+    log: Records, start: Start, doors: Doors
+) -> None:
+    client = start(on_auth=doors.later).socket("/ws?scope=family", ANN)
+    host, port = client.sock.getsockname()
+    client.close()
+    (line,) = until(lambda: [text for text in log.texts if " ended: " in text])
+    assert "'family'" in line
+    assert "'ann'" in line
+    assert host in line
+    assert str(port) in line
+
+
+REFUSALS_OF_HANDSHAKES = {  # the target, the headers, and words of the reason
+    "the host is another": ("/ws", ANN | {"Host": "evil.example"}, "--allow-host"),
+    "the origin is another": ("/ws", ANN | {"Origin": "null"}, "--allow-origin"),
+    "the name is missing": ("/ws", {}, "a name is missing"),
+    "the scope is forbidden": ("/ws?scope=secret", ANN, "not for you"),
+    "the version is another": (
+        "/ws",
+        ANN | {"Sec-WebSocket-Version": "8"},
+        "WebSocket, version 13",
+    ),
+}
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="a refused handshake is logged at DEBUG, without its reason",
+)
+@table("case", REFUSALS_OF_HANDSHAKES)
+def test_a_refused_handshake_is_logged_at_info_with_its_reason(
+    log: Records, start: Start, doors: Doors, case: tuple[str, dict[str, str], str]
+) -> None:
+    target, headers, reason = case
+    live = start(on_auth=doors.later)
+    assert live.client().upgrade(target, headers).status >= 400
+    live.end()
+    lines = [text for text in log.texts if text.startswith("INFO mizusync")]
+    assert len([line for line in lines if reason in line]) == 1
+
+
+def test_health_checks_and_port_scans_are_logged_at_debug_alone(
+    log: Records, start: Start
+) -> None:
+    live = start(head_timeout=MOMENT)
+    assert live.client().request("GET", "/healthz").status == 200
+    for garbage in (
+        b"",
+        b"\0",
+        b"GET",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+        b"SSH-2.0-x\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
     ):
-        end(live.socket("/ws?scope=family"), live)
-        told: list[str] = until(
-            lambda: [t for t in everything.texts if " ended: " in t]
-        )
-        assert re.match(
-            r"INFO mizusync\.live: session \S+ of 'family' ended: ", told[0]
-        )
-        assert why in told[0]
-    assert len([text for text in everything.texts if " ended: " in text]) == 1
+        live.client().send(garbage)
+        live.client().reset()
+    until(lambda: sum("no request: " in text for text in log.texts) >= 4)
+    live.end()
+    assert [text for text in log.texts if "GET '/healthz' -> 200" in text]
+    assert not [text for text in log.texts if not text.startswith("DEBUG ")]
 
 
-def test_health_checks_and_port_scans_make_no_noise(tmp_path: Path) -> None:
-    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # TLS, on a port without it
-    with (
-        recorded() as everything,
-        serve(tmp_path, replace(SMALL, head_timeout=MOMENT)) as live,
-    ):
-        assert live.client().request("GET", "/healthz").status == 200
-        for garbage in (
-            b"",
-            b"\0",
-            b"GET",
-            hello,
-            b"SSH-2.0-x\r\n",
-            b"GET / HTTP/1.1\r\n\r\n",
-        ):
-            live.client().send(garbage)
-            live.client().reset()
-        until(lambda: sum("no request: " in text for text in everything.texts) >= 4)
-    assert [text for text in everything.texts if "GET '/healthz' -> 200" in text]
-    assert not [text for text in everything.texts if not text.startswith("DEBUG ")]
-
-
-def test_the_module_installs_no_handler_and_no_level() -> None:
-    for name in (
-        "mizusync",
-        *(f"mizusync.{part}" for part in ("store", "engine", "http", "live")),
-    ):
-        logger = logging.getLogger(name)
-        assert all(
-            isinstance(handler, Records) for handler in logger.handlers
-        )  # those are ours
-        assert (logger.level, logger.propagate) == (logging.NOTSET, True)
-        assert f"`{name}`" in readme("Logs")
+@pytest.mark.parametrize("part", ["", ".store", ".engine", ".http", ".live"])
+def test_the_module_installs_no_handler_and_no_level(part: str) -> None:
+    logger = logging.getLogger(f"mizusync{part}")
+    # Records are handlers of the tests.
+    assert all(isinstance(handler, Records) for handler in logger.handlers)
+    assert (logger.level, logger.propagate) == (logging.NOTSET, True)
+    assert f"`mizusync{part}`" in readme("Logs")
 
 
 def test_more_sessions_than_the_limit_are_unavailable(start: Start) -> None:
@@ -8682,29 +8712,28 @@ def test_more_sessions_than_the_limit_are_unavailable(start: Start) -> None:
 def test_more_connections_than_the_limit_are_unavailable(start: Start) -> None:
     live = start(max_connections=2)
     first, second, third = live.client(), live.client(), live.client()
-    assert first.request("GET", "/healthz").status == 200
-    assert second.request("GET", "/healthz").status == 200
+    for client in (first, second):
+        assert client.request("GET", "/healthz").status == 200
     assert refused(third.response(), 503)
     assert third.ended()
     third.close()
     assert first.request("GET", "/healthz").status == 200
     second.close()
 
-    def again() -> bool:
+    def is_accepted() -> bool:
         with closing(live.client()) as client:
             return client.request("GET", "/healthz").status == 200
 
-    until(again)
+    until(is_accepted)
 
 
-LARGE = (
-    2**24
-)  # bytes of a page: far more than the kernel takes for a client that does not read
+# Bytes of a page: far more than the kernel buffers for a client that does not read.
+LARGE = 2**24
 
 
 @contextmanager
 def unread(live: Live, count: int) -> Iterator[list[RawClient]]:
-    """Clients that each ask for a page of LARGE bytes, and do not read it."""
+    """Let clients ask for a page of LARGE bytes each, and not read it."""
     answered = live.server.stats()["answers_2xx"]
     clients = [live.client(receive_buffer=4096) for _ in range(count)]
     for client in clients:
@@ -8715,7 +8744,7 @@ def unread(live: Live, count: int) -> Iterator[list[RawClient]]:
         client.reset()
 
 
-def test_an_answer_that_nobody_reads_takes_its_own_bytes_alone(start: Start) -> None:
+def test_an_unread_answer_takes_no_memory_but_its_own_bytes(start: Start) -> None:
     # So each page is read from the disk.
     live = start(max_tail_size=0)
     push(live.engine, note("a", "x" * LARGE))
@@ -8730,13 +8759,10 @@ def test_an_answer_that_nobody_reads_takes_its_own_bytes_alone(start: Start) -> 
     assert 2 * LARGE < held < 4 * LARGE  # three answers, and once each of them twice
 
 
-def test_above_max_unsent_new_requests_are_unavailable_until_somebody_reads(
+def test_above_max_unsent_requests_are_unavailable_until_a_client_reads(
     start: Start,
 ) -> None:
-    def say(server: Server) -> None:
-        server.route("GET", "/it")(lambda request: b"it")
-
-    live = start(max_unsent=LARGE // 2, prepare=say)
+    live = start(max_unsent=LARGE // 2, route=lambda request: b"it")
     push(live.engine, note("a", "x" * LARGE))
     session, client = live.socket(), live.client()
     for _ in range(2):
@@ -8747,7 +8773,7 @@ def test_above_max_unsent_new_requests_are_unavailable_until_somebody_reads(
                 assert refused(client.request("GET", target), 503)
             assert refused(live.client().request("POST", "/sync/push", BODY), 503)
             assert refused(live.client().upgrade(), 503)
-            assert session.quiet()  # who is there already stays
+            assert session.quiet()  # an open session stays
             assert slow.response().status == 200
             until(lambda: live.client().request("GET", "/it").status == 200)
     until(lambda: live.server.stats()["unsent_bytes"] == 0)
@@ -8761,7 +8787,7 @@ def test_pulls_that_waited_together_are_answered_up_to_max_unsent(
     start: Start, lines: list[bytes]
 ) -> None:
     live = start(max_unsent=LARGE, max_tail_size=4 * LARGE)
-    live.client().pull()  # from here on they are answered from memory: in one turn
+    live.client().pull()  # from here on pulls are answered from memory: in one turn
     waiting = [live.client(receive_buffer=4096) for _ in range(8)]
     for client in waiting:
         client.send(get(b"/sync/pull?wait=60", *lines))
@@ -8771,7 +8797,7 @@ def test_pulls_that_waited_together_are_answered_up_to_max_unsent(
     assert sorted(statuses) == [b"200"] + [b"503"] * 7
 
 
-def test_messages_that_sessions_do_not_read_count_as_unsent(start: Start) -> None:
+def test_messages_that_a_session_does_not_read_count_as_unsent(start: Start) -> None:
     live, join = joined(start, send_buffer=4096, max_unsent=2**17)
     slow = live.socket(receive_buffer=4096)
     join(slow)
@@ -8782,25 +8808,25 @@ def test_messages_that_sessions_do_not_read_count_as_unsent(start: Start) -> Non
     until(lambda: live.client().request("GET", "/healthz").status == 200)
 
 
-def test_an_end_closes_sessions_with_1001_and_answers_who_waits(start: Start) -> None:
-    live = start()
-    session, waiting, idle = live.socket(), live.client(), live.client()
+def test_a_stop_closes_sessions_with_1001_and_answers_pulls_that_wait(
+    server: Live,
+) -> None:
+    session, waiting, idle = server.socket(), server.client(), server.client()
     assert idle.request("GET", "/healthz").status == 200
     waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
-    assert waiting.response().json["status"] == "ok"  # so the other has arrived as well
-    live.stop()
+    assert waiting.response().json["status"] == "ok"  # so the pull has arrived as well
+    server.stop()
     assert session.read_close() == 1001
     assert waiting.response().json["changes"] == []
     assert waiting.ended()
     assert idle.ended()
     with pytest.raises(ConnectionError):
-        until(lambda: live.client() is None)
+        until(lambda: server.client() is None)
 
 
-def test_a_push_in_flight_is_answered_before_the_end(start: Start) -> None:
+def test_a_push_in_flight_is_answered_before_the_server_stops(start: Start) -> None:
     entered, release = threading.Event(), threading.Event()
-    slow = stalled(entered, release)
-    live = start(apply=slow)
+    live = start(apply=stalled(entered, release))
     client, session = live.client(), live.socket()
     client.send(post(LENGTH))
     assert entered.wait(PATIENCE)
@@ -8811,8 +8837,8 @@ def test_a_push_in_flight_is_answered_before_the_end(start: Start) -> None:
     assert client.ended()
 
 
-# Seconds: much less than what would end it otherwise. It may be more (5, for a slow
-# machine) once the tests below are not expected to fail any more, and to wait for it.
+# Seconds: much less than the limits that would end it otherwise. It may be more (5, for
+# a slow machine) once the tests below are not expected to fail, and to wait for it.
 SOON = 1.0
 
 
@@ -8843,7 +8869,7 @@ def test_a_stop_does_not_wait_for_a_request_that_has_not_arrived(
     raises=TimeoutError,
     reason="a pull that waits does not see its client's end",
 )
-def test_a_pull_that_waits_ends_at_its_clients_end_and_a_half_close_gets_the_page(
+def test_a_pull_that_waits_is_answered_when_its_client_half_closes(
     client: RawClient,
 ) -> None:
     client.send(get(b"/sync/pull?wait=60"))
@@ -8858,7 +8884,7 @@ def test_a_pull_that_waits_ends_at_its_clients_end_and_a_half_close_gets_the_pag
     raises=TimeoutError,
     reason="a pull that waits keeps its client's connection",
 )
-def test_a_client_that_goes_while_its_pull_waits_keeps_no_connection(
+def test_a_client_that_closes_while_its_pull_waits_keeps_no_connection(
     server: Live,
 ) -> None:
     clients = [server.client() for _ in range(20)]
@@ -8876,9 +8902,9 @@ def test_a_client_that_goes_while_its_pull_waits_keeps_no_connection(
 @pytest.mark.xfail(
     strict=True,
     raises=(ConnectionError, EOFError),
-    reason="who waits to be accepted is reset at a stop",
+    reason="a client that is not accepted yet is reset at a stop",
 )
-def test_who_has_connected_and_asked_before_a_stop_is_answered(server: Live) -> None:
+def test_clients_that_connected_before_a_stop_are_answered(server: Live) -> None:
     entered, release = threading.Event(), threading.Event()
 
     def hold_and_stop() -> None:
@@ -8888,7 +8914,7 @@ def test_who_has_connected_and_asked_before_a_stop_is_answered(server: Live) -> 
 
     server.loop.call_soon_threadsafe(hold_and_stop)
     assert entered.wait(PATIENCE)
-    clients = [server.client() for _ in range(20)]  # the kernel's: nobody accepts them
+    clients = [server.client() for _ in range(20)]  # not accepted yet
     for client in clients:
         client.send(HEALTHZ)
     release.set()
@@ -8970,7 +8996,7 @@ def test_a_server_listens_on_a_link_local_address_with_its_interface(
     ask(connect())
 
 
-def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
+def test_acknowledged_changes_are_there_after_a_restart(tmp_path: Path) -> None:
     with serve(tmp_path) as live:
         results = live.client().push(note("a", 1), note("b", 2, scope="s"))
         epoch = live.client().pull()["epoch"]
@@ -9008,7 +9034,7 @@ def test_a_cursor_that_a_restored_copy_never_gave_out_is_unknown(
         assert refused(reply, 410, code="cursor_unknown")
 
 
-def test_a_client_that_does_not_read_its_answers_is_dropped(start: Start) -> None:
+def test_a_client_that_does_not_read_its_answers_is_disconnected(start: Start) -> None:
     live = start(send_timeout=MOMENT)
     push(live.engine, note("a", "x" * 2**19))
     before = live.tasks()
@@ -9025,45 +9051,47 @@ RUDE = [
     HEALTHZ * 20,
     post(LENGTH, body=BODY[:5]),
     get(b"/sync/pull?wait=60"),
-    RUDE_UPGRADE + masked(TEXT, b'{"topic": "subscribe", "data": {}}'),
-    RUDE_UPGRADE + masked(TEXT, b"x" * 300)[:100],
+    RUDE_UPGRADE + text(b'{"topic": "subscribe", "data": {}}'),
+    RUDE_UPGRADE + text(b"x" * 300)[:100],
     RUDE_UPGRADE + masked(CLOSE, b""),
 ]
 
 
-def test_requests_that_came_together_leave_others_their_turn(start: Start) -> None:
-    answered: list[int] = []  # how many, and how many when something else had its turn
-    elsewhere: list[int] = []
+def test_pipelined_requests_do_not_starve_other_tasks(start: Start) -> None:
+    answered = 0
+    answered_before_another_task: list[int] = []
+
+    def count() -> None:
+        answered_before_another_task.append(answered)
 
     def answer(request: mizusync.Request) -> None:
-        answered.append(len(answered))
-        if len(answered) == 1:
-            asyncio.get_running_loop().call_soon(
-                lambda: elsewhere.append(len(answered))
-            )
+        nonlocal answered
+        answered += 1
+        if answered == 1:
+            asyncio.get_running_loop().call_soon(count)
 
-    live = start(route=answer)
-    client = live.client()
+    client = start(route=answer).client()
     client.send(get(b"/it") * 500)
     for _ in range(500):
         assert client.response().status == 200
-    assert elsewhere[0] < 5
+    assert answered_before_another_task[0] < 5
 
 
-def test_a_client_that_goes_before_its_answers_floods_no_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_client_that_resets_before_its_answers_does_not_flood_the_log(
+    start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with serve(tmp_path) as live:
-        before = live.tasks()
-        for _ in range(20):
-            client = live.client()
-            client.send(get(b"/it") * 1000)
-            client.reset()
-        until(lambda: live.tasks() <= before)
+    live = start()
+    before = live.tasks()
+    for _ in range(20):
+        client = live.client()
+        client.send(get(b"/it") * 1000)
+        client.reset()
+    until(lambda: live.tasks() <= before)
+    live.end()
     assert not [one for one in caplog.messages if "socket.send" in one]
 
 
-def test_refused_upgrades_of_a_client_that_goes_leave_no_connection(
+def test_refused_handshakes_of_a_client_that_resets_leave_no_connection(
     start: Start,
 ) -> None:
     live = start(token="s3cret")
@@ -9073,19 +9101,17 @@ def test_refused_upgrades_of_a_client_that_goes_leave_no_connection(
         with suppress(TimeoutError):
             client.send(RUDE_UPGRADE * 2000)
         client.reset()
-    with closing(live.client()) as last:  # when it is heard, all of them were accepted
+    with closing(live.client()) as last:  # accepted after all of them
         assert last.request("GET", "/healthz").status == 200
     until(lambda: live.server.stats()["connections"] == 0)
 
 
 def test_http_client_of_the_standard_library_is_served(server: Live) -> None:
-    with closing(
-        http.client.HTTPConnection(*server.address, timeout=PATIENCE)
-    ) as connection:
+    host, port = server.address
+    with closing(http.client.HTTPConnection(host, port, PATIENCE)) as connection:
+        chunks = iter([BODY[:9], BODY[9:]])
         headers = {"Content-Type": "application/json"}
-        connection.request(
-            "POST", "/sync/push", iter([BODY[:9], BODY[9:]]), headers
-        )  # in chunks
+        connection.request("POST", "/sync/push", chunks, headers)
         assert json.load(connection.getresponse())[0]["ok"]
         connection.request("GET", "/sync/pull")
         reply = connection.getresponse()
@@ -9127,7 +9153,7 @@ def test_a_server_that_is_cancelled_twice_leaves_nothing_behind(engine: Engine) 
             await entered.wait()
             for _ in range(2):
                 listening.cancel()
-                await asyncio.sleep(MOMENT)  # in which it waits for that
+                await asyncio.sleep(MOMENT)  # the server waits for its handler
             with pytest.raises(asyncio.CancelledError):
                 await listening
         assert server.stats()["connections"] == 0
@@ -9137,10 +9163,10 @@ def test_a_server_that_is_cancelled_twice_leaves_nothing_behind(engine: Engine) 
     ask(go())
 
 
-def test_pulls_that_wait_end_with_their_client(start: Start) -> None:
+def test_pipelined_pulls_that_wait_end_with_their_client(start: Start) -> None:
     live = start(max_pull_wait=MOMENT)
     client = live.client()
-    client.send(get(b"/sync/pull?wait=60") * 4000)  # which would take minutes
+    client.send(get(b"/sync/pull?wait=60") * 4000)  # all of them would take minutes
     assert client.response().status == 200
     client.close()
     until(lambda: live.server.stats()["connections"] == 0)
@@ -9169,10 +9195,7 @@ def test_slow_sessions_that_reset_their_connections_are_not_logged_as_failures(
 
 
 def test_a_large_answer_reaches_a_client_that_reads_slowly(start: Start) -> None:
-    def prepare(server: Server) -> None:
-        server.route("GET", "/it")(lambda request: b"x" * 4_000_000)
-
-    live = start(linger_timeout=MOMENT, prepare=prepare)
+    live = start(linger_timeout=MOMENT, route=lambda request: b"x" * 4_000_000)
     client = live.client(receive_buffer=4096)
     client.send(get(b"/it", b"Connection: close"))
     started, whole = time.monotonic(), bytearray()
@@ -9198,44 +9221,39 @@ def test_no_more_readers_read_at_once_than_the_limit(start: Start) -> None:
     for number, client in enumerate(clients):
         client.send(get(b"/sync/snapshot?scope=%d" % number))
     until(lambda: len(entered) == 2)
-    assert (
-        live.client().request("GET", "/nowhere").status == 404
-    )  # all five have been heard
+    # When this is answered, all five requests have arrived.
+    assert live.client().request("GET", "/nowhere").status == 404
     release.set()
     assert [client.response().status for client in clients] == [200] * 5
     assert max(most) == 2
 
 
 def test_memory_holds_no_more_of_the_log_than_the_limit(tmp_path: Path) -> None:
-    few = Settings(max_tail_size=10_000)
-    with closing(
-        Engine(tmp_path / "log", apply=apply, schema=SCHEMA, settings=few)
-    ) as engine:
-        push(
-            engine,
-            *(note(str(number), "x" * 3000, scope=str(number)) for number in range(9)),
-        )
-        for number in range(9):
-            assert len(pull(engine, scope=str(number))["changes"]) == 1
-        assert engine.counts["pulls_from_memory"] <= 3
+    few, scopes = Settings(max_tail_size=10_000), [str(number) for number in range(9)]
+    with closing(open_log(tmp_path / "log", settings=few)) as engine:
+        push(engine, *(note(scope, "x" * 3000, scope=scope) for scope in scopes))
+        for scope in scopes:
+            assert len(pull(engine, scope=scope)["changes"]) == 1
+        assert engine.stats()["pulls_from_memory"] <= 3
 
 
-def test_a_transaction_takes_nothing_more_once_its_time_is_over(tmp_path: Path) -> None:
+def test_a_transaction_takes_no_more_pushes_once_its_time_is_over(
+    tmp_path: Path,
+) -> None:
     entered, release = threading.Event(), threading.Event()
-    slow = stalled(entered, release)
     at_once = Settings(max_commit_time=0.0)
-    with closing(Engine(tmp_path / "log", apply=slow, settings=at_once)) as engine:
+    options = {"apply": stalled(entered, release), "settings": at_once}
+    with closing(open_log(tmp_path / "log", **options)) as engine:
         futures = [engine.submit([note("first")])]
         assert entered.wait(PATIENCE)
         futures += [engine.submit([note(str(number))]) for number in range(3)]
         release.set()
         assert all(future.result(PATIENCE)[0].ok for future in futures)
-        assert engine.counts["commits"] == 4
+        assert engine.stats()["commits"] == 4
 
 
 def test_rude_clients_leave_nothing_behind(start: Start) -> None:
-    # The end of what a client sends is not the end of its waiting: that has a time of
-    # its own.
+    # A pull may wait on after its client has half-closed, until its time is over.
     live = start(max_pull_wait=MOMENT, readers=1)
 
     def rudeness(times: int) -> tuple[int, int]:
@@ -9243,8 +9261,7 @@ def test_rude_clients_leave_nothing_behind(start: Start) -> None:
             client = live.client()
             client.send(RUDE[number % len(RUDE)])
             client.reset() if number % 3 else client.close()
-        # Accepted after all of them, and read from disk after all that they asked
-        # for.
+        # This is accepted after all of them, and read from disk after their pulls.
         with closing(live.client()) as last:
             last.pull(scope=f"of {times}")
         until(lambda: live.server.stats()["connections"] == 0)
@@ -9261,9 +9278,8 @@ def test_rude_clients_leave_nothing_behind(start: Start) -> None:
     finally:
         tracemalloc.stop()
     assert after[0] <= before[0]
-    assert (
-        after[1] - before[1] < 120 * 600
-    )  # bytes: a connection forgotten would be thousands
+    # Bytes: a connection that is kept would take thousands.
+    assert after[1] - before[1] < 120 * 600
 
 
 LINUX = pytest.mark.skipif(
@@ -9272,27 +9288,25 @@ LINUX = pytest.mark.skipif(
 
 
 @LINUX
-def test_a_program_without_descriptors_serves_who_is_there_and_lets_others_wait(
+def test_a_program_without_descriptors_serves_its_clients_and_lets_others_wait(
     tmp_path: Path,
 ) -> None:
     with program("--db", str(tmp_path / "todos.db")) as running, ExitStack() as stack:
 
-        def come() -> RawClient:
+        def connect() -> RawClient:
             return stack.enter_context(closing(RawClient(running.address)))
 
         def spent() -> int:
-            return sum(
-                map(
-                    int,
-                    (process / "stat").read_text().rpartition(") ")[2].split()[11:13],
-                )
-            )
+            """Return the CPU time of the process, in clock ticks (proc(5))."""
+            fields = (process / "stat").read_text().rpartition(") ")[2].split()
+            user, system = fields[11:13]
+            return int(user) + int(system)
 
         process, errors = Path(f"/proc/{running.process.pid}"), running.process.stderr
-        first, limit = come(), len(os.listdir(process / "fd")) + 20
+        first, limit = connect(), len(os.listdir(process / "fd")) + 20
         first.push(todo("create", id="1", title="x"))
         resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
-        others, waiting = [come() for _ in range(20)], come()
+        others, waiting = [connect() for _ in range(20)], connect()
         waiting.send(HEALTHZ)
         assert errors is not None
         watchdog = threading.Timer(PATIENCE, running.process.kill)
@@ -9300,15 +9314,13 @@ def test_a_program_without_descriptors_serves_who_is_there_and_lets_others_wait(
         assert "new clients wait" in until(lambda: faults(errors.readline()))
         watchdog.cancel()
         for target in ("/sync/snapshot?scope=list", "/sync/pull?scope=new", "/healthz"):
-            assert (
-                first.request("GET", target).status == 200
-            )  # the log can still be opened
+            assert first.request("GET", target).status == 200  # the file can be opened
         before = spent()
         assert first.pull(scope="new", wait=0.4)["changes"] == []
         assert spent() - before < os.sysconf("SC_CLK_TCK") / 10  # nothing spins
         for _ in range(20):  # there is room, and there is none, again and again
             others.pop(0).close()
-            others.append(come())
+            others.append(connect())
             first.pull(scope="new", wait=0.01)
         assert first.push(todo("create", id="2", title="y"))[0]["ok"]
         for client in (*others, first):
