@@ -9332,7 +9332,7 @@ def test_a_program_without_descriptors_serves_its_clients_and_lets_others_wait(
 
 
 # --- Todo -----------------------------------------------------------------------------
-# The demo, which is an application like any other.
+# The demo is an application like any other.
 
 
 @pytest.fixture
@@ -9404,15 +9404,15 @@ BAD_TODOS = {
     "an unknown id to delete": (todo("delete", id="2"), "not_found"),
     "an empty title": (todo("create", id="2", title=""), "invalid_mutation"),
     "a title of 1,001": (todo("create", id="2", title="x" * 1001), "invalid_mutation"),
-    "a title of no string": (todo("create", id="2", title=7), "invalid_mutation"),
+    "a number as a title": (todo("create", id="2", title=7), "invalid_mutation"),
     "no title": (todo("create", id="2"), "invalid_mutation"),
     "no id": (todo("create", title="x"), "invalid_mutation"),
-    "an id of no string": (todo("delete", id=[1]), "invalid_mutation"),
+    "a list as an id": (todo("delete", id=[1]), "invalid_mutation"),
     "an empty title in an update": (
         todo("update", id="1", title=""),
         "invalid_mutation",
     ),
-    "completed of no boolean": (
+    "a string as completed": (
         todo("update", id="1", completed="yes"),
         "invalid_mutation",
     ),
@@ -9421,18 +9421,14 @@ BAD_TODOS = {
 }
 
 
-def test_a_todo_that_cannot_be_is_refused(todos: RawClient) -> None:
+def test_a_bad_todo_is_refused_with_its_code(todos: RawClient) -> None:
     todos.push(todo("create", id="1", title="x" * 1000))
     results = todos.push(*(mutation for mutation, _ in BAD_TODOS.values()))
-    codes = {name: code for name, (_, code) in BAD_TODOS.items()}
-    assert (
-        dict(zip(BAD_TODOS, (result["code"] for result in results), strict=True))
-        == codes
-    )
-    assert (
-        len(todos.request("GET", "/sync/snapshot?scope=list").json["data"]["todos"])
-        == 1
-    )
+    codes = [result["code"] for result in results]
+    expected = {name: code for name, (_, code) in BAD_TODOS.items()}
+    assert dict(zip(BAD_TODOS, codes, strict=True)) == expected
+    data = todos.request("GET", "/sync/snapshot?scope=list").json["data"]
+    assert len(data["todos"]) == 1
 
 
 # --- Command line ---------------------------------------------------------------------
@@ -9441,16 +9437,15 @@ def test_a_todo_that_cannot_be_is_refused(todos: RawClient) -> None:
 PROGRAM = Path(mizusync.__file__)
 
 
-def faults(complained: str) -> str:
-    """What stands on stderr, but for what asyncio's debug mode says of a slow
-    machine."""
+def faults(stderr: str) -> str:
+    """Return the lines that are not warnings of asyncio about a slow machine."""
     slow = r"^(?:.* WARNING asyncio )?Executing <.* took [0-9.]+ seconds\n"
-    return re.sub(slow, "", complained, flags=re.M)
+    return re.sub(slow, "", stderr, flags=re.M)
 
 
 @contextmanager
 def held(address: tuple[str, int]) -> Iterator[None]:
-    """Nobody else gets the address of a program that has gone, and will come back."""
+    """Keep other programs from the address of one that ended and will come back."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(address)  # and never listens
@@ -9458,8 +9453,7 @@ def held(address: tuple[str, int]) -> Iterator[None]:
 
 
 class Program:
-    """`python mizusync.py` on a port of its own; what it said, and who answers
-    there."""
+    """`python mizusync.py` on a port of its own, and clients of it."""
 
     def __init__(
         self,
@@ -9468,16 +9462,10 @@ class Program:
         folder: Path | None = None,
         **environment: str,
     ) -> None:
+        self.clients = ExitStack()
+        python = [sys.executable, "-X", "dev"]
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-X",
-                "dev",
-                str(file or PROGRAM),
-                "--port",
-                "0",
-                *arguments,
-            ],
+            [*python, str(file or PROGRAM), "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -9493,11 +9481,14 @@ class Program:
         assert found, (self.line, self.process.communicate())
         self.address = (found[1], int(found[2]))
 
+    def client(self) -> RawClient:
+        return self.clients.enter_context(closing(RawClient(self.address)))
+
     def end(self, number: int) -> tuple[int, str, str]:
-        """Its exit status after this signal, and what else it said."""
+        """Send a signal; return the exit status and the rest of stdout and stderr."""
         self.process.send_signal(number)
-        said, complained = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, said, faults(complained)
+        stdout, stderr = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, stdout, faults(stderr)
 
 
 @contextmanager
@@ -9506,8 +9497,22 @@ def program(*arguments: str, **options: Any) -> Iterator[Program]:
     try:
         yield running
     finally:
+        running.clients.close()
         running.process.kill()
         running.process.communicate()
+
+
+StartProgram = Callable[..., Program]
+
+
+@pytest.fixture
+def start_program(tmp_path: Path) -> Iterator[StartProgram]:
+    """Start programs on one database; they end with the test."""
+    database = str(tmp_path / "todos.db")
+    with ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(
+            program("--db", database, *arguments, **options)
+        )
 
 
 def run_to_its_end(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -9524,32 +9529,33 @@ class Refusal(NamedTuple):
 
 @pytest.fixture
 def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., Refusal]:
-    """How the program ends that can't run, called in this process: a start takes
-    long."""
+    """Return a function that calls main() with arguments that it refuses.
+
+    It runs in this process, since the start of another takes long."""
 
     def main(*arguments: str) -> Refusal:
         try:
             status: Any = mizusync.main(["--port", "0", *arguments])
         except SystemExit as end:
             status = end.code
-        said, complained = capsys.readouterr()
-        assert (said, complained[-1:]) == ("", "\n")
-        return Refusal(status, complained)
+        stdout, stderr = capsys.readouterr()
+        assert (stdout, stderr[-1:]) == ("", "\n")
+        return Refusal(status, stderr)
 
     return main
 
 
-def test_the_program_says_in_one_line_where_to_open_the_page_and_wants_a_scope(
-    path: Path,
+def test_the_program_announces_its_address_and_wants_a_scope(
+    start_program: StartProgram, tmp_path: Path
 ) -> None:
-    with program("--db", str(path)) as running:
-        assert running.line == (
-            f"mizusync {mizusync.__version__}:"
-            f" open http://127.0.0.1:{running.address[1]}/ (data in {path})\n"
-        )
-        with closing(RawClient(running.address)) as client:
-            assert client.request("GET", "/healthz").json["status"] == "ok"
-            assert refused(client.upgrade("/ws"), 401)
+    running = start_program()
+    assert running.line == (
+        f"mizusync {mizusync.__version__}: open"
+        f" http://127.0.0.1:{running.address[1]}/ (data in {tmp_path / 'todos.db'})\n"
+    )
+    client = running.client()
+    assert client.request("GET", "/healthz").json["status"] == "ok"
+    assert refused(client.upgrade("/ws"), 401)
 
 
 LOCKED_OUT = """
@@ -9562,66 +9568,54 @@ server.run("127.0.0.1", 0, announce=lambda line: print(line, flush=True))
 """
 
 
-def test_a_stop_waits_for_no_other_process_s_lock(tmp_path: Path) -> None:
+def test_a_stop_does_not_wait_for_the_lock_of_another_process(tmp_path: Path) -> None:
     script = tmp_path / "locked_out.py"
     script.write_text(LOCKED_OUT)
     environment = {"PYTHONPATH": str(PROGRAM.parent)}
     with (
         program(file=script, folder=tmp_path, **environment) as running,
         closing(sqlite3.connect(tmp_path / "log.db", isolation_level=None)) as db,
-        closing(RawClient(running.address)) as pusher,
-        closing(RawClient(running.address)) as witness,
     ):
         db.execute("BEGIN IMMEDIATE")
-        body = json.dumps([note("1")]).encode()
-        head = [
-            b"POST /sync/push HTTP/1.1",
-            b"Host: localhost",
-            b"Content-Type: application/json",
-        ]
-        pusher.send(raw(*head, b"Content-Length: %d" % len(body), body=body))
-        assert witness.request("GET", "/healthz").status == 200
-        status, _, complained = running.end(
-            signal.SIGTERM
-        )  # which has PATIENCE, and not 600 s
+        pusher = running.client()
+        pusher.send(post(LENGTH))
+        assert running.client().request("GET", "/healthz").status == 200
+        # The program has PATIENCE to end; the writer would wait for 600 s.
+        status, _, stderr = running.end(signal.SIGTERM)
         assert status == 0
-        assert "the writer did not end in time" in complained
+        assert "the writer did not end in time" in stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_program_in_order(tmp_path: Path, number: int) -> None:
-    with (
-        program("--db", str(tmp_path / "todos.db")) as running,
-        closing(RawClient(running.address)) as session,
-        closing(RawClient(running.address)) as waiting,
-    ):
-        assert session.upgrade("/ws?scope=list").status == 101
-        waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
-        assert waiting.response().status == 200
-        session.subscribe()
-        running.process.send_signal(number)
-        assert session.read_close() == 1001
-        assert waiting.response().json["changes"] == []
-        waiting.close()
-        said, complained = running.process.communicate(timeout=PATIENCE)
-        assert (running.process.returncode, said) == (0, "")
-        assert "Traceback" not in complained
-        assert not (tmp_path / "todos.db-wal").exists()  # it was checkpointed
+def test_a_signal_stops_the_program_gracefully(
+    start_program: StartProgram, tmp_path: Path, number: int
+) -> None:
+    running = start_program()
+    session, waiting = running.client(), running.client()
+    assert session.upgrade("/ws?scope=list").status == 101
+    waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
+    assert waiting.response().status == 200
+    session.subscribe()
+    running.process.send_signal(number)
+    assert session.read_close() == 1001
+    assert waiting.response().json["changes"] == []
+    waiting.close()
+    stdout, stderr = running.process.communicate(timeout=PATIENCE)
+    assert (running.process.returncode, stdout) == (0, "")
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "todos.db-wal").exists()  # it was checkpointed
 
 
-def test_a_second_signal_ends_the_program_at_once(tmp_path: Path) -> None:
-    with (
-        program("--db", str(tmp_path / "todos.db")) as running,
-        closing(RawClient(running.address)) as session,
-    ):
-        assert session.upgrade("/ws?scope=list").status == 101
-        running.process.send_signal(signal.SIGTERM)
-        assert (
-            session.read_frame().opcode == CLOSE
-        )  # which is not answered: the server waits
-        started = time.monotonic()
-        assert "Traceback" not in running.end(signal.SIGTERM)[2]
-        assert time.monotonic() - started < Settings().close_timeout / 2
+def test_a_second_signal_ends_the_program_at_once(start_program: StartProgram) -> None:
+    running = start_program()
+    session = running.client()
+    assert session.upgrade("/ws?scope=list").status == 101
+    running.process.send_signal(signal.SIGTERM)
+    # The client does not answer the close, so the server waits.
+    assert session.read_frame().opcode == CLOSE
+    started = time.monotonic()
+    assert "Traceback" not in running.end(signal.SIGTERM)[2]
+    assert time.monotonic() - started < Settings().close_timeout / 2
 
 
 WAITING_LONG = """
@@ -9648,67 +9642,63 @@ mizusync.Server(engine).run("127.0.0.1", 0, functools.partial(print, flush=True)
     ],
 )
 def test_a_second_signal_ends_a_program_whose_writer_waits_for_a_lock(
-    tmp_path: Path, number: int
+    start_program: StartProgram, tmp_path: Path, number: int
 ) -> None:
-    path, file = tmp_path / "todos.db", tmp_path / "server.py"
+    file = tmp_path / "server.py"
     file.write_text(WAITING_LONG)
-    with (
-        program(
-            "--db", str(path), file=file, PYTHONPATH=str(PROGRAM.parent)
-        ) as running,
-        closing(RawClient(running.address)) as session,
-        closing(RawClient(running.address)) as pusher,
-        closing(sqlite3.connect(path, isolation_level=None)) as other,
-    ):
+    running = start_program(file=file, PYTHONPATH=str(PROGRAM.parent))
+    session, pusher = running.client(), running.client()
+    database = sqlite3.connect(tmp_path / "todos.db", isolation_level=None)
+    with closing(database) as other:
         assert session.upgrade().status == 101
         other.execute("BEGIN IMMEDIATE")
         pusher.send(HEALTHZ + post(LENGTH))
         assert pusher.response().status == 200  # so the push has arrived as well
         running.process.send_signal(number)
-        assert session.read_frame().opcode == CLOSE  # the first was seen
+        assert session.read_frame().opcode == CLOSE  # the first signal has arrived
         running.process.send_signal(number)
         patience = SOON if number == signal.SIGINT else PATIENCE
         assert running.process.wait(patience) != 0
 
 
-def test_kill_9_and_a_restart_keep_everything(tmp_path: Path) -> None:
-    arguments = ("--db", str(tmp_path / "todos.db"))
-    with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        sent = [todo("create", id=str(number), title="x") for number in range(50)]
-        results = [client.push(one)[0] for one in sent]
-        epoch = client.pull()["epoch"]
-        running.process.kill()
-    with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        assert client.push(*sent) == [
-            result | {"duplicate": True} for result in results
-        ]
-        page = client.pull(scope="list", epoch=epoch)
-        assert page["changes"] == [
-            change for result in results for change in result["changes"]
-        ]
-        taken = client.request("GET", "/sync/snapshot?scope=list").json
-        assert len(taken["data"]["todos"]) == 50
+def test_a_program_that_was_killed_loses_nothing(start_program: StartProgram) -> None:
+    running = start_program()
+    client = running.client()
+    sent = [todo("create", id=str(number), title="x") for number in range(50)]
+    results = [client.push(one)[0] for one in sent]
+    epoch = client.pull()["epoch"]
+    running.process.kill()
+    running.process.wait(PATIENCE)
+    client = start_program().client()
+    assert client.push(*sent) == [result | DUPLICATE for result in results]
+    page = client.pull(scope="list", epoch=epoch)
+    changes = [change for result in results for change in result["changes"]]
+    assert page["changes"] == changes
+    taken = client.request("GET", "/sync/snapshot?scope=list").json
+    assert len(taken["data"]["todos"]) == 50
 
 
 @pytest.mark.parametrize("how", ["an argument", "the environment"])
-def test_the_program_takes_a_token_origins_and_hosts(path: Path, how: str) -> None:
+def test_the_program_accepts_a_token_origins_and_hosts(
+    start_program: StartProgram, how: str
+) -> None:
     allowed = ("--allow-origin", "https://app.example", "--allow-host", "sync.example")
     token = ("--token", "s3cret") if how == "an argument" else ()
     environment = {} if token else {"MIZUSYNC_TOKEN": "s3cret"}
-    headers = {"Host": "sync.example", "Origin": "https://app.example"}
-    with program("--db", str(path), *allowed, *token, **environment) as running:
-        assert "s3cret" not in running.line
-        with closing(RawClient(running.address)) as client:
-            assert refused(client.request("GET", "/sync/pull", headers=headers), 401)
-            headers |= {"Authorization": "Bearer s3cret"}
-            reply = client.request("GET", "/sync/pull", headers=headers)
-            assert reply.status == 200
-            assert reply.headers["access-control-allow-origin"] == "https://app.example"
-        assert "s3cret" not in running.end(signal.SIGTERM)[2]
+    headers = APP | {"Host": "sync.example"}
+    running = start_program(*allowed, *token, **environment)
+    assert "s3cret" not in running.line
+    client = running.client()
+    assert refused(client.request("GET", "/sync/pull", headers=headers), 401)
+    headers |= {"Authorization": "Bearer s3cret"}
+    reply = client.request("GET", "/sync/pull", headers=headers)
+    assert reply.status == 200
+    assert reply.headers["access-control-allow-origin"] == "https://app.example"
+    assert "s3cret" not in running.end(signal.SIGTERM)[2]
 
 
 @pytest.mark.parametrize("how", ["an argument", "the environment"])
-def test_an_empty_token_is_exit_2(
+def test_an_empty_token_ends_the_program_with_2(
     how: str, refusal: Callable[..., Refusal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MIZUSYNC_TOKEN", "")
@@ -9718,7 +9708,7 @@ def test_an_empty_token_is_exit_2(
 
 
 @pytest.mark.parametrize("token", ["two words", "YWJj/Q=="])
-def test_a_token_that_a_browser_cannot_show_is_exit_2_and_not_printed(
+def test_a_token_that_a_browser_cannot_send_ends_the_program_and_is_not_printed(
     token: str, refusal: Callable[..., Refusal]
 ) -> None:
     status, sentence = refusal("--db", NOWHERE, "--token", token)
@@ -9728,19 +9718,33 @@ def test_a_token_that_a_browser_cannot_show_is_exit_2_and_not_printed(
 OPEN = "is open to anybody"
 
 
-@table("case", {"beyond": ("0.0.0.0", (), 1), "loopback": ("127.0.0.1", (), 0),
-                "with a token": ("0.0.0.0", ("--token", "s3cret"), 0)})  # fmt: skip
-def test_the_program_warns_once_where_anybody_may_use_it(path: Path, case: Any) -> None:
+@table(
+    "case",
+    {
+        "every address": ("0.0.0.0", (), 1),
+        "the loopback": ("127.0.0.1", (), 0),
+        "every address, with a token": ("0.0.0.0", ("--token", "s3cret"), 0),
+    },
+)
+def test_the_program_warns_once_if_everyone_may_use_it(
+    start_program: StartProgram, case: tuple[str, tuple[str, ...], int]
+) -> None:
     host, token, warnings = case
-    with program("--db", str(path), "--host", host, *token) as running:
-        assert running.end(signal.SIGTERM)[2].count(OPEN) == warnings
+    running = start_program("--host", host, *token)
+    assert running.end(signal.SIGTERM)[2].count(OPEN) == warnings
 
 
-@table("case", {"beyond": ("0.0.0.0", {}, 1), "loopback": ("127.0.0.1", {}, 0),
-                "with a token": ("0.0.0.0", {"token": "s3cret"}, 0),
-                "with on_auth": ("0.0.0.0", {"on_auth": Doors().now}, 0)})  # fmt: skip
-def test_a_server_warns_once_where_anybody_may_use_it(
-    engine: Engine, case: Any
+@table(
+    "case",
+    {
+        "every address": ("0.0.0.0", {}, 1),
+        "the loopback": ("127.0.0.1", {}, 0),
+        "every address, with a token": ("0.0.0.0", {"token": "s3cret"}, 0),
+        "every address, with on_auth": ("0.0.0.0", {"on_auth": Doors().now}, 0),
+    },
+)
+def test_a_server_warns_once_if_everyone_may_use_it(
+    engine: Engine, log: Records, case: tuple[str, dict[str, Any], int]
 ) -> None:
     host, options, warnings = case
 
@@ -9748,13 +9752,12 @@ def test_a_server_warns_once_where_anybody_may_use_it(
         async with Server(engine, **options).listen(host, 0):
             pass
 
-    with recorded() as everything:
-        ask(listen())
-    assert len([text for text in everything.texts if OPEN in text]) == warnings
+    ask(listen())
+    assert len([text for text in log.texts if OPEN in text]) == warnings
 
 
 @pytest.mark.parametrize("name", ["donn\u00e9es.db", "\U0001f375.db"])
-def test_a_name_that_the_output_cannot_show_is_announced_with_escapes(
+def test_a_path_that_the_output_cannot_encode_is_announced_with_escapes(
     tmp_path: Path, name: str
 ) -> None:
     path = tmp_path / name
@@ -9768,33 +9771,25 @@ def test_a_name_that_the_output_cannot_show_is_announced_with_escapes(
     assert path.exists()
 
 
-def test_an_announcement_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
+def test_a_program_runs_though_nobody_can_read_its_announcement(tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         address = holder.getsockname()
-    command = [
-        sys.executable,
-        str(PROGRAM),
-        "--db",
-        str(tmp_path / "todos.db"),
-        "--port",
-    ]
+    options = ["--db", str(tmp_path / "todos.db"), "--port", str(address[1])]
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as output:
-        running = subprocess.Popen([*command, str(address[1])], stdout=output)
+        command = [sys.executable, str(PROGRAM), *options]
+        running = subprocess.Popen(command, stdout=output)
+
+    def is_serving() -> bool:
+        assert running.poll() is None
+        with suppress(ConnectionRefusedError), closing(RawClient(address)) as client:
+            return client.request("GET", "/healthz").status == 200
+        return False
+
     try:
-
-        def answers() -> bool:
-            assert running.poll() is None
-            with (
-                suppress(ConnectionRefusedError),
-                closing(RawClient(address)) as client,
-            ):
-                return client.request("GET", "/healthz").status == 200
-            return False
-
-        until(answers)
+        until(is_serving)
         running.send_signal(signal.SIGTERM)
         assert running.wait(PATIENCE) == 0
     finally:
@@ -9802,30 +9797,32 @@ def test_an_announcement_that_nobody_reads_stops_nothing(tmp_path: Path) -> None
         running.wait()
 
 
-def test_a_log_that_nobody_reads_stops_nothing_and_holds_no_exit(
-    tmp_path: Path,
+def test_a_log_that_nobody_reads_delays_neither_requests_nor_the_exit(
+    start_program: StartProgram,
 ) -> None:
-    arguments = ("--db", str(tmp_path / "todos.db"), "--log-level", "debug")
-    with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        for _ in range(300):  # some 1,000 bytes of log each; a pipe holds 64 KiB
-            assert client.request("GET", "/" + "x" * 900).status == 404
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(PATIENCE) == 0
-        _, complained = running.process.communicate(timeout=PATIENCE)
-        assert complained.count("x' -> 404") > 30
+    running = start_program("--log-level", "debug")
+    client = running.client()
+    for _ in range(300):  # some 1,000 bytes of log each; a pipe holds 64 KiB
+        assert client.request("GET", "/" + "x" * 900).status == 404
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(PATIENCE) == 0
+    _, stderr = running.process.communicate(timeout=PATIENCE)
+    assert stderr.count("x' -> 404") > 30
 
 
-def test_what_was_logged_before_an_end_in_order_is_written(tmp_path: Path) -> None:
-    arguments = ("--db", str(tmp_path / "todos.db"), "--log-level", "debug")
-    with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        for number in range(500):
-            assert refused(client.request("GET", f"/{number}"), 404)
-        status, _, complained = running.end(signal.SIGTERM)
-        logged = re.findall(r"GET '/([0-9]+)' -> 404", complained)
-        assert (status, logged) == (0, [str(number) for number in range(500)])
+def test_every_line_of_the_log_is_written_before_a_graceful_exit(
+    start_program: StartProgram,
+) -> None:
+    running = start_program("--log-level", "debug")
+    client = running.client()
+    for number in range(500):
+        assert refused(client.request("GET", f"/{number}"), 404)
+    status, _, stderr = running.end(signal.SIGTERM)
+    logged = re.findall(r"GET '/([0-9]+)' -> 404", stderr)
+    assert (status, logged) == (0, [str(number) for number in range(500)])
 
 
-def test_an_exit_waits_for_what_was_logged_where_somebody_reads() -> None:
+def test_an_exit_waits_until_a_slow_reader_has_read_the_log() -> None:
     reader, writer = os.pipe()
     handler = mizusync.LogWriter(writer)
     for number in range(mizusync.LOG_LINES):  # more than a pipe holds
@@ -9837,7 +9834,7 @@ def test_an_exit_waits_for_what_was_logged_where_somebody_reads() -> None:
         assert reading.result(PATIENCE).count(b"\n") == mizusync.LOG_LINES
 
 
-def test_a_log_that_is_read_again_says_how_much_of_it_was_dropped() -> None:
+def test_a_log_that_is_read_again_counts_the_lines_that_were_dropped() -> None:
     reader, writer = os.pipe()
     handler = mizusync.LogWriter(writer)
     os.set_blocking(reader, False)
@@ -9851,12 +9848,10 @@ def test_a_log_that_is_read_again_says_how_much_of_it_was_dropped() -> None:
             found = re.findall(rb"^([0-9]+) log lines were dropped", text, re.M)
             return sum(map(int, found))
 
-        until(
-            lambda: (
-                dropped() + len(re.findall(rb"^[0-9]+ x+$", text, re.M))
-                == 3 * mizusync.LOG_LINES
-            )
-        )
+        def written() -> int:
+            return len(re.findall(rb"^[0-9]+ x+$", text, re.M))
+
+        until(lambda: dropped() + written() == 3 * mizusync.LOG_LINES)
         assert dropped() > 0
 
 
@@ -9864,7 +9859,7 @@ OLDER = [*Path.home().glob(".pyenv/versions/3.[89].*/bin/python"),
          *Path.home().glob(".pyenv/versions/3.10.*/bin/python")]  # fmt: skip
 
 
-def test_a_python_that_is_too_old_is_told_so_in_one_sentence() -> None:
+def test_an_old_python_gets_one_sentence() -> None:
     # The file has to parse there, or nothing of it runs.
     ast.parse(PROGRAM.read_text(encoding="utf-8"), feature_version=(3, 10))
     older = "import runpy, sys; sys.version_info = (3, 10, 13, 'final', 0)\n"
@@ -9882,47 +9877,40 @@ def test_a_python_that_is_too_old_is_told_so_in_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("python", OLDER, ids=lambda python: python.parts[-3])
-def test_an_older_python_is_told_which_one_is_needed(python: Path) -> None:
+def test_an_installed_older_python_gets_the_sentence(python: Path) -> None:
     command = [str(python), str(PROGRAM)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (1, "")
     assert "3.11 or newer" in done.stderr
 
 
-def test_the_program_tells_its_version() -> None:
+def test_the_program_prints_its_version() -> None:
     done = run_to_its_end("--version")
     assert (done.returncode, done.stdout) == (0, f"mizusync {mizusync.__version__}\n")
 
 
-def test_the_file_alone_says_that_its_page_is_not_there(tmp_path: Path) -> None:
+def test_the_program_without_its_page_explains_where_it_belongs(
+    start_program: StartProgram, tmp_path: Path
+) -> None:
     file = Path(shutil.copy(PROGRAM, tmp_path))
-    with (
-        program("--db", str(tmp_path / "todos.db"), file=file) as running,
-        closing(RawClient(running.address)) as client,
-    ):
-        reply = client.request("GET", "/")
-        assert (reply.status, b"demo.html" in reply.body) == (200, True)
+    reply = start_program(file=file).client().request("GET", "/")
+    assert (reply.status, b"demo.html" in reply.body) == (200, True)
 
 
-def test_a_path_without_its_slash_is_refused(engine: Engine) -> None:
-    with pytest.raises(ValueError, match="slash"):
-        Server(engine).route("GET", "noslash")(print)
-
-
-def test_a_host_that_can_be_none_is_one_sentence(tmp_path: Path) -> None:
-    done = run_to_its_end("--host", "127.0.0..1", "--db", str(tmp_path / "todos.db"))
-    assert (done.returncode, done.stdout, faults(done.stderr).count("\n")) == (1, "", 1)
-    assert "127.0.0..1" in done.stderr
-
-
-def test_a_busy_port_is_one_sentence(tmp_path: Path, server: Live) -> None:
+def test_an_impossible_host_or_a_busy_port_is_one_sentence(
+    tmp_path: Path, server: Live
+) -> None:
     port = str(server.address[1])
-    done = run_to_its_end("--port", port, "--db", str(tmp_path / "todos.db"))
-    assert (done.returncode, done.stdout, faults(done.stderr).count("\n")) == (1, "", 1)
-    assert port in done.stderr
+    for option, value in (("--host", "127.0.0..1"), ("--port", port)):
+        done = run_to_its_end(option, value, "--db", str(tmp_path / "todos.db"))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert faults(done.stderr).count("\n") == 1
+        assert value in done.stderr
 
 
-def test_a_bad_argument_is_exit_2(refusal: Callable[..., Refusal]) -> None:
+def test_a_bad_argument_ends_the_program_with_2(
+    refusal: Callable[..., Refusal],
+) -> None:
     for arguments in (["--port", "99999"], ["--port", "web"], ["--nonsense"], ["x"]):
         assert refusal(*arguments).status == 2
 
@@ -9935,7 +9923,7 @@ def test_a_bad_argument_is_exit_2(refusal: Callable[..., Refusal]) -> None:
         "a cut head": b"SQLite format 3\0" + bytes(99),
     },
 )
-def test_a_file_that_is_not_ours_is_one_sentence_and_unchanged(
+def test_a_file_of_another_program_is_one_sentence_and_unchanged(
     tmp_path: Path, path: Path, content: bytes | None, refusal: Callable[..., Refusal]
 ) -> None:
     if content:
@@ -9957,7 +9945,7 @@ def test_a_write_ahead_log_without_its_file_is_one_sentence(
     assert "-wal exists, and" in sentence
 
 
-def test_a_folder_that_is_not_there_or_not_writable_is_one_sentence(
+def test_a_missing_or_unwritable_folder_is_one_sentence(
     tmp_path: Path, refusal: Callable[..., Refusal]
 ) -> None:
     (tmp_path / "file").touch()
@@ -9972,14 +9960,6 @@ def test_a_folder_that_is_not_there_or_not_writable_is_one_sentence(
     for path in paths:
         status, sentence = refusal("--db", str(path))
         assert (status, sentence.count("\n")) == (1, 1)
-
-
-@pytest.mark.parametrize("host", [b"", b"Host: a b\r\n"])
-def test_a_target_in_absolute_form_does_not_excuse_a_bad_host(
-    client: RawClient, host: bytes
-) -> None:
-    client.send(b"GET http://localhost/healthz HTTP/1.1\r\n" + host + b"\r\n")
-    assert refused(client.response(), 400)
 
 
 # --- README ---------------------------------------------------------------------------
@@ -11134,10 +11114,11 @@ def test_nginx_keeps_its_connections_to_the_server(fronted: tuple[Live, Front]) 
     live, front = fronted
     with closing(front.client()) as client:
         assert client.request("GET", "/healthz").status == 200
-        first = set(live.server._connections)
         for _ in range(10):
             assert client.request("GET", "/healthz").status == 200
-        assert first & set(live.server._connections)
+        # A connection for each request would be closed by now, or there would be ten.
+        time.sleep(MOMENT)
+        assert 1 <= live.server.stats()["connections"] < 10
 
 
 def test_nginx_speaks_http_2_to_who_does(
