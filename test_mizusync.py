@@ -123,7 +123,7 @@ REFUSALS: dict[str, type[mizusync.SyncError]] = {
 
 
 def apply(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
-    """Apply a mutation of the tests: one name for each thing that can become of one."""
+    """Apply a mutation of the tests; its name says what becomes of it."""
     match mutation.name, mutation.args:
         case "hold", _:  # see writer_held
             held = HELD[mutation.id]
@@ -182,7 +182,7 @@ def writer_held(engine: Engine) -> Iterator[Future[list[mizusync.Result]]]:
 def stalled(
     entered: threading.Event, release: threading.Event
 ) -> Callable[..., list[Any]]:
-    """An application in which every mutation stays until it is released."""
+    """Return an `apply` in which every mutation stays until it is released."""
 
     def apply_stalled(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
         entered.set()
@@ -192,7 +192,7 @@ def stalled(
     return apply_stalled
 
 
-# Whatever waits for the writer joins the transaction that is being made.
+# Every push that waits for the writer joins the transaction that is being made.
 ONE_TRANSACTION = Settings(max_commit_time=PATIENCE)
 
 
@@ -201,12 +201,12 @@ def note(key: str, args: Any = None, **fields: Any) -> dict[str, Any]:
 
 
 def table(name: str, rows: Mapping[str, Any]) -> pytest.MarkDecorator:
-    """One test for each row, under the row's own name."""
+    """Run the test once for each row, under the row's name."""
     return pytest.mark.parametrize(name, list(rows.values()), ids=list(rows))
 
 
 def until(condition: Callable[[], T]) -> T:
-    """Wait for what should become true; a deadline, never a sleep that hopes."""
+    """Wait until the condition is true, and return its value; fail at a deadline."""
     deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
         assert time.monotonic() < deadline, "it never came true"
@@ -215,18 +215,18 @@ def until(condition: Callable[[], T]) -> T:
 
 
 def raw(*lines: bytes, body: bytes = b"") -> bytes:
-    """A request as it goes over the wire: its lines, an empty one, its body."""
+    """Return the bytes of a request: its lines, an empty one, its body."""
     return b"\r\n".join((*lines, b"", b"")) + body
 
 
 def chunked(*parts: bytes, trailer: bytes = b"") -> bytes:
-    """RFC 9112 §7.1."""
+    """Return a body in chunks (RFC 9112 §7.1)."""
     chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in (*parts, b"")]
     return b"".join(chunks)[:-2] + trailer + b"\r\n"
 
 
 def masked(opcode: int, payload: bytes, fin: bool = True, rsv: int = 0) -> bytes:
-    """A client's frame (RFC 6455 §5.2)."""
+    """Return the bytes of a client's frame (RFC 6455 §5.2)."""
     head = bytearray([fin << 7 | rsv << 4 | opcode])
     if len(payload) < 126:
         head.append(0x80 | len(payload))
@@ -244,7 +244,7 @@ def masked(opcode: int, payload: bytes, fin: bool = True, rsv: int = 0) -> bytes
 
 
 def pieces(data: bytes, cuts: Iterable[int]) -> list[bytes]:
-    """The same bytes, cut at these places."""
+    """Cut the bytes at these places."""
     places = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
     return [data[start:end] for start, end in itertools.pairwise(places)]
 
@@ -266,11 +266,11 @@ class Frame(NamedTuple):
 
 
 class RawClient:
-    """A blocking socket that speaks HTTP/1.1 and WebSocket, and checks what it is
-    told."""
+    """A blocking client of HTTP/1.1 and WebSocket that checks what it receives."""
 
     def __init__(self, address: tuple[str, int], receive_buffer: int = 0) -> None:
-        self.address, self.buffer = address, bytearray()
+        self.address = address
+        self.buffer = bytearray()
         self.sock = socket.socket()
         self.sock.settimeout(PATIENCE)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -286,7 +286,7 @@ class RawClient:
         self.sock.close()
 
     def reset(self) -> None:
-        """Go without a word, and without reading what was said."""
+        """Reset the connection, and read nothing of what has arrived."""
         self.sock.setsockopt(
             socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
         )
@@ -314,7 +314,7 @@ class RawClient:
         return bytes(line[:-2])
 
     def ended(self) -> bool:
-        """Whether the server closes now, in order (no reset), and said nothing more."""
+        """Return whether the server closes next, without a reset or another byte."""
         return not self.buffer and self.sock.recv(1) == b""
 
     def request(
@@ -395,15 +395,14 @@ class RawClient:
         return Frame(first & 15, self.take(size), bool(first & 0x80))
 
     def read_json(self) -> Any:
-        """The next message; a ping on the way is answered."""
+        """Return the next message, and answer pings on the way."""
         while (frame := self.read_frame()).opcode == PING:
             self.send_frame(PONG, frame.payload)
         assert frame.opcode == TEXT, frame
         return json.loads(frame.payload.decode())
 
     def read_close(self) -> int:
-        """The code of the server's close frame, which is answered; then nothing but the
-        end."""
+        """Answer the server's close frame, expect the end, and return the code."""
         while (frame := self.read_frame()).opcode != CLOSE:
             pass
         self.send_frame(CLOSE, frame.payload)
@@ -420,13 +419,13 @@ class RawClient:
         return self.read_json()
 
     def quiet(self) -> bool:
-        """Whether nothing stood in the way of the answer to a ping."""
+        """Return whether the answer to a ping is the next frame."""
         self.send_frame(PING, b"quiet?")
         return self.read_frame() == Frame(PONG, b"quiet?")
 
 
 class Records(logging.Handler):
-    """What was logged, as text, tracebacks included."""
+    """The lines of the log, with their tracebacks."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -444,14 +443,11 @@ class Records(logging.Handler):
 
 @contextmanager
 def recorded() -> Iterator[Records]:
-    """All that is logged meanwhile, down to the last request."""
-    everything, loggers = (
-        Records(),
-        list(map(logging.getLogger, ("mizusync", "asyncio"))),
-    )
+    """Record everything that is logged in the block, at every level."""
+    everything = Records()
     everything.setLevel(logging.DEBUG)
     with ExitStack() as stack:
-        for logger in loggers:
+        for logger in map(logging.getLogger, ("mizusync", "asyncio")):
             stack.callback(logger.setLevel, logger.level)
             stack.callback(logger.removeHandler, everything)
             logger.setLevel(logging.DEBUG)
@@ -459,16 +455,26 @@ def recorded() -> Iterator[Records]:
         yield everything
 
 
+@pytest.fixture
+def log() -> Iterator[Records]:
+    """Record everything that is logged during the test, at every level."""
+    with recorded() as everything:
+        yield everything
+
+
 class Live:
-    """A server at work in a thread of its own, so that tests are plain functions."""
+    """A server in a thread of its own, so that tests are plain functions."""
 
     address: tuple[str, int]
     loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
 
     def __init__(self, engine: Engine, server: Server) -> None:
         self.engine, self.server = engine, server
-        self.records, self.clients = Records(), ExitStack()
-        self.stopping, self.left = asyncio.Event(), set[str]()
+        self.records = Records()
+        self.clients = ExitStack()
+        self.stopping = asyncio.Event()
+        self.left = set[str]()  # tasks that outlived the server
 
     async def main(self) -> None:
         async with self.server.listen("127.0.0.1", 0) as (host, port):
@@ -483,9 +489,15 @@ class Live:
         with suppress(RuntimeError):  # its loop is closed: a test has stopped it before
             self.loop.call_soon_threadsafe(self.stopping.set)
 
+    def end(self) -> None:
+        """Close the clients, stop the server, and wait until it has ended."""
+        self.clients.close()
+        self.stop()
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive(), "the server did not end"
+
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What the function or coroutine function gives, called in the server's
-        loop."""
+        """Call a function or coroutine function in the server's loop."""
 
         async def called() -> Any:
             value = function(*arguments)
@@ -512,7 +524,7 @@ class Live:
         return client
 
     def logged(self, words: str) -> None:
-        """The test expects this record, and only then is it no fault."""
+        """Wait for a record that the test expects, and forget it."""
         until(lambda: any(words in text for text in self.records.texts))
         self.records.texts = [text for text in self.records.texts if words not in text]
 
@@ -525,25 +537,26 @@ def serving(
     may_log: str = "$^",
     **options: Any,
 ) -> Iterator[Live]:
-    """A server on this engine; both end with it, without a task or an unexpected record
-    left."""
+    """Serve this engine; at the end nothing may be left but records that `may_log`.
+
+    A task that outlives the server, or an unexpected record, fails the test."""
     with closing(engine), ExitStack() as stack:
         live = Live(engine, Server(engine, **options))
         prepare(live.server)
         for logger in (logging.getLogger("mizusync"), logging.getLogger("asyncio")):
             logger.addHandler(live.records)
             stack.callback(logger.removeHandler, live.records)
-        stack.callback(gc.collect, 1)  # a task that failed unheard is heard of now
-        thread = threading.Thread(target=lambda: asyncio.run(live.main()), daemon=True)
-        thread.start()
-        until(lambda: hasattr(live, "address") or not thread.is_alive())
+        stack.callback(
+            gc.collect, 1
+        )  # logs the exceptions of tasks that nobody awaited
+        run = functools.partial(asyncio.run, live.main())
+        live.thread = threading.Thread(target=run, daemon=True)
+        live.thread.start()
+        until(lambda: hasattr(live, "address") or not live.thread.is_alive())
         try:
             yield live
         finally:
-            live.clients.close()
-            live.stop()
-            thread.join(PATIENCE)
-    assert not thread.is_alive(), "the server did not end"
+            live.end()
     assert not live.left, "tasks were left"
     assert not [text for text in live.records.texts if not re.search(may_log, text)]
 
@@ -557,13 +570,52 @@ def serve(
     snapshot: Callable[[sqlite3.Connection, str], Any] | None = snapshot,
     **options: Any,
 ) -> Iterator[Live]:
-    """A server on a file in this folder, and the tests' application on it."""
+    """Serve the tests' application on a file in this folder."""
     path = folder / "log.db"
     engine = Engine(
         path, apply=apply, snapshot=snapshot, schema=SCHEMA, settings=settings
     )
     with serving(engine, **options) as live:
         yield live
+
+
+Start = Callable[..., Live]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start servers that end with the test.
+
+    A keyword is a setting, an option of `serve` or of Server, `route` for the handler
+    of GET /it, or `websocket` for that of /it."""
+
+    def start_one(
+        *,
+        route: Callable[..., Any] | None = None,
+        websocket: Callable[..., Any] | None = None,
+        prepare: Callable[[Server], Any] = lambda server: None,
+        **options: Any,
+    ) -> Live:
+        def prepare_all(server: Server) -> None:
+            prepare(server)
+            if route is not None:
+                server.route("GET", "/it")(route)
+            if websocket is not None:
+                server.websocket("/it")(websocket)
+
+        changed = {name: options.pop(name) for name in asdict(SMALL) if name in options}
+        settings = replace(SMALL, **changed)
+        return stack.enter_context(
+            serve(tmp_path, settings, prepare=prepare_all, **options)
+        )
+
+    with ExitStack() as stack:
+        yield start_one
+
+
+async def echo(websocket: Any) -> None:
+    async for message in websocket:
+        await websocket.send(message)
 
 
 @pytest.fixture
@@ -579,14 +631,17 @@ def client(server: Live) -> RawClient:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with serve(tmp_path_factory.mktemp("shared"), may_log=".") as live:
+    def prepare(server: Server) -> None:
+        server.websocket("/echo")(echo)
+
+    folder = tmp_path_factory.mktemp("shared")
+    with serve(folder, prepare=prepare, may_log=".") as live:
         yield live
 
 
 @pytest.fixture
 def visitor(shared: Live) -> Iterator[RawClient]:
-    """A client of one server for all that is only refused: nothing is applied, nothing
-    logged."""
+    """A client of a shared server, where nothing may be applied or logged."""
     shared.records.texts.clear()
     with closing(RawClient(shared.address)) as client:
         yield client
@@ -597,8 +652,7 @@ def visitor(shared: Live) -> Iterator[RawClient]:
 
 
 def refused(reply: Reply, *statuses: int, code: str = "") -> bool:
-    """Whether this is one of these refusals, whole: code, sentence, and the fields it
-    needs."""
+    """Return whether this is such a refusal, with its code, sentence and fields."""
     assert reply.status in statuses, reply
     assert list(reply.json) == ["code", "error"]
     assert reply.json["code"] == (code or CODES[reply.status])
@@ -619,21 +673,21 @@ DUPLICATE = {"duplicate": True}  # a retry's result has this besides the first r
 
 
 def open_log(path: Path, **options: Any) -> Engine:
-    """An engine on this file, with the tests' application."""
+    """Open an engine on this file, with the tests' application."""
     usual: dict[str, Any] = {"apply": apply, "snapshot": snapshot, "schema": SCHEMA}
     return Engine(path, **(usual | options))
 
 
 def ask(coroutine: Coroutine[Any, Any, T], debug: bool | None = None) -> T:
-    """What a coroutine gives, in a loop of its own.
+    """Run a coroutine in a loop of its own.
 
-    asyncio's debug mode writes down where each call comes from: without it, what is
-    asked a thousand times takes a fourth of the time."""
+    asyncio's debug mode notes where each call comes from: without it, a thousand calls
+    take a fourth of the time."""
     return asyncio.run(asyncio.wait_for(coroutine, PATIENCE), debug=debug)
 
 
 def push(engine: Engine, *mutations: Any) -> list[Any]:
-    """The results, as a client reads them."""
+    """Push, and return the results as a client reads them."""
     return [
         json.loads(result.encoded)
         for result in engine.submit(mutations).result(PATIENCE)
@@ -643,7 +697,7 @@ def push(engine: Engine, *mutations: Any) -> list[Any]:
 def pull(
     engine: Engine, cursor: int = 0, scope: str = DEFAULT, **parameters: Any
 ) -> Any:
-    """A page, as a client reads it."""
+    """Pull, and return the page as a client reads it."""
     return json.loads(
         ask(engine.pull(scope, cursor, **parameters), debug=False).encode()
     )
@@ -652,7 +706,7 @@ def pull(
 def pages(
     engine: Engine, cursor: int = 0, scope: str = DEFAULT, limit: int = 1000
 ) -> list[Any]:
-    """Every page from here on."""
+    """Pull every page from here on."""
     found = [pull(engine, cursor, scope, limit=limit)]
     while found[-1]["hasMore"]:
         found.append(pull(engine, found[-1]["cursor"], scope, limit=limit))
@@ -666,13 +720,12 @@ def whole_log(engine: Engine, scope: str = DEFAULT, limit: int = 1000) -> list[A
 
 
 def fold(changes: Iterable[Any]) -> list[Any]:
-    """What `snapshot` gives after these changes."""
+    """Return what `snapshot` gives after these changes."""
     return [change["data"] for change in changes]
 
 
 def ledger(db: sqlite3.Connection, mutation: Mutation) -> Iterator[Change]:
-    """An application whose snapshot is the fold of its changes, and that may fail when
-    all is done.
+    """Make one change in each scope, so that a snapshot is the fold of the changes.
 
     `args` is a list of scopes, and the code to fail with at the end or null.
     """
@@ -684,7 +737,7 @@ def ledger(db: sqlite3.Connection, mutation: Mutation) -> Iterator[Change]:
     if failure == "internal_error" and len(scopes) % 2:  # as if the disk were full
         db.execute("CREATE TABLE ends (n INTEGER PRIMARY KEY AUTOINCREMENT)")
         db.execute("INSERT INTO ends VALUES (9223372036854775807), (NULL)")
-    elif failure == "internal_error":  # the worst: with it goes the whole transaction
+    elif failure == "internal_error":  # the worst: it rolls back the whole transaction
         db.execute("CREATE TABLE only (n UNIQUE ON CONFLICT ROLLBACK)")
         db.execute("INSERT INTO only VALUES (1), (1)")
     if failure:
@@ -694,7 +747,7 @@ def ledger(db: sqlite3.Connection, mutation: Mutation) -> Iterator[Change]:
 def entry(
     key: str, *scopes: str, fail: str | None = None, scope: str = DEFAULT
 ) -> dict[str, Any]:
-    """A mutation of `ledger`: one change in each of these scopes."""
+    """Return a mutation of `ledger`: one change in each of these scopes."""
     return {"id": key, "scope": scope, "name": "entry", "args": [list(scopes), fail]}
 
 
@@ -703,7 +756,7 @@ def cursor_of(change: Any) -> int:
 
 
 def made_by(engine: Engine, result: Any, scopes: list[str]) -> list[Any]:
-    """What an entry with these scopes changed: its result shows only its own scope."""
+    """Pull the changes of an entry: its result shows only its own scope."""
     first = result["cursor"] - len(scopes) + 1
     found = [
         change
@@ -739,6 +792,18 @@ def refuses(action: Callable[[], Any]) -> bool:
 async def asked(question: Callable[[], Any]) -> Any:
     """Call a coroutine function inside the running loop, and await it."""
     return await question()
+
+
+def make_certificate(folder: Path) -> tuple[str, str]:
+    """Make the key and the certificate of a proxy; skip the test without openssl."""
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("no openssl to make a certificate with")
+    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
+    make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = [openssl, *make.split(" "), *named, "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+    return key, certificate
 
 
 @pytest.fixture
@@ -4749,9 +4814,9 @@ def test_a_follower_that_fails_hurts_no_other() -> None:
 
 
 # --- HTTP/1.1 -------------------------------------------------------------------------
-# First the parser alone, then what goes over a socket. Whatever two parsers could read
-# differently is refused, the connection closed, and nothing behind it read as a
-# request.
+# First the parser alone, then transcripts of what a client sends and what comes back,
+# then the endpoints. A message that two parsers could read differently is refused, the
+# connection is closed, and nothing behind it is read as a request.
 
 HOST, EVIL = b"Host: localhost", b"Host: evil.example"
 VERSION = b"Sec-WebSocket-Version: 13"
@@ -4780,7 +4845,7 @@ paths = st.text("abcXYZ09-._~!$&'()*+,;=:@/", max_size=30)
 
 @st.composite
 def request_heads(draw: st.DrawFn) -> bytes:
-    """A request without a body, as the grammar allows it (RFC 9112 §3, RFC 9110 §5)."""
+    """Draw a request without a body, by the grammar (RFC 9112 §3, RFC 9110 §5)."""
     query = draw(st.sampled_from(["", "?", "?scope=a+b&cursor=7", "?scope=%C3%A9%20"]))
     lines = [f"{draw(tokens)} /{draw(paths)}{query} HTTP/1.1", "Host: localhost"]
     for name, value in draw(st.lists(st.tuples(tokens, printable), max_size=4)):
@@ -4789,28 +4854,28 @@ def request_heads(draw: st.DrawFn) -> bytes:
     return raw(*(line.encode() for line in lines))
 
 
+FRAGMENTS_OF_HEADS = [
+    b"\r\n\r\n",
+    b"\r\nContent-Length: 1",
+    b"\r\nTransfer-Encoding: chunked",
+    b"HTTP/1.0",
+    *b"\r|\n|\r\n|\0| |\t|:|,|%|\x0b|\xa0|\xff".split(b"|"),
+]
+
+
 @st.composite
 def spoiled_heads(draw: st.DrawFn) -> bytes:
-    """A good request in which a few places were written over."""
+    """Draw a good request, and write over a few places of it."""
     head = bytearray(draw(request_heads()))
-    framing = [
-        b"\r\n\r\n",
-        b"\r\nContent-Length: 1",
-        b"\r\nTransfer-Encoding: chunked",
-        b"HTTP/1.0",
-    ]
-    stuff = st.sampled_from(
-        [*framing, *b"\r|\n|\r\n|\0| |\t|:|,|%|\x0b|\xa0|\xff".split(b"|")]
-    )
+    stuff = st.sampled_from(FRAGMENTS_OF_HEADS) | st.binary(max_size=3)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(head)))
-        head[at : at + draw(st.integers(0, 3))] = draw(stuff | st.binary(max_size=3))
+        head[at : at + draw(st.integers(0, 3))] = draw(stuff)
     return bytes(head)
 
 
 def read_heads(parts: Iterable[bytes]) -> list[Any]:
-    """The requests in these bytes, and the code of the refusal that ended them, if one
-    did."""
+    """Parse the requests in these bytes; a refusal that ended them comes last."""
     buffer, found = bytearray(), list[Any]()
     try:
         for part in parts:
@@ -4824,7 +4889,7 @@ def read_heads(parts: Iterable[bytes]) -> list[Any]:
 
 
 @given(st.lists(request_heads(), max_size=3), st.lists(st.integers(0, 900), max_size=9))
-def test_requests_read_the_same_however_the_bytes_arrive(
+def test_requests_are_parsed_the_same_however_their_bytes_arrive(
     sent: list[bytes], cuts: list[int]
 ) -> None:
     found = read_heads(pieces(b"".join(sent), cuts))
@@ -4834,7 +4899,7 @@ def test_requests_read_the_same_however_the_bytes_arrive(
 
 @given(spoiled_heads(), st.lists(st.integers(0, 900), max_size=5))
 @settings(max_examples=200)
-def test_a_spoiled_head_is_a_request_or_a_refusal_however_it_arrives(
+def test_a_spoiled_head_is_a_request_or_a_refusal_however_its_bytes_arrive(
     head: bytes, cuts: list[int]
 ) -> None:
     assert read_heads(pieces(head, cuts)) == read_heads([head])
@@ -4845,7 +4910,7 @@ def test_any_bytes_are_a_request_or_a_refusal(data: bytes) -> None:
     read_heads([data + b"\r\n\r\n"])
 
 
-def test_a_head_is_taken_off_the_front_and_the_rest_stays() -> None:
+def test_the_parser_takes_one_head_off_the_front_of_the_buffer() -> None:
     buffer = bytearray(
         raw(b"GET /a%20b?c=d+e HTTP/1.1", b"HOST: localhost", b"X-A:\t1 ", body=b"rest")
     )
@@ -4857,185 +4922,494 @@ def test_a_head_is_taken_off_the_front_and_the_rest_stays() -> None:
     assert buffer == b"rest"
 
 
-def test_half_a_head_is_none_and_stays_whole() -> None:
+def test_the_parser_leaves_half_a_head_in_the_buffer() -> None:
     buffer = bytearray(HEALTHZ[:-1])
     assert mizusync.parse_request(buffer, Settings()) is None
     assert buffer == HEALTHZ[:-1]
 
 
-BAD_HEADS = {
-    "no version": raw(b"GET /healthz", HOST),
-    "two spaces": raw(b"GET  /healthz HTTP/1.1", HOST),
-    "a space in the target": raw(b"GET /heal thz HTTP/1.1", HOST),
-    "a space at the end": raw(b"GET /healthz HTTP/1.1 ", HOST),
-    "a space at the start": raw(b" GET /healthz HTTP/1.1", HOST),
-    "tabs for spaces": raw(b"GET\t/healthz\tHTTP/1.1", HOST),
-    "a small http": raw(b"GET /healthz http/1.1", HOST),
-    "no number": raw(b"GET /healthz HTTP/1.x", HOST),
-    "a long number": raw(b"GET /healthz HTTP/1.11", HOST),
-    "another script's number": raw("GET /healthz HTTP/1.\u0661".encode(), HOST),
-    "a method of no token": raw(b"G(T /healthz HTTP/1.1", HOST),
-    "no method": raw(b" /healthz HTTP/1.1", HOST),
-    "a relative target": raw(b"GET healthz HTTP/1.1", HOST),
-    "a fragment": get(b"/healthz#top"),
-    "a control character in the target": raw(b"GET /heal\x01thz HTTP/1.1", HOST),
-    "a bare CR in the target": get(b"/heal\rthz"),
-    "a raw byte in the target": raw(b"GET /h\xe9althz HTTP/1.1", HOST),
-    "a TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
-    "no host": raw(b"GET /healthz HTTP/1.1"),
-    "a percent sign alone in the host": raw(
-        b"GET /healthz HTTP/1.1", b"Host: %zz.localhost"
+@table(
+    "case",
+    {
+        "a plus": ("a+b", "a b"),
+        "a percent-encoded space": ("a%20b", "a b"),
+        "a percent-encoded plus": ("a%2bb", "a+b"),
+        "UTF-8": ("%C3%A9%F0%9F%98%80", "\u00e9\U0001f600"),
+        "a slash and a question mark": ("a/b?c", "a/b?c"),
+        "a percent-encoded ampersand": ("a%26b%3Dc", "a&b=c"),
+        "an equals sign": ("a=b", "a=b"),
+        "encoded once": ("%2541", "%41"),
+    },
+)
+def test_parameters_are_parsed_as_html_forms_write_them(case: tuple[str, str]) -> None:
+    written, scope = case
+    buffer = bytearray(get(b"/sync/pull?scope=%b" % written.encode()))
+    request = mizusync.parse_request(buffer, Settings())
+    assert request is not None
+    assert request.query == {"scope": scope}
+
+
+def test_a_hostile_weight_of_a_coding_takes_time_linear_in_its_size() -> None:
+    # When the time grew with the square of the size, this took 19 s.
+    head = get(b"/", b"Accept-Encoding: gzip;q=0." + b"1" * 60_000 + b"x")
+    request = mizusync.parse_request(bytearray(head), Settings())
+    assert request is not None
+    started = time.process_time()
+    assert not request.takes_gzip
+    assert time.process_time() - started < PATIENCE / 4
+
+
+class Transcript(NamedTuple):
+    """What a client sends, the statuses that come back, and whether it may go on."""
+
+    sent: bytes
+    statuses: tuple[int, ...]
+    stays_open: bool
+
+
+def opens(sent: bytes, *statuses: int) -> Transcript:
+    """After these answers the connection stays open for the next request."""
+    return Transcript(sent, statuses, stays_open=True)
+
+
+def closes(sent: bytes, *statuses: int) -> Transcript:
+    """After these answers the server closes, and reads no request behind them."""
+    return Transcript(sent, statuses, stays_open=False)
+
+
+def check_transcript(
+    client: RawClient, transcript: Transcript, *, bytewise: bool = False
+) -> None:
+    """Send the bytes with a request behind them, and compare what comes back."""
+    sent, statuses, stays_open = transcript
+    everything = sent + HEALTHZ
+    step = 1 if bytewise else len(everything)
+    for start in range(0, len(everything), step):
+        client.send(everything[start : start + step])
+    for status in statuses:
+        bodiless = sent.startswith(b"HEAD ")
+        reply = client.response(bodiless=bodiless)
+        assert reply.status == status, reply
+        assert bodiless or status < 400 or refused(reply, status)
+        if sent.startswith(PUSH[:10]) and status == 200:
+            assert [result["ok"] for result in reply.json] == [True]
+    if not stays_open:
+        assert reply.headers["connection"] == "close"  # RFC 9112 §9.6
+        assert client.ended()
+        return
+    keep_alive = "keep-alive" if b" HTTP/1.0\r" in sent else None
+    assert reply.headers.get("connection") == keep_alive
+    assert client.response().json["status"] == "ok"
+
+
+MALFORMED_HEADS = {
+    # The request line (RFC 9112 §3).
+    "The request line has no version": raw(b"GET /healthz", HOST),
+    "Two spaces stand before the target": raw(b"GET  /healthz HTTP/1.1", HOST),
+    "A space stands in the target": raw(b"GET /heal thz HTTP/1.1", HOST),
+    "A space stands at the end": raw(b"GET /healthz HTTP/1.1 ", HOST),
+    "A space stands at the start": raw(b" GET /healthz HTTP/1.1", HOST),
+    "Tabs stand where spaces should": raw(b"GET\t/healthz\tHTTP/1.1", HOST),
+    "HTTP is in lower case": raw(b"GET /healthz http/1.1", HOST),
+    "The version has no number": raw(b"GET /healthz HTTP/1.x", HOST),
+    "The version has two digits": raw(b"GET /healthz HTTP/1.11", HOST),
+    "The version has an Arabic digit": raw("GET /healthz HTTP/1.\u0661".encode(), HOST),
+    "The method is no token": raw(b"G(T /healthz HTTP/1.1", HOST),
+    "The method is missing": raw(b" /healthz HTTP/1.1", HOST),
+    "The target is relative": raw(b"GET healthz HTTP/1.1", HOST),
+    "The target has a fragment": get(b"/healthz#top"),
+    "A HEAD request has a fragment": raw(b"HEAD /healthz#part HTTP/1.1", HOST),
+    "The target has a control character": get(b"/heal\x01thz"),
+    "The target has a bare CR": get(b"/heal\rthz"),
+    "The target has a byte beyond ASCII": get(b"/h\xe9althz"),
+    "The client begins a TLS handshake": b"\x16\x03\x01\x02\x00\x01\x00\x01\r\n\r\n",
+    # Host and the absolute form (RFC 9112 §3.2, RFC 9110 §4.2).
+    "The host is missing": raw(b"GET /healthz HTTP/1.1"),
+    "There are two hosts": get(b"/healthz", HOST),
+    "The host is a list": get(b"/healthz", host=b"Host: localhost, localhost"),
+    "The host has a space": get(b"/healthz", host=b"Host: local host"),
+    "The host has a path": get(b"/healthz", host=b"Host: localhost/"),
+    "The host has a user": get(b"/healthz", host=b"Host: me@localhost"),
+    "The port has letters": get(b"/healthz", host=b"Host: localhost:http"),
+    "The host has a lone percent sign": get(b"/healthz", host=b"Host: %zz.localhost"),
+    "The host has half an escape": get(b"/healthz", host=b"Host: localhost%4"),
+    "The host has half a bracket": get(b"/healthz", host=b"Host: [::1"),
+    "The host has no address in its brackets": get(b"/healthz", host=b"Host: [:]"),
+    "The host is a port alone": get(b"/healthz", host=b"Host: :80"),
+    "The absolute form has no host": get(b"http:///healthz"),
+    "The absolute form has a port alone": get(b"http://:80/healthz"),
+    "The absolute form has a user": get(b"http://me@localhost/healthz"),
+    "The absolute form lacks its Host field": raw(b"GET http://localhost/ HTTP/1.1"),
+    "The absolute form has a bad Host field": get(
+        b"http://localhost/", host=b"Host: a b"
     ),
-    "no address in brackets": raw(b"GET /healthz HTTP/1.1", b"Host: [:]"),
-    "a port without a host": raw(b"GET /healthz HTTP/1.1", b"Host: :80"),
-    "a whole address without a host": raw(b"GET http://:80/healthz HTTP/1.1", HOST),
-    "two hosts": get(b"/healthz", HOST),
-    "a host of two": raw(b"GET /healthz HTTP/1.1", b"Host: localhost, localhost"),
-    "a host with a space": raw(b"GET /healthz HTTP/1.1", b"Host: local host"),
-    "a host with a path": raw(b"GET /healthz HTTP/1.1", b"Host: localhost/"),
-    "a host with a user": raw(b"GET /healthz HTTP/1.1", b"Host: me@localhost"),
-    "a port of letters": raw(b"GET /healthz HTTP/1.1", b"Host: localhost:http"),
-    "a space before the colon": get(b"/healthz", b"X-A : 1"),
-    "a space before the name": raw(b"GET /healthz HTTP/1.1", b" X-A: 1", HOST),
-    "a folded line": get(b"/healthz", b"X-A: 1", b" 2"),
-    "a line folded by a tab": get(b"/healthz", b"X-A: 1", b"\t2"),
-    "no colon": get(b"/healthz", b"X-A"),
-    "no name": get(b"/healthz", b": 1"),
-    "a name of no token": get(b"/healthz", b"X(A: 1"),
-    "a name of another script": get(b"/healthz", b"X-\xc3\xa9: 1"),
-    "a NUL in a value": get(b"/healthz", b"X-A: 1\x002"),
-    "a bare CR in a value": get(b"/healthz", b"X-A: 1\r2"),
-    "a vertical tab in a value": get(b"/healthz", b"X-A: 1\x0b"),
-    "a DEL in a value": get(b"/healthz", b"X-A: \x7f"),
-    "a bare LF": b"GET /healthz HTTP/1.1\r\nHost: localhost\nX-A: 1\r\n\r\n",
-    "bare LFs alone": b"GET /healthz HTTP/1.1\nHost: localhost\n\n",
-    "a bare LF at the end": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\n",
+    # Fields (RFC 9112 §5, RFC 9110 §5.5).
+    "A space stands before the colon": get(b"/healthz", b"X-A : 1"),
+    "A space stands before the name": get(b"/healthz", host=b" X-A: 1\r\n" + HOST),
+    "A field is folded by a space": get(b"/healthz", b"X-A: 1", b" 2"),
+    "A field is folded by a tab": get(b"/healthz", b"X-A: 1", b"\t2"),
+    "A field has no colon": get(b"/healthz", b"X-A"),
+    "A field has no name": get(b"/healthz", b": 1"),
+    "The name of a field is no token": get(b"/healthz", b"X(A: 1"),
+    "The name of a field is not ASCII": get(b"/healthz", b"X-\xc3\xa9: 1"),
+    "A value has a NUL": get(b"/healthz", b"X-A: 1\x002"),
+    "A value has a bare CR": get(b"/healthz", b"X-A: 1\r2"),
+    "A value has a vertical tab": get(b"/healthz", b"X-A: 1\x0b"),
+    "A value has a DEL": get(b"/healthz", b"X-A: \x7f"),
+    "A field ends in a bare LF": get(b"/healthz", host=HOST + b"\nX-A: 1"),
+    "Every line ends in a bare LF": b"GET /healthz HTTP/1.1\nHost: localhost\n\n",
+    "The head ends in a bare LF": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\n",
+    "There are two versions of WebSocket": get(b"/ws", VERSION, VERSION),
+}
+
+AMBIGUOUS_BODIES = {  # RFC 9112 §6
+    "A coding stands beside a length": post(LENGTH, CHUNKED, body=chunked(BODY)),
+    "A length stands beside a coding": post(CHUNKED, LENGTH, body=chunked(BODY)),
+    "Two lengths differ": post(LENGTH, b"Content-Length: 3"),
+    "Two lengths agree": post(LENGTH, LENGTH),
+    "The length is a list": post(LENGTH + b", 3"),
+    "The length is a list that agrees": post(b"%b, %d" % (LENGTH, len(BODY))),
+    "The length has a sign": post(b"Content-Length: +%d" % len(BODY)),
+    "The length is negative": post(b"Content-Length: -1"),
+    "The length has an underscore": post(b"Content-Length: 2_9"),
+    "The length is hexadecimal": post(b"Content-Length: 0x1d"),
+    "The length is empty": post(b"Content-Length:"),
+    "The length has a fraction": post(b"Content-Length: 29.0"),
+    "The length has an exponent": post(b"Content-Length: 29e0"),
+    "The length has Arabic digits": post("Content-Length: \u0662\u0669".encode()),
+    "The length has a superscript": post("Content-Length: \u00b2".encode()),
+    "The length has a space inside": post(b"Content-Length: 2 9"),
+    "The length has a vertical tab": post(LENGTH + b"\x0b"),
+    "The length has a no-break space": post(LENGTH + b"\xa0"),
+    "The length does not fit 64 bits": post(b"Content-Length: 99999999999999999999"),
+    "A space stands before the length's colon": post(LENGTH.replace(b":", b" :")),
+    "The coding is not chunked": post(b"Transfer-Encoding: gzip"),
+    "The coding stands in two fields": post(CHUNKED, CHUNKED, body=chunked(BODY)),
+    "The coding is chunked, but not last": post(
+        b"Transfer-Encoding: chunked, gzip", body=chunked(BODY)
+    ),
+    "The coding is identity": post(b"Transfer-Encoding: identity", body=chunked(BODY)),
+    "The coding is chunked and identity": post(
+        CHUNKED, b"Transfer-Encoding: identity", body=chunked(BODY)
+    ),
+    "The coding is empty": post(b"Transfer-Encoding:", body=chunked(BODY)),
+    "The coding only resembles chunked": post(
+        b"Transfer-Encoding: xchunked", body=chunked(BODY)
+    ),
+    "The coding has a parameter": post(
+        b"Transfer-Encoding: chunked;a=b", body=chunked(BODY)
+    ),
+    "The coding stands in quotes": post(
+        b'Transfer-Encoding: "chunked"', body=chunked(BODY)
+    ),
+    "The coding has a vertical tab": post(
+        b"Transfer-Encoding: \x0bchunked", body=chunked(BODY)
+    ),
+    "The coding has a no-break space": post(CHUNKED + b"\xa0", body=chunked(BODY)),
+    "A space stands before the coding's colon": post(
+        CHUNKED.replace(b":", b" :"), body=chunked(BODY)
+    ),
+    "The coding is folded": post(
+        b"Transfer-Encoding:", b" chunked", body=chunked(BODY)
+    ),
+    "The request of HTTP/1.0 has a coding": post(
+        CHUNKED, line=b"POST /sync/push HTTP/1.0", body=chunked(BODY)
+    ),
+}
+
+SIZE = b"%x" % len(BODY)
+LAST_CHUNK = b"\r\n0\r\n\r\n"
+BROKEN_CHUNKS = {  # RFC 9112 §7.1
+    "A space stands behind the size": SIZE + b" \r\n" + BODY + LAST_CHUNK,
+    "An extension has no name": SIZE + b";\r\n" + BODY + LAST_CHUNK,
+    "The size has a sign": b"+" + SIZE + b"\r\n" + BODY + LAST_CHUNK,
+    "The size is negative": b"-1\r\n" + BODY + LAST_CHUNK,
+    "The size has a prefix": b"0x" + SIZE + b"\r\n" + BODY + LAST_CHUNK,
+    "The size has an underscore": b"0_" + SIZE + b"\r\n" + BODY + LAST_CHUNK,
+    "The size is empty": b"\r\n" + BODY + LAST_CHUNK,
+    "The size has a letter beyond f": b"1g\r\n" + BODY + LAST_CHUNK,
+    "The size has an Arabic digit": "\u0661d\r\n".encode() + BODY + LAST_CHUNK,
+    "A space stands before the size": b" " + SIZE + b"\r\n" + BODY + LAST_CHUNK,
+    "A vertical tab stands behind the size": SIZE + b"\x0b\r\n" + BODY + LAST_CHUNK,
+    "The size does not fit 64 bits": b"1" + b"0" * 16 + b"\r\n" + BODY + LAST_CHUNK,
+    "The size has 1,000 zeros": b"0" * 1000 + SIZE + b"\r\n" + BODY + LAST_CHUNK,
+    "The size ends in a bare LF": SIZE + b"\n" + BODY + LAST_CHUNK,
+    "An extension has a bare CR": SIZE + b";a\rb\r\n" + BODY + LAST_CHUNK,
+    "An extension has a bare LF": SIZE + b";a\nb\r\n" + BODY + LAST_CHUNK,
+    "An extension has a NUL": SIZE + b";a\0\r\n" + BODY + LAST_CHUNK,
+    "The data is longer than its size": SIZE + b"\r\n" + BODY + b"!" + LAST_CHUNK,
+    "The data ends in a bare LF": SIZE + b"\r\n" + BODY + LAST_CHUNK[1:],
+    "The data has no end of line": SIZE + b"\r\n" + BODY + LAST_CHUNK[2:],
+    "A space stands before a trailer's colon": chunked(BODY, trailer=b"X-A : 1\r\n"),
+    "A trailer is folded": chunked(BODY, trailer=b"X-A: 1\r\n 2\r\n"),
+    "A trailer has no colon": chunked(BODY, trailer=b"X-A\r\n"),
+    "A trailer ends in a bare LF": chunked(BODY, trailer=b"X-A: 1\n"),
+}
+
+LONGEST_TARGET = b"/healthz?x=" + b"x" * (8 * 1024 - 11)
+REFUSALS_OF_HTTP = {
+    **{name: closes(sent, 400) for name, sent in MALFORMED_HEADS.items()},
+    **{name: closes(sent, 400) for name, sent in AMBIGUOUS_BODIES.items()},
+    **{
+        name: closes(post(CHUNKED, body=body), 400)
+        for name, body in BROKEN_CHUNKS.items()
+    },
+    "The server lacks the transfer coding": closes(
+        post(b"Transfer-Encoding: gzip, chunked", body=chunked(BODY)), 501
+    ),
+    "The coding is chunked twice": closes(
+        post(b"Transfer-Encoding: chunked, chunked", body=chunked(BODY)), 501
+    ),
+    "The version is HTTP/2.0": closes(raw(b"GET /healthz HTTP/2.0", HOST), 505),
+    "The version is HTTP/3.1": closes(raw(b"GET /healthz HTTP/3.1", HOST), 505),
+    "The version is HTTP/0.9": closes(raw(b"GET /healthz HTTP/0.9", HOST), 505),
+    # Limits.
+    "The target is of the longest size": opens(get(LONGEST_TARGET), 200),
+    "The target is too long": closes(get(LONGEST_TARGET + b"x"), 414),
+    "The target is endless": closes(b"GET /" + b"x" * 100_000, 414),
+    "The head has too many bytes": closes(
+        get(b"/healthz", b"X-A: " + b"x" * 64 * 1024), 431
+    ),
+    "The head has as many fields as it may": opens(
+        get(b"/healthz", *[b"X-A: 1"] * 99), 200
+    ),
+    "The head has too many fields": closes(get(b"/healthz", *[b"X-A: 1"] * 100), 431),
+    "The extension of a chunk is endless": closes(
+        post(CHUNKED, body=SIZE + b";" + b"a" * 200_000), 431
+    ),
+    "A trailer is too long": closes(
+        post(CHUNKED, body=chunked(BODY, trailer=b"X: " + b"a" * 200_000 + b"\r\n")),
+        431,
+    ),
+    "There are too many trailers": closes(
+        post(CHUNKED, body=chunked(BODY, trailer=b"X-A: 1\r\n" * 20_000)), 431
+    ),
+    "The body is too large": closes(
+        post(b"Content-Length: %d" % (3 * 2**20), body=b" " * (3 * 2**20)), 413
+    ),
+    "The chunks are too large": closes(
+        post(CHUNKED, body=chunked(*[b" " * 2**16] * 17)), 413
+    ),
+    "The body of a HEAD request is too large": closes(
+        raw(b"HEAD /healthz HTTP/1.1", HOST, b"Content-Length: 1048577"), 413
+    ),
+    "A body that is too large is not asked for": closes(
+        post(b"Content-Length: 1048577", b"Expect: 100-continue", body=b""), 413
+    ),
+    # A refusal that leaves a body unread ends the connection.
+    "The path of the body is unknown": closes(
+        post(LENGTH, line=b"POST /nowhere HTTP/1.1"), 404
+    ),
+    "The body is for another host": closes(post(LENGTH, host=EVIL), 403),
+    "The body that was not asked for is for another host": closes(
+        post(LENGTH, b"Expect: 100-continue", host=EVIL), 403
+    ),
+    # Methods (RFC 9110 §9.1), paths and content types.
+    "The method is in lower case": opens(raw(b"get /healthz HTTP/1.1", HOST), 405),
+    "The method is CONNECT": closes(raw(b"CONNECT localhost:80 HTTP/1.1", HOST), 400),
+    "The method is TRACE": opens(raw(b"TRACE /healthz HTTP/1.1", HOST), 405),
+    "The method is unknown": opens(raw(b"BREW / HTTP/1.1", HOST), 404),
+    "The target of GET is an asterisk": closes(get(b"*"), 400),
+    "The path is unknown": opens(get(b"/nowhere"), 404),
+    "The path has a slash too many at its end": opens(get(b"/sync/push/"), 404),
+    "The path is only the beginning of one": opens(get(b"/sync"), 404),
+    "The path begins with two slashes": opens(get(b"//healthz"), 404),
+    "The path is in upper case": opens(get(b"/SYNC/PULL"), 404),
+    "The path climbs to its parent": opens(get(b"/healthz/../x"), 404),
+    "The content type is in a trailer": opens(
+        raw(
+            PUSH,
+            HOST,
+            CHUNKED,
+            body=chunked(BODY, trailer=b"Content-Type: application/json\r\n"),
+        ),
+        415,
+    ),
+    **{
+        f"The content type is {kind or 'empty'}": opens(
+            raw(PUSH, HOST, b"Content-Type: %b" % kind.encode(), LENGTH, body=BODY), 415
+        )
+        for kind in (
+            "",
+            "text/plain",
+            "application/x-www-form-urlencoded",
+            "application/jsonp",
+            "json",
+        )
+    },
 }
 
 
-@pytest.mark.parametrize("before", [b"", b"\r\n"])
-def test_a_head_request_that_is_refused_unread_gets_no_body(
-    visitor: RawClient, before: bytes
+@table("transcript", REFUSALS_OF_HTTP)
+def test_a_request_is_refused_with_its_status_and_not_applied(
+    visitor: RawClient, transcript: Transcript
 ) -> None:
-    visitor.send(before[:1])
+    check_transcript(visitor, transcript)
+
+
+GET_1_0, LOST = b"GET /healthz HTTP/1.0", get(b"/nowhere")
+EXTENDED = SIZE + b';a=b; c="d e" ;f\r\n' + BODY + b"\r\n0\r\n"
+ANSWERS_OF_HTTP = {
+    # Requests that follow each other.
+    "An empty line stands before the request": opens(b"\r\n" + HEALTHZ, 200),
+    "Requests come one behind another": opens(HEALTHZ * 3, 200, 200, 200),
+    "The body of a GET is no request": opens(
+        get(b"/healthz", b"Content-Length: %d" % len(LOST), body=LOST), 200
+    ),
+    "A good request stands behind a refused one": opens(
+        raw(b"DELETE /healthz HTTP/1.1", HOST) + HEALTHZ, 405, 200
+    ),
+    "The client asks to close": closes(
+        get(b"/healthz", b"Connection: X-A , CLOSE"), 200
+    ),
+    "A push behind the last request is not read": closes(
+        get(b"/healthz", b"Connection: , close") + post(LENGTH), 200
+    ),
+    "A push behind a request of HTTP/1.0 is not read": closes(
+        raw(GET_1_0) + post(LENGTH), 200
+    ),
+    "HTTP/1.0 is kept alive if the client asks": opens(
+        raw(GET_1_0, HOST, b"Connection: Keep-Alive") * 2, 200, 200
+    ),
+    # Forms that a server has to accept (RFC 9112 §3.2.2; RFC 9110 §2.5, §5.6.1, §7.8).
+    "The target is in absolute form": opens(get(b"http://localhost/healthz"), 200),
+    "The absolute form has parameters": opens(
+        get(b"http://localhost:80/sync/pull?cursor=0"), 200
+    ),
+    "The absolute form wins over another host": opens(
+        get(b"http://localhost/healthz", host=EVIL), 200
+    ),
+    "Scheme and host are in upper case": opens(get(b"HTTP://LOCALHOST/healthz"), 200),
+    "The minor version is a later one": opens(raw(b"GET /healthz HTTP/1.9", HOST), 200),
+    "The port has no digits": opens(get(b"/healthz", host=b"Host: localhost:"), 200),
+    "The client offers another protocol": opens(
+        get(b"/healthz", b"Connection: Upgrade", b"Upgrade: h2c"), 200
+    ),
+    "A list has empty elements": opens(get(b"/healthz", b"Connection: , ,x-a,"), 200),
+    # Parameters.
+    **{
+        f"The query is {query}": opens(get(b"/sync/pull?%b" % query.encode()), 200)
+        for query in (
+            "cursor=0",
+            "cursor=000",
+            "wait=0",
+            "wait=0.05",
+            "wait=0.15000000000000002",
+            "epoch=",
+            "limit=9999",
+            "colour=red",
+        )
+    },
+}
+
+
+@table("transcript", ANSWERS_OF_HTTP)
+def test_a_request_is_answered_however_its_bytes_arrive(
+    visitor: RawClient, transcript: Transcript
+) -> None:
+    check_transcript(visitor, transcript)
     with closing(RawClient(visitor.address)) as other:
-        assert (
-            other.request("GET", "/healthz").status == 200
-        )  # by now the first byte has arrived
-    visitor.send(before[1:] + raw(b"HEAD /healthz#part HTTP/1.1", HOST))
+        check_transcript(other, transcript, bytewise=True)
+
+
+PUSHES = {
+    "The body has a length": opens(post(LENGTH), 200),
+    "The body comes in chunks": opens(
+        post(
+            b"TRANSFER-encoding:\tChunked ", body=chunked(BODY[:5], BODY[5:6], BODY[6:])
+        ),
+        200,
+    ),
+    "The chunks have extensions and trailers": opens(
+        post(CHUNKED, body=EXTENDED + b"X-Sum: 1\r\nX-More:\r\n\r\n"), 200
+    ),
+    "HTTP/1.0 is not told to continue": closes(
+        post(LENGTH, b"Expect: 100-continue", line=b"POST /sync/push HTTP/1.0"), 200
+    ),
+    "The content type is in upper case": opens(
+        raw(PUSH, HOST, b"Content-Type: APPLICATION/Json", LENGTH, body=BODY), 200
+    ),
+    "The content type names its charset": opens(
+        raw(PUSH, HOST, JSON + b"; charset=utf-8", LENGTH, body=BODY), 200
+    ),
+}
+
+
+@table("transcript", PUSHES)
+def test_a_push_is_applied_however_its_bytes_arrive(
+    server: Live, transcript: Transcript
+) -> None:
+    for bytewise in (False, True):
+        check_transcript(server.client(), transcript, bytewise=bytewise)
+    assert len(server.client().pull()["changes"]) == 1
+
+
+def test_a_body_of_the_largest_size_is_applied(client: RawClient) -> None:
+    body = BODY + b" " * (2**20 - len(BODY))
+    assert client.request("POST", "/sync/push", body).json[0]["ok"]
+
+
+def test_a_refused_head_request_gets_no_body_though_an_empty_line_came_first(
+    visitor: RawClient,
+) -> None:
+    visitor.send(b"\r")
+    with closing(RawClient(visitor.address)) as other:
+        # When this is answered, the first byte has arrived.
+        assert other.request("GET", "/healthz").status == 200
+    visitor.send(b"\n" + raw(b"HEAD /healthz#part HTTP/1.1", HOST))
     assert visitor.response(bodiless=True).status == 400
     assert visitor.ended()
 
 
-@table("head", BAD_HEADS)
-def test_a_malformed_head_is_refused_and_nothing_behind_it_is_read(
-    visitor: RawClient, head: bytes
+@table(
+    "sent",
+    {
+        "less than the length": post(b"Content-Length: 99"),
+        "no last chunk": post(CHUNKED, body=chunked(BODY)[:-5]),
+        "no end of the trailers": post(CHUNKED, body=chunked(BODY)[:-2]),
+    },
+)
+def test_a_body_that_did_not_arrive_whole_is_not_applied(
+    visitor: RawClient, sent: bytes
 ) -> None:
-    visitor.send(head + HEALTHZ)
-    assert refused(visitor.response(), 400)
-    assert visitor.ended()
+    visitor.send(sent)
+    visitor.half_close()
+    with pytest.raises(EOFError):  # an answer of 400 may come first
+        visitor.take(10_000)
+    assert b"200 OK" not in visitor.buffer
 
 
-BAD_FRAMING = {
-    "both": [LENGTH, CHUNKED],
-    "both, the other way round": [CHUNKED, LENGTH],
-    "two lengths": [LENGTH, b"Content-Length: 3"],
-    "two lengths that agree": [LENGTH, LENGTH],
-    "a list of lengths": [LENGTH + b", 3"],
-    "a list that agrees": [b"%b, %d" % (LENGTH, len(BODY))],
-    "a sign": [b"Content-Length: +%d" % len(BODY)],
-    "a negative length": [b"Content-Length: -1"],
-    "an underscore": [b"Content-Length: 2_9"],
-    "a hex length": [b"Content-Length: 0x1d"],
-    "no length": [b"Content-Length:"],
-    "a fraction": [b"Content-Length: 29.0"],
-    "an exponent": [b"Content-Length: 29e0"],
-    "another script's digits": ["Content-Length: \u0662\u0669".encode()],
-    "a superscript": ["Content-Length: \u00b2".encode()],
-    "a space inside": [b"Content-Length: 2 9"],
-    "a vertical tab": [LENGTH + b"\x0b"],
-    "a no-break space": [LENGTH + b"\xa0"],
-    "a space before the colon of a length": [b"Content-Length : %d" % len(BODY)],
-    "chunked twice": [b"Transfer-Encoding: chunked, chunked"],
-    "chunked in two fields": [CHUNKED, CHUNKED],
-    "chunked, but not last": [b"Transfer-Encoding: chunked, gzip"],
-    "identity": [b"Transfer-Encoding: identity"],
-    "chunked and identity": [CHUNKED, b"Transfer-Encoding: identity"],
-    "no coding": [b"Transfer-Encoding:"],
-    "a coding like chunked": [b"Transfer-Encoding: xchunked"],
-    "chunked with a parameter": [b"Transfer-Encoding: chunked;a=b"],
-    "chunked in quotes": [b'Transfer-Encoding: "chunked"'],
-    "chunked behind a vertical tab": [b"Transfer-Encoding: \x0bchunked"],
-    "chunked before a no-break space": [b"Transfer-Encoding: chunked\xa0"],
-    "a space before the colon of a coding": [b"Transfer-Encoding : chunked"],
-    "a folded coding": [b"Transfer-Encoding:", b" chunked"],
-}
+def test_a_client_that_half_closes_still_gets_its_answer(client: RawClient) -> None:
+    client.send(post(LENGTH))
+    client.half_close()
+    assert client.response().json[0]["ok"]
+    assert client.ended()
 
 
-@table("fields", BAD_FRAMING)
-def test_a_body_that_two_parsers_could_read_differently_is_refused(
-    visitor: RawClient, fields: list[bytes]
+@table(
+    "case",
+    {
+        "a length": (post(LENGTH, b"Expect: 100-Continue", body=b""), BODY),
+        "chunks": (post(CHUNKED, b"Expect: 100-continue", body=b""), chunked(BODY)),
+    },
+)
+def test_a_body_is_asked_for_if_the_client_expects_it(
+    client: RawClient, case: tuple[bytes, bytes]
 ) -> None:
-    coded = any(b"ransfer" in field for field in fields)
-    body = chunked(BODY) if coded and fields[0] != LENGTH else BODY
-    visitor.send(post(*fields, body=body + HEALTHZ))
-    assert refused(visitor.response(), *([400, 501] if coded else [400]))
-    assert visitor.ended()
+    head, body = case
+    client.send(head)
+    assert client.response() == Reply(100, {}, b"")
+    client.send(body)
+    assert client.response().json[0]["ok"]
 
 
-def test_an_http_1_0_request_with_a_transfer_coding_is_refused(
-    visitor: RawClient,
-) -> None:
-    visitor.send(post(CHUNKED, line=b"POST /sync/push HTTP/1.0", body=chunked(BODY)))
-    assert refused(visitor.response(), 400)
-    assert visitor.ended()
-
-
-def test_a_transfer_coding_that_the_server_lacks_is_not_implemented(
-    visitor: RawClient,
-) -> None:
-    visitor.send(post(b"Transfer-Encoding: gzip, chunked", body=chunked(BODY)))
-    assert refused(visitor.response(), 501)
-    assert visitor.ended()
-
-
-@pytest.mark.parametrize("version", [b"HTTP/2.0", b"HTTP/3.1", b"HTTP/0.9"])
-def test_another_version_is_refused(visitor: RawClient, version: bytes) -> None:
-    visitor.send(raw(b"GET /healthz " + version, HOST))
-    assert refused(visitor.response(), 505)
-    assert visitor.ended()
-
-
-def test_an_empty_line_before_a_request_is_skipped(client: RawClient) -> None:
-    client.send(b"\r\n" + HEALTHZ)
-    assert client.response().status == 200
-
-
-def test_a_target_past_the_limit_is_too_long(visitor: RawClient) -> None:
-    at_limit = b"/healthz?x=" + b"x" * (8 * 1024 - 11)
-    visitor.send(raw(b"GET %b HTTP/1.1" % at_limit, HOST))
-    assert visitor.response().status == 200
-    visitor.send(raw(b"GET %bx HTTP/1.1" % at_limit, HOST))
-    assert refused(visitor.response(), 414)
-    assert visitor.ended()
-
-
-def test_a_target_without_an_end_is_too_long(visitor: RawClient) -> None:
-    visitor.send(b"GET /" + b"x" * 100_000)
-    assert refused(visitor.response(), 414)
-
-
-def test_a_head_past_its_bytes_is_too_large(visitor: RawClient) -> None:
-    visitor.send(get(b"/healthz", b"X-A: " + b"x" * 64 * 1024))
-    assert refused(visitor.response(), 431)
-    assert visitor.ended()
-
-
-def test_a_head_past_its_fields_is_too_large(visitor: RawClient) -> None:
-    visitor.send(get(b"/healthz", *[b"X-A: 1"] * 99))
-    assert visitor.response().status == 200
-    visitor.send(get(b"/healthz", *[b"X-A: 1"] * 100))
-    assert refused(visitor.response(), 431)
+def test_pipelined_requests_are_answered_in_order(client: RawClient) -> None:
+    wait = raw(b"GET /sync/pull?scope=other&wait=%f HTTP/1.1" % MOMENT, HOST)
+    client.send(wait + post(LENGTH) + get(b"/nowhere") + HEALTHZ)
+    assert client.response().json["changes"] == []
+    assert client.response().json[0]["ok"]
+    assert refused(client.response(), 404)
+    assert client.response().json["status"] == "ok"
 
 
 def test_a_head_that_comes_byte_by_byte_is_not_parsed_anew_for_each(
@@ -5051,234 +5425,53 @@ def test_a_head_that_comes_byte_by_byte_is_not_parsed_anew_for_each(
     client, head = server.client(), get(b"/healthz", b"X-A: " + b"a" * 150)
     for at in range(len(head)):
         client.send(head[at : at + 1])
-        server.call(lambda: None)  # so that it comes alone
+        server.call(lambda: None)  # so that it arrives alone
     assert client.response().status == 200
     assert len(parsed) <= 2 + head.count(b"\n")
 
 
-def test_a_head_that_comes_too_slowly_is_timed_out(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, head_timeout=MOMENT)) as live:
-        client = live.client()
-        started = time.monotonic()
-        client.send(b"GET /healthz HTTP/1.1\r\nX-A: ")
-        while not select.select([client.sock], [], [], MOMENT / 10)[0]:
-            assert time.monotonic() < started + PATIENCE
-            client.send(b"a")  # each byte in time, the head never
-        assert time.monotonic() - started > MOMENT * 0.9
-        assert refused(client.response(), 408)
+def test_a_head_that_comes_too_slowly_times_out(start: Start) -> None:
+    client, started = start(head_timeout=MOMENT).client(), time.monotonic()
+    client.send(b"GET /healthz HTTP/1.1\r\nX-A: ")
+    while not select.select([client.sock], [], [], MOMENT / 10)[0]:
+        assert time.monotonic() < started + PATIENCE
+        client.send(b"a")  # each byte in time, the head never
+    assert time.monotonic() - started > MOMENT * 0.9
+    assert refused(client.response(), 408)
 
 
-def test_a_body_that_comes_too_slowly_is_timed_out_and_never_applied(
-    tmp_path: Path,
+def test_a_body_that_comes_too_slowly_times_out_and_is_not_applied(
+    start: Start,
 ) -> None:
-    with serve(tmp_path, replace(SMALL, body_timeout=MOMENT)) as live:
-        client = live.client()
-        client.send(post(LENGTH, body=BODY[:-1]))
-        assert refused(client.response(), 408)
-        assert client.ended()
-        assert live.client().pull()["changes"] == []
-
-
-def test_a_connection_without_a_request_is_closed_in_time(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, idle_timeout=1.0, head_timeout=MOMENT)) as live:
-        silent, idle = live.client(), live.client()
-        assert idle.request("GET", "/healthz").status == 200
-        assert idle.ended()
-        with pytest.raises(EOFError):  # 408 may be said first
-            silent.take(10_000)
-
-
-def test_an_empty_line_after_a_body_begins_no_request(tmp_path: Path) -> None:
-    settings = replace(SMALL, idle_timeout=1.0, head_timeout=MOMENT)
-    with serve(tmp_path, settings) as live:
-        client = live.client()
-        client.send(post(LENGTH, body=BODY + b"\r\n"))
-        assert client.response().status == 200
-        client.send(b"\r\n")
-        assert client.ended()  # at the end of its idle time, without a 408
-
-
-def test_connections_are_kept_alive(client: RawClient) -> None:
-    for _ in range(3):
-        reply = client.request("GET", "/healthz")
-        assert (reply.status, reply.headers.get("connection")) in (
-            (200, None),
-            (200, "keep-alive"),
-        )
-
-
-def test_a_request_that_says_close_is_the_last(client: RawClient) -> None:
-    reply = client.request("GET", "/healthz", headers={"Connection": "X-A , CLOSE"})
-    assert (reply.status, reply.headers["connection"]) == (200, "close")
+    live = start(body_timeout=MOMENT)
+    client = live.client()
+    client.send(post(LENGTH, body=BODY[:-1]))
+    assert refused(client.response(), 408)
     assert client.ended()
+    assert live.client().pull()["changes"] == []
 
 
-def test_pipelined_requests_are_answered_in_order(client: RawClient) -> None:
-    push = post(LENGTH)
-    wait = raw(b"GET /sync/pull?scope=other&wait=%f HTTP/1.1" % MOMENT, HOST)
-    lost = get(b"/nowhere")
-    client.send(wait + push + lost + HEALTHZ)
-    assert client.response().json["changes"] == []
-    assert client.response().json[0]["ok"]
-    assert refused(client.response(), 404)
-    assert client.response().json["status"] == "ok"
+def test_a_connection_without_a_request_times_out(start: Start) -> None:
+    live = start(idle_timeout=MOMENT * 2, head_timeout=MOMENT)
+    silent, idle = live.client(), live.client()
+    assert idle.request("GET", "/healthz").status == 200
+    assert idle.ended()
+    with pytest.raises(EOFError):  # an answer of 408 may come first
+        silent.take(10_000)
 
 
-def test_the_body_of_a_get_is_not_the_next_request(client: RawClient) -> None:
-    smuggled = get(b"/nowhere")
-    client.send(get(b"/healthz", b"Content-Length: %d" % len(smuggled), body=smuggled))
-    client.send(raw(b"DELETE /healthz HTTP/1.1", HOST))
+def test_an_empty_line_after_a_body_begins_no_request(start: Start) -> None:
+    client = start(idle_timeout=MOMENT * 3, head_timeout=MOMENT).client()
+    client.send(post(LENGTH, body=BODY + b"\r\n"))
     assert client.response().status == 200
-    assert refused(client.response(), 405)
+    client.send(b"\r\n")
+    assert client.ended()  # when its idle time is over, without a 408
 
 
-def test_a_body_in_chunks_is_read(client: RawClient) -> None:
-    coding = b"TRANSFER-encoding:\tChunked "
-    client.send(post(coding, body=chunked(BODY[:5], BODY[5:6], BODY[6:])) + HEALTHZ)
-    assert client.response().json[0]["ok"]
-    assert client.response().json["status"] == "ok"
+HEAD_TARGETS = ["/healthz", "/sync/pull?scope=a", "/sync/snapshot", "/nowhere"]
 
 
-def test_a_body_in_chunks_is_read_byte_by_byte(client: RawClient) -> None:
-    for byte in post(CHUNKED, body=chunked(BODY)):
-        client.send(bytes([byte]))
-    assert client.response().json[0]["ok"]
-
-
-def test_chunk_extensions_and_trailers_are_skipped(client: RawClient) -> None:
-    body = chunked(BODY, trailer=b"X-Sum: 1\r\nX-More:\r\n").replace(
-        b"\r\n", b';a=b; c="d e" ;f\r\n', 1
-    )
-    client.send(post(CHUNKED, body=body) + HEALTHZ)
-    assert client.response().json[0]["ok"]
-    assert client.response().json["status"] == "ok"
-
-
-def test_a_trailer_is_no_header(visitor: RawClient) -> None:
-    body = chunked(BODY, trailer=b"Content-Type: application/json\r\n")
-    visitor.send(raw(PUSH, HOST, CHUNKED, body=body))
-    assert refused(visitor.response(), 415)
-
-
-SIZE = b"%x" % len(BODY)
-BAD_CHUNKS = {
-    "a space behind the size": SIZE + b" \r\n" + BODY + b"\r\n0\r\n\r\n",
-    "an extension without a name": SIZE + b";\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "a sign": b"+" + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "a negative size": b"-1\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "a prefix": b"0x" + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "an underscore": b"0_" + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "no digit": b"\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "no hex digit": b"1g\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "another script's digits": "\u0661d\r\n".encode() + BODY + b"\r\n0\r\n\r\n",
-    "a space before": b" " + SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "a vertical tab": SIZE + b"\x0b\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "a size past 64 bits": b"1" + b"0" * 16 + b"\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "a size of a thousand digits": b"0" * 1000
-    + SIZE
-    + b"\r\n"
-    + BODY
-    + b"\r\n0\r\n\r\n",
-    "an LF behind the size": SIZE + b"\n" + BODY + b"\r\n0\r\n\r\n",
-    "a CR in the extension": SIZE + b";a\rb\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "an LF in the extension": SIZE + b";a\nb\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "a NUL in the extension": SIZE + b";a\0\r\n" + BODY + b"\r\n0\r\n\r\n",
-    "an extension without an end": SIZE
-    + b";"
-    + b"a" * 200_000
-    + b"\r\n"
-    + BODY
-    + b"\r\n0\r\n\r\n",
-    "data that is too long": SIZE + b"\r\n" + BODY + b"!\r\n0\r\n\r\n",
-    "an LF behind the data": SIZE + b"\r\n" + BODY + b"\n0\r\n\r\n",
-    "no line behind the data": SIZE + b"\r\n" + BODY + b"0\r\n\r\n",
-    "a trailer with a space before the colon": chunked(BODY, trailer=b"X-A : 1\r\n"),
-    "a folded trailer": chunked(BODY, trailer=b"X-A: 1\r\n 2\r\n"),
-    "a trailer without a colon": chunked(BODY, trailer=b"X-A\r\n"),
-    "a trailer that ends in LF": chunked(BODY, trailer=b"X-A: 1\n"),
-    "a trailer past its bytes": chunked(
-        BODY, trailer=b"X-A: " + b"a" * 200_000 + b"\r\n"
-    ),
-    "trailers past their number": chunked(BODY, trailer=b"X-A: 1\r\n" * 20_000),
-}
-
-
-@table("body", BAD_CHUNKS)
-def test_a_broken_chunk_is_refused_and_nothing_behind_it_is_read(
-    visitor: RawClient, body: bytes
-) -> None:
-    visitor.send(post(CHUNKED, body=body + HEALTHZ))
-    assert refused(visitor.response(), 400, 413, 431)
-    assert visitor.ended()
-
-
-@table(
-    "sent",
-    {
-        "less than the length": post(b"Content-Length: 99"),
-        "no last chunk": post(CHUNKED, body=chunked(BODY)[:-5]),
-        "no end of the trailers": post(CHUNKED, body=chunked(BODY)[:-2]),
-    },
-)
-def test_a_body_that_did_not_arrive_whole_is_never_applied(
-    visitor: RawClient, sent: bytes
-) -> None:
-    visitor.send(sent)
-    visitor.half_close()
-    with pytest.raises(EOFError):  # 400 may be said first
-        visitor.take(10_000)
-    assert b"200 OK" not in visitor.buffer
-
-
-def test_the_end_of_what_a_client_sends_is_not_the_end_of_its_answer(
-    client: RawClient,
-) -> None:
-    client.send(post(LENGTH))
-    client.half_close()
-    assert client.response().json[0]["ok"]
-    assert client.ended()
-
-
-def test_a_body_is_asked_for_where_the_client_expects_it(client: RawClient) -> None:
-    client.send(post(LENGTH, b"Expect: 100-Continue", body=b""))
-    assert client.response() == Reply(100, {}, b"")
-    client.send(BODY)
-    assert client.response().json[0]["ok"]
-
-
-def test_a_body_that_would_be_refused_is_not_asked_for(visitor: RawClient) -> None:
-    visitor.send(post(b"Content-Length: 1048577", b"Expect: 100-continue", body=b""))
-    assert refused(visitor.response(), 413)
-    assert visitor.ended()
-
-
-def test_http_1_0_is_answered_and_closed_and_never_told_to_continue(
-    client: RawClient,
-) -> None:
-    client.send(post(LENGTH, b"Expect: 100-continue", line=b"POST /sync/push HTTP/1.0"))
-    assert client.response().json[0]["ok"]
-    assert client.ended()
-
-
-def test_http_1_0_is_kept_alive_if_both_say_so(client: RawClient) -> None:
-    for _ in range(2):
-        client.send(raw(b"GET /healthz HTTP/1.0", HOST, b"Connection: Keep-Alive"))
-        reply = client.response()
-        assert (reply.status, reply.headers["connection"].lower()) == (
-            200,
-            "keep-alive",
-        )
-
-
-def test_a_target_may_be_a_whole_address(client: RawClient) -> None:
-    here = "http://{}:{}".format(*client.address)
-    assert client.request("GET", f"{here}/healthz").json["status"] == "ok"
-    assert client.request("GET", f"{here}/sync/pull?cursor=0").json["changes"] == []
-
-
-@pytest.mark.parametrize(
-    "target", ["/healthz", "/sync/pull?scope=a", "/sync/snapshot", "/nowhere"]
-)
+@pytest.mark.parametrize("target", HEAD_TARGETS)
 def test_head_is_get_without_its_body(visitor: RawClient, target: str) -> None:
     got, head = visitor.request("GET", target), visitor.request("HEAD", target)
     for name in ("content-length", "content-type", "cache-control"):
@@ -5296,14 +5489,12 @@ def test_head_is_get_without_its_body(visitor: RawClient, target: str) -> None:
         "healthz": ("/healthz", {"GET", "HEAD", "OPTIONS"}),
     },
 )
-def test_allow_names_what_an_endpoint_can(
+def test_allow_names_the_methods_of_an_endpoint(
     visitor: RawClient, case: tuple[str, set[str]]
 ) -> None:
     target, methods = case
-    options, delete = (
-        visitor.request("OPTIONS", target),
-        visitor.request("DELETE", target),
-    )
+    options = visitor.request("OPTIONS", target)
+    delete = visitor.request("DELETE", target)
     assert options.status == 204
     assert refused(delete, 405)
     for reply in (options, delete):
@@ -5315,84 +5506,106 @@ def test_options_of_the_server_itself_are_answered(client: RawClient) -> None:
     assert (reply.status, "GET" in reply.headers["allow"]) == (204, True)
 
 
-@pytest.mark.parametrize(
-    "line", [b"CONNECT localhost:80", b"GET *", b"TRACE /healthz", b"BREW /"]
-)
-def test_a_method_that_nobody_serves_is_refused(
-    visitor: RawClient, line: bytes
-) -> None:
-    visitor.send(raw(line + b" HTTP/1.1", HOST))
-    assert refused(visitor.response(), 400, 405, 404)
-
-
-def test_every_answer_has_a_date_a_length_and_no_store(client: RawClient) -> None:
-    for target in (
-        "/sync/pull",
-        "/sync/snapshot",
-        "/healthz",
-        "/nowhere",
-        "/sync/pull?limit=x",
-    ):
+def test_every_answer_has_a_date_and_no_store(client: RawClient) -> None:
+    for target in (*HEAD_TARGETS, "/sync/pull?limit=x"):
         headers = client.request("GET", target).headers
         assert headers["cache-control"] == "no-store"
         assert re.fullmatch(
             r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", headers["date"]
         )
-        said = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
-        assert abs(time.time() - said) < PATIENCE
+        named = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
+        assert abs(time.time() - named) < PATIENCE
 
 
-def test_a_body_past_the_limit_is_too_large_and_the_answer_is_heard(
-    client: RawClient,
+def test_no_header_of_an_answer_repeats_what_the_request_said(
+    visitor: RawClient,
 ) -> None:
-    length = b"Content-Length: %d" % (3 * 2**20)
-    client.send(post(length, body=b" " * (3 * 2**20)))  # all of it, before reading
-    assert refused(client.response(), 413)
-    assert client.ended()
+    mark = "reflected"
+    names = ["Cookie", "Accept", "X-Request-Id", "Access-Control-Request-Headers"]
+    fields = dict.fromkeys([*names, "Sec-WebSocket-Protocol"], mark)
+    targets = (f"/{mark}", f"/healthz?{mark}=%0d%0a{mark}:", f"/sync/pull?scope={mark}")
+    methods = ("GET", "OPTIONS", "DELETE", mark)
+    origins: list[dict[str, str]] = [{}, {"Origin": mark}]
+    for method, target, origin in itertools.product(methods, targets, origins):
+        reply = visitor.request(method, target, headers=fields | origin)
+        assert mark not in str(reply.headers).lower()
 
 
-def test_a_body_of_the_limit_is_taken(client: RawClient) -> None:
-    body = BODY + b" " * (2**20 - len(BODY))
-    reply = client.request("POST", "/sync/push", body)
-    assert reply.json[0]["ok"]
+def answering(**response: Any) -> Callable[[Any], mizusync.Response]:
+    return lambda request: mizusync.Response(**response)
 
 
-def test_chunks_past_the_limit_are_too_large(client: RawClient) -> None:
-    body = chunked(*[b" " * 2**16] * 17)
-    client.send(post(CHUNKED, body=body))
-    assert refused(client.response(), 413)
-    assert client.ended()
+@pytest.mark.parametrize("status", [204, 304])
+def test_an_answer_that_may_have_no_content_has_none(start: Start, status: int) -> None:
+    client = start(route=answering(status=status, body=b"content")).client()
+    client.send(get(b"/it") + HEALTHZ)
+    reply = client.response()  # RFC 9112 §6.3; it also looks for a Content-Length
+    assert (reply.status, "date" in reply.headers) == (status, True)
+    assert client.response().json["status"] == "ok"
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "",
-        "text/plain",
-        "application/x-www-form-urlencoded",
-        "application/jsonp",
-        "json",
-    ],
-)
-def test_push_wants_json(visitor: RawClient, kind: str) -> None:
-    reply = visitor.request("POST", "/sync/push", BODY, {"Content-Type": kind})
-    assert refused(reply, 415)
+@pytest.mark.parametrize("origins", [[], ["https://app.example"]])
+def test_a_compressed_answer_names_the_fields_that_it_varies_by(
+    start: Start, origins: list[str]
+) -> None:
+    route = answering(body=b" " * 20_000, headers={"Cache-Control": "max-age=60"})
+    client = start(route=route, allow_origin=origins).client()
+    reply = client.request("GET", "/it", headers={"Accept-Encoding": "gzip"})
+    varies = ["Origin"] * len(origins) + ["Accept-Encoding"]  # RFC 9110 §12.5.5
+    assert reply.headers["content-encoding"] == "gzip"
+    assert reply.headers["vary"].split(", ") == varies
 
 
-@pytest.mark.parametrize(
-    "kind", ["APPLICATION/Json", "application/json; charset=utf-8"]
-)
-def test_push_takes_json_however_it_is_spelt(client: RawClient, kind: str) -> None:
-    assert (
-        client.request("POST", "/sync/push", BODY, {"Content-Type": kind}).status == 200
-    )
+GZIP = {
+    "gzip": True,
+    "br, GZIP ;q=0.5": True,
+    "gzip;q=1.000, *;q=0": True,
+    "gzip;q=0.001": True,
+    "": False,
+    "gzip;q=0": False,
+    "gzip;q=0.000": False,
+    "br": False,
+    "gzipped": False,
+    "identity": False,
+}
+
+
+def test_large_answers_are_compressed_for_a_client_that_accepts_gzip(
+    start: Start,
+) -> None:
+    client = start(page=PROGRAM.with_name("demo.html")).client()
+    client.push(note("a", "x" * 20_000))
+    small = ("/sync/pull?cursor=1", "/healthz")
+    for target in ("/sync/pull", "/sync/snapshot", "/", *small):
+        plain = client.request("GET", target)
+        assert "content-encoding" not in plain.headers
+        assert (len(plain.body) <= 16 * 1024) == (target in small)
+        for codings, accepted in GZIP.items():
+            accepting = {"Accept-Encoding": codings}
+            answer = client.request("GET", target, headers=accepting)
+            if not accepted or target in small:
+                assert answer.body == plain.body
+                assert "content-encoding" not in answer.headers
+                continue
+            assert answer.headers["content-encoding"] == "gzip"
+            assert len(answer.body) < len(plain.body) / 2
+            assert gzip.decompress(answer.body) == plain.body
+            head = client.request("HEAD", target, headers=accepting)
+            assert head.headers["content-length"] == str(len(answer.body))
+
+
+# -- push, pull, snapshot and healthz
 
 
 def mutation_with(args: bytes) -> bytes:
     return b'[{"id": "a", "name": "note", "args": %b}]' % args
 
 
-BAD_JSON = {  # and all that parse_json refuses
+def push_of(body: bytes) -> bytes:
+    return post(b"Content-Length: %d" % len(body), body=body)
+
+
+BAD_BODIES = {  # and whatever else parse_json refuses
     "nothing": b"",
     "an open bracket": b"[",
     "two values": BODY + BODY,
@@ -5403,286 +5616,64 @@ BAD_JSON = {  # and all that parse_json refuses
     "65 levels": mutation_with(b"[" * 63 + b"]" * 63),
     "90,000 levels": mutation_with(b"[" * 90_000 + b"]" * 90_000),
     "levels without an end": b"[" * 90_000,
-    "a number past a double": mutation_with(b"1" * 310),
-    "no array": BODY[1:-1],
+    "a number beyond a double": mutation_with(b"1" * 310),
+    "a mutation without its array": BODY[1:-1],
     "an object": b"{}",
     "a string": b'"[]"',
     "null": b"null",
     "no mutation": b"[]",
 }
-
-
-@table("body", BAD_JSON)
-def test_a_push_that_is_no_json_array_of_mutations_is_refused(
-    visitor: RawClient, body: bytes
-) -> None:
-    assert refused(visitor.request("POST", "/sync/push", body), 400)
-
-
-@table(
-    "body",
-    {
-        "a megabyte of lists": b"[]" * 2**19,
-        "a megabyte of brackets": b"[" * 2**20,
-        "a list in a mutation": mutation_with(b"[0%b]" % (b",0" * 100_000)),
-    },
-)
-def test_a_push_of_more_values_than_the_limit_is_too_large(
-    visitor: RawClient, body: bytes
-) -> None:
-    assert refused(visitor.request("POST", "/sync/push", body), 413)
-    assert visitor.request("GET", "/healthz").status == 200
-
-
-def test_values_past_the_limit_are_too_large_in_a_push_a_message_and_a_route(
-    tmp_path: Path,
-) -> None:
-    def echo(request: mizusync.Request) -> Any:
-        return request.json
-
-    def prepare(server: Server) -> None:
-        server.route("POST", "/echo")(echo)
-
-    with serve(tmp_path, replace(SMALL, max_json_values=5), prepare=prepare) as live:
-        client, session = live.client(), live.socket()
-        for args, fits in (([], True), ([1, 2], False)):
-            body = json.dumps([note("a", args)]).encode()
-            assert client.request("POST", "/sync/push", body).status == (
-                200 if fits else 413
-            )
-        session.say("chat", [1, 2, 3, 4])
-        assert session.read_json()["data"]["code"] == "too_large"
-        session.say("chat", [1, 2])
-        assert session.read_json()["data"]["code"] == "unknown_topic"
-        assert refused(
-            client.request("POST", "/echo", b"[0%b]" % (b",0" * 100_000)), 413
-        )
-
-
-def test_a_number_beyond_64_bits_is_pushed_and_pulled_as_a_float(
-    client: RawClient,
-) -> None:
-    body = mutation_with(b"[100000000000000000000, -18446744073709551616, 1]")
-    (result,) = client.request("POST", "/sync/push", body).json
-    assert result["ok"]
-    assert [change["data"] for change in client.pull()["changes"]] == [
-        [1e20, -(2.0**64), 1]
-    ]
-
-
-def test_json_comes_back_as_it_was(client: RawClient) -> None:
-    written = [
-        *(
-            b"[" * 62 + b"]" * 62,
-            b'"' + b"[{" * 100 + b'"',
-            b'"\\"' + b"[" * 100 + b'\\\\"',
-        ),
-        *(b'"\\ud83d\\ude00 \xf0\x9f\x98\x80"', b'"\\u0000"', b'"\\u2028\\u2029"'),
-        *(b"9007199254740991", b"-0.5e-3", b'{"a": 1, "a": 2}'),
-    ]
-    mutations = [
-        b'{"id": "%d", "name": "note", "args": %b}' % one for one in enumerate(written)
-    ]
-    results = client.request("POST", "/sync/push", b"[%b]" % b",".join(mutations)).json
-    changes = [change for result in results for change in result["changes"]]
-    assert [change["data"] for change in changes] == [
-        json.loads(args) for args in written
-    ]
-    assert client.pull()["changes"] == changes
-
-
-def test_of_duplicate_keys_the_last_one_counts(client: RawClient) -> None:
-    body = b'[{"id": "a", "id": "b", "name": "note", "args": 1, "args": 2}]'
-    assert client.request("POST", "/sync/push", body).json[0]["changes"][0]["data"] == 2
-    assert "duplicate" not in client.push(note("a"))[0]
-    assert client.push(note("b"))[0]["duplicate"]
-
-
-def test_push_answers_one_result_per_mutation_in_order(client: RawClient) -> None:
-    results = client.push(
-        note("a", 1), {"id": "b", "name": "refuse", "args": "conflict"}, note("c", 3)
-    )
-    assert [result["ok"] for result in results] == [True, False, True]
-    assert [list(result) for result in results] == [
-        ["ok", "cursor", "changes"],
-        ["ok", "code", "error"],
-        ["ok", "cursor", "changes"],
-    ]
-    assert results[0]["cursor"] < results[2]["cursor"]
-
-
-def test_a_change_has_its_four_fields(client: RawClient) -> None:
-    (result,) = client.push(note("a", {"x": [1, None, "\u00e9"]}, scope="list"))
-    (change,) = result["changes"]
-    assert list(change) == ["cursor", "scope", "time", "data"]
-    assert (change["cursor"], change["scope"]) == (result["cursor"], "list")
-    assert change["data"] == {"x": [1, None, "\u00e9"]}
-    assert re.fullmatch(
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", change["time"]
-    )
-
-
-def test_the_scope_is_default_when_none_is_named(client: RawClient) -> None:
-    assert client.push(note("a"))[0]["changes"][0]["scope"] == "_default"
-    assert client.push(note("a", scope="_default"))[0]["duplicate"]
-    assert client.pull()["changes"] == client.pull(scope="_default")["changes"] != []
-
-
-def test_refusals_of_apply_are_told_and_fail_alone(client: RawClient) -> None:
-    refusing = [{"id": code, "name": "refuse", "args": code} for code in REFUSALS]
-    before, *failed, after = client.push(note("a"), *refusing, note("c"))
-    reason = "a reason for people"
-    assert failed == [{"ok": False, "code": code, "error": reason} for code in REFUSALS]
-    assert (before["ok"], after["ok"]) == (True, True)
-
-
-def test_a_fault_of_apply_is_an_internal_error_that_tells_nothing(
-    server: Live, client: RawClient
-) -> None:
-    failed, after = client.push({"id": "a", "name": "crash"}, note("b"))
-    assert (failed["ok"], failed["code"], after["ok"]) == (
-        False,
-        "internal_error",
-        True,
-    )
-    assert "secret" not in failed["error"]
-    server.logged("a secret of the inside")
-
-
-def test_malformed_mutations_among_good_ones_fail_alone(client: RawClient) -> None:
-    bad = [
-        None,
-        1,
-        [note("a")],
-        {},
-        {"name": "note"},
-        note(""),
-        note("x" * 129),
-        {"id": "a"},
-    ]
-    bad += [
-        {"id": None, "name": "note"},
-        {"id": "a", "name": ["note"]},
-        note("a", scope=""),
-    ]
-    before, *failed, after = client.push(note("one"), *bad, note("two"))
-    assert [result["code"] for result in failed] == ["invalid_mutation"] * len(bad)
-    assert {tuple(result) for result in failed} == {("ok", "code", "error")}
-    assert (before["ok"], after["ok"]) == (True, True)
-
-
-def test_unknown_fields_are_ignored(client: RawClient) -> None:
-    assert client.push(note("a", client="me", seq=1))[0]["ok"]
-    assert len(client.pull(colour="red")["changes"]) == 1
-
-
-def test_a_push_of_a_hundred_is_taken_and_of_more_is_too_large(
-    client: RawClient,
-) -> None:
-    many = [note(f"n{number}") for number in range(101)]
-    assert refused(client.request("POST", "/sync/push", json.dumps(many).encode()), 413)
-    assert client.pull()["changes"] == []
-    assert all(result["ok"] for result in client.push(*many[:100]))
-
-
-def test_pull_gives_the_changes_of_one_scope_above_the_cursor(
-    client: RawClient,
-) -> None:
-    one, _, three = client.push(note("a", 1), note("b", 2, scope="other"), note("c", 3))
-    page = client.pull()
-    assert list(page) == ["changes", "cursor", "epoch", "hasMore"]
-    assert page["changes"] == one["changes"] + three["changes"]
-    assert (page["cursor"], page["hasMore"]) == (three["cursor"], False)
-    assert (
-        client.pull(cursor=one["cursor"], epoch=page["epoch"])["changes"]
-        == three["changes"]
-    )
-
-
-def test_pull_gives_at_most_the_limit_and_says_whether_there_is_more(
-    client: RawClient,
-) -> None:
-    client.push(*(note(f"n{number}", number) for number in range(5)))
-    cursor, found = 0, []
-    for more in (True, True, False):
-        page = client.pull(cursor=cursor, limit=2)
-        assert page["hasMore"] is more
-        cursor = page["cursor"]
-        found += [change["data"] for change in page["changes"]]
-    assert found == [0, 1, 2, 3, 4]
-
-
-def test_a_page_has_100_changes_unasked_and_1000_at_most(client: RawClient) -> None:
-    client.push(
-        *({"id": f"n{number}", "name": "notes", "args": 20} for number in range(51))
-    )
-    assert len(client.pull()["changes"]) == 100
-    assert len(client.pull(limit=1001)["changes"]) == 1000
-    assert client.pull(limit=5000)["hasMore"]
-
-
-def test_a_pull_that_waits_is_answered_by_a_push(
-    server: Live, client: RawClient
-) -> None:
-    client.send(get(b"/sync/pull?wait=60&scope=s"))
-    server.client().push(note("a", scope="other"))
-    (result,) = server.client().push(note("b", scope="s"))
-    assert client.response().json["changes"] == result["changes"]
-
-
-def test_a_pull_that_waits_does_not_where_there_are_changes(client: RawClient) -> None:
-    client.push(note("a"))
-    assert len(client.pull(wait=1000)["changes"]) == 1
-
-
-def test_a_pull_that_waits_ends_with_its_time(client: RawClient) -> None:
-    started = time.monotonic()
-    page = client.pull(wait=MOMENT)
-    assert page["changes"] == []
-    assert MOMENT * 0.9 < time.monotonic() - started < PATIENCE / 2
-
-
-def test_a_wait_past_the_limit_is_taken_as_the_limit(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, max_pull_wait=MOMENT)) as live:
-        assert live.client().pull(wait=60)["changes"] == []
-
-
-def test_a_client_that_gives_up_waiting_is_forgotten(server: Live) -> None:
-    before = server.tasks()
-    client = server.client()
-    client.send(get(b"/sync/pull?wait=60"))
-    until(lambda: server.tasks() > before)
-    client.reset()
-    until(lambda: server.tasks() <= before)
-
-
+LARGE_BODIES = {
+    "a megabyte of lists": b"[]" * 2**19,
+    "a megabyte of brackets": b"[" * 2**20,
+    "100,001 values in a mutation": mutation_with(b"[0%b]" % (b",0" * 100_000)),
+    "101 mutations": json.dumps([note(f"n{number}") for number in range(101)]).encode(),
+}
 BAD_NUMBERS = (
     "%2B1 1_0 %D9%A3 %C2%B2 -1 -0 %201 1%20 1%0B +1 0x1 1e1 null nan inf 1.2.3 ."
 )
 BAD_ESCAPES = "%zz % %4 a%FF %ED%A0%80 %C0%AF"
-BAD_QUERIES = {
+BAD_SCOPES = ["", "x" * 257, *BAD_ESCAPES.split(), "a&scope=a", "a&%73cope=b"]
+BAD_QUERIES = [
     *(
-        f"{name}={value}"
+        f"/sync/pull?{name}={value}"
         for name in ("cursor", "limit", "wait")
         for value in ["", *BAD_NUMBERS.split()]
     ),
-    *(f"cursor={value}" for value in ("1.5", 2**53, "9" * 30, "9" * 5000)),
-    *("limit=0", "limit=1.5", "limit=ten"),
-    *(f"scope={scope}" for scope in ["", "x" * 257, *BAD_ESCAPES.split()]),
+    *(f"/sync/pull?cursor={value}" for value in ("1.5", 2**53, "9" * 30, "9" * 5000)),
+    *(f"/sync/pull?limit={value}" for value in ("0", "1.5", "ten")),
     *(
-        "scope=a&scope=a",
-        "scope=a&cursor=0&scope=b",
-        "scope=a&%73cope=b",
-        "cursor=0&cursor=0",
+        f"/sync/{name}?scope={bad}"
+        for name in ("pull", "snapshot")
+        for bad in BAD_SCOPES
     ),
-    *("limit=1&limit=2", "wait=0&wait=0", "epoch=&epoch="),
+    "/sync/pull?scope=a&cursor=0&scope=b",
+    "/sync/pull?cursor=0&cursor=0",
+    "/sync/pull?limit=1&limit=2",
+    "/sync/pull?wait=0&wait=0",
+    "/sync/pull?epoch=&epoch=",
+]
+REFUSALS_OF_ENDPOINTS = {
+    **{
+        f"The body is {name}": opens(push_of(sent), 400)
+        for name, sent in BAD_BODIES.items()
+    },
+    **{
+        f"The body is {name}": opens(push_of(sent), 413)
+        for name, sent in LARGE_BODIES.items()
+    },
+    **{
+        f"The query is {query:.40}": opens(get(query.encode()), 400)
+        for query in BAD_QUERIES
+    },
 }
 
 
-@table("query", {f"{query:.40}": query for query in sorted(BAD_QUERIES)})
-def test_a_malformed_parameter_is_refused(visitor: RawClient, query: str) -> None:
-    assert refused(visitor.request("GET", f"/sync/pull?{query}"), 400)
-    assert visitor.request("GET", "/healthz").status == 200
+@table("transcript", REFUSALS_OF_ENDPOINTS)
+def test_an_endpoint_refuses_what_is_malformed_and_goes_on(
+    visitor: RawClient, transcript: Transcript
+) -> None:
+    check_transcript(visitor, transcript)
 
 
 @table(
@@ -5707,70 +5698,234 @@ def test_a_refusal_names_what_is_wrong_and_nothing_else(
     assert set(re.findall(about, reply.json["error"].lower())) == named
 
 
-@table(
-    "case",
-    {
-        "a plus": ("a+b", "a b"),
-        "a percent-encoded space": ("a%20b", "a b"),
-        "a percent-encoded plus": ("a%2bb", "a+b"),
-        "UTF-8": ("%C3%A9%F0%9F%98%80", "\u00e9\U0001f600"),
-        "a slash and a question mark": ("a/b?c", "a/b?c"),
-        "a percent-encoded ampersand": ("a%26b%3Dc", "a&b=c"),
-        "an equals sign": ("a=b", "a=b"),
-        "encoded once": ("%2541", "%41"),
-    },
-)
-def test_parameters_are_read_as_forms_write_them(case: tuple[str, str]) -> None:
-    written, scope = case
-    buffer = bytearray(get(b"/sync/pull?scope=%b" % written.encode()))
-    request = mizusync.parse_request(buffer, Settings())
-    assert request is not None
-    assert request.query == {"scope": scope}
+def test_the_limit_of_values_holds_in_a_push_a_message_and_a_route(
+    start: Start,
+) -> None:
+    def echo_json(server: Server) -> None:
+        server.route("POST", "/echo")(lambda request: request.json)
+
+    live = start(max_json_values=5, prepare=echo_json)
+    client, session = live.client(), live.socket()
+    for args, status in (([], 200), ([1, 2], 413)):
+        body = json.dumps([note("a", args)]).encode()
+        assert client.request("POST", "/sync/push", body).status == status
+    session.say("chat", [1, 2, 3, 4])
+    assert session.read_json()["data"]["code"] == "too_large"
+    session.say("chat", [1, 2])
+    assert session.read_json()["data"]["code"] == "unknown_topic"
+    large = b"[0%b]" % (b",0" * 100_000)
+    assert refused(client.request("POST", "/echo", large), 413)
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
-        "cursor=0",
-        "cursor=000",
-        "wait=0",
-        "wait=0.05",
-        "wait=0.15000000000000002",
-        "epoch=",
-        "limit=9999",
-    ],
-)
-def test_a_good_parameter_is_taken(visitor: RawClient, query: str) -> None:
-    assert visitor.request("GET", f"/sync/pull?{query}").status == 200
+def test_a_number_beyond_64_bits_is_pushed_and_pulled_as_a_float(
+    client: RawClient,
+) -> None:
+    body = mutation_with(b"[100000000000000000000, -18446744073709551616, 1]")
+    (result,) = client.request("POST", "/sync/push", body).json
+    assert result["ok"]
+    (change,) = client.pull()["changes"]
+    assert change["data"] == [1e20, -(2.0**64), 1]
 
 
-def test_an_epoch_that_is_not_known_makes_the_cursor_unknown(client: RawClient) -> None:
+def test_json_values_are_pulled_as_they_were_pushed(client: RawClient) -> None:
+    written = [
+        b"[" * 62 + b"]" * 62,
+        b'"' + b"[{" * 100 + b'"',
+        b'"\\"' + b"[" * 100 + b'\\\\"',
+        b'"\\ud83d\\ude00 \xf0\x9f\x98\x80"',
+        b'"\\u0000"',
+        b'"\\u2028\\u2029"',
+        b"9007199254740991",
+        b"-0.5e-3",
+        b'{"a": 1, "a": 2}',
+    ]
+    mutations = [
+        b'{"id": "%d", "name": "note", "args": %b}' % one for one in enumerate(written)
+    ]
+    results = client.request("POST", "/sync/push", b"[%b]" % b",".join(mutations)).json
+    changes = [change for result in results for change in result["changes"]]
+    assert fold(changes) == [json.loads(args) for args in written]
+    assert client.pull()["changes"] == changes
+
+
+def test_the_last_of_two_equal_keys_counts(client: RawClient) -> None:
+    body = b'[{"id": "a", "id": "b", "name": "note", "args": 1, "args": 2}]'
+    assert client.request("POST", "/sync/push", body).json[0]["changes"][0]["data"] == 2
+    assert "duplicate" not in client.push(note("a"))[0]
+    assert client.push(note("b"))[0]["duplicate"]
+
+
+def test_a_push_is_answered_with_one_result_a_mutation_in_order(
+    client: RawClient,
+) -> None:
+    refuse = {"id": "b", "name": "refuse", "args": "conflict"}
+    results = client.push(note("a", 1), refuse, note("c", 3))
+    assert [result["ok"] for result in results] == [True, False, True]
+    assert [list(result) for result in results] == [
+        ["ok", "cursor", "changes"],
+        ["ok", "code", "error"],
+        ["ok", "cursor", "changes"],
+    ]
+    assert results[0]["cursor"] < results[2]["cursor"]
+
+
+def test_a_change_has_its_four_fields(client: RawClient) -> None:
+    (result,) = client.push(note("a", {"x": [1, None, "\u00e9"]}, scope="list"))
+    (change,) = result["changes"]
+    assert list(change) == ["cursor", "scope", "time", "data"]
+    assert (change["cursor"], change["scope"]) == (result["cursor"], "list")
+    assert change["data"] == {"x": [1, None, "\u00e9"]}
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", change["time"]
+    )
+
+
+def test_the_scope_is_default_if_none_is_named(client: RawClient) -> None:
+    assert client.push(note("a"))[0]["changes"][0]["scope"] == "_default"
+    assert client.push(note("a", scope="_default"))[0]["duplicate"]
+    assert client.pull()["changes"] == client.pull(scope="_default")["changes"] != []
+
+
+def test_a_mutation_that_apply_refuses_fails_alone_with_its_code(
+    client: RawClient,
+) -> None:
+    refusing = [{"id": code, "name": "refuse", "args": code} for code in REFUSALS]
+    before, *failed, after = client.push(note("a"), *refusing, note("c"))
+    reason = "a reason for people"
+    assert failed == [{"ok": False, "code": code, "error": reason} for code in REFUSALS]
+    assert (before["ok"], after["ok"]) == (True, True)
+
+
+def test_an_exception_of_apply_is_an_internal_error_that_shows_nothing(
+    server: Live, client: RawClient
+) -> None:
+    failed, after = client.push({"id": "a", "name": "crash"}, note("b"))
+    assert (failed["ok"], failed["code"]) == (False, "internal_error")
+    assert after["ok"]
+    assert "secret" not in failed["error"]
+    server.logged("a secret of the inside")
+
+
+def test_malformed_mutations_among_good_ones_fail_alone(client: RawClient) -> None:
+    bad = [
+        None,
+        1,
+        [note("a")],
+        {},
+        {"name": "note"},
+        note(""),
+        note("x" * 129),
+        {"id": "a"},
+        {"id": None, "name": "note"},
+        {"id": "a", "name": ["note"]},
+        note("a", scope=""),
+    ]
+    before, *failed, after = client.push(note("one"), *bad, note("two"))
+    assert [result["code"] for result in failed] == ["invalid_mutation"] * len(bad)
+    assert {tuple(result) for result in failed} == {("ok", "code", "error")}
+    assert (before["ok"], after["ok"]) == (True, True)
+
+
+def test_unknown_fields_are_ignored(client: RawClient) -> None:
+    assert client.push(note("a", client="me", seq=1))[0]["ok"]
+    assert len(client.pull(colour="red")["changes"]) == 1
+
+
+def test_a_push_of_a_hundred_mutations_is_applied(client: RawClient) -> None:
+    results = client.push(*(note(f"n{number}") for number in range(100)))
+    assert [result["ok"] for result in results] == [True] * 100
+
+
+def test_a_pull_gives_the_changes_of_one_scope_above_the_cursor(
+    client: RawClient,
+) -> None:
+    one, _, three = client.push(note("a", 1), note("b", 2, scope="other"), note("c", 3))
+    page = client.pull()
+    assert list(page) == ["changes", "cursor", "epoch", "hasMore"]
+    assert page["changes"] == one["changes"] + three["changes"]
+    assert (page["cursor"], page["hasMore"]) == (three["cursor"], False)
+    later = client.pull(cursor=one["cursor"], epoch=page["epoch"])
+    assert later["changes"] == three["changes"]
+
+
+def test_a_pull_gives_at_most_the_limit_and_says_whether_there_is_more(
+    client: RawClient,
+) -> None:
+    client.push(*(note(f"n{number}", number) for number in range(5)))
+    cursor, found = 0, []
+    for more in (True, True, False):
+        page = client.pull(cursor=cursor, limit=2)
+        assert page["hasMore"] is more
+        cursor = page["cursor"]
+        found += fold(page["changes"])
+    assert found == [0, 1, 2, 3, 4]
+
+
+def test_a_page_has_100_changes_by_default_and_1000_at_most(client: RawClient) -> None:
+    client.push(
+        *({"id": f"n{number}", "name": "notes", "args": 20} for number in range(51))
+    )
+    assert len(client.pull()["changes"]) == 100
+    assert len(client.pull(limit=1001)["changes"]) == 1000
+    assert client.pull(limit=5000)["hasMore"]
+
+
+def test_a_pull_that_waits_is_answered_by_a_push(
+    server: Live, client: RawClient
+) -> None:
+    client.send(get(b"/sync/pull?wait=60&scope=s"))
+    server.client().push(note("a", scope="other"))
+    (result,) = server.client().push(note("b", scope="s"))
+    assert client.response().json["changes"] == result["changes"]
+
+
+def test_a_pull_does_not_wait_if_there_are_changes(client: RawClient) -> None:
+    client.push(note("a"))
+    assert len(client.pull(wait=1000)["changes"]) == 1
+
+
+def test_a_pull_that_waits_ends_when_its_time_is_over(client: RawClient) -> None:
+    started = time.monotonic()
+    page = client.pull(wait=MOMENT)
+    assert page["changes"] == []
+    assert MOMENT * 0.9 < time.monotonic() - started < PATIENCE / 2
+
+
+def test_a_wait_above_the_limit_is_taken_as_the_limit(start: Start) -> None:
+    assert start(max_pull_wait=MOMENT).client().pull(wait=60)["changes"] == []
+
+
+def test_a_pull_that_waits_ends_when_its_client_resets(server: Live) -> None:
+    before = server.tasks()
+    client = server.client()
+    client.send(get(b"/sync/pull?wait=60"))
+    until(lambda: server.tasks() > before)
+    client.reset()
+    until(lambda: server.tasks() <= before)
+
+
+def test_an_unknown_epoch_makes_the_cursor_unknown(client: RawClient) -> None:
     (result,) = client.push(note("a"))
     reply = client.request("GET", f"/sync/pull?cursor={result['cursor']}&epoch=another")
     assert refused(reply, 410, code="cursor_unknown")
     assert client.pull(cursor=result["cursor"], epoch="")["changes"] == []
 
 
-def test_a_cursor_before_a_trim_is_too_old_also_0(
+def test_a_cursor_before_a_trim_is_too_old_and_so_is_0(
     server: Live, client: RawClient
 ) -> None:
     cursors = [client.push(note(f"n{number}"))[0]["cursor"] for number in range(4)]
     epoch = client.pull()["epoch"]
     assert server.call(server.engine.trim, "_default", cursors[2]) == 2
     for cursor in (0, cursors[0]):
-        for query in (
-            f"cursor={cursor}",
-            f"cursor={cursor}&epoch={epoch}",
-            f"cursor={cursor}&wait=9",
-        ):
-            assert refused(
-                client.request("GET", f"/sync/pull?{query}"), 410, code="cursor_too_old"
-            )
+        for more in ("", f"&epoch={epoch}", "&wait=9"):
+            reply = client.request("GET", f"/sync/pull?cursor={cursor}{more}")
+            assert refused(reply, 410, code="cursor_too_old")
     assert len(client.pull(cursor=cursors[1], epoch=epoch)["changes"]) == 2
     assert client.pull(scope="other")["changes"] == []
 
 
-def test_a_snapshot_is_the_state_at_a_cursor(client: RawClient) -> None:
+def test_a_snapshot_is_the_state_of_its_scope_at_its_cursor(client: RawClient) -> None:
     client.push(
         note("a", 1, scope="s"), note("b", 2, scope="other"), note("c", 3, scope="s")
     )
@@ -5779,40 +5934,34 @@ def test_a_snapshot_is_the_state_at_a_cursor(client: RawClient) -> None:
     assert taken["data"] == [1, 3]
     client.push(note("d", 4, scope="s"))
     page = client.pull(scope="s", cursor=taken["cursor"], epoch=taken["epoch"])
-    assert [change["data"] for change in page["changes"]] == [4]
+    assert fold(page["changes"]) == [4]
 
 
-def test_without_a_snapshot_function_a_snapshot_is_not_found(tmp_path: Path) -> None:
-    with serve(tmp_path, snapshot=None) as live:
-        assert refused(live.client().request("GET", "/sync/snapshot"), 404)
-
-
-@pytest.mark.parametrize("query", ["scope=", "scope=a&scope=a", "scope=%zz"])
-def test_a_snapshot_of_a_malformed_scope_is_refused(
-    visitor: RawClient, query: str
-) -> None:
-    assert refused(visitor.request("GET", f"/sync/snapshot?{query}"), 400)
+def test_without_a_snapshot_function_a_snapshot_is_not_found(start: Start) -> None:
+    assert refused(start(snapshot=None).client().request("GET", "/sync/snapshot"), 404)
 
 
 @pytest.mark.parametrize(
-    "fault", [RuntimeError, StopIteration, SystemExit, KeyboardInterrupt]
+    "error", [RuntimeError, StopIteration, SystemExit, KeyboardInterrupt]
 )
-def test_a_fault_of_the_snapshot_function_is_an_internal_error_that_tells_nothing(
-    tmp_path: Path, fault: type[BaseException]
+def test_an_exception_of_the_snapshot_function_is_an_internal_error_that_shows_nothing(
+    start: Start, error: type[BaseException]
 ) -> None:
     def broken(db: sqlite3.Connection, scope: str) -> Any:
-        raise fault("a secret of the inside")
+        raise error("a secret of the inside")
 
-    with serve(tmp_path, snapshot=broken) as live:
-        client = live.client()
-        reply = client.request("GET", "/sync/snapshot")
-        assert refused(reply, 500)
-        assert b"secret" not in reply.body
-        assert client.request("GET", "/healthz").status == 200
-        live.logged("a secret of the inside")
+    live = start(snapshot=broken)
+    client = live.client()
+    reply = client.request("GET", "/sync/snapshot")
+    assert refused(reply, 500)
+    assert b"secret" not in reply.body
+    assert client.request("GET", "/healthz").status == 200
+    live.logged("a secret of the inside")
 
 
-def test_healthz_tells_how_the_server_is(server: Live, client: RawClient) -> None:
+def test_healthz_has_the_version_the_head_and_the_sessions(
+    server: Live, client: RawClient
+) -> None:
     (result,) = client.push(note("a", scope="s"))
     server.socket()
     health = client.request("GET", "/healthz").json
@@ -5826,246 +5975,38 @@ def test_healthz_tells_how_the_server_is(server: Live, client: RawClient) -> Non
     assert list(health) == ["status", "version", "cursor", "epoch", "sessions"]
 
 
-GZIP = {
-    "gzip": True,
-    "br, GZIP ;q=0.5": True,
-    "gzip;q=1.000, *;q=0": True,
-    "gzip;q=0.001": True,
-    "": False,
-    "gzip;q=0": False,
-    "gzip;q=0.000": False,
-    "br": False,
-    "gzipped": False,
-    "identity": False,
-}
-
-
-def test_large_answers_are_compressed_for_who_accepts_gzip(tmp_path: Path) -> None:
-    with serve(tmp_path, page=PROGRAM.with_name("demo.html")) as live:
-        client = live.client()
-        client.push(note("a", "x" * 20_000))
-        for target in (
-            "/sync/pull",
-            "/sync/snapshot",
-            "/",
-            "/sync/pull?cursor=1",
-            "/healthz",
-        ):
-            plain = client.request("GET", target)
-            assert "content-encoding" not in plain.headers
-            for codings, accepted in GZIP.items():
-                accepting = {"Accept-Encoding": codings}
-                answer = client.request("GET", target, headers=accepting)
-                if not accepted or len(plain.body) <= 16 * 1024:
-                    assert answer.body == plain.body
-                    assert "content-encoding" not in answer.headers
-                    continue
-                assert answer.headers["content-encoding"] == "gzip"
-                assert len(answer.body) < len(plain.body) / 2
-                assert gzip.decompress(answer.body) == plain.body
-                head = client.request("HEAD", target, headers=accepting)
-                assert head.headers["content-length"] == str(len(answer.body))
-
-
-def test_an_unknown_path_is_not_found(visitor: RawClient) -> None:
-    for target in (
-        "/nowhere",
-        "/sync/push/",
-        "/sync",
-        "//healthz",
-        "/SYNC/PULL",
-        "/healthz/../x",
-    ):
-        assert refused(visitor.request("GET", target), 404)
-    assert refused(visitor.request("POST", "/nowhere", b"{}"), 404)
-
-
-def test_what_the_writer_has_no_room_for_is_unavailable_and_not_applied(
-    tmp_path: Path,
+def test_a_push_that_the_writer_has_no_room_for_is_unavailable_and_not_applied(
+    start: Start,
 ) -> None:
     entered, release = threading.Event(), threading.Event()
-    slow = stalled(entered, release)
-    with serve(tmp_path, replace(SMALL, max_pending_pushes=1), apply=slow) as live:
-        clients = [live.client() for _ in range(4)]
-        try:
-            for number, client in enumerate(clients):
-                body = json.dumps([note(f"n{number}")]).encode()
-                client.send(post(b"Content-Length: %d" % len(body), body=body))
-                assert entered.wait(PATIENCE)
-            assert refused(clients[-1].response(), 503)
-        finally:
-            release.set()
-        assert clients[0].response().json[0]["ok"]
-        assert "n3" not in [
-            change["data"] for change in live.client().pull()["changes"]
-        ]
+    live = start(max_pending_pushes=1, apply=stalled(entered, release))
+    clients = [live.client() for _ in range(4)]
+    try:
+        for number, client in enumerate(clients):
+            client.send(push_of(json.dumps([note(f"n{number}")]).encode()))
+            assert entered.wait(PATIENCE)
+        assert refused(clients[-1].response(), 503)
+    finally:
+        release.set()
+    assert clients[0].response().json[0]["ok"]
+    assert "n3" not in fold(live.client().pull()["changes"])
 
 
-def test_a_database_that_was_taken_away_is_unavailable(tmp_path: Path) -> None:
-    with serve(tmp_path, may_log=".") as live:
-        client = live.client()
-        client.push(note("a"))
-        for file in tmp_path.glob("log.db*"):
-            file.unlink()
-        until(lambda: client.request("POST", "/sync/push", BODY).status == 503)
-        assert refused(client.request("POST", "/sync/push", BODY), 503)
-        assert refused(client.request("GET", "/healthz"), 503)
-
-
-@table(
-    "case",
-    {  # RFC 9112 §6.3, §3.2, §9.3; RFC 9110 §8.6, §4.2.1, §4.2.4; RFC 6455 §11.3
-        "a coding that is not chunked": (400, post(b"Transfer-Encoding: gzip")),
-        "chunked, but not last": (400, post(b"Transfer-Encoding: chunked, gzip")),
-        "a length past 64 bits": (400, post(b"Content-Length: 99999999999999999999")),
-        "an address without a host": (400, get(b"http:///healthz")),
-        "an address with a port alone": (400, get(b"http://:80/healthz")),
-        "an address with a user": (400, get(b"http://me@localhost/healthz")),
-        "a host with half an escape": (
-            400,
-            get(b"/healthz", host=b"Host: localhost%4"),
-        ),
-        "a host with half a bracket": (400, get(b"/healthz", host=b"Host: [::1")),
-        "two versions of WebSocket": (400, get(b"/ws", VERSION, VERSION)),
-        "a body that nobody wants": (404, post(LENGTH, line=b"POST /nowhere HTTP/1.1")),
-        "a body for another host": (403, post(LENGTH, host=EVIL)),
-        "a body that is not asked for": (
-            403,
-            post(LENGTH, b"Expect: 100-continue", host=EVIL),
-        ),
-    },
-)
-def test_a_refusal_has_its_status_and_nothing_behind_it_is_read(
-    visitor: RawClient, case: tuple[int, bytes]
+def test_a_database_whose_file_was_deleted_is_unavailable(
+    start: Start, tmp_path: Path
 ) -> None:
-    visitor.send(case[1] + HEALTHZ)
-    reply = visitor.response()
-    assert refused(reply, case[0])
-    assert reply.headers["connection"] == "close"  # RFC 9112 §9.6
-    assert visitor.ended()
-
-
-@table(
-    "sent",
-    {  # RFC 9112 §3.2.2; RFC 9110 §2.5, §4.2.3, §5.6.1, §7.8
-        "a whole address beside another host": get(
-            b"http://localhost/healthz", host=EVIL
-        ),
-        "a scheme and a host in capitals": get(b"HTTP://LOCALHOST/healthz"),
-        "a later minor version": raw(b"GET /healthz HTTP/1.9", HOST),
-        "a port without digits": get(b"/healthz", host=b"Host: localhost:"),
-        "an upgrade that nobody serves": get(
-            b"/healthz", b"Connection: Upgrade", b"Upgrade: h2c"
-        ),
-        "lists with empty elements": get(b"/healthz", b"Connection: , ,x-a,"),
-    },
-)
-def test_what_a_server_has_to_take_is_taken(visitor: RawClient, sent: bytes) -> None:
-    visitor.send(sent + HEALTHZ)
-    assert [visitor.response().status for _ in range(2)] == [200, 200]
-
-
-def test_a_method_in_another_case_is_another_method(visitor: RawClient) -> None:
-    assert refused(visitor.request("get", "/healthz"), 405, 501)  # RFC 9110 §9.1
-
-
-@pytest.mark.parametrize(
-    "last", [get(b"/healthz", b"Connection: , close"), raw(b"GET /healthz HTTP/1.0")]
-)
-def test_a_push_behind_the_last_request_is_never_applied(
-    visitor: RawClient, last: bytes
-) -> None:
-    visitor.send(last + post(LENGTH))  # RFC 9112 §9.6; the fixture pulls
-    assert visitor.response().status == 200
-    assert visitor.ended()
-
-
-def test_the_refusal_of_a_head_has_no_content(visitor: RawClient) -> None:
-    visitor.send(raw(b"HEAD /healthz HTTP/1.1", HOST, b"Content-Length: 1048577"))
-    assert visitor.response(bodiless=True).status == 413  # RFC 9110 §9.3.2
-    assert visitor.ended()
-
-
-def test_a_body_in_chunks_is_asked_for_where_the_client_expects_it(
-    client: RawClient,
-) -> None:
-    client.send(post(CHUNKED, b"Expect: 100-continue", body=b""))
-    assert client.response().status == 100
-    client.send(chunked(BODY))
-    assert client.response().json[0]["ok"]
-
-
-def answering(**response: Any) -> Callable[[Server], None]:
-    def prepare(server: Server) -> None:
-        server.route("GET", "/it")(lambda request: mizusync.Response(**response))
-
-    return prepare
-
-
-@pytest.mark.parametrize("status", [204, 304])
-def test_an_answer_that_can_have_no_content_has_none(
-    tmp_path: Path, status: int
-) -> None:
-    with serve(tmp_path, prepare=answering(status=status, body=b"content")) as live:
-        client = live.client()
-        client.send(get(b"/it") + HEALTHZ)
-        reply = (
-            client.response()
-        )  # RFC 9112 §6.3; which also looks for a Content-Length
-        assert (reply.status, "date" in reply.headers) == (status, True)
-        assert client.response().json["status"] == "ok"
-
-
-def test_a_hostile_weight_takes_time_by_its_size_alone() -> None:
-    head = get(b"/", b"Accept-Encoding: gzip;q=0." + b"1" * 60_000 + b"x")
-    request = mizusync.parse_request(bytearray(head), Settings())
-    assert request is not None
-    started = time.process_time()
-    assert not request.takes_gzip
-    assert (
-        time.process_time() - started < PATIENCE / 4
-    )  # as the square of the size it took 19 s
-
-
-@pytest.mark.parametrize("origins", [[], ["https://app.example"]])
-def test_a_compressed_answer_is_not_for_every_cache(
-    tmp_path: Path, origins: list[str]
-) -> None:
-    route = answering(body=b" " * 20_000, headers={"Cache-Control": "max-age=60"})
-    with serve(tmp_path, prepare=route, allow_origin=origins) as live:
-        reply = live.client().request("GET", "/it", headers={"Accept-Encoding": "gzip"})
-    varies = ["Origin"] * len(origins) + ["Accept-Encoding"]  # RFC 9110 §12.5.5
-    assert reply.headers["content-encoding"] == "gzip"
-    assert reply.headers["vary"].split(", ") == varies
-
-
-def test_nothing_of_a_request_comes_back_in_a_header(visitor: RawClient) -> None:
-    mark = "reflected"
-    names = (
-        "Origin",
-        "Cookie",
-        "Accept",
-        "X-Request-Id",
-        "Access-Control-Request-Headers",
-    )
-    fields = dict.fromkeys(names, mark) | {"Sec-WebSocket-Protocol": mark}
-    for method in ("GET", "OPTIONS", "DELETE", mark):
-        for target in (
-            f"/{mark}",
-            f"/healthz?{mark}=%0d%0a{mark}:",
-            f"/sync/pull?scope={mark}",
-        ):
-            for headers in (
-                fields,
-                {name: mark for name in fields if name != "Origin"},
-            ):
-                reply = visitor.request(method, target, headers=headers)
-                assert mark not in str(reply.headers).lower()
+    client = start(may_log=".").client()
+    client.push(note("a"))
+    for file in tmp_path.glob("log.db*"):
+        file.unlink()
+    until(lambda: client.request("POST", "/sync/push", BODY).status == 503)
+    assert refused(client.request("POST", "/sync/push", BODY), 503)
+    assert refused(client.request("GET", "/healthz"), 503)
 
 
 # --- WebSocket ------------------------------------------------------------------------
-# RFC 6455 §4 to §8: again the parser alone, then the handshake, then frames over a
-# socket.
+# RFC 6455 §4 to §8: the parser alone, then the handshake, then transcripts of frames,
+# among them the cases of the Autobahn test suite (its numbers stand beside them).
 
 UPGRADE = [b"Connection: Upgrade", b"Upgrade: websocket", VERSION]
 
@@ -6080,8 +6021,7 @@ frames = st.builds(
 
 
 def read_frames(parts: Iterable[bytes], max_payload: int = 2**20) -> list[Any]:
-    """The frames in these bytes, and the code of the close that ended them, if one
-    did."""
+    """Parse the frames in these bytes; the code of an error comes last."""
     buffer, found = bytearray(), list[Any]()
     try:
         for part in parts:
@@ -6096,7 +6036,7 @@ def read_frames(parts: Iterable[bytes], max_payload: int = 2**20) -> list[Any]:
 
 
 @given(st.lists(frames, max_size=4), st.lists(st.integers(0, 900), max_size=9))
-def test_frames_read_the_same_however_the_bytes_arrive(
+def test_frames_are_parsed_the_same_however_their_bytes_arrive(
     sent: list[Frame], cuts: list[int]
 ) -> None:
     assert read_frames(pieces(b"".join(masked(*frame) for frame in sent), cuts)) == sent
@@ -6110,7 +6050,7 @@ def test_frames_read_the_same_however_the_bytes_arrive(
     st.lists(st.integers(0, 900), max_size=5),
 )
 @settings(max_examples=200)
-def test_spoiled_frames_are_frames_or_a_close_however_they_arrive(
+def test_spoiled_frames_are_frames_or_an_error_however_their_bytes_arrive(
     sent: list[Frame], spoilt: list[tuple[int, int]], cuts: list[int]
 ) -> None:
     data = bytearray(b"".join(masked(*frame) for frame in sent))
@@ -6121,42 +6061,8 @@ def test_spoiled_frames_are_frames_or_a_close_however_they_arrive(
     assert not found or isinstance(found[-1], Frame) or found[-1] in (1002, 1009)
 
 
-BAD_FRAMES = {
-    "no mask": (b"\x81\x02hi", 1002),
-    "RSV1": (masked(TEXT, b"hi", rsv=4), 1002),
-    "RSV2": (masked(TEXT, b"hi", rsv=2), 1002),
-    "RSV3": (masked(PING, b"hi", rsv=1), 1002),
-    "a reserved opcode": (masked(3, b"hi"), 1002),
-    "another reserved opcode": (masked(7, b"hi"), 1002),
-    "a reserved control opcode": (masked(11, b"hi"), 1002),
-    "another reserved control opcode": (masked(15, b"hi"), 1002),
-    "a long ping": (masked(PING, b"x" * 126), 1002),
-    "a long close": (masked(CLOSE, b"\x03\xe8" + b"x" * 124), 1002),
-    "a ping in fragments": (masked(PING, b"hi", fin=False), 1002),
-    "two bytes for a short length": (b"\x81\xfe\x00\x02abcdhi", 1002),
-    "eight bytes for a short length": (
-        b"\x81\xff" + bytes(6) + b"\x00\x02abcdhi",
-        1002,
-    ),
-    "a length past 63 bits": (b"\x81\xff\x80" + bytes(7) + b"abcd", 1002),
-    "a length past the limit": (b"\x81\xff" + (2**20 + 1).to_bytes(8, "big"), 1009),
-    "a huge length": (b"\x81\xff\x7f" + b"\xff" * 7, 1009),
-}
-
-
-@table("case", BAD_FRAMES)
-def test_a_frame_that_breaks_the_rules_closes_with_its_code(
-    visitor: RawClient, case: tuple[bytes, int]
-) -> None:
-    data, code = case
-    assert read_frames([data]) == [code]
-    assert visitor.upgrade().status == 101
-    visitor.send(data)
-    assert visitor.read_close() == code
-
-
 @pytest.mark.parametrize("size", [0, 125, 126, 65535, 65536])
-def test_the_servers_frames_are_not_masked_and_no_longer_than_need_be(
+def test_the_frames_of_the_server_have_no_mask_and_the_shortest_length(
     size: int,
 ) -> None:
     ours, theirs = socket.socketpair()
@@ -6166,17 +6072,30 @@ def test_the_servers_frames_are_not_masked_and_no_longer_than_need_be(
         assert client.read_frame() == Frame(BINARY, b"x" * size)
 
 
+def test_empty_fragments_take_no_memory() -> None:
+    assembler, nothing = mizusync.Assembler(1000), mizusync.Frame(0, b"", fin=False)
+    assembler.add(mizusync.Frame(TEXT, b"", fin=False))
+    tracemalloc.start()
+    try:
+        for _ in range(20_000):
+            assert assembler.add(nothing) is None
+        # A list of them would take twice that.
+        assert tracemalloc.get_traced_memory()[0] < 80_000
+    finally:
+        tracemalloc.stop()
+
+
+# -- the handshake
+
+
 def test_the_handshake_answers_the_key(client: RawClient) -> None:
     reply = client.upgrade()
     assert reply.status == 101
     assert reply.headers["upgrade"].lower() == "websocket"
     assert reply.headers["connection"].lower() == "upgrade"
     assert reply.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
-    assert not {
-        "sec-websocket-extensions",
-        "content-length",
-        "transfer-encoding",
-    } & set(reply.headers)
+    absent = {"sec-websocket-extensions", "content-length", "transfer-encoding"}
+    assert not absent & set(reply.headers)
 
 
 @table(
@@ -6195,13 +6114,12 @@ def test_the_handshake_answers_the_key(client: RawClient) -> None:
         },
     },
 )
-def test_a_handshake_that_is_good_is_taken(
+def test_a_good_handshake_is_accepted_without_an_extension(
     visitor: RawClient, fields: dict[str, str]
 ) -> None:
     port = visitor.address[1]
-    reply = visitor.upgrade(
-        headers={name: value.format(port=port) for name, value in fields.items()}
-    )
+    headers = {name: value.format(port=port) for name, value in fields.items()}
+    reply = visitor.upgrade(headers=headers)
     assert (reply.status, reply.headers.get("sec-websocket-extensions")) == (101, None)
     assert visitor.quiet()
 
@@ -6214,218 +6132,50 @@ def test_a_handshake_that_is_good_is_taken(
         "another version": {"Sec-WebSocket-Version": "8"},
     },
 )
-def test_ws_wants_an_upgrade_to_version_13(
+def test_a_websocket_needs_an_upgrade_to_version_13(
     visitor: RawClient, fields: dict[str, str]
 ) -> None:
     reply = visitor.upgrade(headers=fields)
     assert refused(reply, 426)
     assert reply.headers["upgrade"].lower() == "websocket"
     assert "upgrade" in reply.headers["connection"].lower()  # RFC 9110 §7.8
-    if "Sec-WebSocket-Version" in fields:
-        assert reply.headers["sec-websocket-version"] == "13"  # RFC 6455 §4.4
+    assert reply.headers["sec-websocket-version"] == "13"  # RFC 6455 §4.4
 
 
-@pytest.mark.parametrize("target", ["/ws", "/ws?scope=s"])
-def test_ws_without_an_upgrade_is_refused(visitor: RawClient, target: str) -> None:
-    assert refused(visitor.request("GET", target), 426)
+def handshake(*lines: bytes, line: bytes = b"GET /ws HTTP/1.1") -> bytes:
+    return raw(line, HOST, *UPGRADE, *lines)
 
 
-@pytest.mark.parametrize(
-    "key", ["", "short", "x" * 24, "dGhlIHNhbXBsZQ==", "dGhlIHNhbXBsZSBub25j*Q=="]
-)
-def test_a_bad_key_is_refused(visitor: RawClient, key: str) -> None:
-    assert refused(visitor.upgrade(headers={"Sec-WebSocket-Key": key}), 400)
-
-
-@table(
-    "lines",
-    {
-        "no key": [b"GET /ws HTTP/1.1"],
-        "two keys": [b"GET /ws HTTP/1.1", KEY, KEY],
-        "a post": [b"POST /ws HTTP/1.1", KEY],
-        "HTTP/1.0": [b"GET /ws HTTP/1.0", KEY],
-        "a malformed scope": [b"GET /ws?scope= HTTP/1.1", KEY],
-        "two scopes": [b"GET /ws?scope=a&scope=b HTTP/1.1", KEY],
-    },
-)
-def test_a_handshake_that_breaks_the_rules_is_refused(
-    visitor: RawClient, lines: list[bytes]
-) -> None:
-    visitor.send(raw(*lines, HOST, *UPGRADE))
-    assert refused(visitor.response(), 400, 405, 426)
-
-
-def test_bytes_that_came_with_the_handshake_belong_to_the_websocket(
-    client: RawClient,
-) -> None:
-    subscribe = masked(TEXT, b'{"topic": "subscribe", "data": {}}')
-    client.send(get(b"/ws", KEY, *UPGRADE) + subscribe + masked(PING, b"!"))
-    assert client.response().status == 101
-    assert client.read_json() == {"topic": "sync:_default", "data": {"cursor": 0}}
-    assert client.read_frame() == Frame(PONG, b"!")
-
-
-def test_a_message_may_come_in_fragments_with_pings_in_between(server: Live) -> None:
-    client = server.socket()
-    message = json.dumps(
-        {"topic": "subscribe", "data": {"scope": "\u00e9"}}, ensure_ascii=False
-    )
-    first, *others = pieces(message.encode(), range(1, 99))  # also inside the é
-    client.send_frame(TEXT, first, fin=False)
-    for piece in others:
-        client.send_frame(0, piece, fin=False)
-        client.send_frame(PING, piece)
-        assert client.read_frame() == Frame(PONG, piece)
-    client.send_frame(0, b"", fin=True)
-    assert client.read_json()["topic"] == "sync:\u00e9"
-
-
-def test_pings_are_answered_and_pongs_are_not(server: Live) -> None:
-    client = server.socket()
-    client.send_frame(PONG, b"unasked")
-    for payload in (b"", b"hi", bytes(range(125))):
-        client.send_frame(PING, payload)
-        assert client.read_frame() == Frame(PONG, payload)
-
-
-@table(
-    "case",
-    {
-        "a continuation of nothing": ([masked(0, b"hi")], 1002),
-        "a message inside another": (
-            [masked(TEXT, b"hi", False), masked(TEXT, b"hi")],
-            1002,
-        ),
-        "a binary message": ([masked(BINARY, b"{}")], 1003),
-        "a binary message in fragments": (
-            [masked(BINARY, b"{}", False), masked(0, b"")],
-            1003,
-        ),
-        "bad UTF-8": ([masked(TEXT, b"\xff")], 1007),
-        "a surrogate": ([masked(TEXT, b"\xed\xa0\x80")], 1007),
-        "a cut character": ([masked(TEXT, b"\xc3")], 1007),
-        "bad UTF-8 in a first fragment": ([masked(TEXT, b"a\xc0\xafb", False)], 1007),
-        "bad UTF-8 over a border": (
-            [masked(TEXT, b"\xf4", False), masked(0, b"\x90", False)],
-            1007,
-        ),
-        "too much at once": ([masked(TEXT, b" " * (2**20 + 1))], 1009),
-        "too much in fragments": (
-            [
-                masked(TEXT, b" " * 2**19, False),
-                masked(0, b" " * 2**19, False),
-                masked(0, b" "),
-            ],
-            1009,
-        ),
-    },
-)
-def test_a_message_that_breaks_the_rules_closes_with_its_code(
-    visitor: RawClient, case: tuple[list[bytes], int]
-) -> None:
-    assert visitor.upgrade().status == 101
-    for data in case[0]:
-        visitor.send(data)
-    assert visitor.read_close() == case[1]
-
-
-@pytest.mark.parametrize("code", [1000, 1001, 1003, 1007, 1011, 3000, 4999])
-def test_a_close_is_answered_and_the_connection_ends(
-    visitor: RawClient, code: int
-) -> None:
-    assert visitor.upgrade().status == 101
-    visitor.send_frame(CLOSE, code.to_bytes(2, "big") + "f\u00fcr immer".encode())
-    visitor.send_frame(PING, b"after the close")
-    frame = visitor.read_frame()
-    assert frame.opcode == CLOSE
-    assert int.from_bytes(frame.payload[:2], "big") in (1000, code)
-    assert visitor.ended()
-
-
-def test_a_close_without_a_code_is_answered(visitor: RawClient) -> None:
-    assert visitor.upgrade().status == 101
-    visitor.send_frame(CLOSE, b"")
-    assert visitor.read_frame() in (Frame(CLOSE, b""), Frame(CLOSE, b"\x03\xe8"))
-    assert visitor.ended()
-
-
-BAD_CLOSES = {
-    str(code): code.to_bytes(2, "big")
-    for code in (0, 999, 1004, 1005, 1006, 1015, 1016)
-}
-BAD_CLOSES |= {
-    str(code): code.to_bytes(2, "big") for code in (1100, 2000, 2999, 5000, 65535)
+REFUSED_HANDSHAKES = {
+    "The request asks for no upgrade": (get(b"/ws"), 426),
+    "The request with a scope asks for no upgrade": (get(b"/ws?scope=s"), 426),
+    "The key is missing": (handshake(), 400),
+    "There are two keys": (handshake(KEY, KEY), 400),
+    "The key is empty": (handshake(b"Sec-WebSocket-Key:"), 400),
+    "The key is short": (handshake(b"Sec-WebSocket-Key: short"), 400),
+    "The key is no Base64": (handshake(b"Sec-WebSocket-Key: " + b"x" * 24), 400),
+    "The key has 10 bytes": (handshake(b"Sec-WebSocket-Key: dGhlIHNhbXBsZQ=="), 400),
+    "The key has a bad letter": (
+        handshake(b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j*Q=="),
+        400,
+    ),
+    "The method is POST": (handshake(KEY, line=b"POST /ws HTTP/1.1"), 405),
+    "The version is HTTP/1.0": (handshake(KEY, line=b"GET /ws HTTP/1.0"), 400),
+    "The scope is empty": (handshake(KEY, line=b"GET /ws?scope= HTTP/1.1"), 400),
+    "There are two scopes": (
+        handshake(KEY, line=b"GET /ws?scope=a&scope=b HTTP/1.1"),
+        400,
+    ),
 }
 
 
-@table("payload", BAD_CLOSES | {"one byte": b"\x03", "bad UTF-8": b"\x03\xe8\xff"})
-def test_a_bad_close_is_a_protocol_error(visitor: RawClient, payload: bytes) -> None:
-    assert visitor.upgrade().status == 101
-    visitor.send_frame(CLOSE, payload)
-    assert visitor.read_close() in (1002, 1007 if len(payload) == 3 else 1002)
-
-
-def test_a_client_that_does_not_answer_a_close_is_not_waited_for(
-    tmp_path: Path,
+@table("case", REFUSED_HANDSHAKES)
+def test_a_handshake_that_breaks_a_rule_is_refused_with_its_status(
+    visitor: RawClient, case: tuple[bytes, int]
 ) -> None:
-    with serve(tmp_path, replace(SMALL, close_timeout=MOMENT)) as live:
-        client = live.socket()
-        client.send_frame(BINARY, b"")
-        assert client.read_frame().payload[:2] == b"\x03\xeb"
-        assert client.ended()
-
-
-def test_the_server_pings_and_keeps_who_answers(tmp_path: Path) -> None:
-    with serve(
-        tmp_path, replace(SMALL, ping_interval=MOMENT / 4, ping_timeout=MOMENT * 8)
-    ) as live:
-        client, started = live.socket(), time.monotonic()
-        while time.monotonic() < started + MOMENT * 10:
-            frame = client.read_frame()
-            assert frame.opcode == PING
-            client.send_frame(PONG, frame.payload)
-        client.say("subscribe", {})
-        assert client.read_json()["data"] == {"cursor": 0}
-
-
-def test_a_session_that_answers_no_ping_is_dropped(tmp_path: Path) -> None:
-    with serve(
-        tmp_path, replace(SMALL, ping_interval=MOMENT / 3, ping_timeout=MOMENT)
-    ) as live:
-        client = live.socket()
-        assert client.read_frame().opcode == PING
-        until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 0)
-        with pytest.raises((EOFError, ConnectionError)):
-            client.take(10_000)
-
-
-def test_pings_of_a_client_that_does_not_read_are_not_all_kept(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, send_buffer=4096)) as live:
-        client = live.socket(receive_buffer=4096)
-        client.sock.settimeout(MOMENT * 2)
-
-        def flood() -> None:
-            for _ in range(400):
-                client.send(masked(PING, b"x" * 125) * 500)
-
-        with pytest.raises(
-            (TimeoutError, ConnectionError)
-        ):  # it is not read from any more
-            flood()
-
-
-def test_fragments_of_nothing_take_no_memory() -> None:
-    assembler, nothing = mizusync.Assembler(1000), mizusync.Frame(0, b"", fin=False)
-    assembler.add(mizusync.Frame(TEXT, b"", fin=False))
-    tracemalloc.start()
-    try:
-        for _ in range(20_000):
-            assert assembler.add(nothing) is None
-        assert (
-            tracemalloc.get_traced_memory()[0] < 80_000
-        )  # a list of them takes twice that
-    finally:
-        tracemalloc.stop()
+    sent, status = case
+    visitor.send(sent)
+    assert refused(visitor.response(), status)
 
 
 @pytest.mark.parametrize(
@@ -6437,92 +6187,474 @@ def test_fragments_of_nothing_take_no_memory() -> None:
         (",mizusync,", "mizusync"),
     ],
 )
-def test_the_subprotocol_is_one_that_was_offered(
+def test_the_subprotocol_is_one_that_the_client_offered(
     visitor: RawClient, offer: str, answer: str | None
 ) -> None:
-    reply = visitor.upgrade(
-        headers={"Sec-WebSocket-Protocol": offer}
-    )  # RFC 6455 §4.2.2
+    reply = visitor.upgrade(headers={"Sec-WebSocket-Protocol": offer})
+    # RFC 6455 §4.2.2
     assert (reply.status, reply.headers.get("sec-websocket-protocol")) == (101, answer)
 
 
-@pytest.mark.parametrize("opcode", [3, 4, 5, 6, 7, 11, 12, 13, 14, 15])
-def test_every_reserved_opcode_is_a_protocol_error(opcode: int) -> None:
-    assert read_frames([masked(opcode, b"")]) == [1002]
+def test_bytes_behind_the_handshake_belong_to_the_websocket(client: RawClient) -> None:
+    subscribe = masked(TEXT, b'{"topic": "subscribe", "data": {}}')
+    client.send(get(b"/ws", KEY, *UPGRADE) + subscribe + masked(PING, b"!"))
+    assert client.response().status == 101
+    assert client.read_json() == {"topic": "sync:_default", "data": {"cursor": 0}}
+    assert client.read_frame() == Frame(PONG, b"!")
+
+
+# -- frames
+
+
+class Dialogue(NamedTuple):
+    """What a client sends, the frames that come back, and how the connection ends."""
+
+    sent: bytes
+    frames: list[Frame]
+    close: bytes | None = None  # how the payload of the server's close frame begins
+    is_answer: bool = False  # to a close frame of the client
+
+
+def goes_on(*sent: bytes, back: Iterable[Frame] = ()) -> Dialogue:
+    """After these frames the connection stays open."""
+    return Dialogue(b"".join(sent), list(back))
+
+
+def ends(code: int, *sent: bytes, back: Iterable[Frame] = ()) -> Dialogue:
+    """After these frames the server closes with this code."""
+    return Dialogue(b"".join(sent), list(back), code.to_bytes(2, "big"))
+
+
+def answers(code: int, *sent: bytes, back: Iterable[Frame] = ()) -> Dialogue:
+    """After these frames the server answers the client's close with its own code."""
+    return Dialogue(b"".join(sent), list(back), code.to_bytes(2, "big"), is_answer=True)
+
+
+def text(payload: bytes, fin: bool = True, rsv: int = 0) -> bytes:
+    return masked(TEXT, payload, fin, rsv)
+
+
+def more(payload: bytes, fin: bool = False) -> bytes:
+    """Return the bytes of a continuation frame."""
+    return masked(0, payload, fin)
+
+
+def ping(payload: bytes = b"ping", fin: bool = True) -> bytes:
+    return masked(PING, payload, fin)
+
+
+def goodbye(code: int, reason: bytes = b"") -> bytes:
+    """Return the bytes of a client's close frame."""
+    return masked(CLOSE, code.to_bytes(2, "big") + reason)
+
+
+def fragmented(opcode: int, payload: bytes, size: int) -> bytes:
+    """Return a message in frames of `size` bytes."""
+    parts = [payload[at : at + size] for at in range(0, len(payload), size)]
+    first, *others = [
+        (part, number == len(parts)) for number, part in enumerate(parts, 1)
+    ]
+    return masked(opcode, *first) + b"".join(more(*other) for other in others)
+
+
+def check_dialogue(address: tuple[str, int], target: str, dialogue: Dialogue) -> None:
+    """Play the dialogue with all bytes at once, and once more with few at a time."""
+    sent, frames, close, is_answer = dialogue
+    few = 1 if len(sent) < 1000 else 997
+    for step in (few, len(sent)):
+        with closing(RawClient(address)) as client:
+            assert client.upgrade(target).status == 101
+            for start in range(0, len(sent), step):
+                client.send(sent[start : start + step])
+            assert [client.read_frame() for _ in frames] == frames
+            if close is None:
+                assert client.quiet()
+                continue
+            opcode, payload, _ = client.read_frame()
+            assert (opcode, payload[:2]) == (CLOSE, close)
+            payload[2:].decode()
+            if not is_answer:
+                client.send_frame(CLOSE, payload)
+            assert client.ended()  # no pong and no echo after the close (§5.5.1)
+
+
+HELLO = Frame(TEXT, b"hello")
+PONGED = Frame(PONG, b"ping")
+GOOD = text(b"hello")
+GREEK = "\u03ba\u1f79\u03c3\u03bc\u03b5".encode()
+MIB = 2**20
+
+SIZES = (0, 125, 126, 127, 128, 65535, 65536)
+ECHOES = {
+    # 1.* and 9.*: messages of every size that is encoded differently, and large ones
+    **{
+        f"{kind} message of {size:,} bytes is echoed": goes_on(
+            masked(opcode, b"*" * size), back=[Frame(opcode, b"*" * size)]
+        )
+        for kind, opcode in (("A text", TEXT), ("A binary", BINARY))
+        for size in (*SIZES, MIB // 4, MIB)
+    },
+    "A binary message of any bytes is echoed": goes_on(
+        masked(BINARY, bytes(range(256)) * 400),
+        back=[Frame(BINARY, bytes(range(256)) * 400)],
+    ),
+    # 9.3, 9.4 and 10.1: in fragments
+    **{
+        f"A message of {size:,} bytes in frames of {part:,} is echoed": goes_on(
+            fragmented(opcode, b"*" * size, part), back=[Frame(opcode, b"*" * size)]
+        )
+        for opcode, size, part in (
+            (TEXT, 2**16, 1300),
+            (TEXT, MIB, 4096),
+            (BINARY, MIB, 2**16),
+            (BINARY, 2**14, 64),
+        )
+    },
+    # 2.*: pings and pongs
+    "An empty ping is answered": goes_on(ping(b""), back=[Frame(PONG, b"")]),
+    "A ping of text is answered": goes_on(ping(), back=[PONGED]),
+    "A ping of any bytes is answered": goes_on(
+        ping(bytes(range(125))), back=[Frame(PONG, bytes(range(125)))]
+    ),
+    "A pong is not answered": goes_on(masked(PONG, b""), masked(PONG, b"unasked")),
+    "A pong before a ping is not answered": goes_on(
+        masked(PONG, b"unasked"), ping(), back=[PONGED]
+    ),
+    "Ten pings are answered in order": goes_on(
+        *(ping(b"%d" % number) for number in range(10)),
+        back=[Frame(PONG, b"%d" % number) for number in range(10)],
+    ),
+    # 5.*: fragments, with control frames in between
+    "A text in two fragments is echoed": goes_on(
+        text(b"hel", False), more(b"lo", True), back=[HELLO]
+    ),
+    "A ping between two fragments is answered first": goes_on(
+        text(b"hel", False), ping(), more(b"lo", True), back=[PONGED, HELLO]
+    ),
+    "Pings and pongs between fragments do not disturb them": goes_on(
+        text(b"h", False),
+        more(b"e"),
+        ping(),
+        more(b"l"),
+        masked(PONG, b"unasked"),
+        more(b"l"),
+        ping(),
+        more(b"o", True),
+        GOOD,
+        back=[PONGED, PONGED, HELLO, HELLO],
+    ),
+    "Empty fragments around a text do not disturb it": goes_on(
+        text(b"", False), more(b"hello"), more(b"", True), back=[HELLO]
+    ),
+    # 6.*: UTF-8
+    "Three empty fragments are an empty text": goes_on(
+        text(b"", False), more(b""), more(b"", True), back=[Frame(TEXT, b"")]
+    ),
+    "A text is echoed though each byte has a frame": goes_on(
+        fragmented(TEXT, GREEK, 1), back=[Frame(TEXT, GREEK)]
+    ),
+    **{
+        f"A text with U+{point:04X} is echoed": goes_on(
+            text(chr(point).encode()), back=[Frame(TEXT, chr(point).encode())]
+        )
+        for point in (
+            *(0, 0x7F, 0x80, 0x7FF, 0x800, 0xD7FF, 0xE000, 0xFFFD, 0xFFFE, 0xFFFF),
+            *(0x10000, 0x1FFFE, 0x1FFFF, 0x10FFFE, 0x10FFFF),
+        )
+    },
+}
+
+LONG_PING = masked(PING, b"x" * 126)
+BROKEN_FRAMES = {
+    "The frame has no mask": b"\x81\x02hi",
+    "The length of 2 has two bytes": b"\x81\xfe\x00\x02abcdhi",
+    "The length of 2 has eight bytes": b"\x81\xff" + bytes(7) + b"\x02abcdhi",
+    "The length does not fit 63 bits": b"\x81\xff\x80" + bytes(7) + b"abcd",
+    # 2.5, 5.1, 5.2: control frames
+    "A ping has 126 bytes": LONG_PING,
+    "A close has 126 bytes": goodbye(1000, b"x" * 124),  # 7.3.6
+    "A ping is in fragments": ping(fin=False) + more(b"", True),
+    "A pong is in fragments": masked(PONG, b"hi", fin=False) + more(b"", True),
+    # 3.*: reserved bits
+    **{
+        f"A text has the reserved bits {rsv:03b}": text(b"hi", rsv=rsv)
+        for rsv in (1, 2, 3, 4)
+    },
+    "A binary message has reserved bits": masked(BINARY, b"hi", rsv=5),
+    "A ping has reserved bits": masked(PING, b"hi", rsv=6),
+    "A close has reserved bits": masked(CLOSE, b"\x03\xe8", rsv=7),
+    # 4.*: reserved opcodes
+    **{
+        f"The opcode {opcode} is reserved, {kind} payload": masked(opcode, payload)
+        + ping()
+        for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)
+        for kind, payload in (("without", b""), ("with", b"hi"))
+    },
+    # 5.9 to 5.18: continuations
+    "A last continuation continues nothing": more(b"hi", True),
+    "A continuation continues nothing": more(b"hi"),
+    "A message begins inside another": text(b"hi", False) + text(b"hi"),
+    "A message in fragments begins inside another": text(b"hi", False) * 2,
+    # 7.3.2, 7.9.*: close frames
+    "A close has one byte": masked(CLOSE, b"\x03"),
+    **{
+        f"A close has the code {code}": goodbye(code)
+        for code in (
+            *(0, 999, 1004, 1005, 1006, 1015, 1016),
+            *(1100, 2000, 2999, 5000, 65535),
+        )
+    },
+}
+# 6.*: "bytes" is what stands where a character should.
+INVALID_UTF_8 = {
+    "a first continuation byte": b"\x80",
+    "a last continuation byte": b"\xbf",
+    "all continuation bytes": bytes(range(0x80, 0xC0)),
+    "a byte that begins two": b"\xc3 ",
+    "a byte that begins three": b"\xe0 ",
+    "a byte that begins four": b"\xf0 ",
+    "a character of two without its last byte": b"\xc3",
+    "a character of three without its last byte": b"\xef\xbf",
+    "a character of four without its last byte": b"\xf0\x90\x80",
+    "FE": b"\xfe",
+    "FF": b"\xff",
+    "a slash in two bytes": b"\xc0\xaf",
+    "a slash in three bytes": b"\xe0\x80\xaf",
+    "a slash in four bytes": b"\xf0\x80\x80\xaf",
+    "a slash in five bytes": b"\xf8\x80\x80\x80\xaf",
+    "a slash in six bytes": b"\xfc\x80\x80\x80\x80\xaf",
+    "U+007F in two bytes": b"\xc1\xbf",
+    "U+07FF in three bytes": b"\xe0\x9f\xbf",
+    "U+FFFF in four bytes": b"\xf0\x8f\xbf\xbf",
+    "a NUL in two bytes": b"\xc0\x80",
+    "the first surrogate": b"\xed\xa0\x80",
+    "the last surrogate": b"\xed\xbf\xbf",
+    "a pair of surrogates": b"\xed\xa0\x80\xed\xb0\x80",
+    "U+110000": b"\xf4\x90\x80\x80",
+    "U+1FFFFF": b"\xf7\xbf\xbf\xbf",
+    "a character in five bytes": b"\xf8\x88\x80\x80\x80",
+    "a character in six bytes": b"\xfc\x84\x80\x80\x80\x80",
+}
+CLOSES = {
+    **{name: ends(1002, sent) for name, sent in BROKEN_FRAMES.items()},
+    # The text is refused as soon as it is wrong (6.4.*): its last frame does not come.
+    **{
+        f"A text has {name}": ends(1007, text(GREEK + sent + b"edited"))
+        for name, sent in INVALID_UTF_8.items()
+    },
+    **{
+        f"A fragment has {name}": ends(1007, text(GREEK, False), more(sent + b"edited"))
+        for name, sent in INVALID_UTF_8.items()
+    },
+    "A character is wrong over two frames": ends(
+        1007, text(GREEK + b"\xf4", False), more(b"\x90")
+    ),
+    "A text ends inside a character": ends(1007, text(b"\xc3")),
+    "A text in fragments ends inside a character": ends(
+        1007, text(b"\xf0\x90", False), more(b"\x80", True)
+    ),
+    "A close has a reason of bad UTF-8": ends(1007, goodbye(1000, GREEK + b"\xff")),
+    # Limits
+    "The length is above the limit": ends(
+        1009, b"\x81\xff" + (MIB + 1).to_bytes(8, "big")
+    ),
+    "The length is huge": ends(1009, b"\x81\xff\x7f" + b"\xff" * 7),
+    "A text is above the limit": ends(1009, text(b" " * (MIB + 1))),
+    "A text is far above the limit": ends(1009, text(b" " * (8 * MIB))),
+    "Fragments are above the limit": ends(
+        1009, text(b" " * (MIB // 2), False), more(b" " * (MIB // 2)), more(b" ")
+    ),
+    # 7.*: the client closes
+    **{
+        f"A close with the code {code} is answered": answers(code, goodbye(code, GREEK))
+        for code in (
+            *(1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014),
+            *(3000, 3999, 4000, 4999),
+        )
+    },
+    "A close without a code is answered": Dialogue(
+        masked(CLOSE, b""), [], b"", is_answer=True
+    ),
+    "A close with the longest reason is answered": answers(
+        1000, goodbye(1000, b"x" * 123)
+    ),
+    "A second close is not answered": answers(1000, goodbye(1000), goodbye(1000)),
+    "A ping after a close is not answered": answers(1000, goodbye(1000), ping()),
+    "A message after a close is not answered": answers(1000, goodbye(1000), GOOD),
+    "A close ends a message in fragments": answers(
+        1000, text(b"hel", False), goodbye(1000), more(b"lo", True)
+    ),
+}
+# The same after a message, which is echoed before the close.
+CLOSES_OF_ECHO = {
+    "A close after a message": answers(1000, GOOD, goodbye(1000), back=[HELLO]),
+    "A close after a large message": answers(
+        1000,
+        masked(BINARY, b"*" * (MIB // 4)),
+        goodbye(1000),
+        ping(),
+        back=[Frame(BINARY, b"*" * (MIB // 4))],
+    ),
+    "Reserved bits after a message": ends(
+        1002, GOOD, text(b"hi", rsv=2), ping(), back=[HELLO]
+    ),
+    "A reserved opcode after a message": ends(
+        1002, GOOD, masked(5, b"hi"), ping(), back=[HELLO]
+    ),
+    "A continuation after a message in fragments": ends(
+        1002, text(b"hel", False), more(b"lo", True), more(b"hi"), GOOD, back=[HELLO]
+    ),
+    "Bad UTF-8 after a message": ends(1007, GOOD, text(b"\xff"), back=[HELLO]),
+}
+
+
+@table("dialogue", ECHOES | CLOSES_OF_ECHO)
+def test_a_raw_websocket_echoes_messages_and_answers_control_frames(
+    visitor: RawClient, dialogue: Dialogue
+) -> None:
+    check_dialogue(visitor.address, "/echo", dialogue)
+
+
+@table("dialogue", CLOSES)
+def test_a_websocket_closes_with_the_code_of_the_fault(
+    visitor: RawClient, dialogue: Dialogue
+) -> None:
+    for target in ("/ws", "/echo"):
+        check_dialogue(visitor.address, target, dialogue)
 
 
 @table(
-    "case",
+    "dialogue",
     {
-        "it was said": (masked(BINARY, b""), 1003),
-        "a broken frame": (
-            masked(3, b"") + masked(PING, b"x") + masked(TEXT, b"{}"),
-            1002,
-        ),
-        "inside a message": (
-            masked(TEXT, b"{", False) + masked(CLOSE, b"\x03\xe8"),
-            1000,
+        "a message": ends(1003, masked(BINARY, b"{}"), ping()),
+        "a message in fragments": ends(
+            1003, masked(BINARY, b"{}", False), more(b"", True)
         ),
     },
 )
+def test_a_binary_message_closes_a_session_with_1003(
+    visitor: RawClient, dialogue: Dialogue
+) -> None:
+    check_dialogue(visitor.address, "/ws", dialogue)
+
+
+def test_a_message_of_a_session_may_come_in_fragments_with_pings_in_between(
+    server: Live,
+) -> None:
+    client = server.socket()
+    message = '{"topic": "subscribe", "data": {"scope": "\u00e9"}}'.encode()
+    first, *others = pieces(message, range(1, 99))  # also inside the é
+    client.send_frame(TEXT, first, fin=False)
+    for piece in others:
+        client.send_frame(0, piece, fin=False)
+        client.send_frame(PING, piece)
+        assert client.read_frame() == Frame(PONG, piece)
+    client.send_frame(0, b"", fin=True)
+    assert client.read_json()["topic"] == "sync:\u00e9"
+
+
+@table(
+    "dialogue",
+    {
+        "a binary message": ends(1003, masked(BINARY, b"")),
+        "a broken frame": ends(1002, masked(3, b""), ping(b"x"), text(b"{}")),
+        "a close inside a message": answers(1000, text(b"{", False), goodbye(1000)),
+    },
+)
 def test_after_a_close_there_is_no_hint_and_no_pong(
-    server: Live, case: tuple[bytes, int]
+    server: Live, dialogue: Dialogue
 ) -> None:
     client = server.socket()
     client.subscribe()
-    client.send(case[0])
+    client.send(dialogue.sent)
     frame = client.read_frame()
-    assert (frame.opcode, frame.payload[:2]) == (CLOSE, case[1].to_bytes(2, "big"))
+    assert (frame.opcode, frame.payload[:2]) == (CLOSE, dialogue.close)
     server.client().push(note("a"))
-    client.send(masked(PING, b"x") + masked(CLOSE, b"\x03\xe8"))
+    client.send(ping(b"x") + goodbye(1000))
     assert client.ended()  # RFC 6455 §5.5.1, §7.1.7
+
+
+def test_a_client_that_does_not_answer_a_close_is_disconnected_in_time(
+    start: Start,
+) -> None:
+    client = start(close_timeout=MOMENT).socket()
+    client.send_frame(BINARY, b"")
+    assert client.read_frame().payload[:2] == b"\x03\xeb"
+    assert client.ended()
+
+
+def test_a_client_that_answers_pings_stays_connected(start: Start) -> None:
+    client = start(ping_interval=MOMENT / 4, ping_timeout=MOMENT * 2).socket()
+    started = time.monotonic()
+    while time.monotonic() < started + MOMENT * 4:
+        frame = client.read_frame()
+        assert frame.opcode == PING
+        client.send_frame(PONG, frame.payload)
+    client.say("subscribe", {})
+    assert client.read_json()["data"] == {"cursor": 0}
+
+
+def test_a_client_that_answers_no_ping_is_disconnected(start: Start) -> None:
+    live = start(ping_interval=MOMENT / 3, ping_timeout=MOMENT)
+    client = live.socket()
+    assert client.read_frame().opcode == PING
+    until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 0)
+    with pytest.raises((EOFError, ConnectionError)):
+        client.take(10_000)
+
+
+def test_a_client_that_does_not_read_its_pongs_is_no_longer_read_from(
+    start: Start,
+) -> None:
+    client = start(send_buffer=4096).socket(receive_buffer=4096)
+    client.sock.settimeout(MOMENT * 2)
+    with pytest.raises((TimeoutError, ConnectionError)):
+        client.send(masked(PING, b"x" * 125) * 200_000)
 
 
 def close(session: mizusync.Session, topic: str, data: Any) -> None:
     session.close(*data)
 
 
-def test_a_long_reason_is_cut_between_characters(tmp_path: Path) -> None:
-    with serve(tmp_path, on_message=close) as live:
-        client = live.socket()
-        client.say("close", [4000, "\u00e9" * 200])
-        assert client.read_frame() == Frame(
-            CLOSE, b"\x0f\xa0" + b"\xc3\xa9" * 61
-        )  # §5.5
-
-
-def test_a_code_that_may_not_be_sent_is_a_fault_of_the_application(
-    tmp_path: Path,
+def test_a_long_reason_of_the_application_is_cut_between_characters(
+    start: Start,
 ) -> None:
-    with serve(tmp_path, on_message=close) as live:
-        client = live.socket()
-        for code in (0, 999, 1004, 1006, 1015, 2000, 5000, 70000):
-            client.say("close", [code, ""])
-            live.logged("Traceback")  # RFC 6455 §7.4
-            assert client.quiet()
+    client = start(on_message=close).socket()
+    client.say("close", [4000, "\u00e9" * 200])
+    # RFC 6455 §5.5
+    assert client.read_frame() == Frame(CLOSE, b"\x0f\xa0" + b"\xc3\xa9" * 61)
+
+
+def test_a_close_code_that_may_not_be_sent_is_an_error_of_the_application(
+    start: Start,
+) -> None:
+    live = start(on_message=close)
+    client = live.socket()
+    for code in (0, 999, 1004, 1006, 1015, 2000, 5000, 70000):
+        client.say("close", [code, ""])
+        live.logged("Traceback")  # RFC 6455 §7.4
+        assert client.quiet()
 
 
 # --- Live -----------------------------------------------------------------------------
-# What a session is told: hints, never late, never going down; and what an application
-# may add.
+# A session gets hints, never late, never going down; an application adds topics and raw
+# WebSocket endpoints of its own.
+
+
+def hint_of(scope: str, cursor: int) -> dict[str, Any]:
+    return {"topic": f"sync:{scope}", "data": {"cursor": cursor}}
 
 
 def test_subscribe_answers_the_current_cursor_at_once(server: Live) -> None:
     (result,) = server.client().push(note("a", scope="s"))
     server.client().push(note("b", scope="other"))
     client = server.socket("/ws?scope=s")
-    assert client.subscribe() == {
-        "topic": "sync:s",
-        "data": {"cursor": result["cursor"]},
-    }
+    assert client.subscribe() == hint_of("s", result["cursor"])
 
 
 def test_the_current_cursor_is_0_before_the_first_change(server: Live) -> None:
     server.client().push(note("b", scope="other"))
-    assert server.socket().subscribe() == {
-        "topic": "sync:_default",
-        "data": {"cursor": 0},
-    }
+    assert server.socket().subscribe() == hint_of(DEFAULT, 0)
 
 
 def test_a_trim_does_not_lower_the_current_cursor(server: Live) -> None:
@@ -6535,34 +6667,27 @@ def test_a_push_is_hinted_and_a_pull_sees_it(server: Live) -> None:
     client = server.socket("/ws?scope=caf%C3%A9")
     client.subscribe()
     (result,) = server.client().push(note("a", scope="caf\u00e9"))
-    assert client.read_json() == {
-        "topic": "sync:caf\u00e9",
-        "data": {"cursor": result["cursor"]},
-    }
+    assert client.read_json() == hint_of("caf\u00e9", result["cursor"])
     assert server.client().pull(scope="caf\u00e9")["changes"] == result["changes"]
 
 
 def test_a_session_may_subscribe_to_another_scope(server: Live) -> None:
     client = server.socket("/ws?scope=one")
     assert client.subscribe(scope="two")["topic"] == "sync:two"
-    server.client().push(note("a", scope="one"))  # nobody asked for it
+    server.client().push(note("a", scope="one"))
     (result,) = server.client().push(note("b", scope="two"))
-    assert client.read_json() == {
-        "topic": "sync:two",
-        "data": {"cursor": result["cursor"]},
-    }
+    assert client.read_json() == hint_of("two", result["cursor"])
 
 
 def test_a_change_in_another_scope_is_hinted_there(server: Live) -> None:
     client = server.socket()
     client.subscribe(scope="two")
-    (result,) = server.client().push(
-        {"id": "a", "name": "share", "args": ["one", "two", "one"]}
-    )
+    share = {"id": "a", "name": "share", "args": ["one", "two", "one"]}
+    (result,) = server.client().push(share)
     assert client.read_json()["data"] == {"cursor": result["cursor"] - 1}
 
 
-def test_a_session_that_unsubscribed_hears_no_more(server: Live) -> None:
+def test_a_session_that_unsubscribed_gets_no_more_hints(server: Live) -> None:
     client, witness = server.socket(), server.socket()
     for one in (client, witness):
         one.subscribe()
@@ -6571,14 +6696,12 @@ def test_a_session_that_unsubscribed_hears_no_more(server: Live) -> None:
     client.say("unsubscribe", {"scope": "two"})
     assert client.quiet()
     server.client().push(note("a"), note("b", scope="two"))
-    assert {witness.read_json()["topic"] for _ in range(2)} == {
-        "sync:_default",
-        "sync:two",
-    }
+    topics = {witness.read_json()["topic"] for _ in range(2)}
+    assert topics == {"sync:_default", "sync:two"}
     assert client.quiet()
 
 
-def test_a_session_that_did_not_subscribe_hears_nothing(server: Live) -> None:
+def test_a_session_that_did_not_subscribe_gets_no_hint(server: Live) -> None:
     client, witness = server.socket(), server.socket()
     witness.subscribe()
     server.client().push(note("a"))
@@ -6586,7 +6709,7 @@ def test_a_session_that_did_not_subscribe_hears_nothing(server: Live) -> None:
     assert client.quiet()
 
 
-def test_hints_carry_the_changes_for_who_asked(server: Live) -> None:
+def test_hints_carry_the_changes_to_a_session_that_asked_for_them(server: Live) -> None:
     plain, client = server.socket(), server.socket()
     plain.subscribe()
     assert client.subscribe(changes=True)["data"]["cursor"] == 0
@@ -6600,7 +6723,7 @@ def test_hints_carry_the_changes_for_who_asked(server: Live) -> None:
     assert plain.read_json()["data"] == {"cursor": result["cursor"]}
 
 
-def test_hints_with_changes_and_pulls_where_they_lack_give_the_whole_log(
+def test_hints_with_changes_and_pulls_in_their_gaps_give_the_whole_log(
     server: Live,
 ) -> None:
     client, pusher = server.socket(), server.client()
@@ -6657,126 +6780,143 @@ def test_cursors_of_a_topic_never_go_down(server: Live) -> None:
 def test_a_commit_of_another_process_is_hinted_and_ends_a_wait(
     server: Live, tmp_path: Path
 ) -> None:
-    live, waiting = server.socket(), server.client()
-    live.subscribe()
+    session, waiting = server.socket(), server.client()
+    session.subscribe()
     waiting.send(get(b"/sync/pull?wait=60"))
     with closing(Engine(tmp_path / "log.db", apply=apply, schema=SCHEMA)) as other:
         (result,) = other.submit([Mutation("a", "note", 7)]).result(PATIENCE)
-    assert live.read_json()["data"]["cursor"] == result.cursor
+    assert session.read_json()["data"]["cursor"] == result.cursor
     assert waiting.response().json["changes"][0]["data"] == 7
 
 
-def test_the_newest_cursor_is_sent_again_after_silence(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, heartbeat=MOMENT)) as live:
-        (result,) = live.client().push(note("a"))
-        client, started = live.socket(), time.monotonic()
-        hint = client.subscribe()
-        assert client.read_json() == client.read_json() == hint
-        assert hint["data"] == {"cursor": result["cursor"]}
-        assert time.monotonic() - started > MOMENT * 1.5
+def test_the_newest_cursor_is_sent_again_after_silence(start: Start) -> None:
+    live = start(heartbeat=MOMENT)
+    (result,) = live.client().push(note("a"))
+    client, started = live.socket(), time.monotonic()
+    hint = client.subscribe()
+    assert client.read_json() == client.read_json() == hint
+    assert hint["data"] == {"cursor": result["cursor"]}
+    assert time.monotonic() - started > MOMENT * 1.5
 
 
-def test_a_slow_reader_is_kept_and_gets_the_newest_cursor(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, send_buffer=4096)) as live:
-        client, pusher = live.socket(receive_buffer=4096), live.client()
-        client.subscribe(changes=True)
-        for number in range(100):
-            (result,) = pusher.push(note(str(number), "x" * 12_000))
-        size, cursor = 0, 0
-        while cursor < result["cursor"]:
-            hint = client.read_json()["data"]
-            size, cursor = size + len(json.dumps(hint)), hint["cursor"]
-        assert size < 600_000  # of 1,200,000: what it did not read was merged
-        (result,) = pusher.push(note("after"))
-        assert client.read_json()["data"]["cursor"] == result["cursor"]
+def test_a_session_that_reads_slowly_stays_and_gets_the_newest_cursor(
+    start: Start,
+) -> None:
+    live = start(send_buffer=4096)
+    client, pusher = live.socket(receive_buffer=4096), live.client()
+    client.subscribe(changes=True)
+    for number in range(100):
+        (result,) = pusher.push(note(str(number), "x" * 12_000))
+    size, cursor = 0, 0
+    while cursor < result["cursor"]:
+        hint = client.read_json()["data"]
+        size, cursor = size + len(json.dumps(hint)), hint["cursor"]
+    assert size < 600_000  # of 1,200,000: hints that it did not read were merged
+    (result,) = pusher.push(note("after"))
+    assert client.read_json()["data"]["cursor"] == result["cursor"]
 
 
-@contextmanager
+def subscribers(live: Live) -> int:
+    """Push, and return how many subscribers of the default scope got a hint."""
+    witness, before = live.socket(), live.server.stats()["hints_sent"]
+    witness.subscribe()
+    live.client().push(note(f"{uuid.uuid4()}"))
+    witness.read_json()
+    until(lambda: live.server.stats()["hints_sent"] > before)
+    return int(live.server.stats()["hints_sent"] - before - 1)
+
+
 def joined(
-    folder: Path, settings: Settings = SMALL, **options: Any
-) -> Iterator[tuple[Live, Any]]:
-    """A server whose sessions follow the topic `news` once they said `join`, and how to
-    do so."""
+    start: Start, **options: Any
+) -> tuple[Live, Callable[[RawClient], mizusync.Session]]:
+    """Start a server, and return it with a way to subscribe a client to "news"."""
     came: list[mizusync.Session] = []
 
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         came.append(session)
 
-    with serve(folder, settings, on_message=on_message, **options) as live:
+    live = start(on_message=on_message, **options)
 
-        def join(client: RawClient) -> mizusync.Session:
-            number = len(came)
-            client.say("join")
-            until(lambda: len(came) > number)
-            live.call(live.server.subscribe, came[-1], "news")
-            return came[-1]
+    def join(client: RawClient) -> mizusync.Session:
+        number = len(came)
+        client.say("join")
+        until(lambda: len(came) > number)
+        live.call(live.server.subscribe, came[-1], "news")
+        return came[-1]
 
-        yield live, join
-
-
-def test_a_topic_of_the_application_is_heard_by_who_follows_it(tmp_path: Path) -> None:
-    with joined(tmp_path) as (live, join):
-        member, guest = live.socket(), live.socket()
-        session = join(member)
-        live.call(live.server.publish, "news", {"n": [1, "\u00e9"]})
-        assert member.read_json() == {"topic": "news", "data": {"n": [1, "\u00e9"]}}
-        live.call(live.server.unsubscribe, session, "news")
-        live.call(live.server.publish, "news", 2)
-        assert member.quiet()
-        assert guest.quiet()
+    return live, join
 
 
-def test_a_reader_too_slow_for_what_may_not_be_merged_is_closed(tmp_path: Path) -> None:
-    small = replace(
-        SMALL, send_buffer=4096, max_session_queue=2**15, close_timeout=PATIENCE
-    )
-    with joined(tmp_path, small) as (live, join):
-        slow, quick = live.socket(receive_buffer=4096), live.socket()
-        join(slow)
-        join(quick)
-        for number in range(500):
-            live.call(live.server.publish, "news", [number, "x" * 2000])
-            assert quick.read_json()["data"][0] == number
-        assert slow.read_close() == 1013
-        until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 1)
+def test_a_topic_of_the_application_reaches_its_subscribers_alone(start: Start) -> None:
+    live, join = joined(start)
+    member, guest = live.socket(), live.socket()
+    session = join(member)
+    live.call(live.server.publish, "news", {"n": [1, "\u00e9"]})
+    assert member.read_json() == {"topic": "news", "data": {"n": [1, "\u00e9"]}}
+    live.call(live.server.unsubscribe, session, "news")
+    live.call(live.server.publish, "news", 2)
+    assert member.quiet()
+    assert guest.quiet()
 
 
-def test_a_session_that_has_ended_can_not_be_subscribed(tmp_path: Path) -> None:
-    with joined(tmp_path) as (live, join):
-        client = live.socket()
-        session = join(client)
-        client.close()
-        until(lambda: not live.server.sessions)
-        live.call(live.server.subscribe, session, "news")
-        assert (session.topics, live.server.hub.topics) == ({}, {})
-
-
-def test_an_older_copy_restored_under_a_session_sends_it_away_to_come_back(
-    tmp_path: Path,
+def test_a_session_too_slow_for_messages_that_may_not_be_merged_is_closed(
+    start: Start,
 ) -> None:
-    with serve(tmp_path, may_log="walresetbug") as live:
-        client, deaf = live.client(), live.socket()
-        client.push(note("a"))
-        backup = back_up(tmp_path / "log.db")
-        client.push(note("b"), note("c"))
-        late = client.pull()
-        assert deaf.subscribe()["data"] == {"cursor": 3}
-        restore(tmp_path / "log.db", backup)
-        assert (
-            deaf.read_frame().payload[:2] == b"\x03\xe9"
-        )  # 1001, which it does not answer
-        session = live.socket()
-        assert session.subscribe()["data"] == {"cursor": 1}
-        query = f"cursor={late['cursor']}&epoch={late['epoch']}"
-        for key in ("d", "e", "f"):  # past the old cursor
-            reply = client.request("GET", f"/sync/pull?{query}")
-            assert refused(reply, 410, code="cursor_unknown")
-            (result,) = client.push(note(key))
-            assert session.read_json()["data"] == {"cursor": result["cursor"]}
+    live, join = joined(
+        start, send_buffer=4096, max_session_queue=2**15, close_timeout=PATIENCE
+    )
+    slow, quick = live.socket(receive_buffer=4096), live.socket()
+    join(slow)
+    join(quick)
+    for number in range(500):
+        live.call(live.server.publish, "news", [number, "x" * 2000])
+        assert quick.read_json()["data"][0] == number
+    assert slow.read_close() == 1013
+    until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 1)
 
 
-def test_a_follower_of_another_transport_that_fails_or_leaves_ends_no_heartbeat(
-    tmp_path: Path,
+def test_a_session_that_has_ended_cannot_be_subscribed(start: Start) -> None:
+    ended = list[mizusync.Session]()
+    live = start(on_close=lambda session, error: ended.append(session))
+    live.socket().close()
+    until(lambda: ended)
+    live.call(live.server.subscribe, ended[0], "news")
+    assert ended[0].topics == {}
+    key = ended.pop().id
+
+    def kept() -> bool:
+        gc.collect()
+        objects = gc.get_objects()
+        return any(isinstance(o, mizusync.Session) and o.id == key for o in objects)
+
+    until(lambda: not kept())  # no topic holds it
+
+
+def test_a_session_is_closed_with_1001_if_an_older_copy_is_restored(
+    start: Start, tmp_path: Path
+) -> None:
+    live = start(may_log="walresetbug")
+    client, older = live.client(), live.socket()
+    client.push(note("a"))
+    backup = back_up(tmp_path / "log.db")
+    client.push(note("b"), note("c"))
+    late = client.pull()
+    assert older.subscribe()["data"] == {"cursor": 3}
+    restore(tmp_path / "log.db", backup)
+    # The close is 1001, and the client does not answer it.
+    assert older.read_frame().payload[:2] == b"\x03\xe9"
+    session = live.socket()
+    assert session.subscribe()["data"] == {"cursor": 1}
+    query = f"cursor={late['cursor']}&epoch={late['epoch']}"
+    for key in ("d", "e", "f"):  # past the old cursor
+        reply = client.request("GET", f"/sync/pull?{query}")
+        assert refused(reply, 410, code="cursor_unknown")
+        (result,) = client.push(note(key))
+        assert session.read_json()["data"] == {"cursor": result["cursor"]}
+
+
+def test_heartbeats_go_on_if_a_subscriber_of_another_transport_fails_and_unsubscribes(
+    start: Start,
 ) -> None:
     class Broken(Follower):
         def hint(self, topic: str, cursor: int, message: bytes) -> None:
@@ -6786,27 +6926,28 @@ def test_a_follower_of_another_transport_that_fails_or_leaves_ends_no_heartbeat(
                     live.server.hub.unsubscribe(name, self)
                 raise ConnectionError("gone")
 
-    def follow() -> None:
-        broken = Broken()
+    broken = Broken()
+
+    def subscribe() -> None:
         for name in ("sync:a", "sync:b"):
             live.server.hub.subscribe(name, broken)
             live.server.hub.tell(name, broken, 1)
 
-    with serve(tmp_path, replace(SMALL, heartbeat=MOMENT)) as live:
-        live.call(follow)
-        until(lambda: not live.server.hub.topics)
-        live.logged("gone")
-        client = live.socket()
-        assert client.subscribe() == client.read_json() == client.read_json()
+    live = start(heartbeat=MOMENT)
+    live.call(subscribe)
+    until(lambda: len(broken.heard) > 2)
+    live.logged("gone")
+    client = live.socket()
+    assert client.subscribe() == client.read_json() == client.read_json()
 
 
-def test_topics_of_scopes_are_not_the_applications_to_publish(server: Live) -> None:
+def test_the_application_cannot_publish_to_the_topic_of_a_scope(server: Live) -> None:
     with pytest.raises(ValueError, match="sync:"):
         server.call(server.server.publish, "sync:_default", {"cursor": 7})
 
 
 @pytest.mark.parametrize("topic", ["news", "sync:_default", "sync:", "", "Subscribe"])
-def test_a_topic_that_nobody_serves_is_unknown(visitor: RawClient, topic: str) -> None:
+def test_a_topic_without_a_handler_is_unknown(visitor: RawClient, topic: str) -> None:
     assert visitor.upgrade().status == 101
     visitor.say(topic, {"cursor": 1})
     answer = visitor.read_json()
@@ -6816,13 +6957,13 @@ def test_a_topic_that_nobody_serves_is_unknown(visitor: RawClient, topic: str) -
 
 
 def test_topics_of_scopes_are_refused_before_the_application_sees_them(
-    tmp_path: Path,
+    start: Start,
 ) -> None:
-    with joined(tmp_path) as (live, join):
-        client = live.socket()
-        client.say("sync:_default", {"cursor": 1})
-        assert client.read_json()["data"]["code"] == "unknown_topic"
-        join(client)  # which would find the other message first
+    live, join = joined(start)
+    client = live.socket()
+    client.say("sync:_default", {"cursor": 1})
+    assert client.read_json()["data"]["code"] == "unknown_topic"
+    join(client)  # it would find the other message first
 
 
 BAD_MESSAGES = {
@@ -6832,18 +6973,19 @@ BAD_MESSAGES = {
     "a number": b"1",
     "null": b"null",
     "no topic": b'{"data": {}}',
-    "a topic of no string": b'{"topic": 1, "data": {}}',
-    "a topic of null": b'{"topic": null}',
+    "a number as a topic": b'{"topic": 1, "data": {}}',
+    "null as a topic": b'{"topic": null}',
     "NaN": b'{"topic": "x", "data": NaN}',
     "a number that becomes infinite": b'{"topic": "x", "data": 1e400}',
-    "a lone surrogate": b'{"topic": "\\ud800", "data": 1}',
+    "half a surrogate pair": b'{"topic": "\\ud800", "data": 1}',
     "65 levels": b'{"topic": "x", "data": ' + b"[" * 64 + b"]" * 64 + b"}",
     "90,000 levels": b'{"topic": "x", "data": ' + b"[" * 90_000 + b"]" * 90_000 + b"}",
     "5,000 digits": b'{"topic": "x", "data": ' + b"9" * 5000 + b"}",
     "an empty scope": b'{"topic": "subscribe", "data": {"scope": ""}}',
-    "a scope of 257": b'{"topic": "subscribe", "data": {"scope": "%b"}}' % (b"x" * 257),
-    "a scope of no string": b'{"topic": "subscribe", "data": {"scope": 7}}',
-    "an empty scope to leave": b'{"topic": "unsubscribe", "data": {"scope": ""}}',
+    "a scope of 257 letters": b'{"topic": "subscribe", "data": {"scope": "%b"}}'
+    % (b"x" * 257),
+    "a number as a scope": b'{"topic": "subscribe", "data": {"scope": 7}}',
+    "an empty scope to unsubscribe": b'{"topic": "unsubscribe", "data": {"scope": ""}}',
 }
 
 
@@ -6866,19 +7008,19 @@ def test_unknown_fields_of_a_message_are_ignored(server: Live) -> None:
     assert client.read_json()["topic"] == "sync:_default"
 
 
-def test_more_topics_than_a_session_may_have_are_too_large(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, max_session_topics=2)) as live:
-        client = live.socket()
-        assert client.subscribe()["topic"] == "sync:_default"
-        assert client.subscribe(scope="two")["topic"] == "sync:two"
-        assert client.subscribe(scope="three")["data"]["code"] == "too_large"
-        assert client.subscribe(scope="two")["topic"] == "sync:two"  # one that it has
-        client.say("unsubscribe", {"scope": "two"})
-        assert client.subscribe(scope="three")["topic"] == "sync:three"
+def test_more_topics_than_a_session_may_have_are_too_large(start: Start) -> None:
+    live = start(max_session_topics=2)
+    client = live.socket()
+    assert client.subscribe()["topic"] == "sync:_default"
+    assert client.subscribe(scope="two")["topic"] == "sync:two"
+    assert client.subscribe(scope="three")["data"]["code"] == "too_large"
+    assert client.subscribe(scope="two")["topic"] == "sync:two"  # one that it has
+    client.say("unsubscribe", {"scope": "two"})
+    assert client.subscribe(scope="three")["topic"] == "sync:three"
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_other_topics_are_the_applications(tmp_path: Path, waits: bool) -> None:
+def test_other_topics_are_handed_to_on_message(start: Start, waits: bool) -> None:
     def at_once(session: mizusync.Session, topic: str, data: Any) -> None:
         session.send("answer", [session.scope, topic, data])
 
@@ -6886,21 +7028,18 @@ def test_other_topics_are_the_applications(tmp_path: Path, waits: bool) -> None:
         await asyncio.sleep(0)
         at_once(session, topic, data)
 
-    with serve(tmp_path, on_message=later if waits else at_once) as live:
-        client = live.socket("/ws?scope=s")
-        for number in range(3):
-            client.say("hello", number)
-        for number in range(3):
-            assert client.read_json() == {
-                "topic": "answer",
-                "data": ["s", "hello", number],
-            }
-        assert client.subscribe()["topic"] == "sync:s"
+    live = start(on_message=later if waits else at_once)
+    client = live.socket("/ws?scope=s")
+    for number in range(3):
+        client.say("hello", number)
+    for number in range(3):
+        assert client.read_json() == {"topic": "answer", "data": ["s", "hello", number]}
+    assert client.subscribe()["topic"] == "sync:s"
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_fault_of_on_message_is_logged_and_hurts_nobody(
-    tmp_path: Path, waits: bool
+def test_an_exception_of_on_message_is_logged_and_the_session_goes_on(
+    start: Start, waits: bool
 ) -> None:
     def broken(session: mizusync.Session, topic: str, data: Any) -> None:
         raise RuntimeError("a secret of the inside")
@@ -6908,22 +7047,20 @@ def test_a_fault_of_on_message_is_logged_and_hurts_nobody(
     async def broken_later(session: mizusync.Session, topic: str, data: Any) -> None:
         broken(session, topic, data)
 
-    with serve(tmp_path, on_message=broken_later if waits else broken) as live:
-        client = live.socket()
-        client.say("hello")
-        client.say("subscribe", {})
-        answers = [client.read_json()]
-        if (
-            answers[-1]["topic"] == "error"
-        ):  # it may say that something went wrong, but not what
-            answers.append(client.read_json())
-        assert "secret" not in str(answers)
-        assert answers[-1]["topic"] == "sync:_default"
-        live.logged("a secret of the inside")
+    live = start(on_message=broken_later if waits else broken)
+    client = live.socket()
+    client.say("hello")
+    client.say("subscribe", {})
+    received = [client.read_json()]
+    if received[0]["topic"] == "error":  # it may say that it failed, but not why
+        received.append(client.read_json())
+    assert "secret" not in str(received)
+    assert received[-1]["topic"] == "sync:_default"
+    live.logged("a secret of the inside")
 
 
-def test_an_on_message_that_never_returns_keeps_no_session_whose_peer_has_gone(
-    tmp_path: Path,
+def test_a_session_ends_with_its_peer_though_on_message_never_returns(
+    start: Start,
 ) -> None:
     entered, release = list[asyncio.Event](), asyncio.Event()
 
@@ -6931,22 +7068,23 @@ def test_an_on_message_that_never_returns_keeps_no_session_whose_peer_has_gone(
         entered.append(release)
         await release.wait()
 
-    quick = replace(
-        SMALL, ping_interval=MOMENT, ping_timeout=MOMENT, close_timeout=MOMENT
+    live = start(
+        ping_interval=MOMENT, ping_timeout=MOMENT, close_timeout=MOMENT, on_message=hang
     )
-    with serve(tmp_path, quick, on_message=hang) as live:
-        for leave in (RawClient.close, RawClient.reset):
-            client, before = live.socket(), len(entered)
-            client.subscribe()
-            client.say("hello")
-            until(lambda: len(entered) > before)  # noqa: B023
-            leave(client)
-        until(lambda: not live.server.sessions and not live.server.hub.topics)
-        live.call(release.set)
+    for leave in (RawClient.close, RawClient.reset):
+        client, before = live.socket(), len(entered)
+        client.subscribe()
+        for _ in range(20):  # more than is read ahead
+            client.say("hello", "x" * 10_000)
+        until(lambda: len(entered) > before)  # noqa: B023
+        leave(client)
+    until(lambda: live.server.stats()["sessions"] == 0)
+    assert subscribers(live) == 0
+    live.call(release.set)
 
 
-def test_messages_are_handled_one_at_a_time_also_when_their_sender_is_gone(
-    tmp_path: Path,
+def test_messages_are_handled_one_at_a_time_even_after_their_sender_left(
+    start: Start,
 ) -> None:
     handled, at_once, closed = list[int](), list[int](), threading.Event()
 
@@ -6955,19 +7093,17 @@ def test_messages_are_handled_one_at_a_time_also_when_their_sender_is_gone(
         await asyncio.sleep(0.01)
         handled.append(data)
 
-    with serve(tmp_path, on_message=slowly, on_close=lambda *_: closed.set()) as live:
-        client = live.socket()
-        client.send(
-            b"".join(masked(TEXT, b'{"topic":"t","data":%d}' % n) for n in range(12))
-        )
-        until(lambda: handled)
-        client.reset()
-        assert closed.wait(PATIENCE)
-        assert handled == list(range(len(handled)))
-        assert set(at_once) == {0}
+    live = start(on_message=slowly, on_close=lambda *_: closed.set())
+    client = live.socket()
+    client.send(b"".join(text(b'{"topic":"t","data":%d}' % n) for n in range(12)))
+    until(lambda: handled)
+    client.reset()
+    assert closed.wait(PATIENCE)
+    assert handled == list(range(len(handled)))
+    assert set(at_once) == {0}
 
 
-def test_who_gives_up_waiting_for_a_message_loses_none(tmp_path: Path) -> None:
+def test_a_receive_that_times_out_loses_no_message(start: Start) -> None:
     got = list[Any]()
 
     async def impatient(websocket: Any) -> None:
@@ -6977,155 +7113,124 @@ def test_who_gives_up_waiting_for_a_message_loses_none(tmp_path: Path) -> None:
                     got.append(await websocket.receive())
             got.append(await websocket.receive())
 
-    with serve(
-        tmp_path, prepare=lambda server: server.websocket("/raw")(impatient)
-    ) as live:
-        client = live.socket("/raw")
-        client.send(b"".join(masked(TEXT, b"%d" % n) for n in range(50)))
-        client.send_frame(CLOSE, b"\x03\xe8")
-        client.read_close()
-    assert [message for message in got if message is not None] == list(
-        map(str, range(50))
-    )
+    client = start(websocket=impatient).socket("/it")
+    client.send(b"".join(text(b"%d" % n) for n in range(50)))
+    client.send(goodbye(1000))
+    client.read_close()
+    until(lambda: got and got[-1] is None)
+    assert [message for message in got if message is not None] == [
+        str(n) for n in range(50)
+    ]
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
-def test_an_on_message_that_was_cancelled_ends_no_session(
-    tmp_path: Path, error: type[BaseException]
+def test_a_session_goes_on_if_on_message_is_cancelled_or_exits(
+    start: Start, error: type[BaseException]
 ) -> None:
     async def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         raise error
 
-    with serve(tmp_path, on_message=on_message) as live:
-        client = live.socket()
+    live = start(on_message=on_message)
+    client = live.socket()
+    for _ in range(2):
         client.say("hello")
-        client.say("hello")
-        assert client.subscribe()["topic"] == "sync:_default"
-        live.logged("on_message failed")
+    assert client.subscribe()["topic"] == "sync:_default"
+    live.logged("on_message failed")
 
 
 @table(
     "leave",
     {
-        "a close": lambda client: client.send_frame(CLOSE, b"\x03\xe8"),
-        "an end without a close": lambda client: client.half_close(),
-        "a reset": lambda client: client.reset(),
-        "a broken rule": lambda client: client.send_frame(3, b""),
+        "closes": lambda client: client.send(goodbye(1000)),
+        "half-closes": RawClient.half_close,
+        "resets": RawClient.reset,
+        "breaks a rule": lambda client: client.send_frame(3, b""),
     },
 )
 def test_on_close_is_called_once_with_the_session(
-    tmp_path: Path, leave: Callable[[RawClient], None]
+    start: Start, leave: Callable[[RawClient], None]
 ) -> None:
-    closed: list[mizusync.Session] = []
-
-    def on_close(session: mizusync.Session, error: BaseException | None) -> None:
-        closed.append(session)
-
-    with joined(tmp_path, on_close=on_close) as (live, join):
-        client, other = live.socket(), live.socket()
-        session = join(client)
-        leave(client)
-        client.close()
-        until(lambda: closed)
-        assert other.quiet()
-        assert closed == [session]
+    closed = list[mizusync.Session]()
+    live, join = joined(start, on_close=lambda session, error: closed.append(session))
+    client, other = live.socket(), live.socket()
+    session = join(client)
+    leave(client)
+    client.close()
+    until(lambda: closed)
+    assert other.quiet()
+    assert closed == [session]
+    live.end()
     assert len(closed) == 2
 
 
-def test_a_fault_of_on_close_is_logged_and_hurts_nobody(tmp_path: Path) -> None:
+def test_an_exception_of_on_close_is_logged_and_the_session_ends(start: Start) -> None:
     async def broken(session: mizusync.Session, error: BaseException | None) -> None:
         raise RuntimeError("a secret of the inside")
 
-    with serve(tmp_path, on_close=broken) as live:
-        live.socket().close()
-        live.logged("a secret of the inside")
-        client = live.client()
-        until(lambda: client.request("GET", "/healthz").json["sessions"] == 0)
+    live = start(on_close=broken)
+    live.socket().close()
+    live.logged("a secret of the inside")
+    client = live.client()
+    until(lambda: client.request("GET", "/healthz").json["sessions"] == 0)
 
 
-def test_an_on_close_that_never_returns_does_not_hold_the_end(tmp_path: Path) -> None:
+def test_an_on_close_that_never_returns_does_not_delay_a_stop(start: Start) -> None:
     async def hanging(session: mizusync.Session, error: BaseException | None) -> None:
         await asyncio.Event().wait()
 
-    quick = Settings(
-        shutdown_timeout=MOMENT, linger_timeout=MOMENT, close_timeout=PATIENCE * 3
+    live = start(
+        shutdown_timeout=MOMENT,
+        linger_timeout=MOMENT,
+        close_timeout=PATIENCE * 3,
+        on_close=hanging,
     )
-    with ExitStack() as stack, serve(tmp_path, quick, on_close=hanging) as live:
-        client = stack.enter_context(
-            closing(RawClient(live.address))
-        )  # it outlives the server
-        assert client.upgrade().status == 101  # and answers no close
+    with closing(RawClient(live.address)) as client:
+        assert client.upgrade().status == 101  # it stays, and answers no close
+        live.end()
 
 
-def test_the_application_may_close_a_session(tmp_path: Path) -> None:
+def test_the_application_may_close_a_session(start: Start) -> None:
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         session.close(4000, "enough")
 
-    with serve(tmp_path, on_message=on_message) as live:
-        client = live.socket()
-        client.say("hello")
-        assert client.read_frame() == Frame(CLOSE, b"\x0f\xa0enough")
+    live = start(on_message=on_message)
+    client = live.socket()
+    client.say("hello")
+    assert client.read_frame() == Frame(CLOSE, b"\x0f\xa0enough")
 
 
-def test_sessions_have_ids_of_their_own(tmp_path: Path) -> None:
-    with joined(tmp_path) as (live, join):
-        sessions = [join(live.socket(f"/ws?scope={scope}")) for scope in ("one", "two")]
-        assert [session.scope for session in sessions] == ["one", "two"]
-        assert len({session.id for session in sessions}) == 2
-        assert all(isinstance(session.id, str) and session.id for session in sessions)
+def test_sessions_have_ids_of_their_own(start: Start) -> None:
+    live, join = joined(start)
+    sessions = [join(live.socket(f"/ws?scope={scope}")) for scope in ("one", "two")]
+    assert [session.scope for session in sessions] == ["one", "two"]
+    assert len({session.id for session in sessions}) == 2
+    assert all(isinstance(session.id, str) and session.id for session in sessions)
 
 
-async def echo(websocket: Any) -> None:
-    async for message in websocket:
-        await websocket.send(message)
-
-
-def test_a_raw_websocket_echoes_text_and_binary(tmp_path: Path) -> None:
-    with serve(
-        tmp_path, prepare=lambda server: server.websocket("/echo")(echo)
-    ) as live:
-        client = live.socket("/echo")
-        for frame in (
-            Frame(TEXT, b""),
-            Frame(BINARY, bytes(range(256)) * 400),
-            Frame(TEXT, b"\xc3\xa9"),
-        ):
-            client.send_frame(*frame)
-            assert client.read_frame() == frame
-        client.send_frame(CLOSE, b"\x03\xe8")
-        assert client.read_frame().opcode == CLOSE
-        assert client.ended()
-
-
-def test_a_raw_websocket_takes_a_large_message_where_the_settings_allow_it(
-    tmp_path: Path,
+def test_a_raw_websocket_accepts_a_large_message_if_the_settings_allow_it(
+    start: Start,
 ) -> None:
     message = os.urandom(2**23)
-    large = replace(SMALL, max_message_size=2**23)
-    with serve(
-        tmp_path, large, prepare=lambda server: server.websocket("/echo")(echo)
-    ) as live:
-        client = live.socket("/echo")
-        writer = threading.Thread(target=client.send_frame, args=(BINARY, message))
-        writer.start()
-        assert client.read_frame() == Frame(BINARY, message)
-        writer.join(PATIENCE)
+    live = start(max_message_size=2**23, websocket=echo)
+    client = live.socket("/it")
+    writer = threading.Thread(target=client.send_frame, args=(BINARY, message))
+    writer.start()
+    assert client.read_frame() == Frame(BINARY, message)
+    writer.join(PATIENCE)
 
 
-def test_a_raw_websocket_ends_with_its_function(tmp_path: Path) -> None:
+def test_a_raw_websocket_ends_with_its_function(start: Start) -> None:
     async def once(websocket: Any) -> None:
         await websocket.send("bye")
 
-    with serve(
-        tmp_path, prepare=lambda server: server.websocket("/once")(once)
-    ) as live:
-        client = live.socket("/once")
-        assert client.read_frame() == Frame(TEXT, b"bye")
-        assert client.read_close() == 1000
+    live = start(websocket=once)
+    client = live.socket("/it")
+    assert client.read_frame() == Frame(TEXT, b"bye")
+    assert client.read_close() == 1000
 
 
-def test_a_raw_websocket_that_sends_without_end_leaves_others_their_turn_and_ends(
-    tmp_path: Path,
+def test_a_raw_websocket_that_sends_without_end_does_not_starve_others_or_a_stop(
+    start: Start,
 ) -> None:
     ended, late = list[type[BaseException]](), []
 
@@ -7143,70 +7248,74 @@ def test_a_raw_websocket_that_sends_without_end_leaves_others_their_turn_and_end
             while client.sock.recv(2**16):
                 pass
 
-    def prepare(server: Server) -> None:
-        server.websocket("/stream")(stream)
-
-    with serve(tmp_path, replace(SMALL, close_timeout=MOMENT), prepare=prepare) as live:
-        reader = threading.Thread(target=drain, args=[live.socket("/stream")])
-        reader.start()
-        for _ in range(3):
-            assert live.client().request("GET", "/healthz").status == 200
-        live.stop()
-        reader.join(PATIENCE)
+    live = start(close_timeout=MOMENT, websocket=stream)
+    reader = threading.Thread(target=drain, args=[live.socket("/it")])
+    reader.start()
+    for _ in range(3):
+        assert live.client().request("GET", "/healthz").status == 200
+    live.stop()
+    reader.join(PATIENCE)
+    live.end()
     assert (ended, late) == ([mizusync.ConnectionLost], [])
 
 
-def test_a_fault_of_a_raw_websocket_is_logged_and_closes_with_1011(
-    tmp_path: Path,
+def test_a_raw_websocket_that_only_sends_ends_with_its_peer(start: Start) -> None:
+    async def pour(websocket: Any) -> None:
+        while True:
+            await websocket.send("x")
+
+    live = start(websocket=pour)
+    client = live.socket("/it", receive_buffer=4096)
+    client.send(masked(TEXT, b"x" * 100_000))  # more than is read ahead
+    client.close()
+    until(lambda: live.server.stats()["connections"] == 0)
+
+
+def test_an_exception_of_a_raw_websocket_is_logged_and_closes_with_1011(
+    start: Start,
 ) -> None:
     async def broken(websocket: Any) -> None:
         await websocket.send("hello")
         raise RuntimeError("a secret of the inside")
 
-    with serve(
-        tmp_path, prepare=lambda server: server.websocket("/broken")(broken)
-    ) as live:
-        assert live.socket("/broken").read_close() == 1011
-        live.logged("a secret of the inside")
+    live = start(websocket=broken)
+    assert live.socket("/it").read_close() == 1011
+    live.logged("a secret of the inside")
 
 
-def test_a_raw_websocket_whose_function_waits_for_what_is_cancelled_closes_with_1011(
-    tmp_path: Path,
+def test_a_raw_websocket_that_awaits_a_cancelled_future_closes_with_1011(
+    start: Start,
 ) -> None:
     async def cancelling(websocket: Any) -> None:
         await websocket.send("hello")
         await cancelled(websocket.request)
 
-    with serve(
-        tmp_path, prepare=lambda server: server.websocket("/it")(cancelling)
-    ) as live:
-        assert live.socket("/it").read_close() == 1011
-        live.logged("Traceback")
+    live = start(websocket=cancelling)
+    assert live.socket("/it").read_close() == 1011
+    live.logged("Traceback")
 
 
-def test_a_raw_websocket_that_meets_the_loss_of_another_closes_with_1011(
-    tmp_path: Path,
+def test_a_raw_websocket_that_sends_to_a_lost_one_closes_with_1011(
+    start: Start,
 ) -> None:
     gone = list[Any]()
 
     async def relay(websocket: Any) -> None:
         gone.append(websocket)
         async for _ in websocket:
-            await gone[0].send("to one that has gone")
+            await gone[0].send("to a client that has gone")
 
-    with serve(tmp_path, prepare=lambda server: server.websocket("/it")(relay)) as live:
-        first, second = live.socket("/it"), live.socket("/it")
-        until(lambda: len(gone) == 2)
-        first.close()
-        until(lambda: live.server.stats()["connections"] == 1)
-        second.say("hello")
-        assert second.read_close() == 1011
-        live.logged("Traceback")
+    live = start(websocket=relay)
+    first, second = live.socket("/it"), live.socket("/it")
+    until(lambda: len(gone) == 2)
+    first.close()
+    until(lambda: live.server.stats()["connections"] == 1)
+    second.say("hello")
+    assert second.read_close() == 1011
+    live.logged("Traceback")
 
 
-def test_a_raw_websocket_that_a_task_still_reads_ends_as_any_other(
-    tmp_path: Path,
-) -> None:
+def test_a_raw_websocket_ends_though_a_task_still_reads_from_it(start: Start) -> None:
     reading = set[asyncio.Task[Any]]()
 
     async def leave(websocket: Any) -> None:
@@ -7214,12 +7323,12 @@ def test_a_raw_websocket_that_a_task_still_reads_ends_as_any_other(
         reading.add(asyncio.create_task(websocket.receive()))
         await asyncio.sleep(0)
 
-    with serve(tmp_path, prepare=lambda server: server.websocket("/it")(leave)) as live:
-        assert live.socket("/it").read_close() == 1000
-        until(lambda: all(task.done() for task in reading))
+    live = start(websocket=leave)
+    assert live.socket("/it").read_close() == 1000
+    until(lambda: all(task.done() for task in reading))
 
 
-def test_the_websockets_library_hears_hints_with_changes(server: Live) -> None:
+def test_the_websockets_library_gets_hints_with_changes(server: Live) -> None:
     client = pytest.importorskip("websockets.sync.client")
     with client.connect("ws://{}:{}/ws?scope=s".format(*server.address)) as socket:
         socket.send(json.dumps({"topic": "subscribe", "data": {"changes": True}}))
@@ -7233,9 +7342,8 @@ def test_the_websockets_library_hears_hints_with_changes(server: Live) -> None:
 def test_the_httpx_library_is_served_on_one_connection(server: Live) -> None:
     httpx = pytest.importorskip("httpx")
     with httpx.Client(base_url="http://{}:{}".format(*server.address)) as client:
-        chunks = iter(
-            [json.dumps([note("a", "x" * 20_000)]).encode()]
-        )  # without a length
+        # An iterator has no length, so the body comes in chunks.
+        chunks = iter([json.dumps([note("a", "x" * 20_000)]).encode()])
         json_type = {"Content-Type": "application/json"}
         (result,) = client.post("/sync/push", content=chunks, headers=json_type).json()
         assert client.get("/sync/pull").json()["changes"] == result["changes"]
@@ -7245,7 +7353,7 @@ def test_the_httpx_library_is_served_on_one_connection(server: Live) -> None:
         assert server.server.stats()["connections"] == 1
 
 
-def test_the_aiohttp_library_pushes_follows_and_is_asked_for_its_body(
+def test_the_aiohttp_library_pushes_subscribes_and_is_asked_for_its_body(
     server: Live,
 ) -> None:
     aiohttp = pytest.importorskip("aiohttp")
@@ -7268,14 +7376,28 @@ def test_the_aiohttp_library_pushes_follows_and_is_asked_for_its_body(
 
 
 # --- Gate -----------------------------------------------------------------------------
-# Who may: Host, Origin, token, on_auth. A browser's page of another origin gets
+# Host, Origin, the token and on_auth decide about access. A page of another origin gets
 # nothing.
+
+
+def try_everything(
+    live: Live, headers: Mapping[str, str], query: str = ""
+) -> list[Reply]:
+    """Push, pull, take a snapshot and open a WebSocket; return the four replies."""
+    return [
+        live.client().request("POST", "/sync/push", BODY, headers),
+        live.client().request("GET", f"/sync/pull{query}", headers=headers),
+        live.client().request("GET", f"/sync/snapshot{query}", headers=headers),
+        live.client().upgrade(f"/ws{query}", headers),
+    ]
 
 
 @pytest.mark.parametrize(
     "host", ["localhost", "LocalHost", "127.0.0.1", "[::1]", "127.0.0.1:{port}"]
 )
-def test_names_of_the_loopback_are_its_hosts(visitor: RawClient, host: str) -> None:
+def test_a_server_on_the_loopback_accepts_its_names(
+    visitor: RawClient, host: str
+) -> None:
     headers = {"Host": host.format(port=visitor.address[1])}
     assert visitor.request("GET", "/sync/pull", headers=headers).status == 200
 
@@ -7290,45 +7412,37 @@ def test_names_of_the_loopback_are_its_hosts(visitor: RawClient, host: str) -> N
         "evil",
     ],
 )
-def test_another_host_is_forbidden_on_the_loopback(
+def test_a_server_on_the_loopback_refuses_another_host(
     shared: Live, visitor: RawClient, host: str
 ) -> None:
-    for target in ("/sync/pull", "/sync/snapshot", "/", "/healthz"):
-        headers = {"Host": f"{host}:{shared.address[1]}"}
-        reply = shared.client().request("GET", target, headers=headers)
-        assert refused(reply, 403)
-        assert "--allow-host" in reply.json["error"]
-    assert refused(
-        shared.client().request("POST", "/sync/push", BODY, {"Host": host}), 403
-    )
-    assert refused(shared.client().upgrade(headers={"Host": host}), 403)
+    for name in (host, f"{host}:{shared.address[1]}"):
+        headers = {"Host": name}
+        replies = try_everything(shared, headers)
+        for target in ("/", "/healthz"):
+            replies.append(shared.client().request("GET", target, headers=headers))
+        for reply in replies:
+            assert refused(reply, 403)
+            assert "--allow-host" in reply.json["error"]
 
 
-@pytest.mark.parametrize("host", ["10.0.0.1", "[fd00::1]"])
-def test_an_ip_address_is_a_host_for_dns_rebinding_needs_a_name(
-    tmp_path: Path, host: str
+@pytest.mark.parametrize("allowed", [[], ["sync.example"]])
+def test_an_ip_address_is_accepted_since_dns_rebinding_needs_a_name(
+    start: Start, allowed: list[str]
 ) -> None:
-    for allowed in ([], ["sync.example"]):
-        with serve(tmp_path, allow_host=allowed) as live:
-            for name in (host, f"{host}:80"):
-                reply = live.client().request("GET", "/healthz", headers={"Host": name})
-                assert reply.status == 200
+    client = start(allow_host=allowed).client()
+    for host in ("10.0.0.1", "10.0.0.1:80", "[fd00::1]", "[fd00::1]:80"):
+        assert client.request("GET", "/healthz", headers={"Host": host}).status == 200
 
 
-def test_the_host_of_a_whole_address_is_the_host(visitor: RawClient) -> None:
-    assert refused(visitor.request("GET", "http://evil.example/sync/pull"), 400, 403)
+def test_the_host_of_the_absolute_form_counts(visitor: RawClient) -> None:
+    assert refused(visitor.request("GET", "http://evil.example/sync/pull"), 403)
 
 
-def test_a_host_that_is_allowed_is_taken(tmp_path: Path) -> None:
-    with serve(tmp_path, allow_host=["sync.example"]) as live:
-        client = live.client()
-        assert (
-            client.request("GET", "/sync/pull", headers={"Host": "sync.example"}).status
-            == 200
-        )
-        assert refused(
-            client.request("GET", "/sync/pull", headers={"Host": "evil.example"}), 403
-        )
+def test_an_allowed_host_is_accepted_and_another_is_not(start: Start) -> None:
+    client = start(allow_host=["sync.example"]).client()
+    for host, status in (("sync.example", 200), ("evil.example", 403)):
+        reply = client.request("GET", "/sync/pull", headers={"Host": host})
+        assert reply.status == status
 
 
 FOREIGN = [
@@ -7337,18 +7451,9 @@ FOREIGN = [
     "http://127.0.0.1:1",
     "http://localhost:{port}",
     "file://",
+    "http://127.0.0.1:{port}.evil.example",
+    "",
 ]
-
-
-@pytest.mark.parametrize(
-    "origin", [*FOREIGN, "http://127.0.0.1:{port}.evil.example", ""]
-)
-def test_a_websocket_from_another_origin_is_forbidden(
-    visitor: RawClient, origin: str
-) -> None:
-    assert refused(
-        visitor.upgrade(headers={"Origin": origin.format(port=visitor.address[1])}), 403
-    )
 
 
 @pytest.mark.parametrize("origin", FOREIGN)
@@ -7356,89 +7461,75 @@ def test_a_page_of_another_origin_gets_nothing(
     shared: Live, visitor: RawClient, origin: str
 ) -> None:
     headers = {"Origin": origin.format(port=shared.address[1])}
-    assert refused(shared.client().request("POST", "/sync/push", BODY, headers), 403)
+    push, pull, _, upgrade = try_everything(shared, headers)
+    assert refused(push, 403)
+    assert refused(upgrade, 403)
     asked = headers | {"Access-Control-Request-Method": "POST"}
     for reply in (
-        shared.client().request("GET", "/sync/pull", headers=headers),
+        pull,
         shared.client().request("OPTIONS", "/sync/push", headers=asked),
     ):
-        assert not [
-            name for name in reply.headers if name.startswith("access-control-")
-        ]
+        names = [name for name in reply.headers if name.startswith("access-control-")]
+        assert names == []
 
 
-def test_its_own_origin_is_taken(client: RawClient) -> None:
-    headers = {"Origin": "http://{}:{}".format(*client.address)}
-    assert client.push(note("a"), headers=headers)[0]["ok"]
-    assert client.upgrade(headers=headers).status == 101
+def test_the_servers_own_origin_is_accepted(server: Live) -> None:
+    headers = {"Origin": "http://{}:{}".format(*server.address)}
+    replies = try_everything(server, headers)
+    assert [reply.status for reply in replies] == [200, 200, 200, 101]
 
 
-def test_an_allowed_origin_may_use_what_methods_a_route_has(tmp_path: Path) -> None:
+APP = {"Origin": "https://app.example"}
+ALLOWING = {"allow_origin": ["https://app.example"]}
+
+
+def test_an_allowed_origin_may_use_the_methods_of_a_route(start: Start) -> None:
     def prepare(server: Server) -> None:
-        server.route("PUT", "/it")(lambda request: b"")
+        server.route("PUT", "/put")(lambda request: b"")
 
-    headers = {"Origin": "https://app.example", "Access-Control-Request-Method": "PUT"}
-    with serve(tmp_path, prepare=prepare, allow_origin=["https://app.example"]) as live:
-        preflight = live.client().request("OPTIONS", "/it", headers=headers)
-        assert "PUT" in preflight.headers["access-control-allow-methods"].split(", ")
-
-
-def test_an_allowed_origin_is_told_so(tmp_path: Path) -> None:
-    with serve(tmp_path, allow_origin=["https://app.example"]) as live:
-        client = live.client()
-        headers = {"Origin": "https://app.example"}
-        asked = {
-            "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization,content-type",
-        }
-        preflight = client.request("OPTIONS", "/sync/push", headers=headers | asked)
-        assert preflight.status == 204
-        assert "POST" in preflight.headers["access-control-allow-methods"]
-        allowed = preflight.headers["access-control-allow-headers"].lower()
-        assert "content-type" in allowed
-        assert "authorization" in allowed
-        pushed = client.request("POST", "/sync/push", BODY, headers)
-        missing = client.request("GET", "/nowhere", headers=headers)
-        for reply in (preflight, pushed, missing):
-            assert reply.headers["access-control-allow-origin"] == "https://app.example"
-            assert "origin" in reply.headers["vary"].lower()
-        assert client.upgrade(headers=headers).status == 101
+    client = start(prepare=prepare, **ALLOWING).client()
+    asked = APP | {"Access-Control-Request-Method": "PUT"}
+    preflight = client.request("OPTIONS", "/put", headers=asked)
+    assert "PUT" in preflight.headers["access-control-allow-methods"].split(", ")
 
 
-def test_an_origin_like_an_allowed_one_is_forbidden(tmp_path: Path) -> None:
-    with serve(tmp_path, allow_origin=["https://app.example"]) as live:
-        for origin in (
-            "https://app.example.evil.example",
-            "http://app.example",
-            "https://evil",
-        ):
-            headers = {"Origin": origin}
-            assert refused(
-                live.client().request("POST", "/sync/push", BODY, headers), 403
-            )
-            assert refused(live.client().upgrade(headers=headers), 403)
-
-
-@table(
-    "given",
-    {
-        "a closing slash": "http://localhost:5173/",
-        "upper case": "HTTP://LocalHost:5173",
-        "neither": "http://localhost:5173",
-    },
-)
-def test_an_origin_may_be_allowed_as_people_write_it(
-    tmp_path: Path, given: str
+def test_an_allowed_origin_gets_the_headers_that_let_its_page_read(
+    start: Start,
 ) -> None:
-    headers = {"Origin": "http://localhost:5173"}
-    with serve(tmp_path, allow_origin=[given]) as live:
-        reply = live.client().request("GET", "/sync/pull", headers=headers)
-        assert reply.headers["access-control-allow-origin"] == "http://localhost:5173"
+    client = start(**ALLOWING).client()
+    asked = APP | {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    preflight = client.request("OPTIONS", "/sync/push", headers=asked)
+    assert preflight.status == 204
+    assert "POST" in preflight.headers["access-control-allow-methods"]
+    allowed = preflight.headers["access-control-allow-headers"].lower()
+    assert "content-type" in allowed
+    assert "authorization" in allowed
+    pushed = client.request("POST", "/sync/push", BODY, APP)
+    missing = client.request("GET", "/nowhere", headers=APP)
+    for reply in (preflight, pushed, missing):
+        assert reply.headers["access-control-allow-origin"] == "https://app.example"
+        assert "origin" in reply.headers["vary"].lower()
+    assert client.upgrade(headers=APP).status == 101
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://app.example.evil.example", "http://app.example", "https://evil"]
+)
+def test_an_origin_like_an_allowed_one_is_forbidden(start: Start, origin: str) -> None:
+    push, _, _, upgrade = try_everything(start(**ALLOWING), {"Origin": origin})
+    assert refused(push, 403)
+    assert refused(upgrade, 403)
 
 
 @pytest.mark.parametrize(
     ("given", "sent"),
     [
+        ("http://localhost:5173", "http://localhost:5173"),
+        ("http://localhost:5173/", "http://localhost:5173"),
+        ("HTTP://LocalHost:5173", "http://localhost:5173"),
         ("https://app.example:443", "https://app.example"),
         ("http://app.example:80/", "http://app.example"),
         ("http://app.example:443", "http://app.example:443"),
@@ -7446,88 +7537,83 @@ def test_an_origin_may_be_allowed_as_people_write_it(
         ("http://[0:0::1]:5173", "http://[::1]:5173"),
     ],
 )
-def test_an_allowed_origin_is_compared_as_browsers_send_it(
-    tmp_path: Path, given: str, sent: str
+def test_an_origin_may_be_allowed_in_another_form_than_browsers_send(
+    start: Start, given: str, sent: str
 ) -> None:
-    with serve(tmp_path, allow_origin=[given]) as live:
-        reply = live.client().request("GET", "/sync/pull", headers={"Origin": sent})
-        assert reply.headers["access-control-allow-origin"] == sent
+    client = start(allow_origin=[given]).client()
+    reply = client.request("GET", "/sync/pull", headers={"Origin": sent})
+    assert reply.headers["access-control-allow-origin"] == sent
 
 
 @pytest.mark.parametrize(
     "given", ["Sync.Example", "sync.example:8080", "sync.example/"]
 )
-def test_a_host_may_be_allowed_as_people_write_it(tmp_path: Path, given: str) -> None:
-    with serve(tmp_path, allow_host=[given]) as live:
-        headers = {"Host": "sync.example:8080"}
-        assert live.client().request("GET", "/sync/pull", headers=headers).status == 200
+def test_a_host_may_be_allowed_in_another_form(start: Start, given: str) -> None:
+    client = start(allow_host=[given]).client()
+    headers = {"Host": "sync.example:8080"}
+    assert client.request("GET", "/sync/pull", headers=headers).status == 200
 
 
-NOWHERE = "/nowhere/todos.db"  # a program that takes its arguments ends with 1
-NO_ORIGINS = [
-    "x.y",
-    "*",
-    "null",
-    "",
-    "http://",
-    "http://x.y/path",
-    "http://x.y,http://z",
-    "http://x y",
-    "https://*.x.y",
-    "http://x.y:99999",
-    "http://x.y:0",
-    "http://u@x.y",
-    "http://x.y?q",
-    "http://b\u00fccher.example",
-    "ws://x.y",
-    "file:///x",
-    "http://[::1",
-    "http://[:::]",
-    "http://[1.2.3.4]",
+NOWHERE = "/nowhere/todos.db"  # a program that accepts its arguments ends with 1
+# No browser sends such an origin, and no request has such a host.
+IMPOSSIBLE = [
+    *(
+        ("origin", origin)
+        for origin in (
+            "x.y",
+            "*",
+            "null",
+            "",
+            "http://",
+            "http://x.y/path",
+            "http://x.y,http://z",
+            "http://x y",
+            "https://*.x.y",
+            "http://x.y:99999",
+            "http://x.y:0",
+            "http://u@x.y",
+            "http://x.y?q",
+            "http://b\u00fccher.example",
+            "ws://x.y",
+            "file:///x",
+            "http://[::1",
+            "http://[:::]",
+            "http://[1.2.3.4]",
+        )
+    ),
+    *(
+        ("host", host)
+        for host in (
+            "*",
+            "",
+            "*.x.y",
+            "https://x.y",
+            "x.y/path",
+            "x y",
+            "x.y,z",
+            "b\u00fccher.example",
+        )
+    ),
 ]
-NO_HOSTS = [
-    "*",
-    "",
-    "*.x.y",
-    "https://x.y",
-    "x.y/path",
-    "x y",
-    "x.y,z",
-    "b\u00fccher.example",
-]
 
 
-@pytest.mark.parametrize("origin", NO_ORIGINS)
-def test_an_origin_that_no_browser_sends_is_refused_where_it_is_given(
-    engine: Engine, origin: str, refusal: Callable[..., Refusal]
+@pytest.mark.parametrize(("kind", "value"), IMPOSSIBLE)
+def test_an_impossible_origin_or_host_is_refused_at_once(
+    engine: Engine, kind: str, value: str, refusal: Callable[..., Refusal]
 ) -> None:
-    with pytest.raises(ValueError, match="is no origin"):
-        Server(engine, allow_origin=["https://app.example", origin])
-    status, sentence = refusal("--db", NOWHERE, "--allow-origin", origin)
-    assert (status, "is no origin" in sentence, "--allow-origin" in sentence) == (
-        2,
-        True,
-        True,
-    )
-
-
-@pytest.mark.parametrize("host", NO_HOSTS)
-def test_a_host_that_is_none_is_refused_where_it_is_given(
-    engine: Engine, host: str, refusal: Callable[..., Refusal]
-) -> None:
-    with pytest.raises(ValueError, match="is no host"):
-        Server(engine, allow_host=["app.example", host])
-    status, sentence = refusal("--db", NOWHERE, "--allow-host", host)
-    assert (status, "is no host" in sentence, "--allow-host" in sentence) == (
-        2,
-        True,
-        True,
-    )
+    good = {"origin": "https://app.example", "host": "app.example"}[kind]
+    options: dict[str, Any] = {f"allow_{kind}": [good, value]}
+    with pytest.raises(ValueError, match=f"is no {kind}"):
+        Server(engine, **options)
+    status, sentence = refusal("--db", NOWHERE, f"--allow-{kind}", value)
+    assert status == 2
+    assert f"is no {kind}" in sentence
+    assert f"--allow-{kind}" in sentence
 
 
 @pytest.mark.parametrize("option", ["allow_origin", "allow_host"])
 @pytest.mark.parametrize("given", ["https://app.example", b"x.y", [None], [b"x.y"]])
-def test_what_is_no_list_of_strings_is_a_type_error(
+def test_origins_and_hosts_that_are_no_list_of_strings_are_a_type_error(
     engine: Engine, option: str, given: Any
 ) -> None:
     options: dict[str, Any] = {option: given}
@@ -7535,51 +7621,42 @@ def test_what_is_no_list_of_strings_is_a_type_error(
         Server(engine, **options)
 
 
-def test_a_page_of_an_allowed_origin_may_read_when_to_come_back(tmp_path: Path) -> None:
-    def busy(server: Server) -> None:
-        server.route("GET", "/busy")(failing(Unavailable("come back later")))
-
-    ours, other = {"Origin": "https://app.example"}, {"Origin": "https://other.example"}
-    with serve(tmp_path, prepare=busy, allow_origin=["https://app.example"]) as live:
-        client = live.client()
-        assert refused(reply := client.request("GET", "/busy", headers=ours), 503)
-        exposed = reply.headers["access-control-expose-headers"]
-        assert "retry-after" in exposed.lower().split(", ")
-        for headers in (other, {}):
-            reply = client.request("GET", "/busy", headers=headers)
-            assert "access-control-expose-headers" not in reply.headers
+def test_a_page_of_an_allowed_origin_may_read_retry_after(start: Start) -> None:
+    client = start(route=failing(Unavailable("come back later")), **ALLOWING).client()
+    assert refused(reply := client.request("GET", "/it", headers=APP), 503)
+    exposed = reply.headers["access-control-expose-headers"]
+    assert "retry-after" in exposed.lower().split(", ")
+    for headers in ({"Origin": "https://other.example"}, {}):
+        reply = client.request("GET", "/it", headers=headers)
+        assert "access-control-expose-headers" not in reply.headers
 
 
 @pytest.fixture
-def guarded(tmp_path: Path) -> Iterator[Live]:
-    with serve(tmp_path, token="s3cret-token") as live:
-        yield live
+def guarded(start: Start) -> Live:
+    return start(token="s3cret-token")
 
 
-BAD_TOKENS = [
-    "Bearer another",
-    "Bearer s3cret",
-    "Bearer s3cret-token2",
-    "Bearer",
-    "s3cret-token",
-    "Basic s3cret-token",
-    "Bearer \u00e9",
-]
-
-
-def test_without_the_token_all_is_unauthorized(guarded: Live) -> None:
-    for headers in ({}, *({"Authorization": shown} for shown in BAD_TOKENS)):
-        for reply in (
-            guarded.client().request("POST", "/sync/push", BODY, headers),
-            guarded.client().request(
-                "GET", "/sync/pull?token=s3cret-token", headers=headers
-            ),
-            guarded.client().request("GET", "/sync/snapshot", headers=headers),
-            guarded.client().upgrade("/ws?token=s3cret-token", headers),
-        ):
-            assert refused(reply, 401)
-            assert reply.headers["www-authenticate"].split()[0] == "Bearer"
-            assert b"s3cret" not in reply.body
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        "Bearer another",
+        "Bearer s3cret",
+        "Bearer s3cret-token2",
+        "Bearer",
+        "s3cret-token",
+        "Basic s3cret-token",
+        "Bearer \u00e9",
+    ],
+)
+def test_without_the_token_every_request_is_unauthorized(
+    guarded: Live, given: str | None
+) -> None:
+    headers = {} if given is None else {"Authorization": given}
+    for reply in try_everything(guarded, headers, "?token=s3cret-token"):
+        assert refused(reply, 401)
+        assert reply.headers["www-authenticate"].split()[0] == "Bearer"
+        assert b"s3cret" not in reply.body
 
 
 ANNOUNCED = b"Content-Length: 1000000"  # of a body that never comes
@@ -7589,7 +7666,7 @@ ANNOUNCED = b"Content-Length: 1000000"  # of a body that never comes
     "sent",
     {
         "a push": post(ANNOUNCED, body=b""),
-        "a push that waits for a word": post(
+        "a push that waits for 100 Continue": post(
             ANNOUNCED, b"Expect: 100-continue", body=b""
         ),
         "a push in chunks": post(CHUNKED, body=b"10000\r\n["),
@@ -7597,7 +7674,7 @@ ANNOUNCED = b"Content-Length: 1000000"  # of a body that never comes
         "a snapshot": get(b"/sync/snapshot", ANNOUNCED),
     },
 )
-def test_without_the_token_a_body_is_not_even_read(guarded: Live, sent: bytes) -> None:
+def test_without_the_token_a_body_is_not_read(guarded: Live, sent: bytes) -> None:
     client = guarded.client()
     client.send(sent)
     assert refused(reply := client.response(), 401)
@@ -7606,54 +7683,49 @@ def test_without_the_token_a_body_is_not_even_read(guarded: Live, sent: bytes) -
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
-def test_with_the_token_all_is_open(guarded: Live, scheme: str) -> None:
-    client, headers = guarded.client(), {"Authorization": f"{scheme} s3cret-token"}
-    assert client.push(note("a"), headers=headers)[0]["ok"]
-    assert client.request("GET", "/sync/pull", headers=headers).status == 200
-    assert client.request("GET", "/sync/snapshot", headers=headers).status == 200
-    assert client.upgrade(headers=headers).status == 101
+def test_with_the_token_every_request_is_allowed(guarded: Live, scheme: str) -> None:
+    replies = try_everything(guarded, {"Authorization": f"{scheme} s3cret-token"})
+    assert [reply.status for reply in replies] == [200, 200, 200, 101]
+    assert replies[0].json[0]["ok"]
 
 
 def test_a_browser_offers_the_token_as_a_subprotocol(guarded: Live) -> None:
     client = guarded.client()
-    reply = client.upgrade(
-        headers={"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"}
-    )
+    offer = {"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"}
+    reply = client.upgrade(headers=offer)
     assert (reply.status, reply.headers["sec-websocket-protocol"]) == (101, "mizusync")
     assert client.subscribe()["topic"] == "sync:_default"
 
 
-def test_another_subprotocol_is_unauthorized(guarded: Live) -> None:
-    for offer in ("mizusync", "mizusync, bearer.another", "mizusync, s3cret-token"):
-        assert refused(
-            guarded.client().upgrade(headers={"Sec-WebSocket-Protocol": offer}), 401
-        )
+@pytest.mark.parametrize(
+    "offer", ["mizusync", "mizusync, bearer.another", "mizusync, s3cret-token"]
+)
+def test_another_subprotocol_is_unauthorized(guarded: Live, offer: str) -> None:
+    headers = {"Sec-WebSocket-Protocol": offer}
+    assert refused(guarded.client().upgrade(headers=headers), 401)
 
 
-def test_healthz_tells_its_status_alone_where_there_is_a_token(guarded: Live) -> None:
+def test_healthz_shows_its_status_alone_if_there_is_a_token(guarded: Live) -> None:
     reply = guarded.client().request("GET", "/healthz")
     assert (reply.status, reply.json) == (200, {"status": "ok"})
     assert guarded.client().request("GET", "/").status != 401
 
 
-def test_the_token_is_never_logged(tmp_path: Path) -> None:
-    with recorded() as everything, serve(tmp_path, token="s3cret-token") as live:
-        client = live.client()
-        client.request(
-            "GET", "/sync/pull", headers={"Authorization": "Bearer s3cret-token"}
-        )
-        client.request(
-            "GET", "/sync/pull", headers={"Authorization": "Basic s3cret-token"}
-        )
-        client.upgrade(
-            headers={"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"}
-        )
-    assert not [text for text in everything.texts if "s3cret" in text]
+def test_the_token_is_not_logged(log: Records, start: Start) -> None:
+    live = start(token="s3cret-token")
+    client = live.client()
+    for scheme in ("Bearer", "Basic"):
+        headers = {"Authorization": f"{scheme} s3cret-token"}
+        client.request("GET", "/sync/pull", headers=headers)
+    offer = {"Sec-WebSocket-Protocol": "mizusync, bearer.s3cret-token"}
+    assert client.upgrade(headers=offer).status == 101
+    live.end()
+    assert log.texts
+    assert not [text for text in log.texts if "s3cret" in text]
 
 
 class Doors:
-    """An on_auth: who says no name is nobody; `secret` is for nobody; once shut, all
-    is."""
+    """An on_auth that wants a name, forbids `secret`, and may be shut for everyone."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -7662,7 +7734,7 @@ class Doors:
     def now(self, request: mizusync.Request, scope: str) -> str:
         self.asked.append(scope)
         if self.shut or scope == "closed" or "x-name" not in request.headers:
-            raise mizusync.Unauthorized("say who you are")
+            raise mizusync.Unauthorized("a name is missing")
         if scope == "secret":
             raise mizusync.Forbidden("not for you")
         return request.headers["x-name"]
@@ -7681,12 +7753,11 @@ def doors() -> Doors:
 
 
 @pytest.fixture
-def watched(tmp_path: Path, doors: Doors) -> Iterator[Live]:
-    with serve(tmp_path, on_auth=doors.later) as live:
-        yield live
+def watched(start: Start, doors: Doors) -> Live:
+    return start(on_auth=doors.later)
 
 
-def test_a_push_fails_alone_where_its_scope_is_forbidden(watched: Live) -> None:
+def test_a_mutation_in_a_forbidden_scope_fails_alone(watched: Live) -> None:
     client = watched.client()
     results = client.push(
         note("a"), note("b", scope="secret"), note("c", scope="s"), headers=ANN
@@ -7696,7 +7767,7 @@ def test_a_push_fails_alone_where_its_scope_is_forbidden(watched: Live) -> None:
     assert watched.call(watched.engine.current, "secret") == 0
 
 
-def test_a_push_asks_once_for_each_scope_that_its_mutations_name(
+def test_a_push_asks_on_auth_once_for_each_scope_of_its_mutations(
     watched: Live, doors: Doors
 ) -> None:
     watched.client().push(
@@ -7705,28 +7776,25 @@ def test_a_push_asks_once_for_each_scope_that_its_mutations_name(
     assert sorted(doors.asked) == ["_default", "s"]
 
 
-def test_a_push_is_refused_whole_where_one_scope_is_unauthorized(watched: Live) -> None:
+def test_a_push_is_refused_as_a_whole_if_one_scope_is_unauthorized(
+    watched: Live,
+) -> None:
     body = json.dumps([note("a"), note("b", scope="closed")]).encode()
     assert refused(watched.client().request("POST", "/sync/push", body, ANN), 401)
     assert refused(watched.client().request("POST", "/sync/push", BODY), 401)
     assert watched.call(watched.engine.current, "_default") == 0
 
 
-@pytest.mark.parametrize("target", ["/sync/pull", "/sync/snapshot", "/ws"])
-def test_each_way_in_is_asked_for(watched: Live, target: str) -> None:
-    def asked(query: str, headers: dict[str, str]) -> Reply:
-        client = watched.client()
-        if target == "/ws":
-            return client.upgrade(target + query, headers)
-        return client.request("GET", target + query, headers=headers)
-
-    assert refused(asked("", {}), 401)
-    assert refused(asked("?scope=secret", ANN), 403)
-    assert refused(asked("?scope=%73ecret&wait=1", ANN), 403)
-    assert asked("?scope=s", ANN).status in (101, 200)
+def test_on_auth_is_asked_by_a_pull_a_snapshot_and_a_websocket(watched: Live) -> None:
+    assert all(refused(reply, 401) for reply in try_everything(watched, {}))
+    for query in ("?scope=secret", "?scope=%73ecret&wait=1"):
+        _, *replies = try_everything(watched, ANN, query)
+        assert all(refused(reply, 403) for reply in replies)
+    _, *replies = try_everything(watched, ANN, "?scope=s")
+    assert [reply.status for reply in replies] == [200, 200, 101]
 
 
-def test_healthz_and_the_page_are_open_to_all(watched: Live, doors: Doors) -> None:
+def test_healthz_and_the_page_are_open_to_everyone(watched: Live, doors: Doors) -> None:
     assert watched.client().request("GET", "/healthz").status == 200
     assert watched.client().request("GET", "/").status in (200, 404)
     assert doors.asked == []
@@ -7742,38 +7810,35 @@ def test_a_scope_that_is_not_allowed_cannot_be_subscribed_to(watched: Live) -> N
 
 
 @table("gate", {"a function": Doors().now, "a coroutine": Doors().later})
-def test_what_on_auth_returned_is_the_identity(
-    tmp_path: Path, gate: Callable[[mizusync.Request, str], Any]
+def test_the_value_that_on_auth_returned_is_the_identity(
+    start: Start, gate: Callable[[mizusync.Request, str], Any]
 ) -> None:
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         session.send("you", session.identity)
 
-    with serve(tmp_path, on_auth=gate, on_message=on_message) as live:
-        (result,) = live.client().push({"id": "a", "name": "who"}, headers=ANN)
-        assert result["changes"][0]["data"] == "ann"
-        client = live.socket("/ws", ANN)
-        client.say("who?")
-        assert client.read_json() == {"topic": "you", "data": "ann"}
+    live = start(on_auth=gate, on_message=on_message)
+    (result,) = live.client().push({"id": "a", "name": "who"}, headers=ANN)
+    assert result["changes"][0]["data"] == "ann"
+    client = live.socket("/ws", ANN)
+    client.say("who?")
+    assert client.read_json() == {"topic": "you", "data": "ann"}
 
 
-def test_a_fault_of_on_auth_lets_nobody_in(tmp_path: Path) -> None:
+def test_an_exception_of_on_auth_refuses_every_request(start: Start) -> None:
     def broken(request: mizusync.Request, scope: str) -> None:
         raise KeyError("a secret of the inside")
 
-    with serve(tmp_path, on_auth=broken) as live:
-        client = live.client()
-        assert refused(client.request("POST", "/sync/push", BODY), 500)
-        assert refused(client.request("GET", "/sync/pull"), 500)
-        reply = client.upgrade()
+    live = start(on_auth=broken)
+    for reply in try_everything(live, {}):
         assert refused(reply, 500)
         assert b"secret" not in reply.body
-        live.logged("a secret of the inside")
-        assert live.call(live.engine.current, "_default") == 0
+    live.logged("a secret of the inside")
+    assert live.call(live.engine.current, "_default") == 0
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["a function", "a coroutine"])
 def test_an_on_auth_that_returns_false_forbids_the_scope(
-    tmp_path: Path, waits: bool
+    start: Start, waits: bool
 ) -> None:
     def user_may(request: mizusync.Request, scope: str) -> bool:
         return scope == "open"
@@ -7781,44 +7846,42 @@ def test_an_on_auth_that_returns_false_forbids_the_scope(
     async def user_may_later(request: mizusync.Request, scope: str) -> bool:
         return user_may(request, scope)
 
-    with serve(tmp_path, on_auth=user_may_later if waits else user_may) as live:
-        client = live.client()
-        no, yes = client.push(note("a"), note("b", scope="open"))
-        assert (no["code"], yes["ok"]) == ("forbidden", True)
-        assert refused(client.request("GET", "/sync/pull"), 403)
-        assert refused(client.request("GET", "/sync/snapshot"), 403)
-        assert refused(client.upgrade(), 403)
-        session = live.socket("/ws?scope=open")
-        assert session.subscribe(scope="_default")["data"]["code"] == "forbidden"
-        assert session.subscribe()["data"]["cursor"] == yes["cursor"]
+    live = start(on_auth=user_may_later if waits else user_may)
+    client = live.client()
+    no, yes = client.push(note("a"), note("b", scope="open"))
+    assert (no["code"], yes["ok"]) == ("forbidden", True)
+    assert refused(client.request("GET", "/sync/pull"), 403)
+    assert refused(client.request("GET", "/sync/snapshot"), 403)
+    assert refused(client.upgrade(), 403)
+    session = live.socket("/ws?scope=open")
+    assert session.subscribe(scope="_default")["data"]["code"] == "forbidden"
+    assert session.subscribe()["data"]["cursor"] == yes["cursor"]
 
 
 @pytest.mark.parametrize("identity", [None, 0, "", True, ()])
 def test_every_other_value_that_on_auth_returns_is_an_identity(
-    tmp_path: Path, identity: Any
+    start: Start, identity: Any
 ) -> None:
-    with serve(tmp_path, on_auth=lambda request, scope: identity) as live:
-        (result,) = live.client().push({"id": "a", "name": "who"})
-        assert result["changes"][0]["data"] == (
-            list(identity) if identity == () else identity
-        )
+    live = start(on_auth=lambda request, scope: identity)
+    (result,) = live.client().push({"id": "a", "name": "who"})
+    assert fold(result["changes"]) == json.loads(json.dumps([identity]))
+
+
+ASKING = {"auth_interval": MOMENT / 2}  # seconds
 
 
 def test_a_session_whose_permission_ended_is_closed_with_1008(
-    tmp_path: Path, doors: Doors
+    start: Start, doors: Doors
 ) -> None:
-    settings = replace(SMALL, auth_interval=MOMENT / 2)
-    with serve(tmp_path, settings, on_auth=doors.later) as live:
-        client = live.socket("/ws", ANN)
-        until(lambda: len(doors.asked) > 2)
-        assert client.subscribe()["topic"] == "sync:_default"
-        doors.shut = True
-        assert client.read_close() == 1008
+    live = start(**ASKING, on_auth=doors.later)
+    client = live.socket("/ws", ANN)
+    until(lambda: len(doors.asked) > 2)
+    assert client.subscribe()["topic"] == "sync:_default"
+    doors.shut = True
+    assert client.read_close() == 1008
 
 
-def test_an_on_auth_that_hangs_when_it_is_asked_again_is_asked_once_more(
-    tmp_path: Path,
-) -> None:
+def test_an_on_auth_that_hangs_is_asked_once_more(start: Start) -> None:
     asked: list[str] = []
 
     async def on_auth(request: mizusync.Request, scope: str) -> None:
@@ -7828,18 +7891,15 @@ def test_an_on_auth_that_hangs_when_it_is_asked_again_is_asked_once_more(
         if len(asked) > 2:
             raise mizusync.Forbidden("no more")
 
-    with serve(
-        tmp_path, replace(SMALL, auth_interval=MOMENT / 2), on_auth=on_auth
-    ) as live:
-        assert live.socket().read_close() == 1008
-        live.logged("TimeoutError")
-
-
-ASKING = replace(SMALL, auth_interval=MOMENT / 2)
+    live = start(**ASKING, on_auth=on_auth)
+    assert live.socket().read_close() == 1008
+    live.logged("TimeoutError")
 
 
 class Permits:
-    """An on_auth that answers with `answers[scope]`, or raises it; others get "ann"."""
+    """An on_auth that returns or raises `answers[scope]`; ... never returns.
+
+    For every other scope it returns "ann"."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Any] = {}
@@ -7855,9 +7915,9 @@ class Permits:
         return answer
 
     def ask_again(self) -> None:
-        """Wait until all scopes were asked about once more."""
+        """Wait until the server has asked about all scopes once more."""
         before = self.asked
-        until(lambda: self.asked > before + 5)  # two scopes a time, at most
+        until(lambda: self.asked > before + 5)  # it asks about two at a time, at most
 
 
 @pytest.fixture
@@ -7866,119 +7926,114 @@ def permits() -> Permits:
 
 
 @table("no", {"Forbidden": mizusync.Forbidden("no more"), "False": False})
-def test_a_scope_whose_permission_ended_is_unsubscribed_and_told(
-    tmp_path: Path, permits: Permits, no: Any
+def test_a_scope_whose_permission_ended_is_unsubscribed_with_an_error(
+    start: Start, permits: Permits, no: Any
 ) -> None:
-    with serve(tmp_path, ASKING, on_auth=permits) as live:
-        client = live.socket()
-        client.subscribe(scope="s")
-        client.subscribe(scope="t")
-        permits.answers["s"] = no
-        told = client.read_json()
-        assert told["topic"] == "error"
-        assert (told["data"]["code"], told["data"]["scope"]) == ("forbidden", "s")
-        live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(
-            PATIENCE
-        )
-        assert client.read_json()["topic"] == "sync:t"  # the session goes on
-        permits.ask_again()
-        assert client.quiet()  # it is told once
-        permits.answers.clear()
-        assert client.subscribe(scope="s")["data"]["cursor"] == 1
+    live = start(**ASKING, on_auth=permits)
+    client = live.socket()
+    client.subscribe(scope="s")
+    client.subscribe(scope="t")
+    permits.answers["s"] = no
+    told = client.read_json()
+    assert told["topic"] == "error"
+    assert (told["data"]["code"], told["data"]["scope"]) == ("forbidden", "s")
+    live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(PATIENCE)
+    assert client.read_json()["topic"] == "sync:t"  # the session goes on
+    permits.ask_again()
+    assert client.quiet()  # the error comes once
+    permits.answers.clear()
+    assert client.subscribe(scope="s")["data"]["cursor"] == 1
 
 
-def test_a_subscribe_that_is_refused_ends_the_subscription_of_before(
-    tmp_path: Path, permits: Permits
+def test_a_refused_subscribe_ends_an_earlier_subscription(
+    start: Start, permits: Permits
 ) -> None:
-    with serve(tmp_path, on_auth=permits) as live:  # nothing but the client asks
-        client = live.socket()
-        client.subscribe(scope="s")
-        client.subscribe(scope="t")
-        permits.answers["s"] = mizusync.Forbidden("no more")
-        client.say("subscribe", {"scope": "s"})
-        told = client.read_json()["data"]
-        assert (told["code"], told["scope"]) == ("forbidden", "s")
-        live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(
-            PATIENCE
-        )
-        assert client.read_json()["topic"] == "sync:t"
-        assert client.quiet()
+    live = start(on_auth=permits)  # which is asked when the client subscribes
+    client = live.socket()
+    client.subscribe(scope="s")
+    client.subscribe(scope="t")
+    permits.answers["s"] = mizusync.Forbidden("no more")
+    client.say("subscribe", {"scope": "s"})
+    told = client.read_json()["data"]
+    assert (told["code"], told["scope"]) == ("forbidden", "s")
+    live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(PATIENCE)
+    assert client.read_json()["topic"] == "sync:t"
+    assert client.quiet()
 
 
-def test_a_session_may_outlive_the_scope_that_it_came_with(
-    tmp_path: Path, permits: Permits
+def test_a_session_may_outlive_the_scope_of_its_handshake(
+    start: Start, permits: Permits
 ) -> None:
-    with serve(tmp_path, ASKING, on_auth=permits) as live:
-        client = live.socket("/ws?scope=own")
-        client.subscribe(scope="other")
-        permits.answers["own"] = mizusync.Forbidden("no more")
-        assert client.read_json()["data"]["scope"] == "own"
-        permits.ask_again()
-        assert client.quiet()
-        permits.answers["other"] = mizusync.Forbidden("no more")
-        assert client.read_json()["data"]["scope"] == "other"
-        assert client.read_close() == 1008
+    live = start(**ASKING, on_auth=permits)
+    client = live.socket("/ws?scope=own")
+    client.subscribe(scope="other")
+    permits.answers["own"] = mizusync.Forbidden("no more")
+    assert client.read_json()["data"]["scope"] == "own"
+    permits.ask_again()
+    assert client.quiet()
+    permits.answers["other"] = mizusync.Forbidden("no more")
+    assert client.read_json()["data"]["scope"] == "other"
+    assert client.read_close() == 1008
 
 
-def test_a_session_without_a_scope_that_is_left_is_closed_with_1008(
-    tmp_path: Path, permits: Permits
+def test_a_session_that_lost_its_last_scope_is_closed_with_1008(
+    start: Start, permits: Permits
 ) -> None:
-    with serve(tmp_path, ASKING, on_auth=permits) as live:
-        client = live.socket()
-        client.subscribe(scope="s")
-        permits.answers |= {"s": False, "_default": False}
-        assert client.read_close() == 1008
+    live = start(**ASKING, on_auth=permits)
+    client = live.socket()
+    client.subscribe(scope="s")
+    permits.answers |= {"s": False, "_default": False}
+    assert client.read_close() == 1008
 
 
-def test_a_client_that_is_unknown_now_is_closed_with_1008_whatever_scopes_are_left(
-    tmp_path: Path, permits: Permits
+def test_an_unauthorized_session_is_closed_with_1008_though_scopes_are_left(
+    start: Start, permits: Permits
 ) -> None:
-    with serve(tmp_path, ASKING, on_auth=permits) as live:
-        client = live.socket()
-        client.subscribe(scope="s")
-        permits.answers["s"] = mizusync.Unauthorized("who?")
-        assert client.read_close() == 1008
+    live = start(**ASKING, on_auth=permits)
+    client = live.socket()
+    client.subscribe(scope="s")
+    permits.answers["s"] = mizusync.Unauthorized("no more")
+    assert client.read_close() == 1008
 
 
-def test_the_identity_of_a_session_follows_the_answer_for_the_scope_that_it_came_with(
-    tmp_path: Path, permits: Permits
+def test_the_identity_of_a_session_is_the_answer_for_the_scope_of_its_handshake(
+    start: Start, permits: Permits
 ) -> None:
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         session.send("you", session.identity)
 
-    def who(client: RawClient) -> Any:
+    live = start(**ASKING, on_auth=permits, on_message=on_message)
+    client = live.socket("/ws?scope=own")
+    client.subscribe(scope="other")
+
+    def identity() -> Any:
         client.say("who?")
         return client.read_json()["data"]
 
-    with serve(tmp_path, ASKING, on_auth=permits, on_message=on_message) as live:
-        client = live.socket("/ws?scope=own")
-        client.subscribe(scope="other")
-        assert who(client) == "ann"
-        permits.answers |= {"other": "nobody", "own": "ann, admin"}
-        until(lambda: who(client) == "ann, admin")
-        permits.ask_again()
-        assert who(client) == "ann, admin"
+    assert identity() == "ann"
+    permits.answers |= {"other": "bob", "own": "ann, admin"}
+    until(lambda: identity() == "ann, admin")
+    permits.ask_again()
+    assert identity() == "ann, admin"
 
 
 @table(
     "fault",
     {"fails": KeyError("inside"), "hangs": ..., "is busy": Unavailable("later")},
 )
-def test_a_session_is_closed_with_1011_once_on_auth_failed_three_times_in_a_row(
-    tmp_path: Path, permits: Permits, fault: Any
+def test_a_session_is_closed_with_1011_if_on_auth_fails_three_times_in_a_row(
+    start: Start, permits: Permits, fault: Any
 ) -> None:
-    with serve(tmp_path, ASKING, on_auth=permits, may_log="on_auth failed") as live:
-        client = live.socket()
-        permits.answers["_default"] = fault
-        before = permits.asked
-        assert client.read_close() == 1011
-        assert permits.asked >= before + 3
-        assert (
-            len([text for text in live.records.texts if "on_auth failed" in text]) == 3
-        )
+    live = start(**ASKING, on_auth=permits, may_log="on_auth failed")
+    client = live.socket()
+    permits.answers["_default"] = fault
+    before = permits.asked
+    assert client.read_close() == 1011
+    assert permits.asked >= before + 3
+    assert len([text for text in live.records.texts if "on_auth failed" in text]) == 3
 
 
-def test_two_failures_of_on_auth_and_an_answer_are_no_three(tmp_path: Path) -> None:
+def test_a_session_stays_if_on_auth_fails_only_twice_in_a_row(start: Start) -> None:
     asked = itertools.count()
 
     def on_auth(request: mizusync.Request, scope: str) -> str:
@@ -7986,52 +8041,50 @@ def test_two_failures_of_on_auth_and_an_answer_are_no_three(tmp_path: Path) -> N
             raise KeyError("inside")
         return "ann"
 
-    with serve(tmp_path, ASKING, on_auth=on_auth, may_log="on_auth failed") as live:
-        client = live.socket()
-        until(lambda: len(live.records.texts) >= 8)
-        assert client.quiet()
+    live = start(**ASKING, on_auth=on_auth, may_log="on_auth failed")
+    client = live.socket()
+    until(lambda: len(live.records.texts) >= 4)
+    assert client.quiet()
 
 
-def test_no_scope_that_is_not_answered_for_keeps_another_from_its_end(
-    tmp_path: Path, permits: Permits
+def test_scopes_for_which_on_auth_hangs_do_not_keep_another_subscribed(
+    start: Start, permits: Permits
 ) -> None:
     scopes = [*map(str, range(9)), "_default"]
-    with serve(tmp_path, ASKING, on_auth=permits, may_log="on_auth failed") as live:
-        client = live.socket()
-        for scope in (*scopes, "s"):
-            client.subscribe(scope=scope)
-        permits.answers = dict.fromkeys(scopes, ...) | {
-            "s": mizusync.Forbidden("no more")
-        }
-        assert client.read_json()["data"]["scope"] == "s"
+    live = start(**ASKING, on_auth=permits, may_log="on_auth failed")
+    client = live.socket()
+    for scope in (*scopes, "s"):
+        client.subscribe(scope=scope)
+    permits.answers = dict.fromkeys(scopes, ...) | {"s": mizusync.Forbidden("no more")}
+    assert client.read_json()["data"]["scope"] == "s"
 
 
 @pytest.mark.parametrize("target", ["/ws", "/sync/pull", "subscribe"])
-def test_a_client_that_goes_while_on_auth_thinks_is_forgotten(
-    tmp_path: Path, target: str
+def test_a_client_that_resets_while_on_auth_runs_leaves_no_task(
+    start: Start, target: str
 ) -> None:
     async def think(request: mizusync.Request, scope: str) -> None:
         if scope != "quick":
             await asyncio.Event().wait()
 
-    with serve(tmp_path, on_auth=think) as live:
-        before = live.tasks()
-        if target == "subscribe":
-            client = live.socket("/ws?scope=quick")
-            client.say("subscribe", {"scope": "another"})
-        else:
-            client = live.client()
-            client.send(RUDE_UPGRADE.replace(b"/ws", target.encode()))
-        until(lambda: live.tasks() > before)
-        client.reset()
-        until(lambda: live.tasks() <= before)
+    live = start(close_timeout=MOMENT, on_auth=think)
+    before = live.tasks()
+    if target == "subscribe":
+        client = live.socket("/ws?scope=quick")
+        client.say("subscribe", {"scope": "another"})
+    else:
+        client = live.client()
+        client.send(RUDE_UPGRADE.replace(b"/ws", target.encode()))
+    until(lambda: live.tasks() > before)
+    client.reset()
+    until(lambda: live.tasks() <= before)
 
 
 NO_TOKENS = ["", " ", "a b", "a,b", "YWJj/Q==", "a\n", "b\u00fccher", '"a"', "\udcff"]
 
 
 @pytest.mark.parametrize("token", NO_TOKENS)
-def test_a_token_that_a_browser_cannot_show_is_refused_where_it_is_given(
+def test_a_token_that_a_browser_cannot_send_is_refused_at_once(
     engine: Engine, token: str
 ) -> None:
     with pytest.raises(ValueError, match=r"^a token has 1 or more letters") as raised:
@@ -8045,24 +8098,26 @@ def test_a_token_that_is_no_string_is_a_type_error(engine: Engine) -> None:
         Server(engine, token=wrong)
 
 
-def test_a_token_of_every_character_that_it_may_have_opens_both_ways(
-    tmp_path: Path,
+def test_a_token_of_every_allowed_character_works_as_header_and_subprotocol(
+    start: Start,
 ) -> None:
     token = "!#$%&'*+-.^_`|~09AZaz"
     offer = {"Sec-WebSocket-Protocol": f"mizusync, bearer.{token}"}
-    with serve(tmp_path, token=token) as live:
-        shown = {"Authorization": f"Bearer {token}"}
-        assert live.client().request("GET", "/sync/pull", headers=shown).status == 200
-        assert live.client().upgrade(headers=offer).status == 101
+    live = start(token=token)
+    shown = {"Authorization": f"Bearer {token}"}
+    assert live.client().request("GET", "/sync/pull", headers=shown).status == 200
+    assert live.client().upgrade(headers=offer).status == 101
 
 
-def test_no_second_scope_leads_around_on_auth(watched: Live) -> None:
+def test_a_second_scope_does_not_bypass_on_auth(watched: Live) -> None:
     for target in ("/sync/pull", "/sync/snapshot", "/ws"):
         for query in ("scope=s&scope=secret", "scope=secret&%73cope=s"):
             assert refused(watched.client().upgrade(f"{target}?{query}", ANN), 400)
 
 
-def test_no_method_and_no_key_twice_leads_around_on_auth(watched: Live) -> None:
+def test_a_head_request_or_a_repeated_key_does_not_bypass_on_auth(
+    watched: Live,
+) -> None:
     client = watched.client()
     assert client.request("HEAD", "/sync/pull?scope=secret", headers=ANN).status == 403
     twice = b', "scope": "s", "scope": "secret"}'
@@ -8076,34 +8131,27 @@ def test_no_method_and_no_key_twice_leads_around_on_auth(watched: Live) -> None:
     assert client.read_json()["data"]["code"] == "forbidden"
 
 
-def test_a_pull_whose_permission_ended_while_it_waited_gives_nothing(
-    tmp_path: Path, doors: Doors
+def test_a_pull_whose_permission_ended_while_it_waited_is_refused(
+    start: Start, doors: Doors
 ) -> None:
-    with serve(tmp_path, on_auth=doors.later) as live:
-        client = live.client()
-        client.send(get(b"/sync/pull?wait=60", b"X-Name: ann"))
-        until(lambda: doors.asked)
-        doors.shut = True
-        live.engine.submit([note("a")]).result(PATIENCE)
-        assert refused(client.response(), 401)
+    live = start(on_auth=doors.later)
+    client = live.client()
+    client.send(get(b"/sync/pull?wait=60", b"X-Name: ann"))
+    until(lambda: doors.asked)
+    doors.shut = True
+    live.engine.submit([note("a")]).result(PATIENCE)
+    assert refused(client.response(), 401)
 
 
-def test_a_preflight_needs_no_token(tmp_path: Path) -> None:
-    with serve(tmp_path, token="s3cret", allow_origin=["https://app.example"]) as live:
-        asked = {
-            "Origin": "https://app.example",
-            "Access-Control-Request-Method": "POST",
-        }
-        reply = live.client().request("OPTIONS", "/sync/push", headers=asked)
-        assert (reply.status, "authorization" in str(reply.headers).lower()) == (
-            204,
-            True,
-        )
+def test_a_preflight_needs_no_token(start: Start) -> None:
+    live = start(token="s3cret", **ALLOWING)
+    asked = APP | {"Access-Control-Request-Method": "POST"}
+    reply = live.client().request("OPTIONS", "/sync/push", headers=asked)
+    assert (reply.status, "authorization" in str(reply.headers).lower()) == (204, True)
 
 
-def test_the_page_may_run_its_own_script_and_nothing_else(tmp_path: Path) -> None:
-    with serve(tmp_path, page=PROGRAM.with_name("demo.html")) as live:
-        reply = live.client().request("GET", "/")
+def test_the_page_may_run_its_own_script_and_nothing_else(start: Start) -> None:
+    reply = start(page=PROGRAM.with_name("demo.html")).client().request("GET", "/")
     policy = reply.headers["content-security-policy"].split("; ")
     for tag in ("script", "style"):
         inline = (
@@ -8117,55 +8165,50 @@ def test_the_page_may_run_its_own_script_and_nothing_else(tmp_path: Path) -> Non
     assert reply.headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_log_has_no_token_and_no_line_of_a_clients_making(tmp_path: Path) -> None:
+def test_the_log_has_no_token_and_no_line_that_a_client_wrote(
+    log: Records, start: Start
+) -> None:
     def broken(request: mizusync.Request, scope: str) -> None:
         if scope != "s":
             raise KeyError("inside")
 
-    shown = {"Authorization": "Bearer s3cret"}
-    with (
-        recorded() as everything,
-        serve(tmp_path, token="s3cret", on_auth=broken, may_log="inside") as live,
-    ):
-        for target in ("/%0AERROR", "/sync/pull?t=s3cret", "/?s3cret"):
-            assert live.client().request("PUT", target, b"s3cret", shown).status >= 400
-        assert refused(live.client().request("GET", "/sync/pull", headers=shown), 500)
-        client = live.socket("/ws?scope=s", shown)
-        client.send_frame(CLOSE, b"\x03\xe8bye\nERROR all is lost")
-        client.read_close()
-    assert not [
-        text for text in everything.texts if "s3cret" in text or "\nERROR" in text
-    ]
-    assert [text for text in everything.texts if "all is lost" in text]
+    headers = {"Authorization": "Bearer s3cret"}
+    live = start(token="s3cret", on_auth=broken, may_log="inside")
+    for target in ("/%0AERROR", "/sync/pull?t=s3cret", "/?s3cret"):
+        assert live.client().request("PUT", target, b"s3cret", headers).status >= 400
+    assert refused(live.client().request("GET", "/sync/pull", headers=headers), 500)
+    client = live.socket("/ws?scope=s", headers)
+    client.send(goodbye(1000, b"bye\nERROR all is lost"))
+    client.read_close()
+    live.end()
+    assert not [text for text in log.texts if "s3cret" in text or "\nERROR" in text]
+    assert [text for text in log.texts if "all is lost" in text]
 
 
 # --- Server ---------------------------------------------------------------------------
-# Routes of the application's own, limits of the whole, and an end that loses nothing.
+# Routes of the application, limits of the whole server, and a stop that loses nothing.
 
 
-def test_the_page_is_served(tmp_path: Path) -> None:
+def test_the_page_is_served(start: Start, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("<!doctype html><title>caf\u00e9</title>", encoding="utf-8")
-    with serve(tmp_path, page=page) as live:
-        reply = live.client().request("GET", "/")
-        assert (reply.status, reply.body) == (200, page.read_bytes())
-        assert (
-            reply.headers["content-type"].replace(" ", "").lower()
-            == "text/html;charset=utf-8"
-        )
-        assert reply.headers["cache-control"] == "no-store"
-        assert refused(live.client().request("POST", "/", b""), 405)
+    client = start(page=page).client()
+    reply = client.request("GET", "/")
+    content_type = reply.headers["content-type"].replace(" ", "").lower()
+    assert (reply.status, reply.body) == (200, page.read_bytes())
+    assert content_type == "text/html;charset=utf-8"
+    assert reply.headers["cache-control"] == "no-store"
+    assert refused(client.request("POST", "/", b""), 405)
 
 
-def test_a_server_in_a_thread_ends_in_order_when_it_is_told_to_stop(
-    engine: Engine,
-) -> None:
-    server, told = Server(engine), list[str]()
-    run = functools.partial(server.run, "127.0.0.1", 0, told.append)
+def test_a_server_in_a_thread_stops_gracefully(engine: Engine) -> None:
+    server, announced = Server(engine), list[str]()
+    run = functools.partial(server.run, "127.0.0.1", 0, announced.append)
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    until(lambda: told)
-    with closing(RawClient(("127.0.0.1", int(told[0].split(":")[-1][:-1])))) as session:
+    until(lambda: announced)
+    port = int(announced[0].split(":")[-1][:-1])
+    with closing(RawClient(("127.0.0.1", port))) as session:
         assert session.upgrade().status == 101
         server.stop()
         assert session.read_close() == 1001
@@ -8175,9 +8218,7 @@ def test_a_server_in_a_thread_ends_in_order_when_it_is_told_to_stop(
     assert refuses(lambda: engine.submit([note("1")]))
 
 
-def test_a_server_does_not_run_where_a_loop_runs_and_leaves_the_engine_open(
-    engine: Engine,
-) -> None:
+def test_run_refuses_a_running_loop_and_leaves_the_engine_open(engine: Engine) -> None:
     async def main() -> None:
         with pytest.raises(RuntimeError, match="listen"):
             Server(engine).run("127.0.0.1", 0)
@@ -8187,9 +8228,7 @@ def test_a_server_does_not_run_where_a_loop_runs_and_leaves_the_engine_open(
     ask(main())
 
 
-def test_a_server_that_is_told_to_stop_before_it_runs_does_so_at_once(
-    engine: Engine,
-) -> None:
+def test_a_server_that_was_stopped_before_it_runs_ends_at_once(engine: Engine) -> None:
     server = Server(engine)
     server.stop()
     thread = threading.Thread(target=server.run, args=("127.0.0.1", 0), daemon=True)
@@ -8199,17 +8238,16 @@ def test_a_server_that_is_told_to_stop_before_it_runs_does_so_at_once(
     assert refuses(lambda: engine.submit([note("1")]))
 
 
-def test_a_server_without_a_page_has_none_and_one_that_is_named_has_to_be_there(
-    engine: Engine, tmp_path: Path
+def test_a_server_without_a_page_answers_404_and_a_missing_page_is_an_error(
+    client: RawClient, engine: Engine, tmp_path: Path
 ) -> None:
-    with serve(tmp_path) as live:
-        assert refused(live.client().request("GET", "/"), 404)
+    assert refused(client.request("GET", "/"), 404)
     with pytest.raises(OSError, match="nowhere"):
         Server(engine, page=tmp_path / "nowhere.html")
 
 
 def prepared(server: Server) -> None:
-    """Routes as an application would add them."""
+    """Add routes as an application would."""
 
     @server.route("GET", "/text")
     async def text(request: mizusync.Request) -> str:
@@ -8242,32 +8280,26 @@ def prepared(server: Server) -> None:
         raise RuntimeError("a secret of the inside")
 
 
-def test_routes_of_the_application_give_text_bytes_json_or_a_response(
-    tmp_path: Path,
-) -> None:
-    with serve(tmp_path, prepare=prepared) as live:
-        client = live.client()
-        assert client.request("GET", "/text?name=a+b").body.decode() == "h\u00e9llo a b"
-        assert (
-            client.request("POST", "/upper", b"abc", {"Content-Type": "x/y"}).body
-            == b"ABC"
-        )
-        assert client.request("GET", "/json").json == {"x": [1, None]}
-        made = client.request("GET", "/response")
-        assert (made.status, made.body, made.headers["x-a"]) == (201, b"made", "1")
-        assert made.headers["content-type"] == "a/b"
-        assert set(
-            client.request("OPTIONS", "/upper").headers["allow"].split(", ")
-        ) >= {"POST"}
+def test_routes_return_text_bytes_json_or_a_response(start: Start) -> None:
+    client = start(prepare=prepared).client()
+    assert client.request("GET", "/text?name=a+b").body.decode() == "h\u00e9llo a b"
+    reply = client.request("POST", "/upper", b"abc", {"Content-Type": "x/y"})
+    assert reply.body == b"ABC"
+    assert client.request("GET", "/json").json == {"x": [1, None]}
+    made = client.request("GET", "/response")
+    assert (made.status, made.body, made.headers["x-a"]) == (201, b"made", "1")
+    assert made.headers["content-type"] == "a/b"
+    options = client.request("OPTIONS", "/upper")
+    assert "POST" in options.headers["allow"].split(", ")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"NaN", b"\xff", b"[" * 65 + b"]" * 65])
-def test_a_route_that_wants_json_refuses_what_is_none(
-    tmp_path: Path, body: bytes
+def test_a_route_that_reads_json_refuses_a_body_without_it(
+    start: Start, body: bytes
 ) -> None:
-    with serve(tmp_path, prepare=prepared) as live:
-        assert refused(live.client().request("POST", "/keys", body), 400)
-        assert live.client().request("POST", "/keys", b'{"a": [1]}').json == ["a"]
+    client = start(prepare=prepared).client()
+    assert refused(client.request("POST", "/keys", body), 400)
+    assert client.request("POST", "/keys", b'{"a": [1]}').json == ["a"]
 
 
 @table(
@@ -8284,15 +8316,15 @@ def test_a_route_that_wants_json_refuses_what_is_none(
         "path and method in the wrong order": ("/x", "GET", "slash"),
         "no method": ("GET POST", "/x", "method"),
         "an empty method": ("", "/x", "method"),
-        "what the server itself answers": ("OPTIONS", "/x", "OPTIONS"),
+        "OPTIONS, which the server answers": ("OPTIONS", "/x", "OPTIONS"),
         "the push": ("POST", "/sync/push", "POST /sync/push"),
         "the pull": ("GET", "/sync/pull", "GET /sync/pull"),
         "the same in lower case": ("get", "/sync/pull", "GET /sync/pull"),
         "the pull's HEAD": ("HEAD", "/sync/pull", "HEAD /sync/pull"),
         "the sessions": ("GET", "/ws", "GET /ws"),
         "the page": ("GET", "/", "GET /"),
-        "one of its own": ("PUT", "/twice", "PUT /twice"),
-        "the GET of its own HEAD": ("GET", "/head", "HEAD /head"),
+        "a route of the application": ("PUT", "/twice", "PUT /twice"),
+        "the GET of a HEAD of the application": ("GET", "/head", "HEAD /head"),
     },
 )
 def test_a_route_that_would_never_match_or_is_taken_is_refused(
@@ -8319,7 +8351,7 @@ def test_a_websocket_that_would_never_match_or_is_taken_is_refused(
         server.websocket(target)(echo)
 
 
-def test_a_refused_route_leaves_all_as_it_was(tmp_path: Path) -> None:
+def test_a_refused_route_changes_nothing(start: Start) -> None:
     def prepare(server: Server) -> None:
         for method, path in (
             ("GET", "/sync/pull"),
@@ -8332,17 +8364,17 @@ def test_a_refused_route_leaves_all_as_it_was(tmp_path: Path) -> None:
             server.route("GET", path)(lambda request: request.path)
         server.route("PUT", "/sync/pull")(lambda request: b"put")
 
-    with serve(tmp_path, prepare=prepare) as live:
-        client = live.client()
-        assert client.pull()["changes"] == []
-        assert refused(client.request("GET", "/other"), 404)
-        assert client.request("PUT", "/sync/pull", b"").body == b"put"
-        for target in ("/literal/(id)", "/caf%C3%A9%20$1", "/a:b"):
-            assert client.request("GET", target).status == 200
+    live = start(prepare=prepare)
+    client = live.client()
+    assert client.pull()["changes"] == []
+    assert refused(client.request("GET", "/other"), 404)
+    assert client.request("PUT", "/sync/pull", b"").body == b"put"
+    for target in ("/literal/(id)", "/caf%C3%A9%20$1", "/a:b"):
+        assert client.request("GET", target).status == 200
 
 
 class Odd(mizusync.SyncError, status=499, code="odd"):
-    """A refusal of an application's own, of whose status HTTP says nothing."""
+    """A refusal of the application, with a status that HTTP does not know."""
 
 
 def failing(error: BaseException) -> Callable[[Any], Any]:
@@ -8370,7 +8402,7 @@ def response_of(*values: Any, **fields: Any) -> Callable[[Any], Any]:
 
 ODD = Odd("it is odd")
 ODD.headers = {"X-A": "\u00fc"}
-AMISS = {
+BAD_ANSWERS = {
     "text as a body": response_of(200, "text"),
     "no body": response_of(200, None),
     "a header with a line break": response_of(headers={"X-A": "1\r\nX-B: 2"}),
@@ -8378,75 +8410,61 @@ AMISS = {
     "a header's name with a space": response_of(headers={"X A": "1"}),
     "a header without a name": response_of(headers={"": "1"}),
     "a header of a refusal": failing(ODD),
-    **{name: response_of(headers={name: "1"}) for name in ("Content-Length", "date")},
     **{
-        name: response_of(headers={name: "1"})
-        for name in ("Transfer-Encoding", "Connection")
+        f"the header {name}": response_of(headers={name: "1"})
+        for name in ("Content-Length", "date", "Transfer-Encoding", "Connection")
     },
     "an interim status": response_of(103),
     "no status": response_of(600),
-    "what is no JSON": lambda request: {1, 2},
-    "a wait for what is cancelled": cancelled,
-    "an exit": failing(SystemExit(3)),
-    "an end of a library's own": failing(type("Timeout", (BaseException,), {})()),
-    "a switch of protocols to none": response_of(101),
+    "a set, which JSON lacks": lambda request: {1, 2},
+    "a cancelled future": cancelled,
+    "SystemExit": failing(SystemExit(3)),
+    "a BaseException of a library": failing(type("Timeout", (BaseException,), {})()),
+    "a switch to no protocol": response_of(101),
 }
 
 
-@table("handler", AMISS)
-def test_what_a_route_does_amiss_is_logged_and_answered(
-    tmp_path: Path, handler: Callable[[Any], Any]
+@table("handler", BAD_ANSWERS)
+def test_a_bad_answer_of_a_route_is_logged_and_an_internal_error(
+    start: Start, handler: Callable[[Any], Any]
 ) -> None:
-    with serve(
-        tmp_path, prepare=lambda server: server.route("GET", "/it")(handler)
-    ) as live:
-        client = live.client()
-        assert refused(client.request("GET", "/it"), 500)
-        live.logged("Traceback")
-        assert client.request("GET", "/healthz").status == 200  # on the same connection
+    live = start(route=handler)
+    client = live.client()
+    assert refused(client.request("GET", "/it"), 500)
+    live.logged("Traceback")
+    assert client.request("GET", "/healthz").status == 200  # on the same connection
 
 
 class Large(mizusync.Response):
-    """A response of an application's own making."""
+    """A response of the application."""
 
     def __init__(self, text: str) -> None:
         super().__init__(200, text.encode(), {}, "text/plain")
 
 
-def test_a_response_may_be_of_a_class_of_its_own(tmp_path: Path) -> None:
-    def prepare(server: Server) -> None:
-        server.route("GET", "/it")(lambda request: Large("x" * 20_000))
-
-    headers = {"Accept-Encoding": "gzip", "Origin": "https://app.example"}
-    with serve(tmp_path, prepare=prepare, allow_origin=["https://app.example"]) as live:
-        reply = live.client().request("GET", "/it", headers=headers)
-        assert (reply.status, gzip.decompress(reply.body)) == (200, b"x" * 20_000)
+def test_a_response_may_be_of_a_subclass(start: Start) -> None:
+    client = start(route=lambda request: Large("x" * 20_000), **ALLOWING).client()
+    reply = client.request("GET", "/it", headers=APP | {"Accept-Encoding": "gzip"})
+    assert (reply.status, gzip.decompress(reply.body)) == (200, b"x" * 20_000)
 
 
-def test_a_refusal_may_have_a_status_of_its_own(tmp_path: Path) -> None:
-    refuse = failing(Odd("it is odd"))
-    with serve(
-        tmp_path, prepare=lambda server: server.route("GET", "/it")(refuse)
-    ) as live:
-        reply = live.client().request("GET", "/it")
-        assert (reply.status, reply.json) == (
-            499,
-            {"code": "odd", "error": "it is odd"},
-        )
+def test_a_refusal_may_have_a_status_of_the_application(start: Start) -> None:
+    reply = start(route=failing(Odd("it is odd"))).client().request("GET", "/it")
+    assert (reply.status, reply.json) == (499, {"code": "odd", "error": "it is odd"})
 
 
-def test_a_refusal_of_a_route_is_told_and_a_fault_is_not(tmp_path: Path) -> None:
-    with serve(tmp_path, prepare=prepared) as live:
-        client = live.client()
-        assert refused(client.request("GET", "/refuse"), 409)
-        reply = client.request("GET", "/crash")
-        assert refused(reply, 500)
-        assert b"secret" not in reply.body
-        live.logged("a secret of the inside")
-        assert live.client().request("GET", "/json").status == 200
+def test_a_refusal_of_a_route_is_shown_and_an_exception_is_not(start: Start) -> None:
+    live = start(prepare=prepared)
+    client = live.client()
+    assert refused(client.request("GET", "/refuse"), 409)
+    reply = client.request("GET", "/crash")
+    assert refused(reply, 500)
+    assert b"secret" not in reply.body
+    live.logged("a secret of the inside")
+    assert live.client().request("GET", "/json").status == 200
 
 
-def test_stats_tell_of_sessions_that_come_and_go(server: Live) -> None:
+def test_stats_count_the_sessions_that_are_open(server: Live) -> None:
     assert server.call(server.server.stats)["sessions"] == 0
     client = server.socket()
     assert server.call(server.server.stats)["sessions"] == 1
@@ -8465,26 +8483,22 @@ def test_stats_have_every_name_from_the_start_and_the_readme_explains_each(
     assert not any(stats.values())
 
 
-def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(
-    tmp_path: Path,
-) -> None:
-    with serve(tmp_path, may_log="secret") as live:
-        client = live.client()
-        client.push(
-            note("a"), note("a"), note("b"), {"id": "c", "name": "notes", "args": 7}
-        )
-        client.push(
-            *({"id": code, "name": "refuse", "args": code} for code in REFUSALS)
-        )
-        client.push({"id": "d", "name": "apply fails"})
-        client.pull(), client.pull(), client.pull(scope="new")
-        for target, status in (("/sync/snapshot", 200), ("/nowhere", 404)):
-            assert client.request("GET", target).status == status
-        client.send(b"nonsense\r\n\r\n")
-        assert client.response().status == 400
-        client.close()
-        until(lambda: live.server.stats()["connections"] == 0)
-        stats = live.server.stats()
+def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(start: Start) -> None:
+    live = start(may_log="secret")
+    client = live.client()
+    notes = {"id": "c", "name": "notes", "args": 7}
+    client.push(note("a"), note("a"), note("b"), notes)
+    client.push(*({"id": code, "name": "refuse", "args": code} for code in REFUSALS))
+    client.push({"id": "d", "name": "apply fails"})
+    for scope in (DEFAULT, DEFAULT, "new"):
+        client.pull(scope=scope)
+    for target, status in (("/sync/snapshot", 200), ("/nowhere", 404)):
+        assert client.request("GET", target).status == status
+    client.send(b"nonsense\r\n\r\n")
+    assert client.response().status == 400
+    client.close()
+    until(lambda: live.server.stats()["connections"] == 0)
+    stats = live.server.stats()
     counted = {name: value for name, value in stats.items() if "_bytes" not in name}
     assert {name: value for name, value in counted.items() if value} == {
         "version": mizusync.__version__,
@@ -8503,172 +8517,223 @@ def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(
     }
 
 
-def test_stats_tell_of_pushes_that_wait_and_of_those_that_failed(
-    tmp_path: Path,
+def test_stats_count_pushes_that_wait_and_pushes_that_failed(
+    start: Start, tmp_path: Path
 ) -> None:
     entered, release = threading.Event(), threading.Event()
-    with serve(
-        tmp_path, apply=stalled(entered, release), may_log="pushes failed"
-    ) as live:
-        engine = live.engine
-        first = engine.submit([note("a")])
-        assert entered.wait(PATIENCE)
-        second = engine.submit([note("b")])
-        assert live.server.stats()["pushes_waiting"] == 1
-        release.set()
-        assert first.result(PATIENCE)[0].ok
-        assert second.result(PATIENCE)[0].ok
-        for file in tmp_path.glob("log.db*"):
-            file.unlink()
-        with pytest.raises(Unavailable):
-            engine.submit([note("c")]).result(PATIENCE)
-        stats = live.server.stats()
-        assert [
-            stats[name] for name in ("pushes_waiting", "pushes_failed", "pushes")
-        ] == [0, 1, 2]
-        assert (stats["database_bytes"], stats["wal_bytes"]) == (0, 0)
+    live = start(apply=stalled(entered, release), may_log="pushes failed")
+    engine = live.engine
+    first = engine.submit([note("a")])
+    assert entered.wait(PATIENCE)
+    second = engine.submit([note("b")])
+    assert live.server.stats()["pushes_waiting"] == 1
+    release.set()
+    assert first.result(PATIENCE)[0].ok
+    assert second.result(PATIENCE)[0].ok
+    for file in tmp_path.glob("log.db*"):
+        file.unlink()
+    with pytest.raises(Unavailable):
+        engine.submit([note("c")]).result(PATIENCE)
+    stats = live.server.stats()
+    assert [stats[name] for name in ("pushes_waiting", "pushes_failed", "pushes")] == [
+        0,
+        1,
+        2,
+    ]
+    assert (stats["database_bytes"], stats["wal_bytes"]) == (0, 0)
 
 
-def test_stats_count_hints_sent_and_merged(tmp_path: Path) -> None:
-    with serve(tmp_path) as live:
-        sessions = [live.socket(), live.socket()]
-        for session in sessions:
-            session.subscribe()
+def test_stats_count_hints_sent_and_merged(server: Live) -> None:
+    sessions = [server.socket(), server.socket()]
+    for session in sessions:
+        session.subscribe()
 
-        def burst() -> (
-            None
-        ):  # the first is told at once, the others when it may speak again
-            for cursor in range(1, 10):
-                live.server.hub.hint(f"sync:{DEFAULT}", Hint(cursor, "epoch"))
+    def burst() -> None:
+        # The first hint leaves at once; the others merge, and leave a little later.
+        for cursor in range(1, 10):
+            server.server.hub.notify({DEFAULT: Hint(cursor, "epoch")})
 
-        live.call(burst)
-        for session in sessions:
-            while session.read_json()["data"]["cursor"] < 9:
-                pass
-        hints = live.server.hub.counts
-        until(
-            lambda: hints["hints_sent"] == len(sessions) * (9 - hints["hints_merged"])
-        )
-        assert hints.items() <= live.server.stats().items()
+    server.call(burst)
+    for session in sessions:
+        while session.read_json()["data"]["cursor"] < 9:
+            pass
 
+    def are_counted() -> bool:
+        stats = server.server.stats()
+        sent = len(sessions) * (9 - stats["hints_merged"])
+        return bool(stats["hints_merged"] and stats["hints_sent"] == sent)
 
-def hang_up(client: RawClient, live: Live) -> None:
-    client.send_frame(CLOSE, b"\x03\xe9bye")
+    until(are_counted)
 
 
 ENDS: dict[str, tuple[Callable[[RawClient, Live], Any], str]] = {
-    "it said goodbye": (hang_up, "the peer closed: 1001 bye"),
-    "it is gone": (
+    "the client closes": (
+        lambda client, live: client.send(goodbye(1001, b"bye")),
+        "the peer closed: 1001 bye",
+    ),
+    "the client disconnects": (
         lambda client, live: client.close(),
         "the peer closed the connection",
     ),
-    "it broke": (lambda client, live: client.reset(), "reset by peer"),
-    "it broke a rule": (lambda client, live: client.send(b"\xff\xff"), "1002 "),
-    "it sent bytes": (
+    "the client resets": (lambda client, live: client.reset(), "reset by peer"),
+    "the client breaks a rule": (
+        lambda client, live: client.send(b"\xff\xff"),
+        "1002 ",
+    ),
+    "the client sends bytes": (
         lambda client, live: client.send_frame(BINARY, b"x"),
         "1003 messages are",
     ),
-    "the application": (lambda client, live: client.say("enough"), "1008 not any more"),
-    "it is deaf": (lambda client, live: None, f"no answer to a ping for {MOMENT:g} s"),
-    "the end": (lambda client, live: live.stop(), "1001 the server is stopping"),
+    "the application closes": (
+        lambda client, live: client.say("enough"),
+        "1008 not any more",
+    ),
+    "the client answers no ping": (
+        lambda client, live: None,
+        f"no answer to a ping for {MOMENT:g} s",
+    ),
+    "the server stops": (
+        lambda client, live: live.stop(),
+        "1001 the server is stopping",
+    ),
 }
 
 
 @table("ending", ENDS)
-def test_the_log_says_in_one_line_why_a_session_ended(
-    tmp_path: Path, ending: tuple[Callable[[RawClient, Live], Any], str]
+def test_the_log_gives_one_line_to_the_end_of_a_session_with_its_reason(
+    log: Records, start: Start, ending: tuple[Callable[[RawClient, Live], Any], str]
 ) -> None:
     def enough(session: mizusync.Session, topic: str, data: Any) -> None:
         session.close(1008, "not any more")
 
-    end, why = ending
-    impatient = replace(SMALL, close_timeout=MOMENT, linger_timeout=MOMENT)
-    if "to a ping" in why:
-        impatient = replace(impatient, ping_interval=MOMENT, ping_timeout=MOMENT)
-    with (
-        recorded() as everything,
-        serve(tmp_path, impatient, on_message=enough) as live,
+    end, reason = ending
+    interval = MOMENT if "to a ping" in reason else PATIENCE
+    live = start(
+        close_timeout=MOMENT,
+        linger_timeout=MOMENT,
+        ping_interval=interval,
+        ping_timeout=interval,
+        on_message=enough,
+    )
+    end(live.socket("/ws?scope=family"), live)
+    lines = until(lambda: [text for text in log.texts if " ended: " in text])
+    assert re.match(r"INFO mizusync\.live: session \S+ of 'family'.* ended: ", lines[0])
+    assert reason in lines[0]
+    live.end()
+    assert len([text for text in log.texts if " ended: " in text]) == 1
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the line of a session's end lacks its identity and its peer's address",
+)
+def test_the_log_names_the_identity_and_the_address_of_a_session_that_ended(
+    log: Records, start: Start, doors: Doors
+) -> None:
+    client = start(on_auth=doors.later).socket("/ws?scope=family", ANN)
+    host, port = client.sock.getsockname()
+    client.close()
+    (line,) = until(lambda: [text for text in log.texts if " ended: " in text])
+    assert "'family'" in line
+    assert "'ann'" in line
+    assert host in line
+    assert str(port) in line
+
+
+REFUSALS_OF_HANDSHAKES = {  # the target, the headers, and words of the reason
+    "the host is another": ("/ws", ANN | {"Host": "evil.example"}, "--allow-host"),
+    "the origin is another": ("/ws", ANN | {"Origin": "null"}, "--allow-origin"),
+    "the name is missing": ("/ws", {}, "a name is missing"),
+    "the scope is forbidden": ("/ws?scope=secret", ANN, "not for you"),
+    "the version is another": (
+        "/ws",
+        ANN | {"Sec-WebSocket-Version": "8"},
+        "WebSocket, version 13",
+    ),
+}
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="a refused handshake is logged at DEBUG, without its reason",
+)
+@table("case", REFUSALS_OF_HANDSHAKES)
+def test_a_refused_handshake_is_logged_at_info_with_its_reason(
+    log: Records, start: Start, doors: Doors, case: tuple[str, dict[str, str], str]
+) -> None:
+    target, headers, reason = case
+    live = start(on_auth=doors.later)
+    assert live.client().upgrade(target, headers).status >= 400
+    live.end()
+    lines = [text for text in log.texts if text.startswith("INFO mizusync")]
+    assert len([line for line in lines if reason in line]) == 1
+
+
+def test_health_checks_and_port_scans_are_logged_at_debug_alone(
+    log: Records, start: Start
+) -> None:
+    live = start(head_timeout=MOMENT)
+    assert live.client().request("GET", "/healthz").status == 200
+    for garbage in (
+        b"",
+        b"\0",
+        b"GET",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+        b"SSH-2.0-x\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
     ):
-        end(live.socket("/ws?scope=family"), live)
-        told: list[str] = until(
-            lambda: [t for t in everything.texts if " ended: " in t]
-        )
-        assert re.match(
-            r"INFO mizusync\.live: session \S+ of 'family' ended: ", told[0]
-        )
-        assert why in told[0]
-    assert len([text for text in everything.texts if " ended: " in text]) == 1
+        live.client().send(garbage)
+        live.client().reset()
+    until(lambda: sum("no request: " in text for text in log.texts) >= 4)
+    live.end()
+    assert [text for text in log.texts if "GET '/healthz' -> 200" in text]
+    assert not [text for text in log.texts if not text.startswith("DEBUG ")]
 
 
-def test_health_checks_and_port_scans_make_no_noise(tmp_path: Path) -> None:
-    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # TLS, on a port without it
-    with (
-        recorded() as everything,
-        serve(tmp_path, replace(SMALL, head_timeout=MOMENT)) as live,
-    ):
-        assert live.client().request("GET", "/healthz").status == 200
-        for garbage in (
-            b"",
-            b"\0",
-            b"GET",
-            hello,
-            b"SSH-2.0-x\r\n",
-            b"GET / HTTP/1.1\r\n\r\n",
-        ):
-            live.client().send(garbage)
-            live.client().reset()
-        until(lambda: sum("no request: " in text for text in everything.texts) >= 4)
-    assert [text for text in everything.texts if "GET '/healthz' -> 200" in text]
-    assert not [text for text in everything.texts if not text.startswith("DEBUG ")]
+@pytest.mark.parametrize("part", ["", ".store", ".engine", ".http", ".live"])
+def test_the_module_installs_no_handler_and_no_level(part: str) -> None:
+    logger = logging.getLogger(f"mizusync{part}")
+    # Records are handlers of the tests.
+    assert all(isinstance(handler, Records) for handler in logger.handlers)
+    assert (logger.level, logger.propagate) == (logging.NOTSET, True)
+    assert f"`mizusync{part}`" in readme("Logs")
 
 
-def test_the_module_installs_no_handler_and_no_level() -> None:
-    for name in (
-        "mizusync",
-        *(f"mizusync.{part}" for part in ("store", "engine", "http", "live")),
-    ):
-        logger = logging.getLogger(name)
-        assert all(
-            isinstance(handler, Records) for handler in logger.handlers
-        )  # those are ours
-        assert (logger.level, logger.propagate) == (logging.NOTSET, True)
-        assert f"`{name}`" in readme("Logs")
+def test_more_sessions_than_the_limit_are_unavailable(start: Start) -> None:
+    live = start(max_sessions=1)
+    first = live.socket()
+    assert refused(live.client().upgrade(), 503)
+    first.close()
+    until(lambda: live.client().upgrade().status == 101)
 
 
-def test_more_sessions_than_the_limit_are_unavailable(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, max_sessions=1)) as live:
-        first = live.socket()
-        assert refused(live.client().upgrade(), 503)
-        first.close()
-        until(lambda: live.client().upgrade().status == 101)
+def test_more_connections_than_the_limit_are_unavailable(start: Start) -> None:
+    live = start(max_connections=2)
+    first, second, third = live.client(), live.client(), live.client()
+    for client in (first, second):
+        assert client.request("GET", "/healthz").status == 200
+    assert refused(third.response(), 503)
+    assert third.ended()
+    third.close()
+    assert first.request("GET", "/healthz").status == 200
+    second.close()
+
+    def is_accepted() -> bool:
+        with closing(live.client()) as client:
+            return client.request("GET", "/healthz").status == 200
+
+    until(is_accepted)
 
 
-def test_more_connections_than_the_limit_are_unavailable(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, max_connections=2)) as live:
-        first, second, third = live.client(), live.client(), live.client()
-        assert first.request("GET", "/healthz").status == 200
-        assert second.request("GET", "/healthz").status == 200
-        assert refused(third.response(), 503)
-        assert third.ended()
-        third.close()
-        assert first.request("GET", "/healthz").status == 200
-        second.close()
-
-        def again() -> bool:
-            with closing(live.client()) as client:
-                return client.request("GET", "/healthz").status == 200
-
-        until(again)
-
-
-LARGE = (
-    2**24
-)  # bytes of a page: far more than the kernel takes for a client that does not read
+# Bytes of a page: far more than the kernel buffers for a client that does not read.
+LARGE = 2**24
 
 
 @contextmanager
 def unread(live: Live, count: int) -> Iterator[list[RawClient]]:
-    """Clients that each ask for a page of LARGE bytes, and do not read it."""
+    """Let clients ask for a page of LARGE bytes each, and not read it."""
     answered = live.server.stats()["answers_2xx"]
     clients = [live.client(receive_buffer=4096) for _ in range(count)]
     for client in clients:
@@ -8679,114 +8744,101 @@ def unread(live: Live, count: int) -> Iterator[list[RawClient]]:
         client.reset()
 
 
-def test_an_answer_that_nobody_reads_takes_its_own_bytes_alone(tmp_path: Path) -> None:
-    with serve(
-        tmp_path, Settings(max_tail_size=0)
-    ) as live:  # so each page is read from the disk
-        push(live.engine, note("a", "x" * LARGE))
-        tracemalloc.start()
-        try:
-            with unread(live, 3):
-                held = live.call(
-                    lambda: (gc.collect(), tracemalloc.get_traced_memory()[0])[1]
-                )
-        finally:
-            tracemalloc.stop()
-        assert (
-            2 * LARGE < held < 4 * LARGE
-        )  # three answers, and once each of them twice
+def test_an_unread_answer_takes_no_memory_but_its_own_bytes(start: Start) -> None:
+    # So each page is read from the disk.
+    live = start(max_tail_size=0)
+    push(live.engine, note("a", "x" * LARGE))
+    tracemalloc.start()
+    try:
+        with unread(live, 3):
+            held = live.call(
+                lambda: (gc.collect(), tracemalloc.get_traced_memory()[0])[1]
+            )
+    finally:
+        tracemalloc.stop()
+    assert 2 * LARGE < held < 4 * LARGE  # three answers, and once each of them twice
 
 
-def test_above_max_unsent_new_requests_are_unavailable_until_somebody_reads(
-    tmp_path: Path,
+def test_above_max_unsent_requests_are_unavailable_until_a_client_reads(
+    start: Start,
 ) -> None:
-    def say(server: Server) -> None:
-        server.route("GET", "/it")(lambda request: b"it")
-
-    with serve(tmp_path, replace(SMALL, max_unsent=LARGE // 2), prepare=say) as live:
-        push(live.engine, note("a", "x" * LARGE))
-        session, client = live.socket(), live.client()
-        for _ in range(2):
-            assert client.request("GET", "/sync/pull").status == 200  # and is read
-            with unread(live, 1) as (slow,):
-                until(lambda: live.server.stats()["unsent_bytes"] > LARGE // 2)
-                for target in ("/sync/pull?cursor=1", "/it", "/healthz", "/nowhere"):
-                    assert refused(client.request("GET", target), 503)
-                assert refused(live.client().request("POST", "/sync/push", BODY), 503)
-                assert refused(live.client().upgrade(), 503)
-                assert session.quiet()  # who is there already stays
-                assert slow.response().status == 200
-                until(lambda: live.client().request("GET", "/it").status == 200)
-        until(lambda: live.server.stats()["unsent_bytes"] == 0)
-        assert [change["cursor"] for change in client.pull()["changes"]] == [1]
+    live = start(max_unsent=LARGE // 2, route=lambda request: b"it")
+    push(live.engine, note("a", "x" * LARGE))
+    session, client = live.socket(), live.client()
+    for _ in range(2):
+        assert client.request("GET", "/sync/pull").status == 200  # and is read
+        with unread(live, 1) as (slow,):
+            until(lambda: live.server.stats()["unsent_bytes"] > LARGE // 2)
+            for target in ("/sync/pull?cursor=1", "/it", "/healthz", "/nowhere"):
+                assert refused(client.request("GET", target), 503)
+            assert refused(live.client().request("POST", "/sync/push", BODY), 503)
+            assert refused(live.client().upgrade(), 503)
+            assert session.quiet()  # an open session stays
+            assert slow.response().status == 200
+            until(lambda: live.client().request("GET", "/it").status == 200)
+    until(lambda: live.server.stats()["unsent_bytes"] == 0)
+    assert [change["cursor"] for change in client.pull()["changes"]] == [1]
 
 
 @pytest.mark.parametrize(
     "lines", [[], [b"Accept-Encoding: gzip"]], ids=["plain", "gzip"]
 )
 def test_pulls_that_waited_together_are_answered_up_to_max_unsent(
-    tmp_path: Path, lines: list[bytes]
+    start: Start, lines: list[bytes]
 ) -> None:
-    with serve(
-        tmp_path, replace(SMALL, max_unsent=LARGE, max_tail_size=4 * LARGE)
-    ) as live:
-        live.client().pull()  # from here on they are answered from memory: in one turn
-        waiting = [live.client(receive_buffer=4096) for _ in range(8)]
-        for client in waiting:
-            client.send(get(b"/sync/pull?wait=60", *lines))
-        until(lambda: live.server.stats()["pulls_from_memory"] == 8)
-        push(live.engine, note("a", "x" * LARGE))
-        statuses = [
-            client.line().split()[1] for client in waiting
-        ]  # and no more is read
-        assert sorted(statuses) == [b"200"] + [b"503"] * 7
+    live = start(max_unsent=LARGE, max_tail_size=4 * LARGE)
+    live.client().pull()  # from here on pulls are answered from memory: in one turn
+    waiting = [live.client(receive_buffer=4096) for _ in range(8)]
+    for client in waiting:
+        client.send(get(b"/sync/pull?wait=60", *lines))
+    until(lambda: live.server.stats()["pulls_from_memory"] == 8)
+    push(live.engine, note("a", "x" * LARGE))
+    statuses = [client.line().split()[1] for client in waiting]  # and no more is read
+    assert sorted(statuses) == [b"200"] + [b"503"] * 7
 
 
-def test_messages_that_sessions_do_not_read_count_as_unsent(tmp_path: Path) -> None:
-    small = replace(SMALL, send_buffer=4096, max_unsent=2**17)
-    with joined(tmp_path, small) as (live, join):
-        slow = live.socket(receive_buffer=4096)
-        join(slow)
-        for _ in range(6):
-            live.call(live.server.publish, "news", "x" * 2**16)
-        until(lambda: live.client().request("GET", "/healthz").status == 503)
-        slow.reset()
-        until(lambda: live.client().request("GET", "/healthz").status == 200)
+def test_messages_that_a_session_does_not_read_count_as_unsent(start: Start) -> None:
+    live, join = joined(start, send_buffer=4096, max_unsent=2**17)
+    slow = live.socket(receive_buffer=4096)
+    join(slow)
+    for _ in range(6):
+        live.call(live.server.publish, "news", "x" * 2**16)
+    until(lambda: live.client().request("GET", "/healthz").status == 503)
+    slow.reset()
+    until(lambda: live.client().request("GET", "/healthz").status == 200)
 
 
-def test_an_end_closes_sessions_with_1001_and_answers_who_waits(tmp_path: Path) -> None:
-    with serve(tmp_path) as live:
-        session, waiting, idle = live.socket(), live.client(), live.client()
-        assert idle.request("GET", "/healthz").status == 200
-        waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
-        assert (
-            waiting.response().json["status"] == "ok"
-        )  # so the other has arrived as well
-        live.stop()
-        assert session.read_close() == 1001
-        assert waiting.response().json["changes"] == []
-        assert waiting.ended()
-        assert idle.ended()
-        with pytest.raises(ConnectionError):
-            until(lambda: live.client() is None)
+def test_a_stop_closes_sessions_with_1001_and_answers_pulls_that_wait(
+    server: Live,
+) -> None:
+    session, waiting, idle = server.socket(), server.client(), server.client()
+    assert idle.request("GET", "/healthz").status == 200
+    waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
+    assert waiting.response().json["status"] == "ok"  # so the pull has arrived as well
+    server.stop()
+    assert session.read_close() == 1001
+    assert waiting.response().json["changes"] == []
+    assert waiting.ended()
+    assert idle.ended()
+    with pytest.raises(ConnectionError):
+        until(lambda: server.client() is None)
 
 
-def test_a_push_in_flight_is_answered_before_the_end(tmp_path: Path) -> None:
+def test_a_push_in_flight_is_answered_before_the_server_stops(start: Start) -> None:
     entered, release = threading.Event(), threading.Event()
-    slow = stalled(entered, release)
-    with serve(tmp_path, apply=slow) as live:
-        client, session = live.client(), live.socket()
-        client.send(post(LENGTH))
-        assert entered.wait(PATIENCE)
-        live.stop()
-        assert session.read_close() == 1001
-        release.set()
-        assert client.response().json[0]["changes"][0]["data"] == "a"
-        assert client.ended()
+    live = start(apply=stalled(entered, release))
+    client, session = live.client(), live.socket()
+    client.send(post(LENGTH))
+    assert entered.wait(PATIENCE)
+    live.stop()
+    assert session.read_close() == 1001
+    release.set()
+    assert client.response().json[0]["changes"][0]["data"] == "a"
+    assert client.ended()
 
 
-# Seconds: much less than what would end it otherwise. It may be more (5, for a slow
-# machine) once the tests below are not expected to fail any more, and to wait for it.
+# Seconds: much less than the limits that would end it otherwise. It may be more (5, for
+# a slow machine) once the tests below are not expected to fail, and to wait for it.
 SOON = 1.0
 
 
@@ -8799,20 +8851,17 @@ SOON = 1.0
     "half", {"a head": b"GET /healthz HTTP/1.1\r\nHost:", "a body": post(LENGTH)[:-1]}
 )
 def test_a_stop_does_not_wait_for_a_request_that_has_not_arrived(
-    tmp_path: Path, half: bytes
+    start: Start, half: bytes
 ) -> None:
     late = 4 * PATIENCE
-    settings = replace(
-        SMALL, head_timeout=late, body_timeout=late, shutdown_timeout=late
-    )
-    with serve(tmp_path, settings) as live:
-        client = live.client()
-        client.send(HEALTHZ + half)
-        assert client.response().status == 200  # so the half has arrived as well
-        live.stop()
-        client.sock.settimeout(SOON)
-        while client.sock.recv(65536):  # an answer such as 408, or none
-            pass
+    live = start(head_timeout=late, body_timeout=late, shutdown_timeout=late)
+    client = live.client()
+    client.send(HEALTHZ + half)
+    assert client.response().status == 200  # so the half has arrived as well
+    live.stop()
+    client.sock.settimeout(SOON)
+    while client.sock.recv(65536):  # an answer such as 408, or none
+        pass
 
 
 @pytest.mark.xfail(
@@ -8820,7 +8869,7 @@ def test_a_stop_does_not_wait_for_a_request_that_has_not_arrived(
     raises=TimeoutError,
     reason="a pull that waits does not see its client's end",
 )
-def test_a_pull_that_waits_ends_at_its_clients_end_and_a_half_close_gets_the_page(
+def test_a_pull_that_waits_is_answered_when_its_client_half_closes(
     client: RawClient,
 ) -> None:
     client.send(get(b"/sync/pull?wait=60"))
@@ -8835,7 +8884,7 @@ def test_a_pull_that_waits_ends_at_its_clients_end_and_a_half_close_gets_the_pag
     raises=TimeoutError,
     reason="a pull that waits keeps its client's connection",
 )
-def test_a_client_that_goes_while_its_pull_waits_keeps_no_connection(
+def test_a_client_that_closes_while_its_pull_waits_keeps_no_connection(
     server: Live,
 ) -> None:
     clients = [server.client() for _ in range(20)]
@@ -8853,9 +8902,9 @@ def test_a_client_that_goes_while_its_pull_waits_keeps_no_connection(
 @pytest.mark.xfail(
     strict=True,
     raises=(ConnectionError, EOFError),
-    reason="who waits to be accepted is reset at a stop",
+    reason="a client that is not accepted yet is reset at a stop",
 )
-def test_who_has_connected_and_asked_before_a_stop_is_answered(server: Live) -> None:
+def test_clients_that_connected_before_a_stop_are_answered(server: Live) -> None:
     entered, release = threading.Event(), threading.Event()
 
     def hold_and_stop() -> None:
@@ -8865,7 +8914,7 @@ def test_who_has_connected_and_asked_before_a_stop_is_answered(server: Live) -> 
 
     server.loop.call_soon_threadsafe(hold_and_stop)
     assert entered.wait(PATIENCE)
-    clients = [server.client() for _ in range(20)]  # the kernel's: nobody accepts them
+    clients = [server.client() for _ in range(20)]  # not accepted yet
     for client in clients:
         client.send(HEALTHZ)
     release.set()
@@ -8947,7 +8996,7 @@ def test_a_server_listens_on_a_link_local_address_with_its_interface(
     ask(connect())
 
 
-def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
+def test_acknowledged_changes_are_there_after_a_restart(tmp_path: Path) -> None:
     with serve(tmp_path) as live:
         results = live.client().push(note("a", 1), note("b", 2, scope="s"))
         epoch = live.client().pull()["epoch"]
@@ -8985,14 +9034,14 @@ def test_a_cursor_that_a_restored_copy_never_gave_out_is_unknown(
         assert refused(reply, 410, code="cursor_unknown")
 
 
-def test_a_client_that_does_not_read_its_answers_is_dropped(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, send_timeout=MOMENT)) as live:
-        push(live.engine, note("a", "x" * 2**19))
-        before = live.tasks()
-        greedy = live.client(receive_buffer=4096)
-        greedy.send(get(b"/sync/pull") * 100)
-        until(lambda: live.server.stats()["answers_2xx"])
-        until(lambda: live.tasks() <= before)
+def test_a_client_that_does_not_read_its_answers_is_disconnected(start: Start) -> None:
+    live = start(send_timeout=MOMENT)
+    push(live.engine, note("a", "x" * 2**19))
+    before = live.tasks()
+    greedy = live.client(receive_buffer=4096)
+    greedy.send(get(b"/sync/pull") * 100)
+    until(lambda: live.server.stats()["answers_2xx"])
+    until(lambda: live.tasks() <= before)
 
 
 RUDE_UPGRADE = get(b"/ws", KEY, *UPGRADE)
@@ -9002,71 +9051,67 @@ RUDE = [
     HEALTHZ * 20,
     post(LENGTH, body=BODY[:5]),
     get(b"/sync/pull?wait=60"),
-    RUDE_UPGRADE + masked(TEXT, b'{"topic": "subscribe", "data": {}}'),
-    RUDE_UPGRADE + masked(TEXT, b"x" * 300)[:100],
+    RUDE_UPGRADE + text(b'{"topic": "subscribe", "data": {}}'),
+    RUDE_UPGRADE + text(b"x" * 300)[:100],
     RUDE_UPGRADE + masked(CLOSE, b""),
 ]
 
 
-def test_requests_that_came_together_leave_others_their_turn(tmp_path: Path) -> None:
-    answered: list[int] = []  # how many, and how many when something else had its turn
-    elsewhere: list[int] = []
+def test_pipelined_requests_do_not_starve_other_tasks(start: Start) -> None:
+    answered = 0
+    answered_before_another_task: list[int] = []
+
+    def count() -> None:
+        answered_before_another_task.append(answered)
 
     def answer(request: mizusync.Request) -> None:
-        answered.append(len(answered))
-        if len(answered) == 1:
-            asyncio.get_running_loop().call_soon(
-                lambda: elsewhere.append(len(answered))
-            )
+        nonlocal answered
+        answered += 1
+        if answered == 1:
+            asyncio.get_running_loop().call_soon(count)
 
-    with serve(
-        tmp_path, prepare=lambda server: server.route("GET", "/it")(answer)
-    ) as live:
-        client = live.client()
-        client.send(get(b"/it") * 500)
-        for _ in range(500):
-            assert client.response().status == 200
-        assert elsewhere[0] < 5
+    client = start(route=answer).client()
+    client.send(get(b"/it") * 500)
+    for _ in range(500):
+        assert client.response().status == 200
+    assert answered_before_another_task[0] < 5
 
 
-def test_a_client_that_goes_before_its_answers_floods_no_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_client_that_resets_before_its_answers_does_not_flood_the_log(
+    start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with serve(tmp_path) as live:
-        before = live.tasks()
-        for _ in range(20):
-            client = live.client()
-            client.send(get(b"/it") * 1000)
-            client.reset()
-        until(lambda: live.tasks() <= before)
+    live = start()
+    before = live.tasks()
+    for _ in range(20):
+        client = live.client()
+        client.send(get(b"/it") * 1000)
+        client.reset()
+    until(lambda: live.tasks() <= before)
+    live.end()
     assert not [one for one in caplog.messages if "socket.send" in one]
 
 
-def test_refused_upgrades_of_a_client_that_goes_leave_no_connection(
-    tmp_path: Path,
+def test_refused_handshakes_of_a_client_that_resets_leave_no_connection(
+    start: Start,
 ) -> None:
-    with serve(tmp_path, token="s3cret") as live:
-        for _ in range(5):
-            client = live.client(receive_buffer=4096)
-            client.sock.settimeout(MOMENT)
-            with suppress(TimeoutError):
-                client.send(RUDE_UPGRADE * 2000)
-            client.reset()
-        with closing(
-            live.client()
-        ) as last:  # when it is heard, all of them were accepted
-            assert last.request("GET", "/healthz").status == 200
-        until(lambda: live.server.stats()["connections"] == 0)
+    live = start(token="s3cret")
+    for _ in range(5):
+        client = live.client(receive_buffer=4096)
+        client.sock.settimeout(MOMENT)
+        with suppress(TimeoutError):
+            client.send(RUDE_UPGRADE * 2000)
+        client.reset()
+    with closing(live.client()) as last:  # accepted after all of them
+        assert last.request("GET", "/healthz").status == 200
+    until(lambda: live.server.stats()["connections"] == 0)
 
 
 def test_http_client_of_the_standard_library_is_served(server: Live) -> None:
-    with closing(
-        http.client.HTTPConnection(*server.address, timeout=PATIENCE)
-    ) as connection:
+    host, port = server.address
+    with closing(http.client.HTTPConnection(host, port, PATIENCE)) as connection:
+        chunks = iter([BODY[:9], BODY[9:]])
         headers = {"Content-Type": "application/json"}
-        connection.request(
-            "POST", "/sync/push", iter([BODY[:9], BODY[9:]]), headers
-        )  # in chunks
+        connection.request("POST", "/sync/push", chunks, headers)
         assert json.load(connection.getresponse())[0]["ok"]
         connection.request("GET", "/sync/pull")
         reply = connection.getresponse()
@@ -9078,12 +9123,12 @@ def test_http_client_of_the_standard_library_is_served(server: Live) -> None:
         assert connection.getresponse().status == 405
 
 
-def test_a_refused_client_that_stays_is_closed_after_the_linger(tmp_path: Path) -> None:
-    with serve(tmp_path, replace(SMALL, linger_timeout=MOMENT)) as live:
-        client = live.client()
-        client.send(b"nonsense\r\n\r\n")
-        assert refused(client.response(), 400)
-        until(lambda: live.server.stats()["connections"] == 0)
+def test_a_refused_client_that_stays_is_closed_after_the_linger(start: Start) -> None:
+    live = start(linger_timeout=MOMENT)
+    client = live.client()
+    client.send(b"nonsense\r\n\r\n")
+    assert refused(client.response(), 400)
+    until(lambda: live.server.stats()["connections"] == 0)
 
 
 def test_a_server_that_is_cancelled_twice_leaves_nothing_behind(engine: Engine) -> None:
@@ -9108,7 +9153,7 @@ def test_a_server_that_is_cancelled_twice_leaves_nothing_behind(engine: Engine) 
             await entered.wait()
             for _ in range(2):
                 listening.cancel()
-                await asyncio.sleep(MOMENT)  # in which it waits for that
+                await asyncio.sleep(MOMENT)  # the server waits for its handler
             with pytest.raises(asyncio.CancelledError):
                 await listening
         assert server.stats()["connections"] == 0
@@ -9118,20 +9163,51 @@ def test_a_server_that_is_cancelled_twice_leaves_nothing_behind(engine: Engine) 
     ask(go())
 
 
-def test_a_client_that_does_not_shake_hands_in_tls_is_closed_in_time(
-    tmp_path: Path,
+def test_pipelined_pulls_that_wait_end_with_their_client(start: Start) -> None:
+    live = start(max_pull_wait=MOMENT)
+    client = live.client()
+    client.send(get(b"/sync/pull?wait=60") * 4000)  # all of them would take minutes
+    assert client.response().status == 200
+    client.close()
+    until(lambda: live.server.stats()["connections"] == 0)
+
+
+def test_a_client_that_sends_nothing_does_not_delay_a_stop(start: Start) -> None:
+    live = start(shutdown_timeout=PATIENCE * 3)
+    live.client()
+    until(lambda: live.server.stats()["connections"] == 1)
+    live.stop()
+    until(lambda: live.loop.is_closed())
+
+
+def test_slow_sessions_that_reset_their_connections_are_not_logged_as_failures(
+    start: Start,
 ) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    live, join = joined(start)
+    clients = [live.socket(receive_buffer=4096) for _ in range(10)]
+    for client in clients:
+        join(client)
+    for _ in range(30):  # their sockets are full
+        live.call(live.server.publish, "news", "x" * 20_000)
+    for client in clients:
+        client.reset()
+    until(lambda: live.server.stats()["connections"] == 0)
 
-    def over_tls(server: Server) -> None:
-        listen = functools.partial(server.listen, ssl=context)
-        setattr(server, "listen", listen)  # noqa: B010
 
-    with serve(tmp_path, replace(SMALL, head_timeout=MOMENT), prepare=over_tls) as live:
-        assert live.client().ended()
+def test_a_large_answer_reaches_a_client_that_reads_slowly(start: Start) -> None:
+    live = start(linger_timeout=MOMENT, route=lambda request: b"x" * 4_000_000)
+    client = live.client(receive_buffer=4096)
+    client.send(get(b"/it", b"Connection: close"))
+    started, whole = time.monotonic(), bytearray()
+    while piece := client.sock.recv(16384):
+        whole += piece
+        due = started + 3 * MOMENT * len(whole) / 4_000_000
+        while time.monotonic() < due:  # it reads on and on, but slowly
+            time.sleep(0.001)
+    assert len(whole.partition(b"\r\n\r\n")[2]) == 4_000_000
 
 
-def test_no_more_readers_read_at_once_than_the_limit(tmp_path: Path) -> None:
+def test_no_more_readers_read_at_once_than_the_limit(start: Start) -> None:
     entered, most, release = list[str](), list[int](), threading.Event()
 
     def slow(db: Any, scope: str) -> None:
@@ -9140,77 +9216,70 @@ def test_no_more_readers_read_at_once_than_the_limit(tmp_path: Path) -> None:
         release.wait(PATIENCE)
         entered.remove(scope)
 
-    with serve(tmp_path, replace(SMALL, readers=2), snapshot=slow) as live:
-        clients = [live.client() for _ in range(5)]
-        for number, client in enumerate(clients):
-            client.send(get(b"/sync/snapshot?scope=%d" % number))
-        until(lambda: len(entered) == 2)
-        assert (
-            live.client().request("GET", "/nowhere").status == 404
-        )  # all five have been heard
-        release.set()
-        assert [client.response().status for client in clients] == [200] * 5
-        assert max(most) == 2
+    live = start(readers=2, snapshot=slow)
+    clients = [live.client() for _ in range(5)]
+    for number, client in enumerate(clients):
+        client.send(get(b"/sync/snapshot?scope=%d" % number))
+    until(lambda: len(entered) == 2)
+    # When this is answered, all five requests have arrived.
+    assert live.client().request("GET", "/nowhere").status == 404
+    release.set()
+    assert [client.response().status for client in clients] == [200] * 5
+    assert max(most) == 2
 
 
 def test_memory_holds_no_more_of_the_log_than_the_limit(tmp_path: Path) -> None:
-    few = Settings(max_tail_size=10_000)
-    with closing(
-        Engine(tmp_path / "log", apply=apply, schema=SCHEMA, settings=few)
-    ) as engine:
-        push(
-            engine,
-            *(note(str(number), "x" * 3000, scope=str(number)) for number in range(9)),
-        )
-        for number in range(9):
-            assert len(pull(engine, scope=str(number))["changes"]) == 1
-        assert engine.counts["pulls_from_memory"] <= 3
+    few, scopes = Settings(max_tail_size=10_000), [str(number) for number in range(9)]
+    with closing(open_log(tmp_path / "log", settings=few)) as engine:
+        push(engine, *(note(scope, "x" * 3000, scope=scope) for scope in scopes))
+        for scope in scopes:
+            assert len(pull(engine, scope=scope)["changes"]) == 1
+        assert engine.stats()["pulls_from_memory"] <= 3
 
 
-def test_a_transaction_takes_nothing_more_once_its_time_is_over(tmp_path: Path) -> None:
+def test_a_transaction_takes_no_more_pushes_once_its_time_is_over(
+    tmp_path: Path,
+) -> None:
     entered, release = threading.Event(), threading.Event()
-    slow = stalled(entered, release)
     at_once = Settings(max_commit_time=0.0)
-    with closing(Engine(tmp_path / "log", apply=slow, settings=at_once)) as engine:
+    options = {"apply": stalled(entered, release), "settings": at_once}
+    with closing(open_log(tmp_path / "log", **options)) as engine:
         futures = [engine.submit([note("first")])]
         assert entered.wait(PATIENCE)
         futures += [engine.submit([note(str(number))]) for number in range(3)]
         release.set()
         assert all(future.result(PATIENCE)[0].ok for future in futures)
-        assert engine.counts["commits"] == 4
+        assert engine.stats()["commits"] == 4
 
 
-def test_rude_clients_leave_nothing_behind(tmp_path: Path) -> None:
-    # The end of what a client sends is not the end of its waiting: that has a time of
-    # its own.
-    with serve(tmp_path, replace(SMALL, max_pull_wait=MOMENT, readers=1)) as live:
+def test_rude_clients_leave_nothing_behind(start: Start) -> None:
+    # A pull may wait on after its client has half-closed, until its time is over.
+    live = start(max_pull_wait=MOMENT, readers=1)
 
-        def rudeness(times: int) -> tuple[int, int]:
-            for number in range(times):
-                client = live.client()
-                client.send(RUDE[number % len(RUDE)])
-                client.reset() if number % 3 else client.close()
-            # Accepted after all of them, and read from disk after all that they asked
-            # for.
-            with closing(live.client()) as last:
-                last.pull(scope=f"of {times}")
-            until(lambda: live.server.stats()["connections"] == 0)
-            until(lambda: live.tasks() <= tasks)
-            assert live.server.stats()["sessions"] == 0
-            live.clients.pop_all()
-            live.call(gc.collect)
-            return len(os.listdir("/dev/fd")), tracemalloc.get_traced_memory()[0]
+    def rudeness(times: int) -> tuple[int, int]:
+        for number in range(times):
+            client = live.client()
+            client.send(RUDE[number % len(RUDE)])
+            client.reset() if number % 3 else client.close()
+        # This is accepted after all of them, and read from disk after their pulls.
+        with closing(live.client()) as last:
+            last.pull(scope=f"of {times}")
+        until(lambda: live.server.stats()["connections"] == 0)
+        until(lambda: live.tasks() <= tasks)
+        assert live.server.stats()["sessions"] == 0
+        live.clients.pop_all()
+        live.call(gc.collect)
+        return len(os.listdir("/dev/fd")), tracemalloc.get_traced_memory()[0]
 
-        tasks = live.tasks()
-        tracemalloc.start()
-        try:
-            before, after = rudeness(40), rudeness(120)
-        finally:
-            tracemalloc.stop()
-        assert after[0] <= before[0]
-        assert (
-            after[1] - before[1] < 120 * 600
-        )  # bytes: a connection forgotten would be thousands
+    tasks = live.tasks()
+    tracemalloc.start()
+    try:
+        before, after = rudeness(40), rudeness(120)
+    finally:
+        tracemalloc.stop()
+    assert after[0] <= before[0]
+    # Bytes: a connection that is kept would take thousands.
+    assert after[1] - before[1] < 120 * 600
 
 
 LINUX = pytest.mark.skipif(
@@ -9219,27 +9288,25 @@ LINUX = pytest.mark.skipif(
 
 
 @LINUX
-def test_a_program_without_descriptors_serves_who_is_there_and_lets_others_wait(
+def test_a_program_without_descriptors_serves_its_clients_and_lets_others_wait(
     tmp_path: Path,
 ) -> None:
     with program("--db", str(tmp_path / "todos.db")) as running, ExitStack() as stack:
 
-        def come() -> RawClient:
+        def connect() -> RawClient:
             return stack.enter_context(closing(RawClient(running.address)))
 
         def spent() -> int:
-            return sum(
-                map(
-                    int,
-                    (process / "stat").read_text().rpartition(") ")[2].split()[11:13],
-                )
-            )
+            """Return the CPU time of the process, in clock ticks (proc(5))."""
+            fields = (process / "stat").read_text().rpartition(") ")[2].split()
+            user, system = fields[11:13]
+            return int(user) + int(system)
 
         process, errors = Path(f"/proc/{running.process.pid}"), running.process.stderr
-        first, limit = come(), len(os.listdir(process / "fd")) + 20
+        first, limit = connect(), len(os.listdir(process / "fd")) + 20
         first.push(todo("create", id="1", title="x"))
         resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
-        others, waiting = [come() for _ in range(20)], come()
+        others, waiting = [connect() for _ in range(20)], connect()
         waiting.send(HEALTHZ)
         assert errors is not None
         watchdog = threading.Timer(PATIENCE, running.process.kill)
@@ -9247,15 +9314,13 @@ def test_a_program_without_descriptors_serves_who_is_there_and_lets_others_wait(
         assert "new clients wait" in until(lambda: faults(errors.readline()))
         watchdog.cancel()
         for target in ("/sync/snapshot?scope=list", "/sync/pull?scope=new", "/healthz"):
-            assert (
-                first.request("GET", target).status == 200
-            )  # the log can still be opened
+            assert first.request("GET", target).status == 200  # the file can be opened
         before = spent()
         assert first.pull(scope="new", wait=0.4)["changes"] == []
         assert spent() - before < os.sysconf("SC_CLK_TCK") / 10  # nothing spins
         for _ in range(20):  # there is room, and there is none, again and again
             others.pop(0).close()
-            others.append(come())
+            others.append(connect())
             first.pull(scope="new", wait=0.01)
         assert first.push(todo("create", id="2", title="y"))[0]["ok"]
         for client in (*others, first):
@@ -9267,7 +9332,7 @@ def test_a_program_without_descriptors_serves_who_is_there_and_lets_others_wait(
 
 
 # --- Todo -----------------------------------------------------------------------------
-# The demo, which is an application like any other.
+# The demo is an application like any other.
 
 
 @pytest.fixture
@@ -9339,15 +9404,15 @@ BAD_TODOS = {
     "an unknown id to delete": (todo("delete", id="2"), "not_found"),
     "an empty title": (todo("create", id="2", title=""), "invalid_mutation"),
     "a title of 1,001": (todo("create", id="2", title="x" * 1001), "invalid_mutation"),
-    "a title of no string": (todo("create", id="2", title=7), "invalid_mutation"),
+    "a number as a title": (todo("create", id="2", title=7), "invalid_mutation"),
     "no title": (todo("create", id="2"), "invalid_mutation"),
     "no id": (todo("create", title="x"), "invalid_mutation"),
-    "an id of no string": (todo("delete", id=[1]), "invalid_mutation"),
+    "a list as an id": (todo("delete", id=[1]), "invalid_mutation"),
     "an empty title in an update": (
         todo("update", id="1", title=""),
         "invalid_mutation",
     ),
-    "completed of no boolean": (
+    "a string as completed": (
         todo("update", id="1", completed="yes"),
         "invalid_mutation",
     ),
@@ -9356,18 +9421,14 @@ BAD_TODOS = {
 }
 
 
-def test_a_todo_that_cannot_be_is_refused(todos: RawClient) -> None:
+def test_a_bad_todo_is_refused_with_its_code(todos: RawClient) -> None:
     todos.push(todo("create", id="1", title="x" * 1000))
     results = todos.push(*(mutation for mutation, _ in BAD_TODOS.values()))
-    codes = {name: code for name, (_, code) in BAD_TODOS.items()}
-    assert (
-        dict(zip(BAD_TODOS, (result["code"] for result in results), strict=True))
-        == codes
-    )
-    assert (
-        len(todos.request("GET", "/sync/snapshot?scope=list").json["data"]["todos"])
-        == 1
-    )
+    codes = [result["code"] for result in results]
+    expected = {name: code for name, (_, code) in BAD_TODOS.items()}
+    assert dict(zip(BAD_TODOS, codes, strict=True)) == expected
+    data = todos.request("GET", "/sync/snapshot?scope=list").json["data"]
+    assert len(data["todos"]) == 1
 
 
 # --- Command line ---------------------------------------------------------------------
@@ -9376,16 +9437,15 @@ def test_a_todo_that_cannot_be_is_refused(todos: RawClient) -> None:
 PROGRAM = Path(mizusync.__file__)
 
 
-def faults(complained: str) -> str:
-    """What stands on stderr, but for what asyncio's debug mode says of a slow
-    machine."""
+def faults(stderr: str) -> str:
+    """Return the lines that are not warnings of asyncio about a slow machine."""
     slow = r"^(?:.* WARNING asyncio )?Executing <.* took [0-9.]+ seconds\n"
-    return re.sub(slow, "", complained, flags=re.M)
+    return re.sub(slow, "", stderr, flags=re.M)
 
 
 @contextmanager
 def held(address: tuple[str, int]) -> Iterator[None]:
-    """Nobody else gets the address of a program that has gone, and will come back."""
+    """Keep other programs from the address of one that ended and will come back."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(address)  # and never listens
@@ -9393,8 +9453,7 @@ def held(address: tuple[str, int]) -> Iterator[None]:
 
 
 class Program:
-    """`python mizusync.py` on a port of its own; what it said, and who answers
-    there."""
+    """`python mizusync.py` on a port of its own, and clients of it."""
 
     def __init__(
         self,
@@ -9403,16 +9462,10 @@ class Program:
         folder: Path | None = None,
         **environment: str,
     ) -> None:
+        self.clients = ExitStack()
+        python = [sys.executable, "-X", "dev"]
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-X",
-                "dev",
-                str(file or PROGRAM),
-                "--port",
-                "0",
-                *arguments,
-            ],
+            [*python, str(file or PROGRAM), "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -9424,15 +9477,18 @@ class Program:
         watchdog.start()
         self.line = self.process.stdout.readline()
         watchdog.cancel()
-        found = re.search(r"https?://([^:/]+):(\d+)/", self.line)
+        found = re.search(r"http://([^:/]+):(\d+)/", self.line)
         assert found, (self.line, self.process.communicate())
         self.address = (found[1], int(found[2]))
 
+    def client(self) -> RawClient:
+        return self.clients.enter_context(closing(RawClient(self.address)))
+
     def end(self, number: int) -> tuple[int, str, str]:
-        """Its exit status after this signal, and what else it said."""
+        """Send a signal; return the exit status and the rest of stdout and stderr."""
         self.process.send_signal(number)
-        said, complained = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, said, faults(complained)
+        stdout, stderr = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, stdout, faults(stderr)
 
 
 @contextmanager
@@ -9441,8 +9497,22 @@ def program(*arguments: str, **options: Any) -> Iterator[Program]:
     try:
         yield running
     finally:
+        running.clients.close()
         running.process.kill()
         running.process.communicate()
+
+
+StartProgram = Callable[..., Program]
+
+
+@pytest.fixture
+def start_program(tmp_path: Path) -> Iterator[StartProgram]:
+    """Start programs on one database; they end with the test."""
+    database = str(tmp_path / "todos.db")
+    with ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(
+            program("--db", database, *arguments, **options)
+        )
 
 
 def run_to_its_end(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -9459,32 +9529,33 @@ class Refusal(NamedTuple):
 
 @pytest.fixture
 def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., Refusal]:
-    """How the program ends that can't run, called in this process: a start takes
-    long."""
+    """Return a function that calls main() with arguments that it refuses.
+
+    It runs in this process, since the start of another takes long."""
 
     def main(*arguments: str) -> Refusal:
         try:
             status: Any = mizusync.main(["--port", "0", *arguments])
         except SystemExit as end:
             status = end.code
-        said, complained = capsys.readouterr()
-        assert (said, complained[-1:]) == ("", "\n")
-        return Refusal(status, complained)
+        stdout, stderr = capsys.readouterr()
+        assert (stdout, stderr[-1:]) == ("", "\n")
+        return Refusal(status, stderr)
 
     return main
 
 
-def test_the_program_says_in_one_line_where_to_open_the_page_and_wants_a_scope(
-    path: Path,
+def test_the_program_announces_its_address_and_wants_a_scope(
+    start_program: StartProgram, tmp_path: Path
 ) -> None:
-    with program("--db", str(path)) as running:
-        assert running.line == (
-            f"mizusync {mizusync.__version__}:"
-            f" open http://127.0.0.1:{running.address[1]}/ (data in {path})\n"
-        )
-        with closing(RawClient(running.address)) as client:
-            assert client.request("GET", "/healthz").json["status"] == "ok"
-            assert refused(client.upgrade("/ws"), 401)
+    running = start_program()
+    assert running.line == (
+        f"mizusync {mizusync.__version__}: open"
+        f" http://127.0.0.1:{running.address[1]}/ (data in {tmp_path / 'todos.db'})\n"
+    )
+    client = running.client()
+    assert client.request("GET", "/healthz").json["status"] == "ok"
+    assert refused(client.upgrade("/ws"), 401)
 
 
 LOCKED_OUT = """
@@ -9497,66 +9568,54 @@ server.run("127.0.0.1", 0, announce=lambda line: print(line, flush=True))
 """
 
 
-def test_a_stop_waits_for_no_other_process_s_lock(tmp_path: Path) -> None:
+def test_a_stop_does_not_wait_for_the_lock_of_another_process(tmp_path: Path) -> None:
     script = tmp_path / "locked_out.py"
     script.write_text(LOCKED_OUT)
     environment = {"PYTHONPATH": str(PROGRAM.parent)}
     with (
         program(file=script, folder=tmp_path, **environment) as running,
         closing(sqlite3.connect(tmp_path / "log.db", isolation_level=None)) as db,
-        closing(RawClient(running.address)) as pusher,
-        closing(RawClient(running.address)) as witness,
     ):
         db.execute("BEGIN IMMEDIATE")
-        body = json.dumps([note("1")]).encode()
-        head = [
-            b"POST /sync/push HTTP/1.1",
-            b"Host: localhost",
-            b"Content-Type: application/json",
-        ]
-        pusher.send(raw(*head, b"Content-Length: %d" % len(body), body=body))
-        assert witness.request("GET", "/healthz").status == 200
-        status, _, complained = running.end(
-            signal.SIGTERM
-        )  # which has PATIENCE, and not 600 s
+        pusher = running.client()
+        pusher.send(post(LENGTH))
+        assert running.client().request("GET", "/healthz").status == 200
+        # The program has PATIENCE to end; the writer would wait for 600 s.
+        status, _, stderr = running.end(signal.SIGTERM)
         assert status == 0
-        assert "the writer did not end in time" in complained
+        assert "the writer did not end in time" in stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_program_in_order(tmp_path: Path, number: int) -> None:
-    with (
-        program("--db", str(tmp_path / "todos.db")) as running,
-        closing(RawClient(running.address)) as session,
-        closing(RawClient(running.address)) as waiting,
-    ):
-        assert session.upgrade("/ws?scope=list").status == 101
-        waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
-        assert waiting.response().status == 200
-        session.subscribe()
-        running.process.send_signal(number)
-        assert session.read_close() == 1001
-        assert waiting.response().json["changes"] == []
-        waiting.close()
-        said, complained = running.process.communicate(timeout=PATIENCE)
-        assert (running.process.returncode, said) == (0, "")
-        assert "Traceback" not in complained
-        assert not (tmp_path / "todos.db-wal").exists()  # it was checkpointed
+def test_a_signal_stops_the_program_gracefully(
+    start_program: StartProgram, tmp_path: Path, number: int
+) -> None:
+    running = start_program()
+    session, waiting = running.client(), running.client()
+    assert session.upgrade("/ws?scope=list").status == 101
+    waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
+    assert waiting.response().status == 200
+    session.subscribe()
+    running.process.send_signal(number)
+    assert session.read_close() == 1001
+    assert waiting.response().json["changes"] == []
+    waiting.close()
+    stdout, stderr = running.process.communicate(timeout=PATIENCE)
+    assert (running.process.returncode, stdout) == (0, "")
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "todos.db-wal").exists()  # it was checkpointed
 
 
-def test_a_second_signal_ends_the_program_at_once(tmp_path: Path) -> None:
-    with (
-        program("--db", str(tmp_path / "todos.db")) as running,
-        closing(RawClient(running.address)) as session,
-    ):
-        assert session.upgrade("/ws?scope=list").status == 101
-        running.process.send_signal(signal.SIGTERM)
-        assert (
-            session.read_frame().opcode == CLOSE
-        )  # which is not answered: the server waits
-        started = time.monotonic()
-        assert "Traceback" not in running.end(signal.SIGTERM)[2]
-        assert time.monotonic() - started < Settings().close_timeout / 2
+def test_a_second_signal_ends_the_program_at_once(start_program: StartProgram) -> None:
+    running = start_program()
+    session = running.client()
+    assert session.upgrade("/ws?scope=list").status == 101
+    running.process.send_signal(signal.SIGTERM)
+    # The client does not answer the close, so the server waits.
+    assert session.read_frame().opcode == CLOSE
+    started = time.monotonic()
+    assert "Traceback" not in running.end(signal.SIGTERM)[2]
+    assert time.monotonic() - started < Settings().close_timeout / 2
 
 
 WAITING_LONG = """
@@ -9583,67 +9642,63 @@ mizusync.Server(engine).run("127.0.0.1", 0, functools.partial(print, flush=True)
     ],
 )
 def test_a_second_signal_ends_a_program_whose_writer_waits_for_a_lock(
-    tmp_path: Path, number: int
+    start_program: StartProgram, tmp_path: Path, number: int
 ) -> None:
-    path, file = tmp_path / "todos.db", tmp_path / "server.py"
+    file = tmp_path / "server.py"
     file.write_text(WAITING_LONG)
-    with (
-        program(
-            "--db", str(path), file=file, PYTHONPATH=str(PROGRAM.parent)
-        ) as running,
-        closing(RawClient(running.address)) as session,
-        closing(RawClient(running.address)) as pusher,
-        closing(sqlite3.connect(path, isolation_level=None)) as other,
-    ):
+    running = start_program(file=file, PYTHONPATH=str(PROGRAM.parent))
+    session, pusher = running.client(), running.client()
+    database = sqlite3.connect(tmp_path / "todos.db", isolation_level=None)
+    with closing(database) as other:
         assert session.upgrade().status == 101
         other.execute("BEGIN IMMEDIATE")
         pusher.send(HEALTHZ + post(LENGTH))
         assert pusher.response().status == 200  # so the push has arrived as well
         running.process.send_signal(number)
-        assert session.read_frame().opcode == CLOSE  # the first was seen
+        assert session.read_frame().opcode == CLOSE  # the first signal has arrived
         running.process.send_signal(number)
         patience = SOON if number == signal.SIGINT else PATIENCE
         assert running.process.wait(patience) != 0
 
 
-def test_kill_9_and_a_restart_keep_everything(tmp_path: Path) -> None:
-    arguments = ("--db", str(tmp_path / "todos.db"))
-    with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        sent = [todo("create", id=str(number), title="x") for number in range(50)]
-        results = [client.push(one)[0] for one in sent]
-        epoch = client.pull()["epoch"]
-        running.process.kill()
-    with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        assert client.push(*sent) == [
-            result | {"duplicate": True} for result in results
-        ]
-        page = client.pull(scope="list", epoch=epoch)
-        assert page["changes"] == [
-            change for result in results for change in result["changes"]
-        ]
-        taken = client.request("GET", "/sync/snapshot?scope=list").json
-        assert len(taken["data"]["todos"]) == 50
+def test_a_program_that_was_killed_loses_nothing(start_program: StartProgram) -> None:
+    running = start_program()
+    client = running.client()
+    sent = [todo("create", id=str(number), title="x") for number in range(50)]
+    results = [client.push(one)[0] for one in sent]
+    epoch = client.pull()["epoch"]
+    running.process.kill()
+    running.process.wait(PATIENCE)
+    client = start_program().client()
+    assert client.push(*sent) == [result | DUPLICATE for result in results]
+    page = client.pull(scope="list", epoch=epoch)
+    changes = [change for result in results for change in result["changes"]]
+    assert page["changes"] == changes
+    taken = client.request("GET", "/sync/snapshot?scope=list").json
+    assert len(taken["data"]["todos"]) == 50
 
 
 @pytest.mark.parametrize("how", ["an argument", "the environment"])
-def test_the_program_takes_a_token_origins_and_hosts(path: Path, how: str) -> None:
+def test_the_program_accepts_a_token_origins_and_hosts(
+    start_program: StartProgram, how: str
+) -> None:
     allowed = ("--allow-origin", "https://app.example", "--allow-host", "sync.example")
     token = ("--token", "s3cret") if how == "an argument" else ()
     environment = {} if token else {"MIZUSYNC_TOKEN": "s3cret"}
-    headers = {"Host": "sync.example", "Origin": "https://app.example"}
-    with program("--db", str(path), *allowed, *token, **environment) as running:
-        assert "s3cret" not in running.line
-        with closing(RawClient(running.address)) as client:
-            assert refused(client.request("GET", "/sync/pull", headers=headers), 401)
-            headers |= {"Authorization": "Bearer s3cret"}
-            reply = client.request("GET", "/sync/pull", headers=headers)
-            assert reply.status == 200
-            assert reply.headers["access-control-allow-origin"] == "https://app.example"
-        assert "s3cret" not in running.end(signal.SIGTERM)[2]
+    headers = APP | {"Host": "sync.example"}
+    running = start_program(*allowed, *token, **environment)
+    assert "s3cret" not in running.line
+    client = running.client()
+    assert refused(client.request("GET", "/sync/pull", headers=headers), 401)
+    headers |= {"Authorization": "Bearer s3cret"}
+    reply = client.request("GET", "/sync/pull", headers=headers)
+    assert reply.status == 200
+    assert reply.headers["access-control-allow-origin"] == "https://app.example"
+    assert "s3cret" not in running.end(signal.SIGTERM)[2]
 
 
 @pytest.mark.parametrize("how", ["an argument", "the environment"])
-def test_an_empty_token_is_exit_2(
+def test_an_empty_token_ends_the_program_with_2(
     how: str, refusal: Callable[..., Refusal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MIZUSYNC_TOKEN", "")
@@ -9653,7 +9708,7 @@ def test_an_empty_token_is_exit_2(
 
 
 @pytest.mark.parametrize("token", ["two words", "YWJj/Q=="])
-def test_a_token_that_a_browser_cannot_show_is_exit_2_and_not_printed(
+def test_a_token_that_a_browser_cannot_send_ends_the_program_and_is_not_printed(
     token: str, refusal: Callable[..., Refusal]
 ) -> None:
     status, sentence = refusal("--db", NOWHERE, "--token", token)
@@ -9663,19 +9718,33 @@ def test_a_token_that_a_browser_cannot_show_is_exit_2_and_not_printed(
 OPEN = "is open to anybody"
 
 
-@table("case", {"beyond": ("0.0.0.0", (), 1), "loopback": ("127.0.0.1", (), 0),
-                "with a token": ("0.0.0.0", ("--token", "s3cret"), 0)})  # fmt: skip
-def test_the_program_warns_once_where_anybody_may_use_it(path: Path, case: Any) -> None:
+@table(
+    "case",
+    {
+        "every address": ("0.0.0.0", (), 1),
+        "the loopback": ("127.0.0.1", (), 0),
+        "every address, with a token": ("0.0.0.0", ("--token", "s3cret"), 0),
+    },
+)
+def test_the_program_warns_once_if_everyone_may_use_it(
+    start_program: StartProgram, case: tuple[str, tuple[str, ...], int]
+) -> None:
     host, token, warnings = case
-    with program("--db", str(path), "--host", host, *token) as running:
-        assert running.end(signal.SIGTERM)[2].count(OPEN) == warnings
+    running = start_program("--host", host, *token)
+    assert running.end(signal.SIGTERM)[2].count(OPEN) == warnings
 
 
-@table("case", {"beyond": ("0.0.0.0", {}, 1), "loopback": ("127.0.0.1", {}, 0),
-                "with a token": ("0.0.0.0", {"token": "s3cret"}, 0),
-                "with on_auth": ("0.0.0.0", {"on_auth": Doors().now}, 0)})  # fmt: skip
-def test_a_server_warns_once_where_anybody_may_use_it(
-    engine: Engine, case: Any
+@table(
+    "case",
+    {
+        "every address": ("0.0.0.0", {}, 1),
+        "the loopback": ("127.0.0.1", {}, 0),
+        "every address, with a token": ("0.0.0.0", {"token": "s3cret"}, 0),
+        "every address, with on_auth": ("0.0.0.0", {"on_auth": Doors().now}, 0),
+    },
+)
+def test_a_server_warns_once_if_everyone_may_use_it(
+    engine: Engine, log: Records, case: tuple[str, dict[str, Any], int]
 ) -> None:
     host, options, warnings = case
 
@@ -9683,13 +9752,12 @@ def test_a_server_warns_once_where_anybody_may_use_it(
         async with Server(engine, **options).listen(host, 0):
             pass
 
-    with recorded() as everything:
-        ask(listen())
-    assert len([text for text in everything.texts if OPEN in text]) == warnings
+    ask(listen())
+    assert len([text for text in log.texts if OPEN in text]) == warnings
 
 
 @pytest.mark.parametrize("name", ["donn\u00e9es.db", "\U0001f375.db"])
-def test_a_name_that_the_output_cannot_show_is_announced_with_escapes(
+def test_a_path_that_the_output_cannot_encode_is_announced_with_escapes(
     tmp_path: Path, name: str
 ) -> None:
     path = tmp_path / name
@@ -9703,33 +9771,25 @@ def test_a_name_that_the_output_cannot_show_is_announced_with_escapes(
     assert path.exists()
 
 
-def test_an_announcement_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
+def test_a_program_runs_though_nobody_can_read_its_announcement(tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         address = holder.getsockname()
-    command = [
-        sys.executable,
-        str(PROGRAM),
-        "--db",
-        str(tmp_path / "todos.db"),
-        "--port",
-    ]
+    options = ["--db", str(tmp_path / "todos.db"), "--port", str(address[1])]
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as output:
-        running = subprocess.Popen([*command, str(address[1])], stdout=output)
+        command = [sys.executable, str(PROGRAM), *options]
+        running = subprocess.Popen(command, stdout=output)
+
+    def is_serving() -> bool:
+        assert running.poll() is None
+        with suppress(ConnectionRefusedError), closing(RawClient(address)) as client:
+            return client.request("GET", "/healthz").status == 200
+        return False
+
     try:
-
-        def answers() -> bool:
-            assert running.poll() is None
-            with (
-                suppress(ConnectionRefusedError),
-                closing(RawClient(address)) as client,
-            ):
-                return client.request("GET", "/healthz").status == 200
-            return False
-
-        until(answers)
+        until(is_serving)
         running.send_signal(signal.SIGTERM)
         assert running.wait(PATIENCE) == 0
     finally:
@@ -9737,30 +9797,32 @@ def test_an_announcement_that_nobody_reads_stops_nothing(tmp_path: Path) -> None
         running.wait()
 
 
-def test_a_log_that_nobody_reads_stops_nothing_and_holds_no_exit(
-    tmp_path: Path,
+def test_a_log_that_nobody_reads_delays_neither_requests_nor_the_exit(
+    start_program: StartProgram,
 ) -> None:
-    arguments = ("--db", str(tmp_path / "todos.db"), "--log-level", "debug")
-    with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        for _ in range(300):  # some 1,000 bytes of log each; a pipe holds 64 KiB
-            assert client.request("GET", "/" + "x" * 900).status == 404
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(PATIENCE) == 0
-        _, complained = running.process.communicate(timeout=PATIENCE)
-        assert complained.count("x' -> 404") > 30
+    running = start_program("--log-level", "debug")
+    client = running.client()
+    for _ in range(300):  # some 1,000 bytes of log each; a pipe holds 64 KiB
+        assert client.request("GET", "/" + "x" * 900).status == 404
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(PATIENCE) == 0
+    _, stderr = running.process.communicate(timeout=PATIENCE)
+    assert stderr.count("x' -> 404") > 30
 
 
-def test_what_was_logged_before_an_end_in_order_is_written(tmp_path: Path) -> None:
-    arguments = ("--db", str(tmp_path / "todos.db"), "--log-level", "debug")
-    with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        for number in range(500):
-            assert refused(client.request("GET", f"/{number}"), 404)
-        status, _, complained = running.end(signal.SIGTERM)
-        logged = re.findall(r"GET '/([0-9]+)' -> 404", complained)
-        assert (status, logged) == (0, [str(number) for number in range(500)])
+def test_every_line_of_the_log_is_written_before_a_graceful_exit(
+    start_program: StartProgram,
+) -> None:
+    running = start_program("--log-level", "debug")
+    client = running.client()
+    for number in range(500):
+        assert refused(client.request("GET", f"/{number}"), 404)
+    status, _, stderr = running.end(signal.SIGTERM)
+    logged = re.findall(r"GET '/([0-9]+)' -> 404", stderr)
+    assert (status, logged) == (0, [str(number) for number in range(500)])
 
 
-def test_an_exit_waits_for_what_was_logged_where_somebody_reads() -> None:
+def test_an_exit_waits_until_a_slow_reader_has_read_the_log() -> None:
     reader, writer = os.pipe()
     handler = mizusync.LogWriter(writer)
     for number in range(mizusync.LOG_LINES):  # more than a pipe holds
@@ -9772,7 +9834,7 @@ def test_an_exit_waits_for_what_was_logged_where_somebody_reads() -> None:
         assert reading.result(PATIENCE).count(b"\n") == mizusync.LOG_LINES
 
 
-def test_a_log_that_is_read_again_says_how_much_of_it_was_dropped() -> None:
+def test_a_log_that_is_read_again_counts_the_lines_that_were_dropped() -> None:
     reader, writer = os.pipe()
     handler = mizusync.LogWriter(writer)
     os.set_blocking(reader, False)
@@ -9786,12 +9848,10 @@ def test_a_log_that_is_read_again_says_how_much_of_it_was_dropped() -> None:
             found = re.findall(rb"^([0-9]+) log lines were dropped", text, re.M)
             return sum(map(int, found))
 
-        until(
-            lambda: (
-                dropped() + len(re.findall(rb"^[0-9]+ x+$", text, re.M))
-                == 3 * mizusync.LOG_LINES
-            )
-        )
+        def written() -> int:
+            return len(re.findall(rb"^[0-9]+ x+$", text, re.M))
+
+        until(lambda: dropped() + written() == 3 * mizusync.LOG_LINES)
         assert dropped() > 0
 
 
@@ -9799,7 +9859,7 @@ OLDER = [*Path.home().glob(".pyenv/versions/3.[89].*/bin/python"),
          *Path.home().glob(".pyenv/versions/3.10.*/bin/python")]  # fmt: skip
 
 
-def test_a_python_that_is_too_old_is_told_so_in_one_sentence() -> None:
+def test_an_old_python_gets_one_sentence() -> None:
     # The file has to parse there, or nothing of it runs.
     ast.parse(PROGRAM.read_text(encoding="utf-8"), feature_version=(3, 10))
     older = "import runpy, sys; sys.version_info = (3, 10, 13, 'final', 0)\n"
@@ -9817,47 +9877,40 @@ def test_a_python_that_is_too_old_is_told_so_in_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("python", OLDER, ids=lambda python: python.parts[-3])
-def test_an_older_python_is_told_which_one_is_needed(python: Path) -> None:
+def test_an_installed_older_python_gets_the_sentence(python: Path) -> None:
     command = [str(python), str(PROGRAM)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (1, "")
     assert "3.11 or newer" in done.stderr
 
 
-def test_the_program_tells_its_version() -> None:
+def test_the_program_prints_its_version() -> None:
     done = run_to_its_end("--version")
     assert (done.returncode, done.stdout) == (0, f"mizusync {mizusync.__version__}\n")
 
 
-def test_the_file_alone_says_that_its_page_is_not_there(tmp_path: Path) -> None:
+def test_the_program_without_its_page_explains_where_it_belongs(
+    start_program: StartProgram, tmp_path: Path
+) -> None:
     file = Path(shutil.copy(PROGRAM, tmp_path))
-    with (
-        program("--db", str(tmp_path / "todos.db"), file=file) as running,
-        closing(RawClient(running.address)) as client,
-    ):
-        reply = client.request("GET", "/")
-        assert (reply.status, b"demo.html" in reply.body) == (200, True)
+    reply = start_program(file=file).client().request("GET", "/")
+    assert (reply.status, b"demo.html" in reply.body) == (200, True)
 
 
-def test_a_path_without_its_slash_is_refused(engine: Engine) -> None:
-    with pytest.raises(ValueError, match="slash"):
-        Server(engine).route("GET", "noslash")(print)
-
-
-def test_a_host_that_can_be_none_is_one_sentence(tmp_path: Path) -> None:
-    done = run_to_its_end("--host", "127.0.0..1", "--db", str(tmp_path / "todos.db"))
-    assert (done.returncode, done.stdout, faults(done.stderr).count("\n")) == (1, "", 1)
-    assert "127.0.0..1" in done.stderr
-
-
-def test_a_busy_port_is_one_sentence(tmp_path: Path, server: Live) -> None:
+def test_an_impossible_host_or_a_busy_port_is_one_sentence(
+    tmp_path: Path, server: Live
+) -> None:
     port = str(server.address[1])
-    done = run_to_its_end("--port", port, "--db", str(tmp_path / "todos.db"))
-    assert (done.returncode, done.stdout, faults(done.stderr).count("\n")) == (1, "", 1)
-    assert port in done.stderr
+    for option, value in (("--host", "127.0.0..1"), ("--port", port)):
+        done = run_to_its_end(option, value, "--db", str(tmp_path / "todos.db"))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert faults(done.stderr).count("\n") == 1
+        assert value in done.stderr
 
 
-def test_a_bad_argument_is_exit_2(refusal: Callable[..., Refusal]) -> None:
+def test_a_bad_argument_ends_the_program_with_2(
+    refusal: Callable[..., Refusal],
+) -> None:
     for arguments in (["--port", "99999"], ["--port", "web"], ["--nonsense"], ["x"]):
         assert refusal(*arguments).status == 2
 
@@ -9870,7 +9923,7 @@ def test_a_bad_argument_is_exit_2(refusal: Callable[..., Refusal]) -> None:
         "a cut head": b"SQLite format 3\0" + bytes(99),
     },
 )
-def test_a_file_that_is_not_ours_is_one_sentence_and_unchanged(
+def test_a_file_of_another_program_is_one_sentence_and_unchanged(
     tmp_path: Path, path: Path, content: bytes | None, refusal: Callable[..., Refusal]
 ) -> None:
     if content:
@@ -9892,7 +9945,7 @@ def test_a_write_ahead_log_without_its_file_is_one_sentence(
     assert "-wal exists, and" in sentence
 
 
-def test_a_folder_that_is_not_there_or_not_writable_is_one_sentence(
+def test_a_missing_or_unwritable_folder_is_one_sentence(
     tmp_path: Path, refusal: Callable[..., Refusal]
 ) -> None:
     (tmp_path / "file").touch()
@@ -9907,209 +9960,6 @@ def test_a_folder_that_is_not_there_or_not_writable_is_one_sentence(
     for path in paths:
         status, sentence = refusal("--db", str(path))
         assert (status, sentence.count("\n")) == (1, 1)
-
-
-def test_a_certificate_that_is_not_there_is_one_sentence(
-    tmp_path: Path, refusal: Callable[..., Refusal]
-) -> None:
-    files = (
-        "--certfile",
-        str(tmp_path / "c.pem"),
-        "--keyfile",
-        str(tmp_path / "k.pem"),
-    )
-    status, sentence = refusal("--db", str(tmp_path / "t.db"), *files)
-    assert (status, sentence.count("\n")) == (1, 1)
-
-
-@pytest.mark.parametrize("host", [b"", b"Host: a b\r\n"])
-def test_a_target_in_absolute_form_does_not_excuse_a_bad_host(
-    client: RawClient, host: bytes
-) -> None:
-    client.send(b"GET http://localhost/healthz HTTP/1.1\r\n" + host + b"\r\n")
-    assert refused(client.response(), 400)
-
-
-def make_certificate(folder: Path) -> tuple[str, str]:
-    if (openssl := shutil.which("openssl")) is None:
-        pytest.skip("no openssl to make a certificate with")
-    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
-    make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    named = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = [openssl, *make.split(" "), *named, "-keyout", key, "-out", certificate]
-    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
-    return key, certificate
-
-
-@contextmanager
-def serve_tls(
-    folder: Path,
-    settings: Settings,
-    prepare: Callable[[Server], Any] = lambda server: None,
-    **options: Any,
-) -> Iterator[tuple[Live, Callable[[], RawClient]]]:
-    """A server over TLS, and what makes clients of it; none has much room for what it
-    reads."""
-    key, certificate = make_certificate(folder)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate, key)
-    trusting = ssl.create_default_context(cafile=certificate)
-
-    def over_tls(server: Server) -> None:
-        listen = functools.partial(server.listen, ssl=context)
-        setattr(server, "listen", listen)  # noqa: B010
-        prepare(server)
-
-    def make_client() -> RawClient:
-        client = live.client(receive_buffer=4096)
-        client.sock = trusting.wrap_socket(client.sock, server_hostname="127.0.0.1")
-        return client
-
-    with serve(folder, settings, prepare=over_tls, **options) as live:
-        yield live, make_client
-
-
-def test_pulls_that_wait_end_with_their_client_over_tls(tmp_path: Path) -> None:
-    settings, may_log = replace(SMALL, max_pull_wait=MOMENT), "SSL connection is closed"
-    with serve_tls(tmp_path, settings, may_log=may_log) as (live, make_client):
-        client = make_client()
-        client.send(get(b"/sync/pull?wait=60") * 4000)  # which would take minutes
-        assert client.response().status == 200
-        socket.socket.shutdown(
-            client.sock, socket.SHUT_WR
-        )  # a FIN; TLS has no half of a close
-        until(lambda: live.server.stats()["connections"] == 0)
-
-
-def test_a_session_ends_with_its_peer_over_tls_though_the_application_hangs(
-    tmp_path: Path,
-) -> None:
-    async def hang(session: mizusync.Session, topic: str, data: Any) -> None:
-        await asyncio.Event().wait()
-
-    settings = replace(
-        SMALL, ping_interval=MOMENT, ping_timeout=MOMENT, shutdown_timeout=1.0
-    )
-    with serve_tls(tmp_path, settings, on_message=hang) as (live, make_client):
-        client = make_client()
-        assert client.upgrade().status == 101
-        for _ in range(20):  # more than is read ahead
-            client.say("hello", "x" * 10_000)
-        socket.socket.shutdown(client.sock, socket.SHUT_WR)
-        client.close()
-        until(lambda: live.server.stats()["sessions"] == 0)
-
-
-def test_a_raw_websocket_that_only_sends_ends_with_its_peer_over_tls(
-    tmp_path: Path,
-) -> None:
-    async def pour(websocket: Any) -> None:
-        while True:
-            await websocket.send("x")
-
-    def prepare(server: Server) -> None:
-        server.websocket("/it")(pour)
-
-    may_log = "SSL connection is closed|socket.send"
-    with serve_tls(tmp_path, SMALL, prepare, may_log=may_log) as (live, make_client):
-        client = make_client()
-        assert client.upgrade("/it").status == 101
-        client.send(masked(TEXT, b"x" * 100_000))  # more than is read ahead
-        socket.socket.shutdown(client.sock, socket.SHUT_WR)
-        until(lambda: live.server.stats()["connections"] == 0)
-        assert len(live.records.texts) < 100
-
-
-def test_who_does_not_shake_hands_does_not_hold_the_end_over_tls(
-    tmp_path: Path,
-) -> None:
-    with serve_tls(tmp_path, replace(SMALL, shutdown_timeout=PATIENCE * 3)) as (
-        live,
-        _,
-    ):
-        live.client()
-        until(lambda: live.server.stats()["connections"] == 1)
-
-
-def test_slow_sessions_that_reset_are_no_fault_over_tls(tmp_path: Path) -> None:
-    joined = list[mizusync.Session]()
-
-    def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
-        joined.append(session)
-
-    with serve_tls(tmp_path, SMALL, on_message=on_message) as (live, make_client):
-        clients = [make_client() for _ in range(10)]
-        for client in clients:
-            assert client.upgrade().status == 101
-            client.say("join")
-        until(lambda: len(joined) == len(clients))
-        for _ in range(30):  # their sockets are full
-            for session in joined:
-                live.call(session.send, "news", "x" * 20_000)
-        for client in clients:
-            client.reset()
-        until(lambda: live.server.stats()["connections"] == 0)
-
-
-def test_a_large_answer_reaches_who_reads_it_slowly_over_tls(tmp_path: Path) -> None:
-    def prepare(server: Server) -> None:
-        server.route("GET", "/it")(lambda request: b"x" * 4_000_000)
-
-    with serve_tls(tmp_path, replace(SMALL, linger_timeout=MOMENT), prepare) as (
-        _,
-        make_client,
-    ):
-        client = make_client()
-        client.send(get(b"/it", b"Connection: close"))
-        started, whole = time.monotonic(), bytearray()
-        while piece := client.sock.recv(16384):
-            whole += piece
-            due = started + 3 * MOMENT * len(whole) / 4_000_000
-            while time.monotonic() < due:  # it reads on and on, but slowly
-                time.sleep(0.001)
-        assert len(whole.partition(b"\r\n\r\n")[2]) == 4_000_000
-
-
-def test_the_program_speaks_tls(tmp_path: Path) -> None:
-    key, certificate = make_certificate(tmp_path)
-    arguments = (
-        "--db",
-        str(tmp_path / "todos.db"),
-        "--certfile",
-        certificate,
-        "--keyfile",
-        key,
-    )
-    context = ssl.create_default_context(cafile=certificate)
-    with program(*arguments) as running, closing(RawClient(running.address)) as client:
-        assert "open https://" in running.line
-        client.sock = context.wrap_socket(client.sock, server_hostname="127.0.0.1")
-        origin = {"Origin": "https://{}:{}".format(*running.address)}
-        assert client.push(todo("create", id="1", title="x"), headers=origin)[0]["ok"]
-        with closing(
-            RawClient(running.address)
-        ) as other:  # a refusal is heard, to the last byte
-            other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
-            other.send(post(CHUNKED, body=b""))
-            for _ in range(100):
-                other.send(b"ea60\r\n%b\r\n" % (b"x" * 60_000))
-            assert refused(other.response(), 413)
-        with closing(
-            RawClient(running.address)
-        ) as other:  # and so is why a WebSocket is closed
-            other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
-            assert other.upgrade("/ws?scope=list", origin).status == 101
-            other.send(masked(TEXT, b"x" * 8_000_000))
-            assert other.read_frame().payload[:2] == (1009).to_bytes(2, "big")
-        assert client.upgrade("/ws?scope=list", origin).status == 101
-        before = client.subscribe()["data"]["cursor"]
-        with closing(RawClient(running.address)) as other:
-            other.sock = context.wrap_socket(other.sock, server_hostname="127.0.0.1")
-            other.push(todo("create", id="2", title="y"), headers=origin)
-        assert client.read_json()["data"]["cursor"] > before > 0
-        running.process.send_signal(signal.SIGTERM)
-        assert client.read_close() == 1001
-        assert running.process.wait(PATIENCE) == 0
 
 
 # --- README ---------------------------------------------------------------------------
@@ -11264,10 +11114,11 @@ def test_nginx_keeps_its_connections_to_the_server(fronted: tuple[Live, Front]) 
     live, front = fronted
     with closing(front.client()) as client:
         assert client.request("GET", "/healthz").status == 200
-        first = set(live.server._connections)
         for _ in range(10):
             assert client.request("GET", "/healthz").status == 200
-        assert first & set(live.server._connections)
+        # A connection for each request would be closed by now, or there would be ten.
+        time.sleep(MOMENT)
+        assert 1 <= live.server.stats()["connections"] < 10
 
 
 def test_nginx_speaks_http_2_to_who_does(
