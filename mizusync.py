@@ -4433,7 +4433,7 @@ async def run_websocket(
     finally:
         if websocket.accepted:
             reason = websocket.reason or websocket.connection.read_error
-            live_log.info("%s ended: %s", websocket.label, reason)
+            live_log.info("%s ended: %r", websocket.label, str(reason))
 
 
 async def run_handler(
@@ -5087,7 +5087,7 @@ class Routes:
         """
         method = method.upper()
         if not path.startswith("/") or re.search(r"[{}<>*?#%]|/:", path):
-            rule = "a path begins with a slash, without patterns, query and escapes"
+            rule = "a path is literal: a slash, then no pattern, query or escape"
             raise ValueError(f"the path {path!r} would never match: {rule}")
         methods = self.table.get(path, {})
         if method in methods:

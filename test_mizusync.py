@@ -4461,307 +4461,331 @@ def test_a_process_gets_the_lock_beside_a_busy_writer(path: Path) -> None:
 
 
 # --- Hub ------------------------------------------------------------------------------
-# Topics, numbers and bytes; its messages are plain JSON here.
+# Topics, numbers and bytes; the messages are plain JSON here. A hub sends its hints
+# from tasks, so each test is a coroutine.
 
 
-class Follower:
-    """A subscriber that writes down what it hears; it may be slow to write."""
+class Recorder:
+    """A subscriber that keeps what it is sent; it may be slow to take it."""
 
     def __init__(self, pause: float = 0.0) -> None:
-        self.heard: list[Any] = []
-        self.times: list[float] = []
+        self.messages: list[Any] = []
         self.pause = pause
 
     def hint(self, topic: str, cursor: int, message: bytes) -> None:
         self.message(message)
-        assert self.heard[-1]["topic"] == topic
-        assert self.heard[-1]["data"]["cursor"] == cursor
+        assert self.messages[-1]["topic"] == topic
+        assert self.messages[-1]["data"]["cursor"] == cursor
         started = time.monotonic()
         while time.monotonic() < started + self.pause:
             pass
 
     def message(self, message: bytes) -> None:
-        self.heard.append(json.loads(message))
-        self.times.append(time.monotonic())
+        self.messages.append(json.loads(message))
 
     @property
     def data(self) -> list[Any]:
-        return [message["data"] for message in self.heard]
+        return [message["data"] for message in self.messages]
 
     @property
     def cursors(self) -> list[int]:
         return [data["cursor"] for data in self.data]
+
+    async def until(self, cursor: int) -> None:
+        """Wait until this cursor was sent."""
+        while cursor not in self.cursors:
+            await asyncio.sleep(0.001)
 
 
 def make_hub(**limits: Any) -> Hub:
     return Hub(Settings(**limits), bytes)
 
 
-def news(cursor: int, *items: Any, after: int | None = None) -> Hint:
-    encoded = tuple(json.dumps(item).encode() for item in items)
-    return Hint(cursor, "e", cursor - len(items) if after is None else after, encoded)
+def make_hint(cursor: int, *changes: Any, after: int | None = None) -> Hint:
+    encoded = tuple(json.dumps(change).encode() for change in changes)
+    before = cursor - len(changes) if after is None else after
+    return Hint(cursor, "e", before, encoded)
 
 
-async def quiet(follower: Follower, newest: int) -> None:
-    """Until this cursor was heard."""
-    while newest not in follower.cursors:
-        await asyncio.sleep(0.001)
-
-
-def test_a_hint_goes_to_the_followers_of_its_topic_alone() -> None:
-    hub, one, two, other = make_hub(), Follower(), Follower(), Follower()
-    for follower, topic in ((one, "sync:a"), (two, "sync:a"), (other, "sync:b")):
-        hub.subscribe(topic, follower)
-    hub.hint("sync:a", Hint(5))
-    assert one.heard == two.heard == [{"topic": "sync:a", "data": {"cursor": 5}}]
-    assert other.heard == []
-
-
-def test_the_changes_are_in_the_hints_of_those_who_asked_for_them() -> None:
-    hub, plain, asking = make_hub(), Follower(), Follower()
-    hub.subscribe("sync:a", plain)
-    hub.subscribe("sync:a", asking, items=True)
-    hub.hint("sync:a", news(5, "x", "y"))
-    assert plain.data == [{"cursor": 5}]
-    assert asking.data == [
-        {"cursor": 5, "epoch": "e", "after": 3, "changes": ["x", "y"]}
-    ]
-
-
-def test_the_last_subscribe_decides_on_changes() -> None:
-    hub, follower = make_hub(hint_gap=0.0), Follower()
-    for items, keys in ((True, 4), (False, 1)):
-        hub.subscribe("sync:a", follower, items=items)
-        hub.unsubscribe("sync:a", Follower())  # who never followed it
-        hub.hint("sync:a", news(5, "x"))
-        assert len(follower.data[-1]) == keys
-    assert len(follower.heard) == 2
-
-
-def burst(
-    hints: list[Hint], at_once: int = 1, items: bool = True, **limits: Any
-) -> list[Any]:
-    """What a follower hears of hints that come at once, when the first was slow to
-    tell."""
-
-    async def all_at_once() -> list[Any]:
-        hub, follower = make_hub(hint_gap=1.0, **limits), Follower(pause=0.03)
-        hub.subscribe("sync:a", follower, items)
-        for hint in hints:
-            hub.hint("sync:a", hint)
-        assert len(follower.heard) == at_once
-        await quiet(follower, hints[-1].cursor)
-        assert follower.times[-1] - follower.times[0] >= 4 * follower.pause
-        assert len(follower.heard) == at_once + 1
-        return follower.data
-
-    return ask(all_at_once())
-
-
-def test_hints_of_a_burst_merge_and_are_paced() -> None:
-    _, merged = burst([news(cursor, str(cursor)) for cursor in range(1, 11)])
-    assert merged == {
-        "cursor": 10,
-        "epoch": "e",
-        "after": 1,
-        "changes": [str(n) for n in range(2, 11)],
-    }
-
-
-def test_a_merged_hint_leaves_before_it_has_more_changes_than_it_may_carry() -> None:
-    hints = [news(1, 1), *(news(cursor, 1) for cursor in range(2, 7))]
-    assert burst(hints, max_hint_changes=5)[1:] == [news_data(6, 1, [1] * 5)]
-    early, last = burst(hints, at_once=2, max_hint_changes=4)[1:]
-    assert (early, last) == (news_data(5, 1, [1] * 4), news_data(6, 5, [1]))
-    assert burst(hints, items=False, max_hint_changes=4)[1:] == [{"cursor": 6}]
-
-
-def test_a_hint_with_many_changes_comes_without_them() -> None:
-    large = news(3, 1, 1, 1, 1, 1, after=2)
-    assert burst([news(1, 1), news(2, 1), large], max_hint_changes=4)[1:] == [
-        {"cursor": 3}
-    ]
-
-
-def news_data(cursor: int, after: int, changes: list[Any]) -> dict[str, Any]:
+def hint_data(cursor: int, after: int, changes: list[Any]) -> dict[str, Any]:
     return {"cursor": cursor, "epoch": "e", "after": after, "changes": changes}
 
 
-def test_a_hint_with_large_changes_comes_without_them() -> None:
-    for size, keys in ((100, 4), (101, 1)):
-        hub, follower = make_hub(max_hint_size=102), Follower()
-        hub.subscribe("sync:a", follower, items=True)
-        hub.hint("sync:a", news(1, "x" * size))
-        assert len(follower.data[0]) == keys
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a coroutine function as a test."""
+
+    @functools.wraps(test)
+    def run(*arguments: Any, **named: Any) -> None:
+        ask(test(*arguments, **named))
+
+    return run
 
 
-def test_a_hint_to_many_lets_others_have_their_turn_and_keeps_its_order() -> None:
-    async def go() -> None:
-        hub, crowd = make_hub(), [Follower() for _ in range(3 * mizusync.HANDFUL + 1)]
-        for number, follower in enumerate(crowd):
-            hub.subscribe("sync:a", follower, items=number % 2 == 0)
-        hub.hint("sync:a", news(1, 1))
-        told = [len(follower.heard) for follower in crowd]
-        assert told == sorted(told, reverse=True)
-        assert sum(told) == mizusync.HANDFUL
-        hub.hint("sync:a", news(2, 2))  # waits for the end of the round
-        hub.hint("sync:a", news(3, 3))
-        gone = crowd.pop()
-        hub.unsubscribe("sync:a", gone)
-        late = Follower()
-        hub.subscribe("sync:a", late)
-        hub.tell("sync:a", late, 3)
-        while len(late.heard) < 2:  # it is the last of the last round
-            await asyncio.sleep(0)
-        assert all(follower.cursors == [1, 3] for follower in crowd)
-        assert crowd[0].data[1] == news_data(3, 1, [2, 3])
-        assert (gone.heard, late.cursors) == ([], [3, 3])
-
-    ask(go())
+@in_loop
+async def test_a_hint_goes_to_the_subscribers_of_its_topic_alone() -> None:
+    hub = make_hub()
+    one, two, other = Recorder(), Recorder(), Recorder()
+    for subscriber, topic in ((one, "sync:a"), (two, "sync:a"), (other, "sync:b")):
+        hub.subscribe(topic, subscriber)
+    hub.hint("sync:a", Hint(5))
+    await two.until(5)
+    assert one.messages == two.messages == [{"topic": "sync:a", "data": {"cursor": 5}}]
+    assert other.messages == []
 
 
-def test_a_merged_hint_never_hides_a_gap() -> None:
+@in_loop
+async def test_a_hint_is_sent_after_the_callers_turn() -> None:
+    hub, subscriber = make_hub(), Recorder()
+    hub.subscribe("sync:a", subscriber)
+    hub.hint("sync:a", Hint(5))
+    assert subscriber.messages == []
+    await asyncio.sleep(0)
+    assert subscriber.cursors == [5]
+
+
+@in_loop
+async def test_only_subscribers_that_asked_get_the_changes_in_their_hints() -> None:
+    hub, plain, asking = make_hub(), Recorder(), Recorder()
+    hub.subscribe("sync:a", plain)
+    hub.subscribe("sync:a", asking, changes=True)
+    hub.hint("sync:a", make_hint(5, "x", "y"))
+    await asking.until(5)
+    assert plain.data == [{"cursor": 5}]
+    assert asking.data == [hint_data(5, 3, ["x", "y"])]
+
+
+@in_loop
+async def test_the_last_subscribe_decides_on_changes() -> None:
+    hub, subscriber = make_hub(hint_gap=0.0), Recorder()
+    for cursor, changes, fields in ((5, True, 4), (6, False, 1)):
+        hub.subscribe("sync:a", subscriber, changes=changes)
+        hub.unsubscribe("sync:a", Recorder())  # that never subscribed
+        hub.hint("sync:a", make_hint(cursor, "x"))
+        await subscriber.until(cursor)
+        assert len(subscriber.data[-1]) == fields
+
+
+async def burst(hints: list[Hint], changes: bool = True, **limits: Any) -> Recorder:
+    """Return a subscriber after the first hint, and then all others at once."""
+    hub, subscriber = make_hub(**limits), Recorder(pause=0.03)
+    hub.subscribe("sync:a", subscriber, changes)
+    for hint in hints:
+        hub.hint("sync:a", hint)
+        if hint is hints[0]:
+            await subscriber.until(hint.cursor)
+    await subscriber.until(hints[-1].cursor)
+    return subscriber
+
+
+@in_loop
+async def test_the_hints_of_a_burst_are_merged_into_one() -> None:
+    subscriber = await burst(
+        [make_hint(cursor, str(cursor)) for cursor in range(1, 11)]
+    )
+    later = [str(cursor) for cursor in range(2, 11)]
+    assert subscriber.data == [hint_data(1, 0, ["1"]), hint_data(10, 1, later)]
+
+
+@in_loop
+async def test_a_topic_pauses_until_it_has_earned_the_time_of_its_broadcasts() -> None:
+    # The first takes 30 ms of a budget of 20. A quarter of the time is earned back.
+    for changes, share in ((True, 1 / 4), (False, 1 / 16)):
+        started = time.monotonic()
+        await burst([make_hint(1, 1), make_hint(2, 2)], changes, hint_gap=5.0)
+        assert time.monotonic() - started >= 0.01 / share
+
+
+@in_loop
+async def test_no_pause_is_longer_than_the_hint_gap() -> None:
+    # The budget asks for a pause of 160 ms, and after the second hint for 640.
+    hints = [make_hint(1, 1), make_hint(2, 2)]
+    subscriber = await burst(hints, False, hint_gap=0.0)
+    assert subscriber.cursors == [1, 2]
+    budget = mizusync.Budget(updated=0.0)
+    assert budget.spend(100.0, now=100.0, share=0.1, longest_pause=2.0) == 2.0
+    assert budget.spend(0.0, now=102.0, share=0.1, longest_pause=2.0) == 0.0
+
+
+@given(
+    used=st.lists(st.floats(0, 1), min_size=1, max_size=50),
+    share=st.sampled_from([1 / 16, 1 / 4]),
+)
+def test_broadcasts_use_no_more_than_their_share_of_the_loops_time(
+    used: list[float], share: float
+) -> None:
+    budget, now = mizusync.Budget(updated=0.0), 0.0
+    total = 0.0
+    for seconds in used:
+        now += seconds
+        total += seconds
+        now += budget.spend(seconds, now, share, longest_pause=1e9)
+        assert total <= mizusync.BURST + now * share + 1e-6
+
+
+@in_loop
+async def test_a_hint_with_too_many_changes_comes_without_them() -> None:
+    hints = [make_hint(1, 1), *(make_hint(cursor, 1) for cursor in range(2, 7))]
+    subscriber = await burst(hints, max_hint_changes=5)
+    assert subscriber.data[1:] == [hint_data(6, 1, [1] * 5)]
+    subscriber = await burst(hints, max_hint_changes=4)
+    assert subscriber.data[1:] == [{"cursor": 6}]
+    large = make_hint(3, 1, 1, 1, 1, 1, after=2)
+    subscriber = await burst([hints[0], hints[1], large], max_hint_changes=4)
+    assert subscriber.data[1:] == [{"cursor": 3}]
+
+
+@in_loop
+async def test_a_hint_with_large_changes_comes_without_them() -> None:
+    for size, fields in ((100, 4), (101, 1)):
+        hub, subscriber = make_hub(max_hint_size=102), Recorder()
+        hub.subscribe("sync:a", subscriber, changes=True)
+        hub.hint("sync:a", make_hint(1, "x" * size))
+        await subscriber.until(1)
+        assert len(subscriber.data[0]) == fields
+
+
+@in_loop
+async def test_a_large_broadcast_yields_to_others_and_keeps_its_order() -> None:
+    hub = make_hub()
+    crowd = [Recorder() for _ in range(3 * mizusync.BROADCAST_BATCH + 1)]
+    for number, subscriber in enumerate(crowd):
+        hub.subscribe("sync:a", subscriber, changes=number % 2 == 0)
+    hub.hint("sync:a", make_hint(1, 1))
+    await asyncio.sleep(0)
+    sent = [len(subscriber.messages) for subscriber in crowd]
+    assert sent == sorted(sent, reverse=True)
+    assert sum(sent) == mizusync.BROADCAST_BATCH
+    hub.hint("sync:a", make_hint(2, 2))  # it waits for the end of the broadcast
+    hub.hint("sync:a", make_hint(3, 3))
+    gone = crowd.pop()
+    hub.unsubscribe("sync:a", gone)
+    late = Recorder()
+    hub.subscribe("sync:a", late)
+    hub.send_current("sync:a", late, 3)
+    while len(late.messages) < 2:  # it is the last one of the last broadcast
+        await asyncio.sleep(0)
+    assert all(subscriber.cursors == [1, 3] for subscriber in crowd)
+    assert crowd[0].data[1] == hint_data(3, 1, [2, 3])
+    assert (gone.messages, late.cursors) == ([], [3, 3])
+
+
+@in_loop
+async def test_a_merged_hint_never_hides_a_gap() -> None:
     foreign = Hint(4, "e")  # another process's commit, whose changes are not known here
-    assert burst([news(1, 1), news(2, 2), foreign, news(5, 5)])[1] == {"cursor": 5}
-    assert burst([news(1, 1), news(2, 2), news(9, 9, after=7)])[1] == {"cursor": 9}
+    first, second = make_hint(1, 1), make_hint(2, 2)
+    subscriber = await burst([first, second, foreign, make_hint(5, 5)])
+    assert subscriber.data[1:] == [{"cursor": 5}]
+    subscriber = await burst([first, second, make_hint(9, 9, after=7)])
+    assert subscriber.data[1:] == [{"cursor": 9}]
 
 
 @settings(max_examples=40)
 @given(
     commits=st.lists(st.integers(0, 4), min_size=1, max_size=30), few=st.integers(1, 12)
 )
-def test_hints_with_changes_have_no_gap_and_end_at_the_newest(
+@in_loop
+async def test_hints_with_changes_have_no_gap_and_end_at_the_newest(
     commits: list[int], few: int
 ) -> None:
-    async def follow() -> list[Any]:
-        hub, follower, cursor = make_hub(max_hint_changes=few), Follower(), 0
-        hub.subscribe("sync:a", follower, items=True)
-        for count in commits:
-            items = range(cursor + 1, cursor + count + 2)
-            cursor += count + 1
-            hub.hint("sync:a", news(cursor, *items))
-            if count == 3:
-                await quiet(follower, cursor)
-        await quiet(follower, cursor)
-        return follower.data
-
-    heard = ask(follow())
-    cursors = [data["cursor"] for data in heard]
-    assert cursors == sorted(set(cursors))
-    for data in heard:
+    hub, subscriber, cursor = make_hub(max_hint_changes=few), Recorder(), 0
+    hub.subscribe("sync:a", subscriber, changes=True)
+    for count in commits:
+        changes = range(cursor + 1, cursor + count + 2)
+        cursor += count + 1
+        hub.hint("sync:a", make_hint(cursor, *changes))
+        if count == 3:
+            await subscriber.until(cursor)
+    await subscriber.until(cursor)
+    assert subscriber.cursors == sorted(set(subscriber.cursors))
+    for data in subscriber.data:
         if "changes" in data:
             assert data["changes"] == list(range(data["after"] + 1, data["cursor"] + 1))
             assert len(data["changes"]) <= few
 
 
-def test_a_new_follower_is_told_where_the_topic_stands_and_never_of_less() -> None:
-    hub, follower = make_hub(hint_gap=0.0), Follower()
-    hub.subscribe("sync:a", follower)
-    hub.tell("sync:a", follower, 7)
-    hub.tell("sync:a", follower, 3)  # read before a commit, told after it
+@in_loop
+async def test_a_new_subscriber_is_sent_the_newest_cursor_and_never_a_lower_one() -> (
+    None
+):
+    hub, subscriber = make_hub(hint_gap=0.0), Recorder()
+    hub.subscribe("sync:a", subscriber)
+    hub.send_current("sync:a", subscriber, 7)
+    hub.send_current("sync:a", subscriber, 3)  # read before a commit, sent after it
     hub.hint("sync:a", Hint(9))
-    hub.tell("sync:a", follower)
-    assert follower.cursors == [7, 7, 9, 9]
-    hub.tell("sync:b", follower, 1)  # a topic that it does not follow
-    assert len(follower.heard) == 4
+    await subscriber.until(9)
+    hub.send_current("sync:a", subscriber)
+    assert subscriber.cursors == [7, 7, 9, 9]
+    hub.send_current("sync:b", subscriber, 1)  # a topic that it is not subscribed to
+    assert len(subscriber.messages) == 4
 
 
-def test_the_newest_hint_is_sent_again_after_a_silence() -> None:
-    hub, told, hinted = make_hub(heartbeat=100.0, hint_gap=0.0), Follower(), Follower()
-    hub.subscribe("sync:a", told)
-    hub.subscribe("sync:b", hinted, items=True)
-    start = time.monotonic()
-    hub.tell("sync:a", told, 1)
-    hub.hint("sync:b", news(2, "x"))
-    hub.beat(start + 99)
-    assert (told.cursors, hinted.cursors) == ([1], [2])
-    late = time.monotonic()
-    until(lambda: time.monotonic() > late)
-    hub.beat(late + 100)
-    assert (told.cursors, hinted.cursors) == ([1, 1], [2, 2])
-    assert hinted.data[-1] == {"cursor": 2}
-
-
-def test_only_the_topics_that_were_silent_are_sent_again() -> None:
+@in_loop
+async def test_the_newest_hint_of_each_silent_topic_is_sent_again() -> None:
     hub = make_hub(heartbeat=100.0, hint_gap=0.0)
-    followers = {name: Follower() for name in ("first", "second", "third")}
-    for topic, follower in followers.items():
-        hub.subscribe(topic, follower)
-        hub.hint(topic, Hint(1))
+    subscribers = {name: Recorder() for name in ("first", "second", "third")}
+    for topic, subscriber in subscribers.items():
+        hub.subscribe(topic, subscriber, changes=True)
+        hub.hint(topic, make_hint(1, "x"))
+        await subscriber.until(1)
     early = time.monotonic()
     until(lambda: time.monotonic() > early)
-    hub.hint("first", Hint(2))
+    hub.hint("first", make_hint(2, "y"))
+    await subscribers["first"].until(2)
     late = time.monotonic()
-    hub.beat(early + 100)
-    assert [follower.cursors for follower in followers.values()] == [
-        [1, 2],
-        [1, 1],
-        [1, 1],
-    ]
+    hub.send_heartbeats(early + 100)
+    await asyncio.sleep(0.01)
+    sent = [subscriber.cursors for subscriber in subscribers.values()]
+    assert sent == [[1, 2], [1, 1], [1, 1]]
+    assert subscribers["second"].data[-1] == {"cursor": 1}
     until(lambda: time.monotonic() > late)
-    hub.beat(late + 100)
-    assert [follower.cursors for follower in followers.values()] == [
-        [1, 2, 2],
-        [1, 1],
-        [1, 1],
-    ]
+    hub.send_heartbeats(late + 100)
+    await asyncio.sleep(0.01)
+    sent = [subscriber.cursors for subscriber in subscribers.values()]
+    assert sent == [[1, 2, 2], [1, 1], [1, 1]]
 
 
-def test_a_topic_that_never_had_a_hint_has_no_heartbeat() -> None:
-    hub, follower = make_hub(heartbeat=1.0), Follower()
-    hub.subscribe("news", follower)
-    hub.beat(time.monotonic() + 5)
-    assert follower.heard == []
+@in_loop
+async def test_a_topic_that_never_had_a_hint_has_no_heartbeat() -> None:
+    hub, subscriber = make_hub(heartbeat=1.0), Recorder()
+    hub.subscribe("news", subscriber)
+    hub.send_heartbeats(time.monotonic() + 5)
+    await asyncio.sleep(0.01)
+    assert subscriber.messages == []
 
 
-def test_a_topic_without_followers_is_forgotten_with_what_it_had_to_say() -> None:
-    async def leave() -> None:
-        hub, follower, later = make_hub(), Follower(pause=0.005), Follower()
-        hub.subscribe("sync:a", follower)
-        hub.hint("sync:a", Hint(1))
-        hub.hint("sync:a", Hint(2))  # which has to wait
-        hub.unsubscribe("sync:a", follower)
-        assert not hub.topics
-        hub.hint("sync:a", Hint(3))
-        hub.publish("sync:a", b"3")
-        hub.unsubscribe("sync:a", follower)
-        hub.subscribe("sync:a", later)
-        hub.tell("sync:a", later, 3)
-        await asyncio.sleep(0.05)
-        assert (follower.cursors, later.cursors) == ([1], [3])
+@in_loop
+async def test_a_topic_without_subscribers_is_forgotten_with_its_pending_hint() -> None:
+    hub, subscriber, later = make_hub(), Recorder(pause=0.005), Recorder()
+    hub.subscribe("sync:a", subscriber)
+    hub.hint("sync:a", Hint(1))
+    await subscriber.until(1)
+    hub.hint("sync:a", Hint(2))  # it waits
+    hub.unsubscribe("sync:a", subscriber)
+    assert not hub.topics
+    hub.hint("sync:a", Hint(3))
+    hub.publish("sync:a", b"3")
+    hub.unsubscribe("sync:a", subscriber)
+    hub.subscribe("sync:a", later)
+    hub.send_current("sync:a", later, 3)
+    await asyncio.sleep(0.05)
+    assert (subscriber.cursors, later.cursors) == ([1], [3])
 
-    ask(leave())
 
-
-def test_a_message_reaches_every_follower_and_none_is_merged() -> None:
-    hub, one, two = make_hub(), Follower(), Follower()
+def test_a_message_reaches_every_subscriber_and_none_is_merged() -> None:
+    hub, one, two = make_hub(), Recorder(), Recorder()
     hub.subscribe("news", one)
     hub.subscribe("news", two)
     for number in range(50):
         hub.publish("news", b"%d" % number)
     assert one.data == two.data == list(range(50))
-    hub.publish("nobody's", b"1")
+    hub.publish("another", b"1")
 
 
-def test_who_leaves_while_a_hint_goes_round_hurts_nobody() -> None:
-    hub, last = make_hub(), Follower()
-
-    class Leaver(Follower):
-        def hint(self, topic: str, cursor: int, message: bytes) -> None:
-            hub.unsubscribe(topic, self)
-
-    hub.subscribe("sync:a", Leaver())
-    hub.subscribe("sync:a", last)
-    hub.hint("sync:a", Hint(1))
-    assert last.cursors == [1]
-    assert len(hub.topics["sync:a"].followers) == 1
-
-
-class Leaver(Follower):
-    """Who leaves every topic of this hub when it hears this cursor."""
+class Leaver(Recorder):
+    """A subscriber that leaves every topic when it is sent this cursor."""
 
     def __init__(self, hub: Hub, last: int) -> None:
-        super().__init__(pause=0.005)
+        super().__init__()
         self.hub, self.last = hub, last
 
     def hint(self, topic: str, cursor: int, message: bytes) -> None:
@@ -4771,46 +4795,44 @@ class Leaver(Follower):
                 self.hub.unsubscribe(name, self)
 
 
-def test_who_leaves_everything_when_it_is_told_ends_no_heartbeat() -> None:
+@in_loop
+async def test_a_subscriber_that_leaves_during_a_broadcast_disturbs_no_other() -> None:
+    hub, last = make_hub(), Recorder()
+    hub.subscribe("sync:a", Leaver(hub, last=1))
+    hub.subscribe("sync:a", last)
+    hub.hint("sync:a", Hint(1))
+    await last.until(1)
+    assert len(hub.topics["sync:a"].subscribers) == 1
+
+
+@in_loop
+async def test_a_subscriber_may_leave_every_topic_at_a_heartbeat() -> None:
     hub = make_hub(heartbeat=1.0, hint_gap=0.0)
-    leaver = Leaver(hub, last=0)
+    leaver, before = Leaver(hub, last=0), asyncio.all_tasks()
     for topic in ("sync:a", "sync:b"):
         hub.subscribe(topic, leaver)
         hub.hint(topic, Hint(1))
+    await asyncio.sleep(0.01)
     leaver.last = 1
-    hub.beat(time.monotonic() + 5)
+    hub.send_heartbeats(time.monotonic() + 5)
+    await asyncio.sleep(0.01)
     assert (leaver.cursors, len(hub.topics)) == ([1, 1, 1], 0)
+    assert asyncio.all_tasks() == before  # no broadcast is left
 
 
-def test_who_leaves_when_it_is_told_at_once_what_has_no_room_is_told_no_more() -> None:
-    async def leave() -> None:
-        failed: list[Any] = []
-        asyncio.get_running_loop().set_exception_handler(
-            lambda loop, what: failed.append(what)
-        )
-        hub = make_hub(max_hint_changes=2, hint_gap=0.02)
-        leaver = Leaver(hub, last=2)
-        hub.subscribe("sync:a", leaver, items=True)
-        for hint in (news(1, "x"), news(2, "y"), news(4, "z", "w")):
-            hub.hint("sync:a", hint)
-        await asyncio.sleep(0.05)
-        assert (leaver.cursors, failed, len(hub.topics)) == ([1, 2], [], 0)
+@in_loop
+async def test_a_subscriber_that_fails_keeps_no_hint_from_another() -> None:
+    hub, last = make_hub(), Recorder()
 
-    ask(leave())
-
-
-def test_a_follower_that_fails_hurts_no_other() -> None:
-    hub, last = make_hub(), Follower()
-
-    class Broken(Follower):
+    class Broken(Recorder):
         def message(self, message: bytes) -> None:
             raise ConnectionError("gone")
 
     hub.subscribe("sync:a", Broken())
     hub.subscribe("sync:a", last)
-    hub.publish("sync:a", b'{"cursor": 1}')
-    hub.hint("sync:a", Hint(2))
-    assert last.cursors == [1, 2]
+    for cursor in (1, 2):
+        hub.hint("sync:a", Hint(cursor))
+        await last.until(cursor)
 
 
 # --- HTTP/1.1 -------------------------------------------------------------------------
@@ -4955,7 +4977,7 @@ def test_a_hostile_weight_of_a_coding_takes_time_linear_in_its_size() -> None:
     request = mizusync.parse_request(bytearray(head), Settings())
     assert request is not None
     started = time.process_time()
-    assert not request.takes_gzip
+    assert not request.accepts_gzip
     assert time.process_time() - started < PATIENCE / 4
 
 
@@ -6199,8 +6221,12 @@ def test_bytes_behind_the_handshake_belong_to_the_websocket(client: RawClient) -
     subscribe = masked(TEXT, b'{"topic": "subscribe", "data": {}}')
     client.send(get(b"/ws", KEY, *UPGRADE) + subscribe + masked(PING, b"!"))
     assert client.response().status == 101
-    assert client.read_json() == {"topic": "sync:_default", "data": {"cursor": 0}}
-    assert client.read_frame() == Frame(PONG, b"!")
+    frames = {
+        frame.opcode: frame.payload
+        for frame in (client.read_frame(), client.read_frame())
+    }
+    assert frames[PONG] == b"!"
+    assert json.loads(frames[TEXT])["topic"] == "sync:_default"
 
 
 # -- frames
@@ -6918,10 +6944,10 @@ def test_a_session_is_closed_with_1001_if_an_older_copy_is_restored(
 def test_heartbeats_go_on_if_a_subscriber_of_another_transport_fails_and_unsubscribes(
     start: Start,
 ) -> None:
-    class Broken(Follower):
+    class Broken(Recorder):
         def hint(self, topic: str, cursor: int, message: bytes) -> None:
-            self.heard.append(topic)
-            if len(self.heard) > 2:
+            self.messages.append(topic)
+            if len(self.messages) > 2:
                 for name in ("sync:a", "sync:b"):
                     live.server.hub.unsubscribe(name, self)
                 raise ConnectionError("gone")
@@ -6931,11 +6957,11 @@ def test_heartbeats_go_on_if_a_subscriber_of_another_transport_fails_and_unsubsc
     def subscribe() -> None:
         for name in ("sync:a", "sync:b"):
             live.server.hub.subscribe(name, broken)
-            live.server.hub.tell(name, broken, 1)
+            live.server.hub.send_current(name, broken, 1)
 
     live = start(heartbeat=MOMENT)
     live.call(subscribe)
-    until(lambda: len(broken.heard) > 2)
+    until(lambda: len(broken.messages) > 2)
     live.logged("gone")
     client = live.socket()
     assert client.subscribe() == client.read_json() == client.read_json()
@@ -7107,7 +7133,7 @@ def test_a_receive_that_times_out_loses_no_message(start: Start) -> None:
     got = list[Any]()
 
     async def impatient(websocket: Any) -> None:
-        while not websocket.over:
+        while not websocket.ended:
             with suppress(TimeoutError):
                 async with asyncio.timeout(0):
                     got.append(await websocket.receive())
@@ -7123,12 +7149,11 @@ def test_a_receive_that_times_out_loses_no_message(start: Start) -> None:
     ]
 
 
-@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
-def test_a_session_goes_on_if_on_message_is_cancelled_or_exits(
-    start: Start, error: type[BaseException]
+def test_a_session_goes_on_if_what_on_message_waits_for_is_cancelled(
+    start: Start,
 ) -> None:
     async def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
-        raise error
+        raise asyncio.CancelledError
 
     live = start(on_message=on_message)
     client = live.socket()
@@ -7528,13 +7553,10 @@ def test_an_origin_like_an_allowed_one_is_forbidden(start: Start, origin: str) -
     ("given", "sent"),
     [
         ("http://localhost:5173", "http://localhost:5173"),
-        ("http://localhost:5173/", "http://localhost:5173"),
         ("HTTP://LocalHost:5173", "http://localhost:5173"),
-        ("https://app.example:443", "https://app.example"),
-        ("http://app.example:80/", "http://app.example"),
         ("http://app.example:443", "http://app.example:443"),
         ("capacitor://localhost", "capacitor://localhost"),
-        ("http://[0:0::1]:5173", "http://[::1]:5173"),
+        ("http://[::1]:5173", "http://[::1]:5173"),
     ],
 )
 def test_an_origin_may_be_allowed_in_another_form_than_browsers_send(
@@ -7543,15 +7565,6 @@ def test_an_origin_may_be_allowed_in_another_form_than_browsers_send(
     client = start(allow_origin=[given]).client()
     reply = client.request("GET", "/sync/pull", headers={"Origin": sent})
     assert reply.headers["access-control-allow-origin"] == sent
-
-
-@pytest.mark.parametrize(
-    "given", ["Sync.Example", "sync.example:8080", "sync.example/"]
-)
-def test_a_host_may_be_allowed_in_another_form(start: Start, given: str) -> None:
-    client = start(allow_host=[given]).client()
-    headers = {"Host": "sync.example:8080"}
-    assert client.request("GET", "/sync/pull", headers=headers).status == 200
 
 
 NOWHERE = "/nowhere/todos.db"  # a program that accepts its arguments ends with 1
@@ -7569,16 +7582,16 @@ IMPOSSIBLE = [
             "http://x.y,http://z",
             "http://x y",
             "https://*.x.y",
-            "http://x.y:99999",
             "http://x.y:0",
+            "http://x.y:80",
+            "https://x.y:443",
+            "http://x.y/",
             "http://u@x.y",
             "http://x.y?q",
             "http://b\u00fccher.example",
             "ws://x.y",
             "file:///x",
             "http://[::1",
-            "http://[:::]",
-            "http://[1.2.3.4]",
         )
     ),
     *(
@@ -7588,6 +7601,7 @@ IMPOSSIBLE = [
             "",
             "*.x.y",
             "https://x.y",
+            "x.y:8080",
             "x.y/path",
             "x y",
             "x.y,z",
@@ -7603,21 +7617,20 @@ def test_an_impossible_origin_or_host_is_refused_at_once(
 ) -> None:
     good = {"origin": "https://app.example", "host": "app.example"}[kind]
     options: dict[str, Any] = {f"allow_{kind}": [good, value]}
-    with pytest.raises(ValueError, match=f"is no {kind}"):
+    with pytest.raises(ValueError, match="can never match"):
         Server(engine, **options)
     status, sentence = refusal("--db", NOWHERE, f"--allow-{kind}", value)
     assert status == 2
-    assert f"is no {kind}" in sentence
+    assert "can never match" in sentence
     assert f"--allow-{kind}" in sentence
 
 
 @pytest.mark.parametrize("option", ["allow_origin", "allow_host"])
-@pytest.mark.parametrize("given", ["https://app.example", b"x.y", [None], [b"x.y"]])
-def test_origins_and_hosts_that_are_no_list_of_strings_are_a_type_error(
-    engine: Engine, option: str, given: Any
+def test_one_string_for_a_list_of_origins_or_hosts_is_a_type_error(
+    engine: Engine, option: str
 ) -> None:
-    options: dict[str, Any] = {option: given}
-    with pytest.raises(TypeError, match=r"string"):
+    options: dict[str, Any] = {option: "x.y"}
+    with pytest.raises(TypeError, match=r"one string"):
         Server(engine, **options)
 
 
@@ -8087,7 +8100,7 @@ NO_TOKENS = ["", " ", "a b", "a,b", "YWJj/Q==", "a\n", "b\u00fccher", '"a"', "\u
 def test_a_token_that_a_browser_cannot_send_is_refused_at_once(
     engine: Engine, token: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"^a token has 1 or more letters") as raised:
+    with pytest.raises(ValueError, match=r"a token has 1 or more letters") as raised:
         Server(engine, token=token)
     assert len(token) < 2 or token not in str(raised.value)
 
@@ -8314,9 +8327,6 @@ def test_a_route_that_reads_json_refuses_a_body_without_it(
         "an escape": ("GET", "/caf%C3%A9", "literal"),
         "no slash": ("GET", "x", "slash"),
         "path and method in the wrong order": ("/x", "GET", "slash"),
-        "no method": ("GET POST", "/x", "method"),
-        "an empty method": ("", "/x", "method"),
-        "OPTIONS, which the server answers": ("OPTIONS", "/x", "OPTIONS"),
         "the push": ("POST", "/sync/push", "POST /sync/push"),
         "the pull": ("GET", "/sync/pull", "GET /sync/pull"),
         "the same in lower case": ("get", "/sync/pull", "GET /sync/pull"),
@@ -8324,7 +8334,6 @@ def test_a_route_that_reads_json_refuses_a_body_without_it(
         "the sessions": ("GET", "/ws", "GET /ws"),
         "the page": ("GET", "/", "GET /"),
         "a route of the application": ("PUT", "/twice", "PUT /twice"),
-        "the GET of a HEAD of the application": ("GET", "/head", "HEAD /head"),
     },
 )
 def test_a_route_that_would_never_match_or_is_taken_is_refused(
@@ -8334,7 +8343,6 @@ def test_a_route_that_would_never_match_or_is_taken_is_refused(
     method, path, words = case
     server = Server(engine, page=tmp_path / "page.html")
     server.route("PUT", "/twice")(len)
-    server.route("HEAD", "/head")(len)
     with pytest.raises(ValueError, match=words):
         server.route(method, path)(print)
 
@@ -8353,13 +8361,9 @@ def test_a_websocket_that_would_never_match_or_is_taken_is_refused(
 
 def test_a_refused_route_changes_nothing(start: Start) -> None:
     def prepare(server: Server) -> None:
-        for method, path in (
-            ("GET", "/sync/pull"),
-            ("OPTIONS", "/other"),
-            ("G T", "/other"),
-        ):
+        for path in ("/sync/pull", "/other/{id}"):
             with suppress(ValueError):
-                server.route(method, path)(lambda request: b"another")
+                server.route("GET", path)(lambda request: b"another")
         for path in ("/literal/(id)", "/caf\u00e9 $1", "/a:b"):
             server.route("GET", path)(lambda request: request.path)
         server.route("PUT", "/sync/pull")(lambda request: b"put")
@@ -8367,7 +8371,7 @@ def test_a_refused_route_changes_nothing(start: Start) -> None:
     live = start(prepare=prepare)
     client = live.client()
     assert client.pull()["changes"] == []
-    assert refused(client.request("GET", "/other"), 404)
+    assert refused(client.request("GET", "/other/{id}"), 404)
     assert client.request("PUT", "/sync/pull", b"").body == b"put"
     for target in ("/literal/(id)", "/caf%C3%A9%20$1", "/a:b"):
         assert client.request("GET", target).status == 200
@@ -8384,12 +8388,6 @@ def failing(error: BaseException) -> Callable[[Any], Any]:
     return handler
 
 
-def set_late(request: mizusync.Request) -> mizusync.Response:
-    response = mizusync.Response(302)
-    response.headers["Location"] = "/a\r\nSet-Cookie: b=c"  # type: ignore[index]
-    return response
-
-
 async def cancelled(request: mizusync.Request) -> None:
     future = asyncio.get_running_loop().create_future()
     future.cancel()
@@ -8400,27 +8398,12 @@ def response_of(*values: Any, **fields: Any) -> Callable[[Any], Any]:
     return lambda request: mizusync.Response(*values, **fields)
 
 
-ODD = Odd("it is odd")
-ODD.headers = {"X-A": "\u00fc"}
 BAD_ANSWERS = {
     "text as a body": response_of(200, "text"),
     "no body": response_of(200, None),
     "a header with a line break": response_of(headers={"X-A": "1\r\nX-B: 2"}),
-    "a header that is set late": set_late,
-    "a header's name with a space": response_of(headers={"X A": "1"}),
-    "a header without a name": response_of(headers={"": "1"}),
-    "a header of a refusal": failing(ODD),
-    **{
-        f"the header {name}": response_of(headers={name: "1"})
-        for name in ("Content-Length", "date", "Transfer-Encoding", "Connection")
-    },
-    "an interim status": response_of(103),
-    "no status": response_of(600),
     "a set, which JSON lacks": lambda request: {1, 2},
     "a cancelled future": cancelled,
-    "SystemExit": failing(SystemExit(3)),
-    "a BaseException of a library": failing(type("Timeout", (BaseException,), {})()),
-    "a switch to no protocol": response_of(101),
 }
 
 
@@ -8623,11 +8606,6 @@ def test_the_log_gives_one_line_to_the_end_of_a_session_with_its_reason(
     assert len([text for text in log.texts if " ended: " in text]) == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the line of a session's end lacks its identity and its peer's address",
-)
 def test_the_log_names_the_identity_and_the_address_of_a_session_that_ended(
     log: Records, start: Start, doors: Doors
 ) -> None:
@@ -8654,11 +8632,6 @@ REFUSALS_OF_HANDSHAKES = {  # the target, the headers, and words of the reason
 }
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a refused handshake is logged at DEBUG, without its reason",
-)
 @table("case", REFUSALS_OF_HANDSHAKES)
 def test_a_refused_handshake_is_logged_at_info_with_its_reason(
     log: Records, start: Start, doors: Doors, case: tuple[str, dict[str, str], str]
@@ -8837,16 +8810,9 @@ def test_a_push_in_flight_is_answered_before_the_server_stops(start: Start) -> N
     assert client.ended()
 
 
-# Seconds: much less than the limits that would end it otherwise. It may be more (5, for
-# a slow machine) once the tests below are not expected to fail, and to wait for it.
-SOON = 1.0
+SOON = 5.0  # seconds: much less than the limits that would end it otherwise
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=TimeoutError,
-    reason="a stop waits for requests that have not arrived",
-)
 @table(
     "half", {"a head": b"GET /healthz HTTP/1.1\r\nHost:", "a body": post(LENGTH)[:-1]}
 )
@@ -8864,11 +8830,6 @@ def test_a_stop_does_not_wait_for_a_request_that_has_not_arrived(
         pass
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=TimeoutError,
-    reason="a pull that waits does not see its client's end",
-)
 def test_a_pull_that_waits_is_answered_when_its_client_half_closes(
     client: RawClient,
 ) -> None:
@@ -8879,11 +8840,6 @@ def test_a_pull_that_waits_is_answered_when_its_client_half_closes(
     assert client.ended()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=TimeoutError,
-    reason="a pull that waits keeps its client's connection",
-)
 def test_a_client_that_closes_while_its_pull_waits_keeps_no_connection(
     server: Live,
 ) -> None:
@@ -8899,11 +8855,6 @@ def test_a_client_that_closes_while_its_pull_waits_keeps_no_connection(
         time.sleep(0.01)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(ConnectionError, EOFError),
-    reason="a client that is not accepted yet is reset at a stop",
-)
 def test_clients_that_connected_before_a_stop_are_answered(server: Live) -> None:
     entered, release = threading.Event(), threading.Event()
 
@@ -8946,11 +8897,6 @@ def has_address(host: str) -> bool:
     return False
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ConnectionRefusedError,
-    reason="it listens on a name's first address only",
-)
 def test_a_server_listens_on_every_address_of_a_name_that_the_machine_has(
     engine: Engine,
 ) -> None:
@@ -8981,9 +8927,6 @@ def link_local_address() -> str:
     pytest.skip("this machine has no link-local address")
 
 
-@pytest.mark.xfail(
-    strict=True, raises=OSError, reason="the interface of an address is dropped"
-)
 def test_a_server_listens_on_a_link_local_address_with_its_interface(
     engine: Engine,
 ) -> None:
@@ -9631,14 +9574,7 @@ mizusync.Server(engine).run("127.0.0.1", 0, functools.partial(print, flush=True)
     "number",
     [
         signal.SIGTERM,
-        pytest.param(
-            signal.SIGINT,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=subprocess.TimeoutExpired,
-                reason="a second SIGINT waits for the writer, which waits for its lock",
-            ),
-        ),
+        signal.SIGINT,
     ],
 )
 def test_a_second_signal_ends_a_program_whose_writer_waits_for_a_lock(
