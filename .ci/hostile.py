@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-REFUSED = "any refusal"  # any status from 400 on, or a connection that just ends
+REFUSED = "any refusal"  # any status from 400 on
 
 
 class Hostile(NamedTuple):
@@ -414,8 +414,7 @@ PLACES: dict[str, tuple[Table, Callable[..., bytes]]] = {
 def requests(body: bytes = SMUGGLED) -> Table:
     """Return whole requests, one for each input of a head and of chunks.
 
-    Each must be refused, must end its connection, and must not apply `body`. A REFUSED
-    one may end it without an answer.
+    Each must be refused, must end its connection, and must not apply `body`.
     """
     return {
         f"{place}: {name}": Hostile(build(one.sent, body), one.expected)
