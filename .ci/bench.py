@@ -7,7 +7,7 @@
 
 `python .ci/bench.py` takes under 4 minutes; `--quick` takes a third of that. `--old
 FILE` compares another mizusync.py with this one, and counts the instructions of both,
-within 5 minutes. `--count` only counts instructions, under valgrind (`apt-get install
+in some 4 minutes. `--count` only counts instructions, under valgrind (`apt-get install
 valgrind`): numbers that stay the same to 1 % on a busy machine. `--peers` adds what one
 would write instead, bench_peers.py beside this file, for a Python that has the
 packages: `python -m venv lab && lab/bin/pip install aiohttp fastapi
@@ -71,7 +71,7 @@ class Sizes(NamedTuple):
     big: int = 1_000_000  # changes in the larger log of P7
 
 
-QUICK = Sizes(part=0.8, sessions=1000, log=20_000, big=200_000)
+QUICK = Sizes(part=0.7, sessions=1000, log=20_000, big=200_000)
 
 clock = time.perf_counter
 # of mutations: an id that was used before would be a duplicate
@@ -676,7 +676,7 @@ def one_by_one(
         if number > 2:  # the first ones warm up
             yield audience.last - connection.began
         audience.loop.pause(0.05)  # longer than a server may space its hints
-        if clock() > deadline:
+        if clock() > deadline and number > 5:
             break
     connection.close()
     if known() != number * len(audience.followers):
@@ -829,9 +829,10 @@ def fairness(start: Start, sizes: Sizes) -> Iterator[Row]:
             ("beside 4 that push 100 without end", batches),
         ):
             load = Load(server, *others) if others else None
-            yield f"{name}, {what}", "p50 / p99 ms", calm(server, sizes)
+            times = calm(server, sizes)
             if load:
                 load.end()
+            yield f"{name}, {what}", "p50 / p99 ms", times
         with Audience(server, "calm", 1000):
             what = "with 1000 subscribers"
             yield f"{name}, {what}", "p50 / p99 ms", calm(server, sizes)
@@ -993,9 +994,9 @@ def instructions(server: CountedServer) -> Iterator[Row]:
     for what, request, right, size in (
         ("empty pull", pull("log", last), empty, 100),
         ("pull of 100 from memory", pull("log", last - TAIL), full, 100),
-        ("pull of 100 from disk", pull("log", middle), more, 100),
-        ("first page of 100, from disk", pull("log", 0), more, 100),
-        (f"snapshot of {todos} todos", get("/sync/snapshot?scope=one"), whole, 100),
+        ("pull of 100 from disk", pull("log", middle), more, 50),
+        ("first page of 100, from disk", pull("log", 0), more, 50),
+        (f"snapshot of {todos} todos", get("/sync/snapshot?scope=one"), whole, 50),
     ):
         # Many at once warm up each of the server's threads and connections that read.
         yield row(what, itertools.repeat(request), right, size, 32, width=16)
@@ -1093,18 +1094,44 @@ def find_commands(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def measure_all(args: argparse.Namespace, folder: Path) -> dict[str, list[Row]]:
-    """Measure each server; in each scenario they take turns."""
+    """Measure each server in each scenario."""
     sizes = QUICK if args.quick or args.old else Sizes()
     commands = find_commands(args)
     columns: dict[str, list[Row]] = {name: [] for name in commands}
     loop = Loop()
-    for scenario in SCENARIOS:
-        if scenario == "count" or scenario not in args.only:
+    for scenario in args.only:
+        if scenario == "count":
             continue
+        runs: dict[str, Iterator[Row]] = {}
         for name, command in commands.items():
-            start = functools.partial(Server, command, loop, folder)
-            rows = run_scenario(scenario, start, sizes, folder, name not in PEERS)
-            columns[name] += report(name, rows)
+            start = functools.partial(Server, command, loop, folder / name)
+            ours = name not in PEERS
+            runs[name] = iter(run_scenario(scenario, start, sizes, folder / name, ours))
+        for name, rows in take_turns(runs).items():
+            columns[name] += rows
+    return columns
+
+
+def take_turns(runs: dict[str, Iterator[Row]]) -> dict[str, list[Row]]:
+    """Return all rows; of several servers, each row is measured on all of them in turn.
+
+    So they have the same weather. A server is idle while another one is measured. Each
+    row is printed as soon as it is there, with the seconds that it took.
+    """
+    columns: dict[str, list[Row]] = {name: [] for name in runs}
+    waiting = dict(runs)
+    while waiting:
+        for name in list(waiting):
+            began = clock()
+            row = next(waiting[name], None)
+            if row is None:
+                del waiting[name]
+                continue
+            columns[name].append(row)
+            what, unit, values = row
+            cell = " / ".join(map(format_number, values))
+            took = clock() - began
+            print(f"{took:5.1f} s {name}: {what}: {cell} {unit}", file=sys.stderr)
     return columns
 
 
@@ -1162,36 +1189,20 @@ def count_one(
     if len(CORES) > 1:
         os.sched_setaffinity(0, CORES)
     with CountedServer(file, Loop(), folder, core) as server:
-        return report(name, instructions(server)), wrong
-
-
-def report(name: str, rows: Iterable[Row]) -> list[Row]:
-    """Return the rows; print each one, and the seconds it took, as soon as it is there.
-
-    What is not measured, as the start of a server, counts for the row behind it.
-    """
-    known = list[Row]()
-    began = clock()
-    for row in rows:
-        what, unit, values = row
-        cell = " / ".join(map(format_number, values))
-        took = clock() - began
-        print(f"{took:5.1f} s {name}: {what}: {cell} {unit}", file=sys.stderr)
-        known.append(row)
-        began = clock()
-    return known
+        return take_turns({name: instructions(server)})[name], wrong
 
 
 HELP = """
-scenarios, and the seconds that each takes one file with --quick or --old:
-  requests    9   P1 a push, P2 a push of 100, P3 a pull: CPU
-  steady     10   P4 hints at 20 pushes a second, to 100 and 1000 subscribers: p50, p99
-  hints      18   P4 one push, P5 a burst of 1000: until everybody knows, and has
+scenarios, and the seconds that each took two files with --old, on two cores that had
+other work, too (243 s in all; on a machine with three times more work than cores 373):
+  requests   17   P1 a push, P2 a push of 100, P3 a pull: CPU
+  steady     15   P4 hints at 20 pushes a second, to 100 and 1000 subscribers: p50, p99
+  hints      33   P4 one push, P5 a burst of 1000: until everybody knows, and has
   memory      3   P6 KiB of an idle subscribed session
-  growth     18   P7 what a long log costs more than a short one
-  fairness   11   a calm client beside busy ones
-  snapshots   6   a small request beside snapshots of 50,000 todos
-  count     100   instructions a request, under valgrind; two files at the same time
+  growth     34   P7 what a long log costs more than a short one
+  fairness   22   a calm client beside busy ones
+  snapshots   9   a small request beside snapshots of 50,000 todos
+  count     110   instructions a request, under valgrind; two files at the same time
 
 comparing two versions:
   bench.py --old OLD.py                       all of these, for both, and their ratios
@@ -1247,6 +1258,8 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the servers inherit it
     with tempfile.TemporaryDirectory(prefix="mizusync-bench-") as name:
         folder = Path(name)
+        for column in find_commands(args):
+            (folder / column).mkdir()
         columns = measure_all(args, folder)
         if "count" in args.only:
             for column, rows in count_all(args, folder).items():
