@@ -2,19 +2,16 @@
 
     servers, on the first core                      this process, on the other cores
     mizusync, or a peer, on a file of its own  <--  one epoll loop: connections,
-    followers
-       ^
+       ^                                            followers
        +-- /proc/PID/stat before and after each part: the CPU time that the server took
 
-By hand: `python .ci/bench.py`, under 4 minutes; `--quick` is half of that. `--peers`
-adds what one would write instead, bench_peers.py beside this file, for a Python that
-has the packages: `python -m venv lab && lab/bin/pip install aiohttp fastapi
+`python .ci/bench.py` takes under 4 minutes; `--quick` takes a third of that. `--old
+FILE` compares another mizusync.py with this one, and counts the instructions of both,
+in some 4 minutes. `--count` only counts instructions, under valgrind (`apt-get install
+valgrind`): numbers that stay the same to 1 % on a busy machine. `--peers` adds what one
+would write instead, bench_peers.py beside this file, for a Python that has the
+packages: `python -m venv lab && lab/bin/pip install aiohttp fastapi
 'uvicorn[standard]'`, and then `lab/bin/python .ci/bench.py --peers`. Linux only.
-
-`--count` counts the server's instructions instead, under valgrind (`apt-get install
-valgrind`). That is a table of its own, the same to 1 % on a busy machine; it takes 2 to
-5 minutes a file. To see what a change costs, compare two versions: `python .ci/bench.py
---count OTHER_mizusync.py`.
 
 Of the times, trust "CPU us" most: the server's user and system time by the operation,
 which neither a slow client nor a busy machine changes much. Where waiting is the point
@@ -46,24 +43,45 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
+
+from client import PING, PONG, TEXT, RawClient, measure_reply, raw, take_frame
 
 HOST = "127.0.0.1"
 PATIENCE = 60.0  # seconds until what must happen counts as never
 # seconds of each part that are not counted: first uses of code, caches, the WAL
 WARM_UP = 0.2
 TAIL = 100  # changes: a page in its usual size
-LOG, SMALL, BIG = 100_000, 10_000, 1_000_000  # changes in the logs of P3 and of P7
+SMALL = 10_000  # changes in the smaller log of P7
+TODOS = 50_000  # in the big snapshot
+COUNT_WARM_UP = 3  # pushes of each row that are not counted
 
 Right = Callable[[bytearray], bool]  # judges a whole answer
 Row = tuple[str, str, Sequence[float]]  # what was done, the unit, the numbers
 
+
+class Sizes(NamedTuple):
+    """How much is measured; with less the table is sooner there, and less exact."""
+
+    part: float = 1.5  # seconds of each part
+    sessions: int = 3000
+    log: int = 100_000  # changes in the log of P2 and P3
+    big: int = 1_000_000  # changes in the larger log of P7
+
+
+QUICK = Sizes(part=0.7, sessions=1000, log=20_000, big=200_000)
+
 clock = time.perf_counter
-numbers = itertools.count(
-    1
-)  # of mutations: an id that was used before would be a duplicate
+# of mutations: an id that was used before would be a duplicate
+numbers = itertools.count(1)
 wrong: Counter[str] = Counter()  # every answer that was not right
+
+
+def note_wrong(answer: bytes | bytearray) -> None:
+    """Remember an answer that was not right."""
+    wrong[answer[:200].decode(errors="replace")] += 1
 
 
 # --- Loop -----------------------------------------------------------------------------
@@ -72,6 +90,8 @@ wrong: Counter[str] = Counter()  # every answer that was not right
 
 
 class Loop:
+    """Sockets that wait for bytes, and calls that wait for their time."""
+
     def __init__(self) -> None:
         self.epoll = select.epoll()
         self.readers: dict[int, Callable[[], None]] = {}
@@ -91,7 +111,7 @@ class Loop:
         heapq.heappush(self.timers, (clock() + seconds, next(self.order), call))
 
     def wait(self, done: Callable[[], object], seconds: float) -> bool:
-        """Go on until `done`, at most so long; whether it was done."""
+        """Run until `done`, at most so many seconds; return whether it was done."""
         deadline = clock() + seconds
         while not done():
             if (now := clock()) >= deadline:
@@ -117,14 +137,22 @@ class Loop:
 
 
 class Server:
-    """A real process with a database of its own; only what was started here is ended
-    here."""
+    """A process of its own, on a database of its own.
+
+    A database that is named stays when the server ends.
+    """
 
     def __init__(
-        self, command: Sequence[str], loop: Loop, folder: Path, db: str = ""
+        self,
+        command: Sequence[str],
+        loop: Loop,
+        folder: Path,
+        db: Path | None = None,
+        core: int = 0,
     ) -> None:
-        self.loop, self.own = loop, not db
-        self.db = Path(db) if db else folder / f"{next(numbers)}.db"
+        self.loop = loop
+        self.is_own_db = db is None
+        self.db = db or folder / f"{next(numbers)}.db"
         env = {
             name: value
             for name, value in os.environ.items()
@@ -134,7 +162,7 @@ class Server:
         began = clock()
         self.popen = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
         if len(CORES) > 1:
-            os.sched_setaffinity(self.popen.pid, CORES[:1])
+            os.sched_setaffinity(self.popen.pid, {CORES[core]})
         assert self.popen.stdout
         line = self.popen.stdout.readline()  # it says where it listens
         self.opening = clock() - began
@@ -143,9 +171,8 @@ class Server:
             self.popen.kill()
             raise ChildProcessError(f"it never listened: {' '.join(words)}: {line!r}")
         self.port = int(found[1])
-        self.ask(
-            get("/sync/pull")
-        )  # some announce themselves first, and load the rest then
+        # Some peers say where they listen first, and load the rest then.
+        self.ask(get("/sync/pull"))
 
     def __enter__(self) -> Self:
         return self
@@ -157,33 +184,35 @@ class Server:
         except subprocess.TimeoutExpired:  # some wait for connections that we left open
             self.popen.kill()
             self.popen.wait()
-        if self.own:
+        if self.is_own_db:
             remove(self.db)
 
     def cpu(self) -> float:
-        """Seconds of all its threads, user and system; the kernel tells hundredths."""
+        """Return the CPU seconds of all its threads, user and system.
+
+        The kernel tells hundredths.
+        """
         stat = Path(f"/proc/{self.popen.pid}/stat").read_text()
-        user, system = stat.rpartition(")")[2].split()[
-            11:13
-        ]  # behind the name (man 5 proc)
+        behind_name = stat.rpartition(")")[2]  # man 5 proc
+        user, system = behind_name.split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> int:
-        """KiB that are resident."""
-        found = re.search(
-            r"VmRSS:\s+(\d+)", Path(f"/proc/{self.popen.pid}/status").read_text()
-        )
+        """Return the KiB that are resident."""
+        status = Path(f"/proc/{self.popen.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+)", status)
         assert found
         return int(found[1])
 
-    def connect(self) -> socket.socket:
-        sock = socket.create_connection((HOST, self.port), PATIENCE)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
+    def connect(self) -> RawClient:
+        """Return a connection to it."""
+        return RawClient(HOST, self.port, PATIENCE)
 
     def ask(self, request: bytes, connection: Connection | None = None) -> bytearray:
-        """Return the answer to one request; without a connection, over one of its
-        own."""
+        """Return the answer to one request.
+
+        It has a connection of its own, unless one is given.
+        """
         answers: list[bytearray] = []
         used = connection or Connection(self)
         used.ask(request, lambda _, answer: answers.append(answer))
@@ -202,13 +231,18 @@ def remove(db: Path) -> None:
 # Prepared bytes out, and a few counts in: enough to tell a wrong answer, at little
 # cost.
 
-FIELDS = f"Host: {HOST}\r\nUser-Agent: bench/1\r\nAccept: application/json\r\n"
 CURSOR = re.compile(rb'"cursor": ?(\d+)')  # in a hint its first is the hint's own
 CHANGE = re.compile(rb'\{"cursor": ?(\d+), ?"scope"')
+AFTER = re.compile(rb'"after": ?(\d+)')
+FIELDS = (
+    f"Host: {HOST}".encode(),
+    b"User-Agent: bench/1",
+    b"Accept: application/json",
+)
 
 
-def get(path: str) -> bytes:
-    return f"GET {path} HTTP/1.1\r\n{FIELDS}\r\n".encode()
+def get(target: str) -> bytes:
+    return raw(f"GET {target} HTTP/1.1".encode(), *FIELDS)
 
 
 def pull(scope: str, cursor: int, limit: int = TAIL) -> bytes:
@@ -216,23 +250,21 @@ def pull(scope: str, cursor: int, limit: int = TAIL) -> bytes:
 
 
 def pushes(scope: str, size: int = 1) -> Iterator[bytes]:
-    """Pushes without end, of `size` new todos each."""
-    make = (
+    """Yield pushes without end, of `size` new todos each."""
+    todo = (
         '{"id":"m-%d","scope":"%s","name":"todo.create",'
-        '"args":{"id":"t-%d","title":"%s %d"}}'
+        '"args":{"id":"t-%d","title":"Buy milk, number %d"}}'
     )
-    head = f"POST /sync/push HTTP/1.1\r\n{FIELDS}Content-Type: application/json\r\n"
+    lines = b"POST /sync/push HTTP/1.1", *FIELDS, b"Content-Type: application/json"
     while True:
-        some = (
-            make % (n, scope, n, "Buy milk, number", n)
-            for n in itertools.islice(numbers, size)
-        )
-        body = f"[{','.join(some)}]"
-        yield f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        some = itertools.islice(numbers, size)
+        text = ",".join(todo % (number, scope, number, number) for number in some)
+        body = f"[{text}]".encode()
+        yield raw(*lines, b"Content-Length: %d" % len(body), body=body)
 
 
 def pushed(size: int = 1) -> Right:
-    """The answer to a push: so many results, each applied for the first time."""
+    """Return a judge of pushes: so many results, each applied for the first time."""
 
     def right(answer: bytearray) -> bool:
         applied = answer.count(b'"ok"') == size == answer.count(b'"time"')
@@ -245,12 +277,13 @@ def cursor_of(answer: bytearray) -> int:
     """Return the cursor in the answer to a push of one mutation."""
     found = CURSOR.search(answer)
     if not pushed()(answer) or not found:
-        wrong[answer[:200].decode(errors="replace")] += 1
+        note_wrong(answer)
         return 0
     return int(found[1])
 
 
 def paged(size: int, more: bool) -> Right:
+    """Return a judge of pulls: so many changes, and whether there are more."""
     end = b"true}" if more else b"false}"  # hasMore comes last
     return lambda a: is_ok(a) and a.count(b'"time"') == size and a.endswith(end)
 
@@ -259,14 +292,16 @@ def is_ok(answer: bytearray) -> bool:
     return answer.startswith(b"HTTP/1.1 200 ")
 
 
-def check_log(server: Server, scope: str, acknowledged: int) -> int:
-    """Read a whole scope with a real parser: what was acknowledged is there, once. Its
-    head."""
+def read_json(answer: bytearray) -> Any:
+    """Return the body of an answer, parsed."""
+    return json.loads(answer.partition(b"\r\n\r\n")[2])
+
+
+def check_log(server: Server, scope: str, acknowledged: int) -> None:
+    """Read a whole scope: each change that was acknowledged has to be there, once."""
     cursor, titles, more = 0, Counter[str](), True
     while more:
-        page = json.loads(
-            server.ask(pull(scope, cursor, 1000)).partition(b"\r\n\r\n")[2]
-        )
+        page = read_json(server.ask(pull(scope, cursor, 1000)))
         found = [change["cursor"] for change in page["changes"]]
         if found != sorted(set(found)) or (found and found[0] <= cursor):
             wrong["cursors out of order"] += 1
@@ -274,20 +309,19 @@ def check_log(server: Server, scope: str, acknowledged: int) -> int:
         cursor, more = page["cursor"], page["hasMore"]
     if len(titles) != acknowledged or titles.total() != acknowledged:
         wrong[f"{titles.total()} changes in a log, {acknowledged} acknowledged"] += 1
-    return cursor
 
 
 # --- Load -----------------------------------------------------------------------------
 
 
 class Connection:
-    """Asks one thing at a time, so all that has come in is one answer."""
+    """A connection that asks one thing at a time: all that comes is one answer."""
 
     def __init__(self, server: Server) -> None:
-        self.loop, self.sock = server.loop, server.connect()
-        self.sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18
-        )  # takes any push at once
+        self.loop = server.loop
+        self.sock = server.connect().sock
+        # takes any push at once
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
         self.sock.setblocking(False)
         self.began = 0.0
         self.loop.add(self.sock, self._read)
@@ -295,19 +329,20 @@ class Connection:
     def ask(
         self, request: bytes, heard: Callable[[Connection, bytearray], None]
     ) -> None:
-        self.heard, self.answer, self.size = heard, bytearray(), 0
+        """Send a request; `heard` is called with the answer."""
+        self.heard = heard
+        self.answer = bytearray()
+        self.size = 0
         self.began = clock()
         if self.sock.send(request) != len(request):
             raise BufferError("a request that the kernel does not take at once")
 
     def _read(self) -> None:
-        if not (data := self.sock.recv(1 << 18)):
+        data = self.sock.recv(1 << 18)
+        if not data:
             raise ConnectionError("the server closed a connection")
         self.answer += data
-        if not self.size and (end := self.answer.find(b"\r\n\r\n")) > 0:
-            head = self.answer[:end].lower()
-            at = head.index(b"content-length:") + 15
-            self.size = end + 4 + int(head[at:].split(b"\r", 1)[0])
+        self.size = self.size or measure_reply(self.answer)
         if self.size and len(self.answer) >= self.size:
             self.heard(self, self.answer)
 
@@ -316,8 +351,7 @@ class Connection:
 
 
 class Load:
-    """Connections that ask again as soon as they are answered, or after a `pause` of
-    seconds."""
+    """Connections that ask again when they are answered, or `pause` seconds later."""
 
     def __init__(
         self,
@@ -327,20 +361,17 @@ class Load:
         right: Right,
         pause: float = 0,
     ) -> None:
-        self.server, self.requests, self.right, self.pause = (
-            server,
-            requests,
-            right,
-            pause,
-        )
+        self.server = server
+        self.requests = requests
+        self.right = right
+        self.pause = pause
         self.times: list[float] = []  # seconds, of each answer
-        self.over, self.busy = False, width
-        self.connections = [Connection(server) for _ in range(width)]
-        for number, connection in enumerate(self.connections):
-            ask = functools.partial(self._ask, connection)
-            server.loop.after(
-                pause * number / width, ask
-            )  # so they do not march in step
+        self.over = False
+        self.busy = width
+        for number in range(width):
+            ask = functools.partial(self._ask, Connection(server))
+            # so that they do not march in step
+            server.loop.after(pause * number / width, ask)
 
     def _ask(self, connection: Connection) -> None:
         request = None if self.over else next(self.requests, None)
@@ -353,14 +384,17 @@ class Load:
     def _heard(self, connection: Connection, answer: bytearray) -> None:
         self.times.append(clock() - connection.began)
         if not self.right(answer):
-            wrong[answer[:200].decode(errors="replace")] += 1
+            note_wrong(answer)
         if self.pause:
             self.server.loop.after(self.pause, functools.partial(self._ask, connection))
         else:
             self._ask(connection)
 
     def measure(self, seconds: float) -> Part:
-        """So long, or until there are no more requests, without the warm-up."""
+        """Measure for so long, or until there are no more requests.
+
+        The warm-up is left out.
+        """
         loop = self.server.loop
         loop.pause(WARM_UP)
         known, before = len(self.times), self.server.cpu()
@@ -373,14 +407,13 @@ class Load:
 
 
 class Part:
-    """What was measured: the seconds of each answer, and the server's of CPU for all of
-    them."""
+    """A measurement: the seconds of each answer, and the server's CPU for them all."""
 
     def __init__(self, times: Sequence[float], cpu: float) -> None:
         self.times, self.cpu = times, cpu
 
     def each(self, operations: int = 1) -> float:
-        """CPU us by the operation; so many an answer."""
+        """Return the CPU us of one operation; an answer stands for so many."""
         return self.cpu / max(1, len(self.times)) / operations * 1e6
 
     def __add__(self, other: Part) -> Part:
@@ -402,7 +435,7 @@ def fill(server: Server, scope: str, changes: int) -> None:
 
 
 def half_and_most(times: Sequence[float], unit: float) -> tuple[float, float]:
-    """p50 and p99; of few times the p99 is the worst."""
+    """Return p50 and p99; of few times the p99 is the worst."""
     ordered = sorted(times) or [0.0]
     return ordered[len(ordered) // 2] * unit, ordered[len(ordered) * 99 // 100] * unit
 
@@ -413,8 +446,7 @@ def half_and_most(times: Sequence[float], unit: float) -> tuple[float, float]:
 
 
 class Audience:
-    """Followers of one scope, and what they know, all together: counting is what is
-    cheap."""
+    """Followers of one scope, and what they know together: counting is cheap."""
 
     def __init__(
         self,
@@ -424,12 +456,10 @@ class Audience:
         pulls: bool = False,
         changes: bool = False,
     ) -> None:
-        self.server, self.loop, self.scope, self.changes = (
-            server,
-            server.loop,
-            scope,
-            changes,
-        )
+        self.server = server
+        self.loop = server.loop
+        self.scope = scope
+        self.changes = changes
         self.ready = 0  # followers that have heard their first cursor
         self.told = 0  # hints of something new, to all of them
         self.got = 0  # changes that they have, all of them
@@ -442,90 +472,73 @@ class Audience:
 
     def __exit__(self, *_: object) -> None:
         for follower in self.followers:
-            self.loop.remove(follower.sock)
+            self.loop.remove(follower.client.sock)
             if follower.puller:
                 follower.puller.close()
         self.loop.pause(0.2)  # for the server to see it, too
 
     def wait(self, cursor: int) -> None:
         """Wait until every follower has heard of this cursor, or of a later one."""
-        everybody = self.followers
-        self.loop.until(
-            lambda: all(one.told >= cursor for one in everybody), "everybody knows"
-        )
+
+        def know() -> bool:
+            return all(follower.told >= cursor for follower in self.followers)
+
+        self.loop.until(know, "everybody knows")
 
 
 class Follower:
+    """A session that subscribes to one scope, and pulls, if it `pulls`."""
+
     def __init__(self, audience: Audience, pulls: bool) -> None:
-        self.audience, self.buffer = audience, b""
-        self.told, self.cursor, self.pulling = -1, 0, False
-        self.hints: list[
-            tuple[int, float]
-        ] = []  # their cursors, which rise, and when they came
+        self.audience = audience
+        self.told = -1  # the newest cursor of its hints
+        self.cursor = 0  # of the changes that it has
+        self.pulling = False
+        # the cursors of its hints, which rise, and when they came
+        self.hints: list[tuple[int, float]] = []
         self.puller = Connection(audience.server) if pulls else None
-        self.sock = audience.server.connect()
-        upgrade = (
-            "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-        )
-        key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        hello = get(f"/ws?scope={audience.scope}")[:-2] + (upgrade + key).encode()
-        self.sock.sendall(hello)
-        while b"\r\n\r\n" not in self.buffer:
-            self.buffer += self.sock.recv(4096)
-        if not self.buffer.startswith(b"HTTP/1.1 101 "):
-            raise ConnectionError(f"no WebSocket: {self.buffer!r}")
-        self.buffer = self.buffer.partition(b"\r\n\r\n")[2]
-        wish = {
-            "topic": "subscribe",
-            "data": {"changes": True} if audience.changes else {},
-        }
-        text = json.dumps(wish).encode()
-        self.sock.sendall(
-            bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text
-        )  # masked with zeros
-        self.sock.setblocking(False)
-        audience.loop.add(self.sock, self._read)
+        self.client = audience.server.connect()
+        reply = self.client.upgrade(f"/ws?scope={audience.scope}")
+        if reply.status != 101:
+            raise ConnectionError(f"no WebSocket: {reply}")
+        data = {"changes": True} if audience.changes else {}
+        self.client.send_message("subscribe", data)
+        self.client.sock.setblocking(False)
+        audience.loop.add(self.client.sock, self._read)
 
     def heard(self, cursor: int) -> float:
         """Return when it first heard of this cursor, or of a later one."""
         return self.hints[bisect.bisect_left(self.hints, (cursor, 0.0))][1]
 
     def _read(self) -> None:
-        if not (data := self.sock.recv(1 << 16)):
-            raise ConnectionError("the server closed a WebSocket")
-        buffer = self.buffer + data if self.buffer else data
-        while len(buffer) >= 4:
-            size, start = buffer[1], 2
-            if size == 126:
-                size, start = int.from_bytes(buffer[2:4], "big"), 4
-            if len(buffer) < start + size:
-                break
-            if buffer[0] == 0x81:
-                self._hear(buffer[start : start + size])
-            buffer = buffer[start + size :]
-        self.buffer = buffer
+        self.client.fill()
+        while frame := take_frame(self.client.buffer):
+            if frame.opcode == TEXT:
+                self._hear(frame.payload)
+            elif frame.opcode == PING:
+                self.client.send_frame(PONG, frame.payload)
 
     def _hear(self, message: bytes) -> None:
-        audience, found = self.audience, CURSOR.search(message)
+        found = CURSOR.search(message)
         if not found:
-            wrong[message[:200].decode()] += 1
-        elif (cursor := int(found[1])) > self.told:
-            if self.told < 0:  # the answer to the subscription
-                audience.ready += 1
-            else:
-                audience.told += 1
-                audience.last = clock()
-                self.hints.append((cursor, audience.last))
-            self.told = cursor
-            after = (
-                re.search(rb'"after": ?(\d+)', message) if audience.changes else None
-            )
-            if after and int(after[1]) <= self.cursor and not self.pulling:
-                new = sum(
-                    int(number) > self.cursor for number in CHANGE.findall(message)
-                )
-                self._take(new, cursor)
-            self._pull()
+            note_wrong(message)
+            return
+        cursor = int(found[1])
+        if cursor <= self.told:
+            return
+        audience = self.audience
+        if self.told < 0:  # the answer to the subscription
+            audience.ready += 1
+        else:
+            audience.told += 1
+            audience.last = clock()
+            self.hints.append((cursor, audience.last))
+        self.told = cursor
+        after = AFTER.search(message) if audience.changes else None
+        if after and int(after[1]) <= self.cursor and not self.pulling:
+            cursors = map(int, CHANGE.findall(message))
+            self._take(sum(one > self.cursor for one in cursors), cursor)
+        self._pull()
 
     def _pull(self) -> None:
         if self.puller and self.told > self.cursor and not self.pulling:
@@ -533,11 +546,10 @@ class Follower:
             self.puller.ask(pull(self.audience.scope, self.cursor), self._page)
 
     def _page(self, _: Connection, answer: bytearray) -> None:
-        found = CURSOR.match(
-            answer, answer.rfind(b'"cursor"')
-        )  # the last one is the page's
+        # The last cursor is the page's.
+        found = CURSOR.match(answer, answer.rfind(b'"cursor"'))
         if not is_ok(answer) or not found:
-            wrong[answer[:200].decode(errors="replace")] += 1
+            note_wrong(answer)
             return
         self.pulling = False
         self._take(answer.count(b'"time"'), int(found[1]))
@@ -550,19 +562,17 @@ class Follower:
 
 
 # --- Scenarios: every server ----------------------------------------------------------
-# Each starts servers, and tells its rows as it has them. T is the length of a part in
-# seconds.
+# Each starts servers, and yields its rows as it has them.
 
 Start = Callable[..., Server]
 
 
-def requests(start: Start, T: float) -> Iterator[Row]:
-    """P1, P2, P3: what a request costs. The log that P2 fills is the one that P3
-    reads."""
+def requests(start: Start, sizes: Sizes) -> Iterator[Row]:
+    """Measure P1, P2, P3: a request. P3 reads the log that P2 fills."""
     with start() as server:
         for width, scope in ((1, "one"), (64, "many")):
             load = Load(server, width, pushes(scope), pushed())
-            part = load.measure(T)
+            part = load.measure(sizes.part)
             load.end()
             check_log(server, scope, len(load.times))
             name = f"P1 push of one mutation, {width} connection{'s' * (width > 1)}"
@@ -570,60 +580,65 @@ def requests(start: Start, T: float) -> Iterator[Row]:
             yield name, "p50 / p99 us", half_and_most(part.times, 1e6)
 
         load = Load(server, 1, pushes("alone"), pushed(), pause=0.01)
-        part = load.measure(2 * T)
+        part = load.measure(2 * sizes.part)
         load.end()
         name = "P1 push of one mutation, alone, 0.01 s after the last answer"
         yield name, "p50 / p99 us", half_and_most(part.times, 1e6)
 
-        batches = itertools.islice(pushes("log", 100), LOG // 100)
+        batches = itertools.islice(pushes("log", 100), sizes.log // 100)
         part = measure(server, 4, batches, pushed(100), PATIENCE)
         yield "P2 push of 100, 4 connections", "CPU us a mutation", (part.each(100),)
 
-        # Only this scope's numbers follow one another from here on: its tail is found
-        # by counting.
-        head = json.loads(
-            server.ask(get("/sync/pull?scope=log&limit=1")).partition(b"\r\n\r\n")[2]
-        )
-        first = int(head["changes"][0]["cursor"])
-        last = first + LOG - 1
+        # Only this scope's numbers follow one another: its tail is found by counting.
+        last = first_cursor(server, "log") + sizes.log - 1
         for what, request, right in (
             ("P3 empty pull at the head", pull("log", last), paged(0, False)),
             ("P3 tail page of 100", pull("log", last - TAIL), paged(TAIL, False)),
             (
-                f"P3 first page of 100 of {LOG:,}, from disk",
+                f"P3 first page of 100 of {sizes.log:,}, from disk",
                 pull("log", 0),
                 paged(TAIL, True),
             ),
         ):
-            part = measure(server, 16, itertools.repeat(request), right, T)
+            part = measure(server, 16, itertools.repeat(request), right, sizes.part)
             yield what, "CPU us", (part.each(),)
 
 
-def hints(start: Start, T: float, changes: bool) -> Iterator[Row]:
-    """P4, P5: how soon everybody knows, and has. With `changes` for servers that put
-    them in."""
-    kinds = [("last has pulled", True, False)]
-    kinds += [("last has it, changes in hints", True, True)] if changes else []
+def first_cursor(server: Server, scope: str) -> int:
+    """Return the cursor of the first change of a scope."""
+    page = read_json(server.ask(pull(scope, 0, 1)))
+    return int(page["changes"][0]["cursor"])
+
+
+def steady_hints(start: Start, sizes: Sizes) -> Iterator[Row]:
+    """Measure P4 at a steady rate: how soon everybody knows."""
     with start() as server:
         for size in (100, 1000):
             with Audience(server, f"steady-{size}", size) as audience:
-                times = steady(audience, 20, 2 * T)
+                times = steady(audience, 20, 4 * sizes.part)
             name = f"P4 {size} subscribers, 20 pushes a second: last notified"
             yield name, "p50 / p99 ms", half_and_most(times, 1e3)
+
+
+def hints(start: Start, sizes: Sizes, changes: bool) -> Iterator[Row]:
+    """Measure P4, P5: how soon everybody knows, and has.
+
+    With `changes`, for servers that put them in their hints, these, too.
+    """
+    kinds = [("last has pulled", True, False)]
+    kinds += [("last has it, changes in hints", True, True)] if changes else []
+    with start() as server:
         with Audience(server, "told", 1000) as audience:
-            times = list(one_by_one(audience, T, lambda: audience.told))
+            times = list(one_by_one(audience, sizes.part, lambda: audience.told))
         name = "P4 1000 subscribers, one push: last "
         yield name + "notified", "p50 / p99 ms", half_and_most(times, 1e3)
         for number, (what, pulls, inside) in enumerate(kinds):
             with Audience(server, f"has-{number}", 1000, pulls, inside) as audience:
-                times = list(one_by_one(audience, T, lambda: audience.got))
-            yield (
-                name.removesuffix("last ") + what,
-                "p50 ms",
-                half_and_most(times, 1e3)[:1],
-            )
+                times = list(one_by_one(audience, sizes.part, lambda: audience.got))
+            what = name.removesuffix("last ") + what
+            yield what, "p50 ms", half_and_most(times, 1e3)[:1]
     for what, pulls, inside in kinds:
-        times, deadline = [], clock() + 3 * T
+        times, deadline = [], clock() + 3 * sizes.part
         with start() as server:
             for number in itertools.count():
                 with Audience(
@@ -638,16 +653,19 @@ def hints(start: Start, T: float, changes: bool) -> Iterator[Row]:
 
 
 def one_by_one(
-    audience: Audience, T: float, known: Callable[[], int]
+    audience: Audience, seconds: float, known: Callable[[], int]
 ) -> Iterator[float]:
-    """From a push until the last has heard of it, or has it; then a pause, and the
-    next."""
-    connection, source = Connection(audience.server), pushes(audience.scope)
-    deadline = clock() + 2 * T
+    """Push, wait until the last one has heard of it, or has it; pause, and push again.
+
+    Yield the seconds of each.
+    """
+    connection = Connection(audience.server)
+    source = pushes(audience.scope)
+    deadline = clock() + 2 * seconds
 
     def heard(_: Connection, answer: bytearray) -> None:
         if not pushed()(answer):
-            wrong[answer[:200].decode(errors="replace")] += 1
+            note_wrong(answer)
 
     for number in itertools.count(1):
         connection.ask(next(source), heard)
@@ -658,7 +676,7 @@ def one_by_one(
         if number > 2:  # the first ones warm up
             yield audience.last - connection.began
         audience.loop.pause(0.05)  # longer than a server may space its hints
-        if clock() > deadline:
+        if clock() > deadline and number > 5:
             break
     connection.close()
     if known() != number * len(audience.followers):
@@ -666,9 +684,9 @@ def one_by_one(
 
 
 def steady(audience: Audience, rate: int, seconds: float) -> list[float]:
-    """Push at a fixed rate; return how long after each push the last follower had heard
-    of it."""
-    connection, source = Connection(audience.server), pushes(audience.scope)
+    """Push at a fixed rate; return the seconds until the last heard of each push."""
+    connection = Connection(audience.server)
+    source = pushes(audience.scope)
     sent: list[tuple[float, int]] = []  # when, and the cursor in the answer
     began = clock()
     for number in range(1, int(rate * seconds) + 1):
@@ -686,12 +704,10 @@ def steady(audience: Audience, rate: int, seconds: float) -> list[float]:
 
 
 def burst(audience: Audience, count: int) -> float:
-    """Seconds from the first of `count` pushes until every follower has every
-    change."""
+    """Return the seconds from the first push until every follower has every change."""
     began, size = clock(), count * len(audience.followers)
-    load = Load(
-        audience.server, 8, itertools.islice(pushes(audience.scope), count), pushed()
-    )
+    source = itertools.islice(pushes(audience.scope), count)
+    load = Load(audience.server, 8, source, pushed())
     audience.loop.until(
         lambda: audience.got >= size and not load.busy, "everybody has everything"
     )
@@ -700,8 +716,9 @@ def burst(audience: Audience, count: int) -> float:
     return audience.last - began
 
 
-def memory(start: Start, sessions: int) -> Iterator[Row]:
-    """P6: after a few sessions that load what all of them share."""
+def memory(start: Start, sizes: Sizes) -> Iterator[Row]:
+    """Measure P6, after a few sessions that load what all of them share."""
+    sessions = sizes.sessions
     with start() as server, Audience(server, "idle", 50):
         before = server.memory()
         with Audience(server, "idle", sessions):
@@ -712,24 +729,28 @@ def memory(start: Start, sessions: int) -> Iterator[Row]:
 # --- Scenarios: mizusync alone --------------------------------------------------------
 
 
-def growth(start: Start, folder: Path, T: float) -> Iterator[Row]:
-    """P7: what 1,000,000 changes cost more than 10,000. Two servers take turns, so that
-    the weather is the same for both; their logs are written with SQL: a million pushes
-    would take too long."""
-    sizes, files = (SMALL, BIG), [folder / "small.db", folder / "big.db"]
-    for size, db in zip(sizes, files, strict=True):
-        with start(db=str(db)):
-            pass  # makes the tables
-        write_log(db, size)
-    with start(db=str(files[0])) as small, start(db=str(files[1])) as big:
+def growth(start: Start, sizes: Sizes, folder: Path) -> Iterator[Row]:
+    """Measure P7: what a long log costs more than a short one.
+
+    Two servers take turns, so that the weather is the same for both. Their logs are
+    written with SQL: a million pushes would take too long.
+    """
+    lengths = SMALL, sizes.big
+    files = folder / "small.db", folder / "big.db"
+    for length, db in zip(lengths, files, strict=True):
+        make_log(start, db, length)
+    with start(db=files[0]) as small, start(db=files[1]) as big:
         servers = small, big
-        yield f"P7 start to listening, {SMALL:,} / {BIG:,} changes", "ms", [
-            server.opening * 1e3 for server in servers
-        ]  # fmt: skip
+        openings = [server.opening * 1e3 for server in servers]
+        yield (
+            f"P7 start to listening, {SMALL:,} / {sizes.big:,} changes",
+            "ms",
+            openings,
+        )
         for what, place, right in (  # pages first, since a push moves the tail
-            ("tail page of 100", (SMALL - TAIL, BIG - TAIL), paged(TAIL, False)),
+            ("tail page of 100", [each - TAIL for each in lengths], paged(TAIL, False)),
             ("first page of 100", (0, 0), paged(TAIL, True)),
-            ("middle page of 100", (SMALL // 2, BIG // 2), paged(TAIL, True)),
+            ("middle page of 100", [each // 2 for each in lengths], paged(TAIL, True)),
             ("push of one mutation", (), pushed()),
         ):
             costs = [Part((), 0), Part((), 0)]
@@ -737,123 +758,122 @@ def growth(start: Start, folder: Path, T: float) -> Iterator[Row]:
                 which = turn % 2
                 page = itertools.repeat(pull("log", place[which])) if place else None
                 costs[which] += measure(
-                    servers[which], 16, page or pushes("log"), right, T / 2
+                    servers[which], 16, page or pushes("log"), right, sizes.part / 2
                 )
             small_cost, big_cost = (cost.each() for cost in costs)
-            yield f"P7 {what} at {BIG:,} changes", "CPU us", (big_cost,)
-            yield (
-                f"P7 {what} at {BIG:,} changes against {SMALL:,}",
-                "ratio",
-                (big_cost / small_cost,),
-            )
+            name = f"P7 {what} at {sizes.big:,} changes"
+            yield name, "CPU us", (big_cost,)
+            yield f"{name} against {SMALL:,}", "ratio", (big_cost / small_cost,)
             if what == "first page of 100":
-                part = measure(big, 1, itertools.repeat(pull("log", 0)), right, T)
-                name = f"P7 {what} at {BIG:,} changes, 1 connection"
-                yield name, "p50 / p99 us", half_and_most(part.times, 1e6)
-        yield (
-            f"P7 memory of the server at {BIG:,} changes",
-            "MiB",
-            (big.memory() / 1024,),
-        )
+                first_page = itertools.repeat(pull("log", 0))
+                part = measure(big, 1, first_page, right, sizes.part)
+                yield (
+                    f"{name}, 1 connection",
+                    "p50 / p99 us",
+                    half_and_most(part.times, 1e6),
+                )
+        name = f"P7 memory of the server at {sizes.big:,} changes"
+        yield name, "MiB", (big.memory() / 1024,)
     for db in files:
         remove(db)
 
 
-def write_log(db: Path, size: int) -> None:
-    """As pushes of one todo each would have written it; the tables are mizusync's
-    Store's."""
-    connection = sqlite3.connect(db, isolation_level=None)
-    with contextlib.closing(connection):
-        # One write of each page, and none of them has to survive us. The server sets
-        # WAL again.
-        connection.executescript(
-            "PRAGMA journal_mode = DELETE; PRAGMA synchronous = OFF; BEGIN;"
-        )
-        for sql in (
-            "INSERT INTO mizusync_changes SELECT n, n, 'log',"
-            """ '2026-01-01T00:00:00.000Z', printf(
-                '{"op":"create","todo":{"id":"s-%08d","title":"Buy milk, number %d",'
-                || '"completed":false}}', n, n) FROM rows""",
-            "INSERT INTO mizusync_mutations"
-            " SELECT 'log', printf('s-%08d', n), n, n FROM rows",
-            "INSERT INTO todos SELECT n, 'log', printf('s-%08d', n),"
-            """ 'Buy milk, number ' || n, 0
-                FROM rows""",
-        ):
-            connection.execute(
-                f"""WITH RECURSIVE rows (n) AS
-                (SELECT 1 UNION ALL SELECT n + 1 FROM rows WHERE n < {size}) {sql}"""
-            )
-        connection.execute("COMMIT")
+WRITE_LOG = """
+    -- One write of each page, and none of them has to survive us. The server sets WAL
+    -- again.
+    PRAGMA journal_mode = DELETE;
+    PRAGMA synchronous = OFF;
+    BEGIN;
+    CREATE TEMP VIEW rows AS
+        WITH RECURSIVE rows (n) AS
+            (SELECT 1 UNION ALL SELECT n + 1 FROM rows WHERE n < {length})
+        SELECT n FROM rows;
+    INSERT INTO mizusync_changes (cursor, first, scope, time, data)
+        SELECT n, n, 'log', '2026-01-01T00:00:00.000Z', printf(
+            '{{"op":"create","todo":{{"id":"s-%08d","title":"Buy milk, number %d",'
+            || '"completed":false}}}}', n, n)
+        FROM rows;
+    INSERT INTO mizusync_mutations (scope, id, first, last)
+        SELECT 'log', printf('s-%08d', n), n, n FROM rows;
+    INSERT INTO todos (position, scope, id, title, completed)
+        SELECT n, 'log', printf('s-%08d', n), 'Buy milk, number ' || n, 0 FROM rows;
+    COMMIT;
+"""
 
 
-def fairness(start: Start, T: float) -> Iterator[Row]:
-    """What others make a calm client wait: one that pushes, and 0.1 s after the answer
-    again.
+def make_log(start: Start, db: Path, length: int) -> None:
+    """Write a log as pushes of one todo each; the server makes its tables."""
+    with start(db=db):
+        pass
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as connection:
+        connection.executescript(WRITE_LOG.format(length=length))
 
-    There are four of them, for the sake of more times; the others have connections of
-    their own."""
+
+def fairness(start: Start, sizes: Sizes) -> Iterator[Row]:
+    """Measure how long a calm client waits beside others.
+
+    It pushes, and 0.1 s after the answer again. There are four of them, for the sake of
+    more times; the others have connections of their own.
+    """
+    name = "A push each 0.1 s"
     with start() as server:
         fill(server, "log", 5000)
-        head = json.loads(server.ask(pull("log", 0, 1)).partition(b"\r\n\r\n")[2])[
-            "changes"
-        ][0]
-        tail = int(head["cursor"]) + 5000 - 1 - TAIL
+        tail = first_cursor(server, "log") + 5000 - 1 - TAIL
         memory_page = (16, itertools.repeat(pull("log", tail)), paged(TAIL, False))
         disk_page = (16, itertools.repeat(pull("log", 0)), paged(TAIL, True))
+        batches = (4, pushes("other", 100), pushed(100))
         for what, others in (
             ("alone", None),
             ("beside 16 that pull from memory without end", memory_page),
             ("beside 16 that pull from disk without end", disk_page),
-            (
-                "beside 4 that push 100 without end",
-                (4, pushes("other", 100), pushed(100)),
-            ),
+            ("beside 4 that push 100 without end", batches),
         ):
             load = Load(server, *others) if others else None
-            yield f"A push each 0.1 s, {what}", "p50 / p99 ms", calm(server, T)
+            times = calm(server, sizes)
             if load:
                 load.end()
+            yield f"{name}, {what}", "p50 / p99 ms", times
         with Audience(server, "calm", 1000):
             what = "with 1000 subscribers"
-            yield f"A push each 0.1 s, {what}", "p50 / p99 ms", calm(server, T)
+            yield f"{name}, {what}", "p50 / p99 ms", calm(server, sizes)
 
 
-def calm(server: Server, T: float) -> tuple[float, float]:
+def calm(server: Server, sizes: Sizes) -> tuple[float, float]:
+    """Return p50 and p99 of calm pushes, in ms."""
     probe = Load(server, 4, pushes("calm"), pushed(), pause=0.1)
-    part = probe.measure(2 * T)
+    part = probe.measure(2 * sizes.part)
     probe.end()
     return half_and_most(part.times, 1e3)
 
 
-def snapshots(start: Start, T: float, todos: int = 50_000) -> Iterator[Row]:
-    """How long a big snapshot holds the server for everybody else."""
-    with start() as server:
-        fill(server, "big", todos)
-        whole = server.ask(get("/sync/snapshot?scope=big"))
-        if not is_ok(whole) or whole.count(b'"completed"') != todos:
+def snapshots(start: Start, sizes: Sizes, folder: Path) -> Iterator[Row]:
+    """Measure how long a big snapshot holds the server for everybody else."""
+    db = folder / "snapshot.db"
+    make_log(start, db, TODOS)
+    with start(db=db) as server:
+        take = get("/sync/snapshot?scope=log")
+        whole = server.ask(take)
+        if not is_ok(whole) or whole.count(b'"completed"') != TODOS:
             wrong["a snapshot that is not whole"] += 1
         # The same body each time; to count in it again would hold this client instead.
-        same = len(whole)
-        taking = itertools.repeat(get("/sync/snapshot?scope=big"))
-        name = "A small request each 2 ms"
-        for what in ("alone", f"beside snapshots of {todos:,} todos without end"):
-            load = (
-                Load(server, 1, taking, lambda a: len(a) == same)
-                if what != "alone"
-                else None
-            )
-            probe = Load(
-                server, 1, itertools.repeat(pull("none", 0)), paged(0, False), 0.002
-            )
-            part = probe.measure(2 * T)
+        size = len(whole)
+        for what in ("alone", f"beside snapshots of {TODOS:,} todos without end"):
+            load = None
+            if what != "alone":
+                taking = itertools.repeat(take)
+                load = Load(server, 1, taking, lambda answer: len(answer) == size)
+            small = itertools.repeat(pull("none", 0))
+            probe = Load(server, 1, small, paged(0, False), pause=0.002)
+            part = probe.measure(2 * sizes.part)
             probe.end()
             if load:
                 load.end()
-                what += f" ({statistics.median(load.times) * 1e3:.0f} ms each)"
+                each = statistics.median(load.times) * 1e3
+                print(f"a snapshot takes {each:.0f} ms", file=sys.stderr)
             worst = max(part.times, default=0.0) * 1e3
             times = *half_and_most(part.times, 1e3), worst
-            yield f"{name}, {what}", "p50 / p99 / worst ms", times
+            yield f"A small request each 2 ms, {what}", "p50 / p99 / worst ms", times
+    remove(db)
 
 
 # --- Count ----------------------------------------------------------------------------
@@ -863,35 +883,25 @@ def snapshots(start: Start, T: float, todos: int = 50_000) -> Iterator[Row]:
 
 
 class CountedServer(Server):
-    """A server under valgrind, which counts the instructions of its process, not the
-    kernel's."""
+    """A server under valgrind, which counts its instructions, not the kernel's."""
 
-    def __init__(self, file: str, loop: Loop, folder: Path) -> None:
-        self.dumps = folder / f"instructions-{next(numbers)}"
-        valgrind = [
-            "valgrind",
-            "-q",
-            "--tool=callgrind",
-            f"--callgrind-out-file={self.dumps}",
-        ]
+    def __init__(self, file: str, loop: Loop, folder: Path, core: int) -> None:
+        self.dumps = folder / f"instructions-{core}"
+        valgrind = ["valgrind", "-q", "--tool=callgrind"]
+        valgrind += [f"--callgrind-out-file={self.dumps}"]
         slowed = [sys.executable, str(HERE / "bench_counted.py"), file]
-        super().__init__([*valgrind, *slowed], loop, folder)
+        db = folder / f"counted-{core}.db"
+        make_log(
+            functools.partial(Server, [sys.executable, file], loop, folder), db, SMALL
+        )
+        super().__init__([*valgrind, *slowed], loop, folder, db, core)
         self.parts = 0  # so many files that callgrind has written
         self.connection = Connection(self)
-        idle = self.count(lambda: loop.pause(3))
-        if idle > 3 * 10_000:
+        idle = int(self.count_each(lambda _: loop.pause(1), 5))
+        if idle > 10_000:
             # bench_counted.py has to slow a way to wait that it does not know.
-            wrong[
-                f"timers take {idle // 3:,} instructions a second: no count is exact"
-            ] += 1
-
-    def count(self, work: Callable[[], None]) -> int:
-        """Return the instructions that the server needs for `work`."""
-        self.rest()
-        self._dump()
-        work()
-        self.rest()
-        return self._dump()
+            what = f"timers take {idle:,} instructions a second: no count is exact"
+            wrong[what] += 1
 
     def count_each(self, work: Callable[[int], None], size: int) -> float:
         """Return the instructions of one request, where `work(n)` makes `n` of them.
@@ -900,9 +910,14 @@ class CountedServer(Server):
         garbage) would fall into a row of one run and into another row of the next.
         """
         part = size // 5
-        return (
-            statistics.median(self.count(lambda: work(part)) for _ in range(5)) / part
-        )
+        counts: list[int] = []
+        self.rest()
+        self._dump()
+        for _ in range(5):
+            work(part)
+            self.rest()
+            counts.append(self._dump())
+        return statistics.median(counts) / part
 
     def _dump(self) -> int:
         """Return the instructions since the last dump."""
@@ -916,27 +931,37 @@ class CountedServer(Server):
         return int(found[1])
 
     def ask_all(self, requests: Iterable[bytes], right: Right) -> None:
+        """Ask one after the other, each once the server rests."""
         for request in requests:
             self.rest()
-            if not right(answer := self.ask(request, self.connection)):
-                wrong[answer[:200].decode(errors="replace")] += 1
+            answer = self.ask(request, self.connection)
+            if not right(answer):
+                note_wrong(answer)
 
     def rest(self) -> None:
-        """Wait until all the server's threads sleep: a request that comes earlier costs
-        less."""
+        """Wait until all the server's threads sleep.
+
+        A request that comes earlier costs less.
+        """
         stats = list(Path(f"/proc/{self.popen.pid}/task").glob("*/stat"))
         while any(" S " not in stat.read_text() for stat in stats):
             time.sleep(0.001)
 
 
 def instructions(server: CountedServer) -> Iterator[Row]:
-    """The script: what each kind of request costs. The log that pushes of 100 fill is
-    read then."""
+    """Count what each kind of request costs.
+
+    The log was there before the server, so memory has only what is pushed now.
+    """
     unit = "instructions"
-    warm_up = 30  # requests of each row
 
     def row(
-        what: str, requests: Iterator[bytes], right: Right, size: int, width: int
+        what: str,
+        requests: Iterator[bytes],
+        right: Right,
+        size: int,
+        warm_up: int = COUNT_WARM_UP,
+        width: int = 1,
     ) -> Row:
         first = itertools.islice(requests, warm_up)
         measure(server, width, first, right, 10 * PATIENCE)  # to their end
@@ -949,37 +974,32 @@ def instructions(server: CountedServer) -> Iterator[Row]:
     # First, since in a server that has done a lot already it repeats less well.
     with Audience(server, "told", 20) as audience:
         announce = functools.partial(push_and_wait, server, audience)
-        announce(10)
-        cost = server.count_each(announce, 40)
+        announce(COUNT_WARM_UP)
+        cost = server.count_each(announce, 15)
     yield "push of 1, and its hint to 20 subscribers", unit, (cost,)
 
-    for mutations, scope, size in (1, "one", 270), (10, "ten", 50), (100, "log", 20):
+    for mutations, scope, size in ((1, "one", 100), (10, "ten", 25), (100, "log", 5)):
         source, right = pushes(scope, mutations), pushed(mutations)
-        yield row(f"push of {mutations}", source, right, size, width=1)
+        yield row(f"push of {mutations}", source, right, size)
 
-    changes = (warm_up + 20) * 100  # memory keeps the newest 1000
-    first = int(
-        json.loads(server.ask(pull("log", 0, 1)).partition(b"\r\n\r\n")[2])["cursor"]
-    )
-    last = first + changes - 1
+    todos = COUNT_WARM_UP + 100
+    first = first_cursor(server, "log")
+    last = int(read_json(server.ask(get("/healthz")))["cursor"])
+    middle = first + SMALL // 2
 
     def whole(answer: bytearray) -> bool:
-        return is_ok(answer) and answer.count(b'"completed"') == warm_up + 270
+        return is_ok(answer) and answer.count(b'"completed"') == todos
 
+    empty, full, more = paged(0, False), paged(TAIL, False), paged(TAIL, True)
     for what, request, right, size in (
-        ("empty pull", pull("log", last), paged(0, False), 300),
-        ("pull of 100 from memory", pull("log", last - TAIL), paged(TAIL, False), 300),
-        (
-            "pull of 100 from disk",
-            pull("log", first + changes // 2),
-            paged(TAIL, True),
-            100,
-        ),
-        ("first page of 100, from disk", pull("log", 0), paged(TAIL, True), 100),
-        ("snapshot of 300 todos", get("/sync/snapshot?scope=one"), whole, 100),
+        ("empty pull", pull("log", last), empty, 100),
+        ("pull of 100 from memory", pull("log", last - TAIL), full, 100),
+        ("pull of 100 from disk", pull("log", middle), more, 50),
+        ("first page of 100, from disk", pull("log", 0), more, 50),
+        (f"snapshot of {todos} todos", get("/sync/snapshot?scope=one"), whole, 50),
     ):
         # Many at once warm up each of the server's threads and connections that read.
-        yield row(what, itertools.repeat(request), right, size, width=16)
+        yield row(what, itertools.repeat(request), right, size, 32, width=16)
 
 
 def push_and_wait(server: CountedServer, audience: Audience, size: int) -> None:
@@ -987,40 +1007,51 @@ def push_and_wait(server: CountedServer, audience: Audience, size: int) -> None:
     for request in itertools.islice(pushes(audience.scope), size):
         server.rest()
         audience.wait(cursor_of(server.ask(request, server.connection)))
-        audience.loop.pause(
-            1
-        )  # longer than a server may space its hints, even when slowed
+        # longer than a server may space its hints, even when slowed
+        audience.loop.pause(1)
 
 
 # --- Table ----------------------------------------------------------------------------
 
 
 def table(columns: dict[str, list[Row]]) -> Iterator[str]:
-    names = list(dict.fromkeys(row[:2] for rows in columns.values() for row in rows))
+    """Yield the lines of a Markdown table, one column a server."""
+    names = dict.fromkeys(row[:2] for rows in columns.values() for row in rows)
     found = {
         (server, *row[:2]): row[2] for server, rows in columns.items() for row in rows
     }
     yield f"| scenario | unit | {' | '.join(columns)} |"
     yield f"| --- | --- |{' ---: |' * len(columns)}"
     for name in names:
-        cells = (
-            " / ".join(map(number, found.get((server, *name), ())))
+        cells = [
+            " / ".join(map(format_number, found.get((server, *name), ()))) or "-"
             for server in columns
+        ]
+        yield f"| {' | '.join((*name, *cells))} |"
+
+
+def ratios(old: list[Row], new: list[Row]) -> list[Row]:
+    """Return the new numbers by the old ones, of each row that both have."""
+    before = {row[:2]: row[2] for row in old}
+    return [
+        (
+            *row[:2],
+            [b / a if a else 0.0 for a, b in zip(before[row[:2]], row[2], strict=True)],
         )
-        yield f"| {' | '.join((*name, *(cell or '-' for cell in cells)))} |"
+        for row in new
+        if row[:2] in before
+    ]
 
 
-def number(value: float) -> str:
-    return (
-        f"{value:,.0f}"
-        if value >= 100
-        else f"{value:.1f}"
-        if value >= 10
-        else f"{value:.2f}"
-    )
+def format_number(value: float) -> str:
+    """Return a number with three digits at least."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def about(folder: Path, peers: Sequence[str]) -> Iterator[str]:
+def about(folder: Path, peers: bool) -> Iterator[str]:
+    """Yield the lines that say where this was measured."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     cores = f"{len(CORES)} cores of {model[1] if model else platform.machine()}"
     yield f"{time.strftime('%Y-%m-%d')}, {cores}, Linux {platform.release()}"
@@ -1028,12 +1059,12 @@ def about(folder: Path, peers: Sequence[str]) -> Iterator[str]:
     yield f"{versions}; one core a server"
     for package in ("aiohttp", "fastapi", "uvicorn") if peers else ():
         yield f"{package} {importlib.metadata.version(package)}"
-    sync = half_and_most(list(syncs(folder)), 1e6)[0]
-    yield f"fdatasync of 4 KiB in {folder.parent}: p50 {sync:.0f} us"
+    median, _ = half_and_most(list(time_syncs(folder)), 1e6)
+    yield f"fdatasync of 4 KiB in {folder.parent}: p50 {median:.0f} us"
 
 
-def syncs(folder: Path) -> Iterator[float]:
-    """What the disk makes each commit wait, at least."""
+def time_syncs(folder: Path) -> Iterator[float]:
+    """Yield the seconds that the disk makes each commit wait, at least."""
     with (folder / "sync").open("wb", buffering=0) as file:
         for _ in range(300):
             file.write(bytes(4096))
@@ -1044,88 +1075,199 @@ def syncs(folder: Path) -> Iterator[float]:
 
 HERE = Path(__file__).resolve().parent
 CORES = sorted(os.sched_getaffinity(0))
+PEERS = ("aiohttp", "FastAPI")
+SCENARIOS = (
+    *("requests", "steady", "hints", "memory", "growth", "fairness", "snapshots"),
+    "count",
+)
 
 
-def measure_all(args: argparse.Namespace, folder: Path) -> None:
-    T, sessions = (0.8, 1000) if args.quick else (1.5, 3000)
+def find_commands(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the commands that start what is measured, by the names of the columns."""
     commands = {"mizusync": [sys.executable, args.server]}
+    if args.old:
+        commands = {"old": [sys.executable, args.old], "new": commands["mizusync"]}
     if args.peers:
         peers = [sys.executable, str(HERE / "bench_peers.py")]
-        commands |= {name: [*peers, name] for name in ("aiohttp", "FastAPI")}
+        commands |= {name: [*peers, name] for name in PEERS}
+    return commands
+
+
+def measure_all(args: argparse.Namespace, folder: Path) -> dict[str, list[Row]]:
+    """Measure each server in each scenario."""
+    sizes = QUICK if args.quick or args.old else Sizes()
+    commands = find_commands(args)
     columns: dict[str, list[Row]] = {name: [] for name in commands}
     loop = Loop()
-    for server, command in commands.items():
-        start = functools.partial(Server, command, loop, folder)
-        ours = server == "mizusync"
-        scenarios: list[Iterator[Row]] = [
-            requests(start, T), hints(start, T, ours), memory(start, sessions)
-        ]  # fmt: skip
-        if ours:
-            scenarios += (
-                growth(start, folder, T),
-                fairness(start, T),
-                snapshots(start, T),
-            )
-        columns[server] = report(server, itertools.chain.from_iterable(scenarios))
-    print(*table(columns), "", *about(folder, list(commands)[1:]), sep="\n")
+    for scenario in args.only:
+        if scenario == "count":
+            continue
+        runs: dict[str, Iterator[Row]] = {}
+        for name, command in commands.items():
+            start = functools.partial(Server, command, loop, folder / name)
+            ours = name not in PEERS
+            runs[name] = iter(run_scenario(scenario, start, sizes, folder / name, ours))
+        for name, rows in take_turns(runs).items():
+            columns[name] += rows
+    return columns
 
 
-def count_all(files: Sequence[str], folder: Path) -> None:
-    """Count for each file; of two, show the second by the first."""
-    os.environ["PYTHONHASHSEED"] = "0"  # the servers inherit it, too
+def take_turns(runs: dict[str, Iterator[Row]]) -> dict[str, list[Row]]:
+    """Return all rows; of several servers, each row is measured on all of them in turn.
+
+    So they have the same weather. A server is idle while another one is measured. Each
+    row is printed as soon as it is there, with the seconds that it took.
+    """
+    columns: dict[str, list[Row]] = {name: [] for name in runs}
+    waiting = dict(runs)
+    while waiting:
+        for name in list(waiting):
+            began = clock()
+            row = next(waiting[name], None)
+            if row is None:
+                del waiting[name]
+                continue
+            columns[name].append(row)
+            what, unit, values = row
+            cell = " / ".join(map(format_number, values))
+            took = clock() - began
+            print(f"{took:5.1f} s {name}: {what}: {cell} {unit}", file=sys.stderr)
+    return columns
+
+
+def run_scenario(
+    scenario: str, start: Start, sizes: Sizes, folder: Path, ours: bool
+) -> Iterable[Row]:
+    """Return the rows of one scenario; a peer has none of those that are ours alone."""
+    match scenario:
+        case "requests":
+            return requests(start, sizes)
+        case "steady":
+            return steady_hints(start, sizes)
+        case "hints":
+            return hints(start, sizes, ours)
+        case "memory":
+            return memory(start, sizes)
+        case "growth" if ours:
+            return growth(start, sizes, folder)
+        case "fairness" if ours:
+            return fairness(start, sizes)
+        case "snapshots" if ours:
+            return snapshots(start, sizes, folder)
+    return ()
+
+
+def count_all(args: argparse.Namespace, folder: Path) -> dict[str, list[Row]]:
+    """Count the instructions of each file, each on a core of its own."""
+    files = {"old": args.old, "new": args.server}
+    if not args.old:
+        files = {"mizusync": args.server}
+    # A table of another process has another order, unless the seed is fixed.
+    os.environ["PYTHONHASHSEED"] = "0"  # the servers inherit it
     columns: dict[str, list[Row]] = {}
+    with ProcessPoolExecutor(len(CORES)) as pool:
+        counts = {
+            name: pool.submit(count_one, name, file, folder, core % len(CORES))
+            for core, (name, file) in enumerate(files.items())
+        }
+        for name, count in counts.items():
+            columns[name], found = count.result()
+            wrong.update(found)
+    return columns
+
+
+def count_one(
+    name: str, file: str, folder: Path, core: int
+) -> tuple[list[Row], Counter[str]]:
+    """Count for one file, in a process of its own; return also what was wrong.
+
+    Each process begins with the same numbers, so it sends the same requests.
+    """
     global numbers
-    for file in files:
-        numbers = itertools.count(1)  # the same requests for each
-        name = file if file not in columns else f"{file}, again"
-        with CountedServer(file, Loop(), folder) as server:
-            columns[name] = report(name, instructions(server))
-    if len(files) == 2:
-        old, new = columns.values()
-        columns["ratio"] = [
-            (*after[:2], (after[2][0] / before[2][0],))
-            for before, after in zip(old, new, strict=True)
-        ]
-    print(*table(columns), "", *about(folder, ()), sep="\n")
+    numbers = itertools.count(1)
+    wrong.clear()
+    if len(CORES) > 1:
+        os.sched_setaffinity(0, CORES)
+    with CountedServer(file, Loop(), folder, core) as server:
+        return take_turns({name: instructions(server)})[name], wrong
 
 
-def report(name: str, rows: Iterable[Row]) -> list[Row]:
-    """Return the rows; say each one as soon as it is there."""
-    began, known = clock(), list[Row]()
-    for row in rows:
-        print(f"{clock() - began:5.1f} {name}: {row}", file=sys.stderr)
-        known.append(row)
-    return known
+HELP = """
+scenarios, and the seconds that each took two files with --old, on two cores that had
+other work, too (243 s in all; on a machine with three times more work than cores 373):
+  requests   17   P1 a push, P2 a push of 100, P3 a pull: CPU
+  steady     15   P4 hints at 20 pushes a second, to 100 and 1000 subscribers: p50, p99
+  hints      33   P4 one push, P5 a burst of 1000: until everybody knows, and has
+  memory      3   P6 KiB of an idle subscribed session
+  growth     34   P7 what a long log costs more than a short one
+  fairness   22   a calm client beside busy ones
+  snapshots   9   a small request beside snapshots of 50,000 todos
+  count     110   instructions a request, under valgrind; two files at the same time
+
+comparing two versions:
+  bench.py --old OLD.py                       all of these, for both, and their ratios
+  bench.py --old OLD.py --only count memory   some of them
+  bench.py --old OLD.py --count               instructions alone, to 1 %
+  bench.py --count OLD.py                     the same
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the arguments; `only` names the scenarios that are to run."""
+    parser = argparse.ArgumentParser(
+        description="Measure mizusync, another version of it, and its peers.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=HELP,
+    )
+    add = parser.add_argument
+    beside = str(HERE.parent / "mizusync.py")
+    add("--server", default=beside, help="the mizusync.py to measure (%(default)s)")
+    add("--old", metavar="FILE", help="another one, to compare it with")
+    add("--peers", action="store_true", help="measure aiohttp and FastAPI, too")
+    add("--quick", action="store_true", help="measure less; --old does so, too")
+    add(
+        "--only",
+        nargs="+",
+        choices=SCENARIOS,
+        metavar="SCENARIO",
+        help="run these scenarios alone",
+    )
+    add(
+        "--count",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="count instructions alone; with FILE as with --old FILE",
+    )
+    args = parser.parse_args()
+    if args.count is not None:
+        args.old = args.count or args.old
+        args.only = ["count"]
+    if not args.only:
+        # Without another file to compare with, a count says little.
+        args.only = [name for name in SCENARIOS if args.old or name != "count"]
+    return args
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Measure mizusync, and what one would use instead."
-    )
-    add = parser.add_argument
-    add(
-        "--server",
-        default=str(HERE.parent / "mizusync.py"),
-        help="the mizusync.py to measure",
-    )
-    add("--peers", action="store_true", help="measure aiohttp and FastAPI, too")
-    add("--quick", action="store_true", help="shorter parts: for a first look")
-    help_count = (
-        "count instructions instead; beside those of OTHER, another mizusync.py"
-    )
-    add("--count", nargs="?", const="", metavar="OTHER", help=help_count)
-    args = parser.parse_args()
+    args = parse_arguments()
+    began = clock()
     if len(CORES) > 1:
         os.sched_setaffinity(0, CORES[1:])
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the servers inherit it
     with tempfile.TemporaryDirectory(prefix="mizusync-bench-") as name:
-        if args.count is None:
-            measure_all(args, Path(name))
-        else:
-            count_all(
-                [args.count, args.server] if args.count else [args.server], Path(name)
-            )
+        folder = Path(name)
+        for column in find_commands(args):
+            (folder / column).mkdir()
+        columns = measure_all(args, folder)
+        if "count" in args.only:
+            for column, rows in count_all(args, folder).items():
+                columns[column] += rows
+        if args.old:
+            columns["new / old"] = ratios(columns["old"], columns["new"])
+        print(*table(columns), "", *about(folder, args.peers), sep="\n")
+    print(f"this took {clock() - began:.0f} s")
     for what, count in wrong.most_common(20):
         print(f"WRONG, {count} times: {what}")
     return 1 if wrong else 0

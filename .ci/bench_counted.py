@@ -25,6 +25,8 @@ import threading  # noqa: E402
 
 
 class SlowQueue(queue.SimpleQueue[Any]):
+    """A queue whose timeouts are in slow seconds."""
+
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         return super().get(block, timeout and timeout * SLOWER)
 

@@ -21,9 +21,7 @@ one run to show again."""
 from __future__ import annotations
 
 import argparse
-import base64
 import hashlib
-import http.client
 import importlib.util
 import json
 import os
@@ -39,21 +37,20 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlencode
 
 import trial
+from client import RawClient
 from trial import Fault, check
 
 HOST = "127.0.0.1"
 SCOPES = ("home", "work", "garden & größer")
 WRITERS = 16
-PATIENCE = (
-    45.0  # seconds until what must happen counts as never: two shared cores can be slow
-)
+# seconds until what must happen counts as never: two shared cores can be slow
+PATIENCE = 45.0
 # seconds until a socket counts as dead: so long that no poll hides a lost hint
 SILENCE = 60.0
 CHECK_EVERY, TELL_EVERY = 30.0, 10.0  # seconds
@@ -67,15 +64,16 @@ Key = tuple[str, str]  # a mutation's scope and id
 
 
 def check_same(told: Iterable[Any], found: Iterable[Any], sentence: str) -> None:
-    """Of two sets: the first differences, where there are any."""
+    """Raise Fault with the first differences of two sets, if there are any."""
     told, found = set(told), set(found)
-    few = (
-        f"told only: {sorted(told - found)[:3]}, found only: {sorted(found - told)[:3]}"
-    )
+    told_only = sorted(told - found)
+    found_only = sorted(found - told)
+    few = f"told only: {told_only[:3]}, found only: {found_only[:3]}"
     check(told == found, f"{sentence}: {len(told ^ found)} differ,", few)
 
 
 def until(condition: Callable[[], object], *sentence: object) -> None:
+    """Wait for the condition; raise Fault with the sentence if it never comes true."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         check(time.monotonic() < deadline, *sentence)
@@ -87,34 +85,35 @@ def until(condition: Callable[[], object], *sentence: object) -> None:
 # for ever.
 
 
+Snapshots = list[tuple[int, list[Json]]]  # their cursors and todos
+
+
 class Ledger:
+    """The record of all answers: raise Fault as soon as two of them disagree."""
+
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.keep = (
-            0  # whether changes may be trimmed by now, and to how many in a scope
-        )
+        # whether changes may be trimmed by now, and to how many in a scope
+        self.keep = 0
         self.log: dict[int, Json] = {}  # every change that anybody saw, by its cursor
         self.newest = dict.fromkeys(SCOPES, 0)  # their newest cursors among them
-        self.applied: dict[
-            Key, int
-        ] = {}  # every mutation that was acknowledged: its last cursor
+        # every mutation that was acknowledged, and its last cursor
+        self.applied: dict[Key, int] = {}
         self.owners: dict[int, Key] = {}  # the mutation whose answer had this change
-        self.doubtful: set[Key] = (
-            set()
-        )  # refused, but an earlier try may still be at work
-        self.snapshots: dict[str, list[tuple[int, list[Json]]]] = {
-            scope: [] for scope in SCOPES
-        }
+        # mutations that were refused, but an earlier try may still be at work
+        self.doubtful: set[Key] = set()
+        self.snapshots: dict[str, Snapshots] = {scope: [] for scope in SCOPES}
         self.counts: Counter[str] = Counter()
-        self._folded: dict[str, tuple[int, dict[str, Json]]] = {
-            s: (0, {}) for s in SCOPES
-        }
+        # the newest snapshot that was judged: its cursor and todos
+        self._folded: dict[str, tuple[int, dict[str, Json]]] = {}
 
     def count(self, what: str) -> None:
+        """Count one more of these."""
         with self.lock:
             self.counts[what] += 1
 
     def see(self, change: Json) -> None:
+        """Take a change that a client saw."""
         cursor, scope = change["cursor"], change["scope"]
         with self.lock:
             known = self.log.setdefault(cursor, change)
@@ -122,102 +121,73 @@ class Ledger:
         check(known == change, "a change became another:", known, change)
 
     def acknowledge(self, mutation: Json, answer: Json, fresh: bool) -> None:
-        """Take the answer to one mutation; fresh: it was never sent before."""
-        key, again = (mutation["scope"], mutation["id"]), answer.get("duplicate", False)
+        """Take the answer to one mutation; a fresh one was never sent before."""
+        key = mutation["scope"], mutation["id"]
+        again = answer.get("duplicate", False)
+        both = mutation, answer
         if not answer["ok"]:
-            check(
-                answer["code"] in ("not_found", "conflict"),
-                "refused:",
-                mutation,
-                answer,
-            )
-            check(
-                key not in self.applied, "applied, and then refused:", mutation, answer
-            )
+            check(answer["code"] in ("not_found", "conflict"), "refused:", *both)
+            check(key not in self.applied, "applied, and then refused:", *both)
             if not fresh:
                 self.doubtful.add(key)
             return self.count("refused")
         cursor, changes = answer["cursor"], answer.get("changes")
         with self.lock:
-            check(again or key not in self.applied, "applied twice:", mutation, answer)
-            check(
-                not (again and fresh), "a duplicate at first sight:", mutation, answer
-            )
-            check(
-                self.applied.setdefault(key, cursor) == cursor,
-                "it moved:",
-                mutation,
-                answer,
-            )
+            check(again or key not in self.applied, "applied twice:", *both)
+            check(not (again and fresh), "a duplicate at first sight:", *both)
+            known = self.applied.setdefault(key, cursor)
+            check(known == cursor, "it moved:", *both)
             self.counts["duplicates" if again else "acknowledged"] += 1
             if changes is None:
-                return check(
-                    again and self.keep, "an answer without changes:", mutation, answer
-                )
+                may_be_trimmed = again and self.keep
+                return check(may_be_trimmed, "an answer without changes:", *both)
             newest = changes[-1]["cursor"] if changes else 0
             # A mutation of the cron job may end in another scope, which is not shown.
-            is_shown = not isinstance(mutation["args"], list)
-            check(
-                newest == cursor or (newest < cursor and not is_shown),
-                "not its last change's:",
-                answer,
-            )
+            may_end_elsewhere = isinstance(mutation["args"], list)
+            right = newest == cursor or (newest < cursor and may_end_elsewhere)
+            check(right, "not its last change's:", answer)
             for change in changes:
                 check(change["scope"] == mutation["scope"], "another scope's:", change)
                 self.see(change)
                 owner = self.owners.setdefault(change["cursor"], key)
-                check(
-                    owner == key,
-                    "one cursor for two mutations:",
-                    owner,
-                    mutation,
-                    answer,
-                )
+                check(owner == key, "one cursor for two mutations:", owner, *both)
         return None
 
     def fold(self, scope: str, unseen: set[int]) -> None:
-        """Each snapshot equals the one before it with the changes between the two.
+        """Check that each snapshot is the one before it with the changes in between.
 
         `unseen` changes were trimmed before anybody asked: what folds over them can't
-        be judged."""
-        at, todos = self._folded[scope]
-        log = sorted(
-            c for c, change in self.log.items() if change["scope"] == scope and c > at
-        )
-        for cursor, shown in sorted(
-            self.snapshots[scope], key=lambda snapshot: snapshot[0]
-        ):
-            check(
-                cursor >= at,
-                "a snapshot from before the last check:",
-                scope,
-                cursor,
-                at,
-            )
+        be judged.
+        """
+        at, todos = self._folded.get(scope, (0, {}))
+        changes = self.log.items()
+        log = sorted(c for c, change in changes if change["scope"] == scope and c > at)
+        ordered = sorted(self.snapshots[scope], key=lambda snapshot: snapshot[0])
+        for cursor, shown in ordered:
+            check(cursor >= at, "a snapshot before the last check:", scope, cursor, at)
             if any(at < hidden <= cursor for hidden in unseen):
                 todos = {todo["id"]: todo for todo in shown}
                 log = [c for c in log if c > cursor]
                 self.counts["snapshots not judged"] += 1
             while log and log[0] <= cursor:
-                match (data := self.log[log.pop(0)]["data"])["op"]:
-                    case "delete":
-                        check(
-                            todos.pop(data["id"], None), "deleted, but not there:", data
-                        )
-                    case op:
-                        there = data["todo"]["id"] in todos
-                        check(
-                            there == (op == "update"),
-                            "there already, or not there:",
-                            data,
-                        )
-                        todos[data["todo"]["id"]] = data["todo"]
+                fold_change(todos, self.log[log.pop(0)]["data"])
             what = "a snapshot is not the fold of the log:", scope, cursor
             check(list(todos.values()) == shown, *what, shown, list(todos.values()))
             at = cursor
             self.counts["snapshots judged"] += 1
         self._folded[scope] = at, todos
         self.snapshots[scope].clear()
+
+
+def fold_change(todos: dict[str, Json], data: Json) -> None:
+    """Apply one change of the todo demo's to the todos."""
+    if data["op"] == "delete":
+        check(todos.pop(data["id"], None), "deleted, but not there:", data)
+        return
+    todo = data["todo"]
+    is_right = (todo["id"] in todos) == (data["op"] == "update")
+    check(is_right, "there already, or not there:", data)
+    todos[todo["id"]] = todo
 
 
 # --- Processes ------------------------------------------------------------------------
@@ -228,12 +198,11 @@ class Process:
 
     def __init__(self, command: list[str], log: IO[str]) -> None:
         self.command, self.log = command, log
-        self.popen: subprocess.Popen[str] | None = (
-            None  # None: it is down, and shall be
-        )
+        self.popen: subprocess.Popen[str] | None = None  # None: it is down
         self.options: list[str] = []
 
     def start(self) -> None:
+        """Start it, unless it is up."""
         env = {
             name: value
             for name, value in os.environ.items()
@@ -250,46 +219,40 @@ class Process:
         )
 
     def kill(self) -> bool:
-        """SIGKILL; whether it was up. The pipes are left to who reads them."""
+        """Send SIGKILL; return whether it was up. The pipes stay open for a reader."""
         if popen := self.popen:
-            check(
-                popen.poll() is None,
-                "it ended by itself:",
-                self.command,
-                popen.returncode,
-            )
+            status = popen.poll()
+            check(status is None, "it ended by itself:", self.command, status)
             self.popen = None
             popen.kill()
             popen.wait()
         return popen is not None
 
     def stop(self) -> bool:
-        """SIGTERM, once it listens: exit status 0; whether it was up."""
+        """Send SIGTERM, once it listens; return whether it was up."""
         if popen := self.popen:
-            check(
-                popen.stdout and popen.stdout.readline(),
-                "it never listened:",
-                self.command,
-            )
+            line = popen.stdout and popen.stdout.readline()
+            check(line, "it never listened:", self.command)
             popen.terminate()
-            check((status := popen.wait(PATIENCE)) == 0, "SIGTERM: exit status", status)
+            status = popen.wait(PATIENCE)
+            check(status == 0, "SIGTERM: exit status", status)
             self.popen = None
         return popen is not None
 
 
 def load(path: str) -> Any:
-    """The module under test, wherever it lies and whatever its name is."""
+    """Return the module under test, wherever it lies and whatever its name is."""
     spec: Any = importlib.util.spec_from_file_location("mizusync_under_test", path)
     check(spec and spec.loader, "no Python file:", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["mizusync_under_test"] = (
-        module  # where its dataclasses look for their types
-    )
+    # where its dataclasses look for their types
+    sys.modules["mizusync_under_test"] = module
     spec.loader.exec_module(module)
     return module
 
 
 def open_engine(module: Any, db: str | Path, keep: int = 0, apply: Any = None) -> Any:
+    """Return an engine of the todo demo on this file."""
     todo = {"schema": module.TODO_SCHEMA, "snapshot": module.snapshot_todos}
     if keep:
         todo["settings"] = module.Settings(keep_changes=keep)
@@ -297,7 +260,7 @@ def open_engine(module: Any, db: str | Path, keep: int = 0, apply: Any = None) -
 
 
 def cron(module: Any, db: str, keep: int) -> None:
-    """The cron job: a push a line in, its answer a line out; null: not now."""
+    """Be the cron job: read a push a line, write its answer, or null for "not now"."""
 
     def apply(db: sqlite3.Connection, mutation: Any) -> list[Any]:
         steps = [
@@ -324,23 +287,22 @@ def cron(module: Any, db: str, keep: int) -> None:
 
 
 class Client(threading.Thread):
-    pause = (
-        0.002,
-        0.01,
-    )  # seconds between two steps; without one nobody else would get the lock
+    """A client that takes one step after the other, against either server."""
+
+    # seconds between two steps; without one nobody else would get the lock
+    pause = (0.002, 0.01)
 
     def __init__(
         self, name: str, seed: int, ledger: Ledger, ports: Sequence[int]
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self.ledger, self.ports, self.random = (
-            ledger,
-            ports,
-            random.Random(f"{seed} {name}"),
-        )
-        connect = partial(http.client.HTTPConnection, HOST, timeout=PATIENCE)
-        self.connections = {port: connect(port) for port in ports}
-        self.lock, self.over, self.fault = threading.Lock(), False, ""
+        self.ledger = ledger
+        self.ports = ports
+        self.random = random.Random(f"{seed} {name}")
+        self.connections: dict[int, RawClient] = {}  # by port
+        self.lock = threading.Lock()
+        self.over = False
+        self.fault = ""
 
     def run(self) -> None:
         try:
@@ -356,51 +318,53 @@ class Client(threading.Thread):
         raise NotImplementedError
 
     def ask(self, target: str, body: str | None = None, unheard: float = 0.0) -> Any:
-        """Ask either server. None where it is down, dies over this, or says 503; or
-        where this client hangs up before the answer, as it does now and then, so
-        `unheard`."""
-        connection = self.connections[self.random.choice(self.ports)]
+        """Ask either server; return the answer's JSON.
+
+        Return None where the server is down, dies over this, or says 503; or where this
+        client hangs up before the answer, as it does now and then, so `unheard`.
+        """
+        port = self.random.choice(self.ports)
+        method = "POST" if body else "GET"
         try:
-            method, headers = (
-                "POST" if body else "GET",
-                {"Content-Type": "application/json"},
-            )
-            connection.request(method, target, body and body.encode(), headers)
+            if port not in self.connections:
+                self.connections[port] = RawClient(HOST, port, PATIENCE)
+            client = self.connections[port]
+            client.send_request(method, target, body.encode() if body else None)
             if self.random.random() < unheard:
                 raise ConnectionError("hung up")
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-        except (OSError, http.client.HTTPException):
-            connection.close()  # the next request opens it again
+            reply = client.read_reply()
+        except OSError:
+            if port in self.connections:
+                self.connections.pop(port).close()
             time.sleep(0.02)
             return None
-        check(response.status in (200, 410, 503), target, response.status, answer)
-        return None if response.status == 503 else answer
+        status, answer = reply.status, reply.json
+        check(status in (200, 410, 503), target, status, answer)
+        return None if status == 503 else answer
 
 
 class Writer(Client):
+    """A client that pushes until it is answered."""
+
     pause = 0.03, 0.3
     made = 0
 
     def step(self) -> None:
         batch = [self.make() for _ in range(self.random.randint(1, 5))]
         answers = self.push(batch, fresh=True)
-        if (
-            self.random.random() < 0.1
-        ):  # as if the answer had been lost: the same once more
-            for first, second in zip(
-                answers, self.push(batch, fresh=False), strict=True
-            ):
-                same = [first | {"duplicate": True}]
-                if self.ledger.keep:  # they may be trimmed by now
-                    same.append(
-                        {"ok": True, "cursor": first.get("cursor"), "duplicate": True}
-                    )
-                check(
-                    not first["ok"] or first.get("duplicate") or second in same,
-                    first,
-                    second,
-                )
+        if self.random.random() < 0.1:  # as if the answer had been lost
+            self.repeat(batch, answers)
+
+    def repeat(self, batch: list[Json], answers: list[Json]) -> None:
+        """Send the same once more: the answers have to be the same."""
+        repeated = self.push(batch, fresh=False)
+        for first, second in zip(answers, repeated, strict=True):
+            same = [first | {"duplicate": True}]
+            if self.ledger.keep:  # its changes may be trimmed by now
+                cursor = first.get("cursor")
+                same.append({"ok": True, "cursor": cursor, "duplicate": True})
+            again = not first["ok"] or first.get("duplicate")
+            check(again or second in same, first, second)
 
     def push(self, batch: list[Json], fresh: bool) -> list[Json]:
         """Send it until it is answered, whatever happens to the servers meanwhile."""
@@ -414,19 +378,17 @@ class Writer(Client):
         return answers
 
     def send(self, batch: list[Json]) -> list[Json] | None:
-        answers: list[Json] | None = self.ask(
-            "/sync/push", json.dumps(batch), unheard=0.05
-        )
+        """Send it once; return None where that was not answered."""
+        text = json.dumps(batch)
+        answers: list[Json] | None = self.ask("/sync/push", text, unheard=0.05)
         return answers
 
     def make(self) -> Json:
-        """A mutation on one of few todos, so that about half of them must be
-        refused."""
+        """Return a mutation of one of few todos, so that about half are refused."""
         self.made += 1
         key = f"{self.name}-{self.made}"
-        name = self.random.choices(
-            ("create", "update", "toggle", "delete"), (3, 2, 3, 2)
-        )[0]
+        names = ("create", "update", "toggle", "delete")
+        [name] = self.random.choices(names, (3, 2, 3, 2))
         args: Json = {"id": f"todo {self.random.randrange(40)}"}
         if name in ("create", "update"):
             args["title"] = f'of "{key}" \U0001f4a7'
@@ -435,8 +397,10 @@ class Writer(Client):
 
 
 class CronWriter(Writer):
-    """Gives the cron job its work: mutations of many changes, of which all or none may
-    be seen."""
+    """A client that gives the cron job its work.
+
+    Its mutations make many changes, of which all or none may be seen.
+    """
 
     pause = 0.2, 0.8
     process: Process
@@ -448,16 +412,10 @@ class CronWriter(Writer):
             scope = self.random.choice(SCOPES)
             for name in ("create", "toggle", "delete"):
                 steps.append({"name": f"todo.{name}", "scope": scope, "args": args})
-        if (
-            self.random.random() < 0.3
-        ):  # this one may be refused, and undoes those before it
+        if self.random.random() < 0.3:
+            # This one may be refused, and undoes those before it.
             steps.insert(self.random.randrange(len(steps)), last)
-        return {
-            "id": last["id"],
-            "scope": last["scope"],
-            "name": "several",
-            "args": steps,
-        }
+        return last | {"name": "several", "args": steps}
 
     def send(self, batch: list[Json]) -> list[Json] | None:
         with suppress(OSError, ValueError):  # half a line, where it was killed
@@ -470,22 +428,21 @@ class CronWriter(Writer):
 
 
 class Follower(Client):
-    """Pulls all along, from either server; by the rules of protocol.md's "What a client
-    does"."""
+    """A client that pulls all along, by the rules of the protocol."""
 
     def __init__(self, scope: str, *client: Any) -> None:
         super().__init__(*client)
-        self.scope, self.cursor, self.epoch = scope, 0, ""
-        self.since, self.cursors = (
-            0,
-            list[int](),
-        )  # its log, and the cursor where that begins
+        self.scope = scope
+        self.cursor = 0
+        self.epoch = ""
+        self.since = 0  # the cursor where its log begins
+        self.cursors: list[int] = []  # its log
         self.ends: set[int] = set()  # where it once was: never inside a mutation
 
     def step(self) -> None:
-        self.pull(
-            self.random.choice((1, 2, 3, 7, 50)), self.random.choice((0, 0.2, 1.5))
-        )
+        limit = self.random.choice((1, 2, 3, 7, 50))
+        wait = self.random.choice((0, 0.2, 1.5))
+        self.pull(limit, wait)
         if self.random.random() < 0.01:
             self.snapshot()
         # With retention it sleeps now and then until what it needs has been trimmed.
@@ -493,16 +450,14 @@ class Follower(Client):
         self.pause = (3.0, 8.0) if nap else Client.pause
 
     def caught_up(self) -> bool:
+        """Return whether it has all that anybody saw of its scope, or a fault."""
         return bool(self.fault) or self.cursor >= self.ledger.newest[self.scope]
 
     def take(self, changes: list[Json], cursor: int) -> None:
+        """Take in a page, or a hint's changes, as a whole."""
         for change in changes:
-            check(
-                self.cursor < change["cursor"] <= cursor,
-                "out of order:",
-                self.cursor,
-                changes,
-            )
+            in_order = self.cursor < change["cursor"] <= cursor
+            check(in_order, "out of order:", self.cursor, changes)
             check(change["scope"] == self.scope, "another scope's:", self.scope, change)
             self.ledger.see(change)
             self.cursor = change["cursor"]
@@ -512,12 +467,11 @@ class Follower(Client):
         self.ends.add(cursor)
 
     def pull(self, limit: int, wait: float) -> bool:
-        """One page; whether there was an answer, and there are no more."""
+        """Pull one page; return whether it came, and there are no more."""
         known = self.ledger.newest[self.scope]
         where = {"scope": self.scope, "cursor": self.cursor, "epoch": self.epoch}
-        page = self.ask(
-            "/sync/pull?" + urlencode(where | {"limit": limit, "wait": wait})
-        )
+        query = urlencode(where | {"limit": limit, "wait": wait})
+        page = self.ask("/sync/pull?" + query)
         if page is None:
             return False
         if "code" in page:
@@ -532,136 +486,94 @@ class Follower(Client):
         return not page["hasMore"]
 
     def snapshot(self) -> Json | None:
+        """Take a snapshot for the ledger, and return it; None where none came."""
         known = self.ledger.newest[self.scope]
-        snapshot: Json | None = self.ask(
-            "/sync/snapshot?" + urlencode({"scope": self.scope})
-        )
+        query = urlencode({"scope": self.scope})
+        snapshot: Json | None = self.ask("/sync/snapshot?" + query)
         if snapshot:
-            check(
-                snapshot["cursor"] >= known,
-                "a stale snapshot:",
-                snapshot["cursor"],
-                known,
-            )
-            self.ends.add(snapshot["cursor"])
+            cursor = snapshot["cursor"]
+            check(cursor >= known, "a stale snapshot:", cursor, known)
+            self.ends.add(cursor)
             with self.ledger.lock:
-                shown = snapshot["cursor"], snapshot["data"]["todos"]
+                shown = cursor, snapshot["data"]["todos"]
                 self.ledger.snapshots[self.scope].append(shown)
         return snapshot
 
     def start_over(self) -> None:
+        """Go on from a snapshot, since the changes in between are trimmed."""
         if snapshot := self.snapshot():
-            check(
-                snapshot["cursor"] > self.cursor,
-                "410 at the end of the log:",
-                self.cursor,
-            )
-            self.since = self.cursor = snapshot["cursor"]
-            self.epoch, self.cursors = snapshot["epoch"], []
+            cursor = snapshot["cursor"]
+            check(cursor > self.cursor, "410 at the end of the log:", self.cursor)
+            self.since = self.cursor = cursor
+            self.epoch = snapshot["epoch"]
+            self.cursors = []
             self.ledger.count("410s")
 
 
 class LiveFollower(Follower):
-    """Lives on its socket's hints; pulls when it connects, when one does not fit, in
-    silence."""
+    """A follower that lives on hints.
 
-    live: Live | None = None
-    behind, told, heard = True, 0, 0.0
+    It pulls when it connects, when a hint does not fit, and in silence.
+    """
+
+    live: RawClient | None = None
+    behind = True  # it has to pull
+    told = 0  # the newest cursor of this socket's hints
+    heard = 0.0  # when the last hint came
 
     def step(self) -> None:
         try:
             if self.live is None:
-                self.live = Live(self.random.choice(self.ports), self.scope)
-                self.behind, self.told, self.heard = True, 0, time.monotonic()
+                self.live = self.subscribe()
+                self.behind = True
+                self.told = 0
+                self.heard = time.monotonic()
             if self.behind:
                 self.behind = not self.pull(1000, 0)
-            elif message := self.live.receive(0.5):
-                self.hear(message)
+            else:
+                self.listen(self.live)
             self.behind |= time.monotonic() - self.heard > SILENCE
         except OSError:
             if self.live:
-                self.live.sock.close()
+                self.live.close()
             self.live = None
             time.sleep(self.random.uniform(0.02, 0.2))
 
-    def hear(self, message: Json) -> None:
-        check(message["topic"] == f"sync:{self.scope}", message)
-        hint, self.heard = message["data"], time.monotonic()
-        check(hint["cursor"] >= self.told, "a hint went down:", self.told, hint)
-        self.told = hint["cursor"]
-        if (
-            "changes" in hint
-            and hint["epoch"] == self.epoch
-            and hint["after"] <= self.cursor
-        ):
-            if self.cursor < hint["cursor"]:
-                new = [
-                    change
-                    for change in hint["changes"]
-                    if change["cursor"] > self.cursor
-                ]
-                self.take(new, hint["cursor"])
-                self.ledger.count("hints applied")
-        elif hint["cursor"] > self.cursor:
-            self.behind = True
-
-
-class Live:
-    """A WebSocket, as much of RFC 6455 as a client of ours needs."""
-
-    def __init__(self, port: int, scope: str) -> None:
-        self.sock, self.buffer = socket.create_connection((HOST, port), PATIENCE), b""
-        target, key = (
-            "/ws?" + urlencode({"scope": scope}),
-            base64.b64encode(bytes(16)).decode(),
-        )
-        upgrade = (
-            "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13"
-        )
-        head = f"GET {target} HTTP/1.1\r\nHost: {HOST}:{port}\r\n{upgrade}\r\n"
-        self.sock.sendall(f"{head}Sec-WebSocket-Key: {key}\r\n\r\n".encode())
-        while b"\r\n\r\n" not in self.buffer:
-            self._fill()
-        answer, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
-        if b" 503 " in answer:
+    def subscribe(self) -> RawClient:
+        """Return a WebSocket that is subscribed, with changes in its hints."""
+        live = RawClient(HOST, self.random.choice(self.ports), PATIENCE)
+        reply = live.upgrade("/ws?" + urlencode({"scope": self.scope}))
+        if reply.status == 503:
+            live.close()
             raise ConnectionError("not now")
-        check(b" 101 " in answer, answer)
-        self._send(1, b'{"topic":"subscribe","data":{"changes":true}}')
+        check(reply.status == 101, reply)
+        live.send_message("subscribe", {"changes": True})
+        return live
 
-    def receive(self, patience: float) -> Any:
-        """The next message; None: nothing came in this time. Raises OSError at the
-        end."""
-        self.sock.settimeout(patience)
-        try:
-            while True:
-                size, start = (self.buffer[1] if len(self.buffer) > 1 else 0), 2
-                check(size < 127, "a frame of 64 KiB or more")  # hints end at 16
-                if size == 126:
-                    size, start = int.from_bytes(self.buffer[2:4], "big"), 4
-                if len(self.buffer) < start + size:
-                    self._fill()
-                    continue
-                opcode, payload = self.buffer[0] & 15, self.buffer[start : start + size]
-                self.buffer = self.buffer[start + size :]
-                if opcode == 1:
-                    return json.loads(payload)
-                if opcode == 8:
-                    raise ConnectionError("it closes")
-                self._send(10, payload)  # a ping wants its pong
-        except TimeoutError:
-            return None
+    def listen(self, live: RawClient) -> None:
+        """Take in the next hint, if one comes within half a second."""
+        live.sock.settimeout(0.5)
+        with suppress(TimeoutError):
+            self.hear(live.read_message())
 
-    def _fill(self) -> None:
-        if not (more := self.sock.recv(65536)):
-            raise ConnectionError("it is gone")
-        self.buffer += more
-
-    def _send(self, opcode: int, payload: bytes) -> None:
-        # The mask of zeros leaves the payload as it is (§5.3); nothing here is longer
-        # than 125.
-        self.sock.sendall(
-            bytes([0x80 | opcode, 0x80 | len(payload), 0, 0, 0, 0]) + payload
-        )
+    def hear(self, message: Json) -> None:
+        """Take in a hint: its changes, if they fit; otherwise a pull has to follow."""
+        check(message["topic"] == f"sync:{self.scope}", message)
+        hint = message["data"]
+        cursor = hint["cursor"]
+        self.heard = time.monotonic()
+        check(cursor >= self.told, "a hint went down:", self.told, hint)
+        self.told = cursor
+        if cursor <= self.cursor:
+            return
+        has_changes = "changes" in hint and hint["epoch"] == self.epoch
+        if not has_changes or hint["after"] > self.cursor:
+            self.behind = True
+            return
+        changes = hint["changes"]
+        new = [change for change in changes if change["cursor"] > self.cursor]
+        self.take(new, cursor)
+        self.ledger.count("hints applied")
 
 
 # --- Checks ---------------------------------------------------------------------------

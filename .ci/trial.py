@@ -1,5 +1,4 @@
-"""The frame of a trial: how long, with which seed, of which server; and what is left of
-a fault."""
+"""The frame of the soak and of the fuzzer: options, faults, and the exit status."""
 
 from __future__ import annotations
 
@@ -17,11 +16,13 @@ class Fault(AssertionError):
 
 
 def check(kept: object, *sentence: object) -> None:
+    """Raise Fault with this sentence, unless the promise was kept."""
     if not kept:
         raise Fault(" ".join(map(str, sentence))[:1500])
 
 
 def options(description: str) -> argparse.ArgumentParser:
+    """Return a parser of what every trial can be told."""
     beside = Path(__file__).resolve().parent.parent / "mizusync.py"
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
@@ -32,7 +33,7 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def run(name: str, work: Callable[[Path], None]) -> int:
-    """Work in a folder that stays if there is a fault; the exit status."""
+    """Work in a folder that stays if there is a fault; return the exit status."""
     folder = Path(tempfile.mkdtemp(prefix=f"mizusync-{name}-"))
     try:
         work(folder)
