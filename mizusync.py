@@ -34,8 +34,8 @@ right half alone is a live server: it keeps nothing, and may lose a hint without
 
 The life of one change, and the section in which each step stands:
 
-    bytes -> Request                HTTP/1.1        refused if two parsers could differ
-    Request -> [Mutation, ...]      Server          checked once, at the door
+    bytes -> Request                HTTP requests   refused if two parsers could differ
+    Request -> [Mutation, ...]      Endpoints       checked once, at the door
     -> a Job in the queue           Jobs            in the order of arrival
     -> rows, a mark, a result       Batch           each mutation under a savepoint
     -> one transaction              Writer          one fsync for all jobs that wait
@@ -63,13 +63,19 @@ can wait for a second reading:
     Jobs            what waits for the writer
     Writer          one thread, one transaction, one fsync
     Engine          push, pull and snapshot, without a network
-    Hub             topics, and their subscribers
-    HTTP/1.1        bytes to requests, responses to bytes
-    WebSocket       frames and messages
-    Connection      a socket: bytes, deadlines, a close that the peer can read
-    Session         one live client
+    Hub             topics, their subscribers, and the pace of hints
+    HTTP requests   bytes to requests
+    HTTP responses  responses to bytes
+    WebSocket frames
+                    RFC 6455 as pure functions
+    Connection      a socket, its phases and its deadlines
+    WebSocket       frames over a connection
     Gate            access: Host, Origin, token, on_auth
-    Server          routes, sessions, life; the arrow from engine to hub
+    Session         one live client
+    Endpoints       push, pull, snapshot, healthz
+    Routes          from path and method to a handler
+    HTTP server     accepting, the life of a request, the sweep, the stop
+    Server          the two halves, and the arrow between them
     Todo            the demo, as an application would write it
     Command line    python mizusync.py
 

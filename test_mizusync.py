@@ -10065,9 +10065,8 @@ def test_the_page_of_the_readme_shows_a_seat_of_any_name_at_once(seat: str) -> N
 def test_the_contents_are_the_sections_and_no_section_uses_a_lower_one() -> None:
     source = Path(mizusync.__file__).read_text(encoding="utf-8")
     _, *sections = re.split(r"^# --- (.*?) -+$", source, flags=re.M)
-    listed = re.findall(
-        r"^    (\S.*?)  +", (mizusync.__doc__ or "").partition("Contents")[2], re.M
-    )
+    contents = (mizusync.__doc__ or "").partition("Contents")[2]
+    listed = re.findall(r"^    (\S.*?)(?:  +|$)", contents, re.M)
     assert listed[: len(sections) // 2] == sections[::2]
     # Tests and the README may be read in any order; the file goes from top to bottom.
     above: set[str] = set()
@@ -10320,8 +10319,8 @@ def page():
 
 @app.get("/load")
 async def load():
-    followers = {name: len(topic.followers) for name, topic in hub.topics.items()}
-    return followers, len(asyncio.all_tasks())
+    counts = {name: len(topic.subscribers) for name, topic in hub.topics.items()}
+    return counts, len(asyncio.all_tasks())
 """
 ANN_7 = {"Authorization": "Bearer ann-7"}
 
@@ -11567,6 +11566,7 @@ from __future__ import annotations
 import asyncio, signal, sys
 sys.path.insert(0, {folder!r})
 from mizusync import *
+from mizusync import check_todo
 
 {recipe}
 {apply}
