@@ -4814,8 +4814,8 @@ def test_a_follower_that_fails_hurts_no_other() -> None:
 
 
 # --- HTTP/1.1 -------------------------------------------------------------------------
-# First the parser alone, then transcripts of what a client sends and what comes back,
-# then the endpoints. A message that two parsers could read differently is refused, the
+# First the parser alone, then transcripts of requests and their answers, then the
+# endpoints. A message that two parsers could read differently is refused, the
 # connection is closed, and nothing behind it is read as a request.
 
 HOST, EVIL = b"Host: localhost", b"Host: evil.example"
@@ -5483,13 +5483,13 @@ def test_no_header_of_an_answer_repeats_the_request(visitor: RawClient) -> None:
         assert mark not in str(reply.headers).lower()
 
 
-def answering(**response: Any) -> Callable[[Any], mizusync.Response]:
-    return lambda request: mizusync.Response(**response)
+def response_of(*values: Any, **fields: Any) -> Callable[[Any], Any]:
+    return lambda request: mizusync.Response(*values, **fields)
 
 
 @pytest.mark.parametrize("status", [204, 304])
 def test_an_answer_that_may_have_no_content_has_none(start: Start, status: int) -> None:
-    client = start(route=answering(status=status, body=b"content")).client()
+    client = start(route=response_of(status=status, body=b"content")).client()
     client.send(get(b"/it") + HEALTHZ)
     reply = client.response()  # RFC 9112 §6.3; it also looks for a Content-Length
     assert (reply.status, "date" in reply.headers) == (status, True)
@@ -5500,7 +5500,7 @@ def test_an_answer_that_may_have_no_content_has_none(start: Start, status: int) 
 def test_a_compressed_answer_says_how_it_varies(
     start: Start, origins: list[str]
 ) -> None:
-    route = answering(body=b" " * 20_000, headers={"Cache-Control": "max-age=60"})
+    route = response_of(body=b" " * 20_000, headers={"Cache-Control": "max-age=60"})
     client = start(route=route, allow_origin=origins).client()
     reply = client.request("GET", "/it", headers={"Accept-Encoding": "gzip"})
     varies = ["Origin"] * len(origins) + ["Accept-Encoding"]  # RFC 9110 §12.5.5
@@ -5972,10 +5972,10 @@ def test_spoiled_frames_are_frames_or_an_error_however_their_bytes_arrive(
 
 @pytest.mark.parametrize("size", [0, 125, 126, 65535, 65536])
 def test_frames_of_the_server_have_no_mask_and_the_shortest_length(size: int) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, closing(RawClient.__new__(RawClient)) as client:
-        client.sock, client.buffer = theirs, bytearray()
-        ours.sendall(mizusync.encode_frame(BINARY, b"x" * size))
+    sender, receiver = socket.socketpair()
+    with sender, closing(RawClient.__new__(RawClient)) as client:
+        client.sock, client.buffer = receiver, bytearray()
+        sender.sendall(mizusync.encode_frame(BINARY, b"x" * size))
         assert client.read_frame() == Frame(BINARY, b"x" * size)
 
 
@@ -6312,7 +6312,7 @@ BROKEN_FRAMES = {
         )
     },
 }
-# 6.*: "bytes" is what stands where a character should.
+# 6.*: these bytes stand where a character should.
 INVALID_UTF_8 = {
     "a first continuation byte": b"\x80",
     "a last continuation byte": b"\xbf",
@@ -7420,7 +7420,7 @@ NO_HOSTS = [
     [*(("origin", it) for it in NO_ORIGINS), *(("host", it) for it in NO_HOSTS)],
 )
 def test_an_impossible_origin_or_host_is_refused_at_once(
-    engine: Engine, kind: str, value: str, refusal: Callable[..., Refusal]
+    engine: Engine, kind: str, value: str, refusal: Refuse
 ) -> None:
     good = {"origin": "https://app.example", "host": "app.example"}[kind]
     options: dict[str, Any] = {f"allow_{kind}": [good, value]}
@@ -7737,9 +7737,9 @@ def test_a_scope_without_permission_is_unsubscribed(
     client.subscribe(scope="s")
     client.subscribe(scope="t")
     permits.answers["s"] = no
-    told = client.read_json()
-    assert told["topic"] == "error"
-    assert (told["data"]["code"], told["data"]["scope"]) == ("forbidden", "s")
+    answer = client.read_json()
+    assert answer["topic"] == "error"
+    assert (answer["data"]["code"], answer["data"]["scope"]) == ("forbidden", "s")
     live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(PATIENCE)
     assert client.read_json()["topic"] == "sync:t"  # the session goes on
     permits.ask_again()
@@ -7755,8 +7755,8 @@ def test_a_refused_subscribe_also_unsubscribes(start: Start, permits: Permits) -
     client.subscribe(scope="t")
     permits.answers["s"] = mizusync.Forbidden("no more")
     client.say("subscribe", {"scope": "s"})
-    told = client.read_json()["data"]
-    assert (told["code"], told["scope"]) == ("forbidden", "s")
+    answer = client.read_json()["data"]
+    assert (answer["code"], answer["scope"]) == ("forbidden", "s")
     live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(PATIENCE)
     assert client.read_json()["topic"] == "sync:t"
     assert client.quiet()
@@ -8173,10 +8173,6 @@ async def cancelled(request: mizusync.Request) -> None:
     future = asyncio.get_running_loop().create_future()
     future.cancel()
     await future
-
-
-def response_of(*values: Any, **fields: Any) -> Callable[[Any], Any]:
-    return lambda request: mizusync.Response(*values, **fields)
 
 
 ODD = Odd("it is odd")
@@ -8765,7 +8761,7 @@ def test_acknowledged_changes_are_there_after_a_restart(tmp_path: Path) -> None:
         assert client.push(note("b", scope="s")) == [results[1] | {"duplicate": True}]
         (result,) = client.push(note("c"))
         assert result["cursor"] > results[1]["cursor"]
-        # An ordinary restart disturbs nobody.
+        # After an ordinary restart, the client's cursor and epoch are still good.
         assert (
             len(client.pull(cursor=results[1]["cursor"], epoch=epoch)["changes"]) == 1
         )
@@ -9276,8 +9272,11 @@ class Refusal(NamedTuple):
     sentence: str
 
 
+Refuse = Callable[..., Refusal]
+
+
 @pytest.fixture
-def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., Refusal]:
+def refusal(capsys: pytest.CaptureFixture[str]) -> Refuse:
     """Return a function that calls main() with arguments that it refuses.
 
     It runs in this process, since the start of another takes long."""
@@ -9448,7 +9447,7 @@ def test_the_program_has_options_for_access(
 
 @pytest.mark.parametrize("how", ["an argument", "the environment"])
 def test_an_empty_token_is_exit_status_2(
-    how: str, refusal: Callable[..., Refusal], monkeypatch: pytest.MonkeyPatch
+    how: str, refusal: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MIZUSYNC_TOKEN", "")
     token = ("--token", "") if how == "an argument" else ()
@@ -9457,9 +9456,7 @@ def test_an_empty_token_is_exit_status_2(
 
 
 @pytest.mark.parametrize("token", ["two words", "YWJj/Q=="])
-def test_a_refused_token_is_not_printed(
-    token: str, refusal: Callable[..., Refusal]
-) -> None:
+def test_a_refused_token_is_not_printed(token: str, refusal: Refuse) -> None:
     status, sentence = refusal("--db", NOWHERE, "--token", token)
     assert (status, token in sentence) == (2, False)
 
@@ -9584,15 +9581,15 @@ def test_a_log_that_is_read_again_counts_the_lines_that_were_dropped() -> None:
     with os.fdopen(reader, "rb") as output, os.fdopen(writer, "wb"):
         for number in range(3 * mizusync.LOG_LINES):  # much more than a pipe holds
             handler.handle(logging.makeLogRecord({"msg": f"{number} {'x' * 100}"}))
-        text = bytearray()
+        seen = bytearray()
 
         def dropped() -> int:
-            text.extend(output.read() or b"")
-            found = re.findall(rb"^([0-9]+) log lines were dropped", text, re.M)
+            seen.extend(output.read() or b"")
+            found = re.findall(rb"^([0-9]+) log lines were dropped", seen, re.M)
             return sum(map(int, found))
 
         def written() -> int:
-            return len(re.findall(rb"^[0-9]+ x+$", text, re.M))
+            return len(re.findall(rb"^[0-9]+ x+$", seen, re.M))
 
         until(lambda: dropped() + written() == 3 * mizusync.LOG_LINES)
         assert dropped() > 0
@@ -9651,7 +9648,7 @@ def test_a_bad_host_or_a_busy_port_is_one_sentence(
         assert value in done.stderr
 
 
-def test_a_bad_argument_is_exit_status_2(refusal: Callable[..., Refusal]) -> None:
+def test_a_bad_argument_is_exit_status_2(refusal: Refuse) -> None:
     for arguments in (["--port", "99999"], ["--port", "web"], ["--nonsense"], ["x"]):
         assert refusal(*arguments).status == 2
 
@@ -9665,7 +9662,7 @@ def test_a_bad_argument_is_exit_status_2(refusal: Callable[..., Refusal]) -> Non
     },
 )
 def test_a_file_of_another_program_is_one_sentence_and_unchanged(
-    tmp_path: Path, path: Path, content: bytes | None, refusal: Callable[..., Refusal]
+    tmp_path: Path, path: Path, content: bytes | None, refusal: Refuse
 ) -> None:
     if content:
         path.write_bytes(content)
@@ -9679,7 +9676,7 @@ def test_a_file_of_another_program_is_one_sentence_and_unchanged(
 
 
 def test_a_write_ahead_log_without_its_file_is_one_sentence(
-    tmp_path: Path, refusal: Callable[..., Refusal]
+    tmp_path: Path, refusal: Refuse
 ) -> None:
     status, sentence = refusal("--db", str(orphan(tmp_path)))
     assert (status, sentence.count("\n")) == (1, 1)
@@ -9687,19 +9684,15 @@ def test_a_write_ahead_log_without_its_file_is_one_sentence(
 
 
 def test_a_missing_or_unwritable_folder_is_one_sentence(
-    tmp_path: Path, refusal: Callable[..., Refusal]
+    tmp_path: Path, refusal: Refuse
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "locked").mkdir(mode=0o500)
-    paths = [
-        tmp_path / "nowhere" / "todos.db",
-        tmp_path / "file" / "todos.db",
-        tmp_path,
-    ]
+    places = ["nowhere/todos.db", "file/todos.db", ""]
     if os.geteuid() != 0:  # root may write everywhere
-        paths += [tmp_path / "locked" / "todos.db"]
-    for path in paths:
-        status, sentence = refusal("--db", str(path))
+        places.append("locked/todos.db")
+    for place in places:
+        status, sentence = refusal("--db", str(tmp_path / place))
         assert (status, sentence.count("\n")) == (1, 1)
 
 
