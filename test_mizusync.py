@@ -4836,8 +4836,8 @@ async def test_a_subscriber_that_fails_keeps_no_hint_from_another() -> None:
 
 
 # --- HTTP/1.1 -------------------------------------------------------------------------
-# First the parser alone, then transcripts of what a client sends and what comes back,
-# then the endpoints. A message that two parsers could read differently is refused, the
+# First the parser alone, then transcripts of requests and their answers, then the
+# endpoints. A message that two parsers could read differently is refused, the
 # connection is closed, and nothing behind it is read as a request.
 
 HOST, EVIL = b"Host: localhost", b"Host: evil.example"
@@ -4982,46 +4982,54 @@ def test_a_hostile_weight_of_a_coding_takes_time_linear_in_its_size() -> None:
 
 
 class Transcript(NamedTuple):
-    """What a client sends, the statuses that come back, and whether it may go on."""
+    """What a client sends, the status that comes back, and whether it may go on."""
 
     sent: bytes
-    statuses: tuple[int, ...]
+    status: int
     stays_open: bool
 
 
-def opens(sent: bytes, *statuses: int) -> Transcript:
-    """After these answers the connection stays open for the next request."""
-    return Transcript(sent, statuses, stays_open=True)
+def transcripts(
+    rows: Mapping[int, Mapping[str, bytes]], *, stays_open: bool
+) -> dict[str, Transcript]:
+    """Make transcripts of the bytes that each status answers."""
+    return {
+        name: Transcript(sent, status, stays_open)
+        for status, requests in rows.items()
+        for name, sent in requests.items()
+    }
 
 
-def closes(sent: bytes, *statuses: int) -> Transcript:
-    """After these answers the server closes, and reads no request behind them."""
-    return Transcript(sent, statuses, stays_open=False)
+def check_transcript(client: RawClient, transcript: Transcript, size: int) -> None:
+    """Send the bytes, `size` at a time, and a request behind them; check the answers.
 
-
-def check_transcript(
-    client: RawClient, transcript: Transcript, *, bytewise: bool = False
-) -> None:
-    """Send the bytes with a request behind them, and compare what comes back."""
-    sent, statuses, stays_open = transcript
+    If the connection stays open, that request is answered, too; if the server closes,
+    it is never read."""
+    sent, status, stays_open = transcript
     everything = sent + HEALTHZ
-    step = 1 if bytewise else len(everything)
-    for start in range(0, len(everything), step):
-        client.send(everything[start : start + step])
-    for status in statuses:
-        bodiless = sent.startswith(b"HEAD ")
-        reply = client.response(bodiless=bodiless)
-        assert reply.status == status, reply
-        assert bodiless or status < 400 or refused(reply, status)
-        if sent.startswith(PUSH[:10]) and status == 200:
-            assert [result["ok"] for result in reply.json] == [True]
-    if not stays_open:
+    for at in range(0, len(everything), size):
+        client.send(everything[at : at + size])
+    bodiless = sent.startswith(b"HEAD ")
+    reply = client.response(bodiless=bodiless)
+    assert reply.status == status, reply
+    if status >= 400:
+        assert bodiless or refused(reply, status)
+    elif sent.startswith(b"POST"):
+        assert [result["ok"] for result in reply.json] == [True]
+    if stays_open:
+        keep_alive = "keep-alive" if b" HTTP/1.0\r" in sent else None
+        assert reply.headers.get("connection") == keep_alive
+        assert client.response().json["status"] == "ok"
+    else:
         assert reply.headers["connection"] == "close"  # RFC 9112 §9.6
         assert client.ended()
-        return
-    keep_alive = "keep-alive" if b" HTTP/1.0\r" in sent else None
-    assert reply.headers.get("connection") == keep_alive
-    assert client.response().json["status"] == "ok"
+
+
+def coded(
+    *lines: bytes, line: bytes = PUSH, body: bytes = chunked(BODY), host: bytes = HOST
+) -> bytes:
+    """Return a push with a body in chunks, whatever its fields say."""
+    return post(*lines, line=line, body=body, host=host)
 
 
 MALFORMED_HEADS = {
@@ -5082,11 +5090,15 @@ MALFORMED_HEADS = {
     "Every line ends in a bare LF": b"GET /healthz HTTP/1.1\nHost: localhost\n\n",
     "The head ends in a bare LF": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\n",
     "There are two versions of WebSocket": get(b"/ws", VERSION, VERSION),
+    # Methods whose target has another form (RFC 9112 §3.2.3, §3.2.4).
+    "The method is CONNECT": raw(b"CONNECT localhost:80 HTTP/1.1", HOST),
+    "The target of GET is an asterisk": get(b"*"),
 }
 
+CODING = b"Transfer-Encoding: "
 AMBIGUOUS_BODIES = {  # RFC 9112 §6
-    "A coding stands beside a length": post(LENGTH, CHUNKED, body=chunked(BODY)),
-    "A length stands beside a coding": post(CHUNKED, LENGTH, body=chunked(BODY)),
+    "A coding stands behind a length": coded(LENGTH, CHUNKED),
+    "A length stands behind a coding": coded(CHUNKED, LENGTH),
     "Two lengths differ": post(LENGTH, b"Content-Length: 3"),
     "Two lengths agree": post(LENGTH, LENGTH),
     "The length is a list": post(LENGTH + b", 3"),
@@ -5105,38 +5117,20 @@ AMBIGUOUS_BODIES = {  # RFC 9112 §6
     "The length has a no-break space": post(LENGTH + b"\xa0"),
     "The length does not fit 64 bits": post(b"Content-Length: 99999999999999999999"),
     "A space stands before the length's colon": post(LENGTH.replace(b":", b" :")),
-    "The coding is not chunked": post(b"Transfer-Encoding: gzip"),
-    "The coding stands in two fields": post(CHUNKED, CHUNKED, body=chunked(BODY)),
-    "The coding is chunked, but not last": post(
-        b"Transfer-Encoding: chunked, gzip", body=chunked(BODY)
-    ),
-    "The coding is identity": post(b"Transfer-Encoding: identity", body=chunked(BODY)),
-    "The coding is chunked and identity": post(
-        CHUNKED, b"Transfer-Encoding: identity", body=chunked(BODY)
-    ),
-    "The coding is empty": post(b"Transfer-Encoding:", body=chunked(BODY)),
-    "The coding only resembles chunked": post(
-        b"Transfer-Encoding: xchunked", body=chunked(BODY)
-    ),
-    "The coding has a parameter": post(
-        b"Transfer-Encoding: chunked;a=b", body=chunked(BODY)
-    ),
-    "The coding stands in quotes": post(
-        b'Transfer-Encoding: "chunked"', body=chunked(BODY)
-    ),
-    "The coding has a vertical tab": post(
-        b"Transfer-Encoding: \x0bchunked", body=chunked(BODY)
-    ),
-    "The coding has a no-break space": post(CHUNKED + b"\xa0", body=chunked(BODY)),
-    "A space stands before the coding's colon": post(
-        CHUNKED.replace(b":", b" :"), body=chunked(BODY)
-    ),
-    "The coding is folded": post(
-        b"Transfer-Encoding:", b" chunked", body=chunked(BODY)
-    ),
-    "The request of HTTP/1.0 has a coding": post(
-        CHUNKED, line=b"POST /sync/push HTTP/1.0", body=chunked(BODY)
-    ),
+    "The coding is not chunked": post(CODING + b"gzip"),
+    "The coding stands in two fields": coded(CHUNKED, CHUNKED),
+    "The coding is chunked, but not last": coded(CODING + b"chunked, gzip"),
+    "The coding is identity": coded(CODING + b"identity"),
+    "The coding is chunked and identity": coded(CHUNKED, CODING + b"identity"),
+    "The coding is empty": coded(CODING),
+    "The coding only resembles chunked": coded(CODING + b"xchunked"),
+    "The coding has a parameter": coded(CODING + b"chunked;a=b"),
+    "The coding stands in quotes": coded(CODING + b'"chunked"'),
+    "The coding has a vertical tab": coded(CODING + b"\x0bchunked"),
+    "The coding has a no-break space": coded(CHUNKED + b"\xa0"),
+    "A space stands before the coding's colon": coded(CHUNKED.replace(b":", b" :")),
+    "The coding is folded": coded(CODING, b" chunked"),
+    "The version of a coding is 1.0": coded(CHUNKED, line=b"POST /sync/push HTTP/1.0"),
 }
 
 SIZE = b"%x" % len(BODY)
@@ -5168,201 +5162,167 @@ BROKEN_CHUNKS = {  # RFC 9112 §7.1
     "A trailer ends in a bare LF": chunked(BODY, trailer=b"X-A: 1\n"),
 }
 
-LONGEST_TARGET = b"/healthz?x=" + b"x" * (8 * 1024 - 11)
-REFUSALS_OF_HTTP = {
-    **{name: closes(sent, 400) for name, sent in MALFORMED_HEADS.items()},
-    **{name: closes(sent, 400) for name, sent in AMBIGUOUS_BODIES.items()},
-    **{
-        name: closes(post(CHUNKED, body=body), 400)
-        for name, body in BROKEN_CHUNKS.items()
+LONGEST = b"/healthz?x=" + b"x" * (8 * 1024 - 11)  # bytes of a target
+LOST, CONTINUE = get(b"/nowhere"), b"Expect: 100-continue"
+GET_1_0, POST_1_0 = b"GET /healthz HTTP/1.0", b"POST /sync/push HTTP/1.0"
+CLOSED = {
+    400: MALFORMED_HEADS
+    | AMBIGUOUS_BODIES
+    | {name: coded(CHUNKED, body=body) for name, body in BROKEN_CHUNKS.items()},
+    501: {
+        "The server lacks the transfer coding": coded(CODING + b"gzip, chunked"),
+        "The coding is chunked twice": coded(CODING + b"chunked, chunked"),
     },
-    "The server lacks the transfer coding": closes(
-        post(b"Transfer-Encoding: gzip, chunked", body=chunked(BODY)), 501
-    ),
-    "The coding is chunked twice": closes(
-        post(b"Transfer-Encoding: chunked, chunked", body=chunked(BODY)), 501
-    ),
-    "The version is HTTP/2.0": closes(raw(b"GET /healthz HTTP/2.0", HOST), 505),
-    "The version is HTTP/3.1": closes(raw(b"GET /healthz HTTP/3.1", HOST), 505),
-    "The version is HTTP/0.9": closes(raw(b"GET /healthz HTTP/0.9", HOST), 505),
+    505: {
+        f"The version is {version.decode()}": raw(b"GET /healthz " + version, HOST)
+        for version in (b"HTTP/2.0", b"HTTP/3.1", b"HTTP/0.9")
+    },
     # Limits.
-    "The target is of the longest size": opens(get(LONGEST_TARGET), 200),
-    "The target is too long": closes(get(LONGEST_TARGET + b"x"), 414),
-    "The target is endless": closes(b"GET /" + b"x" * 100_000, 414),
-    "The head has too many bytes": closes(
-        get(b"/healthz", b"X-A: " + b"x" * 64 * 1024), 431
-    ),
-    "The head has as many fields as it may": opens(
-        get(b"/healthz", *[b"X-A: 1"] * 99), 200
-    ),
-    "The head has too many fields": closes(get(b"/healthz", *[b"X-A: 1"] * 100), 431),
-    "The extension of a chunk is endless": closes(
-        post(CHUNKED, body=SIZE + b";" + b"a" * 200_000), 431
-    ),
-    "A trailer is too long": closes(
-        post(CHUNKED, body=chunked(BODY, trailer=b"X: " + b"a" * 200_000 + b"\r\n")),
-        431,
-    ),
-    "There are too many trailers": closes(
-        post(CHUNKED, body=chunked(BODY, trailer=b"X-A: 1\r\n" * 20_000)), 431
-    ),
-    "The body is too large": closes(
-        post(b"Content-Length: %d" % (3 * 2**20), body=b" " * (3 * 2**20)), 413
-    ),
-    "The chunks are too large": closes(
-        post(CHUNKED, body=chunked(*[b" " * 2**16] * 17)), 413
-    ),
-    "The body of a HEAD request is too large": closes(
-        raw(b"HEAD /healthz HTTP/1.1", HOST, b"Content-Length: 1048577"), 413
-    ),
-    "A body that is too large is not asked for": closes(
-        post(b"Content-Length: 1048577", b"Expect: 100-continue", body=b""), 413
-    ),
+    414: {
+        "The target is too long": get(LONGEST + b"x"),
+        "The target is endless": b"GET /" + b"x" * 100_000,
+    },
+    431: {
+        "The head has too many bytes": get(b"/healthz", b"X-A: " + b"x" * 64 * 1024),
+        "The head has too many fields": get(b"/healthz", *[b"X-A: 1"] * 100),
+        "The extension of a chunk is endless": coded(
+            CHUNKED, body=SIZE + b";" + b"a" * 200_000
+        ),
+        "A trailer is too long": coded(
+            CHUNKED, body=chunked(BODY, trailer=b"X: " + b"a" * 200_000 + b"\r\n")
+        ),
+        "There are too many trailers": coded(
+            CHUNKED, body=chunked(BODY, trailer=b"X-A: 1\r\n" * 20_000)
+        ),
+    },
+    413: {
+        "The body is too large": post(
+            b"Content-Length: %d" % (3 * 2**20), body=b" " * (3 * 2**20)
+        ),
+        "The chunks are too large": coded(CHUNKED, body=chunked(*[b" " * 2**16] * 17)),
+        "The body of a HEAD request is too large": raw(
+            b"HEAD /healthz HTTP/1.1", HOST, b"Content-Length: 1048577"
+        ),
+        "A body that is too large is not asked for": post(
+            b"Content-Length: 1048577", CONTINUE, body=b""
+        ),
+    },
     # A refusal that leaves a body unread ends the connection.
-    "The path of the body is unknown": closes(
-        post(LENGTH, line=b"POST /nowhere HTTP/1.1"), 404
-    ),
-    "The body is for another host": closes(post(LENGTH, host=EVIL), 403),
-    "The body that was not asked for is for another host": closes(
-        post(LENGTH, b"Expect: 100-continue", host=EVIL), 403
-    ),
+    404: {
+        "The path of a body is unknown": post(LENGTH, line=b"POST /nowhere HTTP/1.1")
+    },
+    403: {
+        "A body is for another host": post(LENGTH, host=EVIL),
+        "A body that was not asked for is sent": post(LENGTH, CONTINUE, host=EVIL),
+    },
+    200: {
+        "The client asks to close": get(b"/healthz", b"Connection: X-A , CLOSE"),
+        "A push stands behind the last request": get(
+            b"/healthz", b"Connection: , close", body=post(LENGTH)
+        ),
+        "A push stands behind a request of HTTP/1.0": raw(GET_1_0, body=post(LENGTH)),
+    },
+}
+QUERIES = [
+    "cursor=0", "cursor=000", "wait=0", "wait=0.05", "wait=0.15000000000000002",
+    "epoch=", "limit=9999", "colour=red",
+]  # fmt: skip
+KINDS = [
+    "", "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "json",
+]  # fmt: skip
+LEFT_OPEN = {
+    # Forms that a server has to accept (RFC 9112 §2.2, §3.2.2; RFC 9110 §2.5, §5.6.1).
+    200: {
+        "An empty line stands before the request": b"\r\n" + HEALTHZ,
+        "The body of a GET looks like a request": get(
+            b"/healthz", b"Content-Length: %d" % len(LOST), body=LOST
+        ),
+        "HTTP/1.0 asks to keep alive": raw(GET_1_0, HOST, b"Connection: Keep-Alive"),
+        "The target is in absolute form": get(b"http://localhost/healthz"),
+        "The absolute form has a port": get(b"http://localhost:80/sync/pull?cursor=0"),
+        "The absolute form is for us": get(b"http://localhost/healthz", host=EVIL),
+        "Scheme and host are in upper case": get(b"HTTP://LOCALHOST/healthz"),
+        "The minor version is a later one": raw(b"GET /healthz HTTP/1.9", HOST),
+        "The port has no digits": get(b"/healthz", host=b"Host: localhost:"),
+        "The client offers another protocol": get(
+            b"/healthz", b"Connection: Upgrade", b"Upgrade: h2c"
+        ),
+        "A list has empty elements": get(b"/healthz", b"Connection: , ,x-a,"),
+        "The target is of the longest size": get(LONGEST),
+        "The head has as many fields as it may": get(b"/healthz", *[b"X-A: 1"] * 99),
+        **{f"The query is {it}": get(b"/sync/pull?" + it.encode()) for it in QUERIES},
+    },
     # Methods (RFC 9110 §9.1), paths and content types.
-    "The method is in lower case": opens(raw(b"get /healthz HTTP/1.1", HOST), 405),
-    "The method is CONNECT": closes(raw(b"CONNECT localhost:80 HTTP/1.1", HOST), 400),
-    "The method is TRACE": opens(raw(b"TRACE /healthz HTTP/1.1", HOST), 405),
-    "The method is unknown": opens(raw(b"BREW / HTTP/1.1", HOST), 404),
-    "The target of GET is an asterisk": closes(get(b"*"), 400),
-    "The path is unknown": opens(get(b"/nowhere"), 404),
-    "The path has a slash too many at its end": opens(get(b"/sync/push/"), 404),
-    "The path is only the beginning of one": opens(get(b"/sync"), 404),
-    "The path begins with two slashes": opens(get(b"//healthz"), 404),
-    "The path is in upper case": opens(get(b"/SYNC/PULL"), 404),
-    "The path climbs to its parent": opens(get(b"/healthz/../x"), 404),
-    "The content type is in a trailer": opens(
-        raw(
-            PUSH,
-            HOST,
-            CHUNKED,
-            body=chunked(BODY, trailer=b"Content-Type: application/json\r\n"),
+    405: {
+        "The method is DELETE": raw(b"DELETE /healthz HTTP/1.1", HOST),
+        "The method is in lower case": raw(b"get /healthz HTTP/1.1", HOST),
+        "The method is TRACE": raw(b"TRACE /healthz HTTP/1.1", HOST),
+    },
+    404: {
+        "The method is unknown": raw(b"BREW / HTTP/1.1", HOST),
+        "The path is unknown": get(b"/nowhere"),
+        "The path has a slash too many at its end": get(b"/sync/push/"),
+        "The path is only the beginning of one": get(b"/sync"),
+        "The path begins with two slashes": get(b"//healthz"),
+        "The path is in upper case": get(b"/SYNC/PULL"),
+        "The path climbs to its parent": get(b"/healthz/../x"),
+    },
+    415: {
+        "The content type is in a trailer": raw(
+            *(PUSH, HOST, CHUNKED), body=chunked(BODY, trailer=JSON + b"\r\n")
         ),
-        415,
-    ),
-    **{
-        f"The content type is {kind or 'empty'}": opens(
-            raw(PUSH, HOST, b"Content-Type: %b" % kind.encode(), LENGTH, body=BODY), 415
-        )
-        for kind in (
-            "",
-            "text/plain",
-            "application/x-www-form-urlencoded",
-            "application/jsonp",
-            "json",
-        )
+        **{
+            f"The content type is {kind or 'empty'}": raw(
+                *(PUSH, HOST, LENGTH, b"Content-Type: " + kind.encode()), body=BODY
+            )
+            for kind in KINDS
+        },
     },
 }
 
 
-@table("transcript", REFUSALS_OF_HTTP)
-def test_a_request_is_refused_with_its_status_and_not_applied(
+@table(
+    "transcript",
+    transcripts(CLOSED, stays_open=False) | transcripts(LEFT_OPEN, stays_open=True),
+)
+def test_a_request_has_its_status_however_its_bytes_arrive(
     visitor: RawClient, transcript: Transcript
 ) -> None:
-    check_transcript(visitor, transcript)
+    size = len(transcript.sent)
+    check_transcript(visitor, transcript, 2 * size)
+    if size < 1000:
+        with closing(RawClient(visitor.address)) as other:
+            check_transcript(other, transcript, 1)
 
 
-GET_1_0, LOST = b"GET /healthz HTTP/1.0", get(b"/nowhere")
 EXTENDED = SIZE + b';a=b; c="d e" ;f\r\n' + BODY + b"\r\n0\r\n"
-ANSWERS_OF_HTTP = {
-    # Requests that follow each other.
-    "An empty line stands before the request": opens(b"\r\n" + HEALTHZ, 200),
-    "Requests come one behind another": opens(HEALTHZ * 3, 200, 200, 200),
-    "The body of a GET is no request": opens(
-        get(b"/healthz", b"Content-Length: %d" % len(LOST), body=LOST), 200
-    ),
-    "A good request stands behind a refused one": opens(
-        raw(b"DELETE /healthz HTTP/1.1", HOST) + HEALTHZ, 405, 200
-    ),
-    "The client asks to close": closes(
-        get(b"/healthz", b"Connection: X-A , CLOSE"), 200
-    ),
-    "A push behind the last request is not read": closes(
-        get(b"/healthz", b"Connection: , close") + post(LENGTH), 200
-    ),
-    "A push behind a request of HTTP/1.0 is not read": closes(
-        raw(GET_1_0) + post(LENGTH), 200
-    ),
-    "HTTP/1.0 is kept alive if the client asks": opens(
-        raw(GET_1_0, HOST, b"Connection: Keep-Alive") * 2, 200, 200
-    ),
-    # Forms that a server has to accept (RFC 9112 §3.2.2; RFC 9110 §2.5, §5.6.1, §7.8).
-    "The target is in absolute form": opens(get(b"http://localhost/healthz"), 200),
-    "The absolute form has parameters": opens(
-        get(b"http://localhost:80/sync/pull?cursor=0"), 200
-    ),
-    "The absolute form wins over another host": opens(
-        get(b"http://localhost/healthz", host=EVIL), 200
-    ),
-    "Scheme and host are in upper case": opens(get(b"HTTP://LOCALHOST/healthz"), 200),
-    "The minor version is a later one": opens(raw(b"GET /healthz HTTP/1.9", HOST), 200),
-    "The port has no digits": opens(get(b"/healthz", host=b"Host: localhost:"), 200),
-    "The client offers another protocol": opens(
-        get(b"/healthz", b"Connection: Upgrade", b"Upgrade: h2c"), 200
-    ),
-    "A list has empty elements": opens(get(b"/healthz", b"Connection: , ,x-a,"), 200),
-    # Parameters.
-    **{
-        f"The query is {query}": opens(get(b"/sync/pull?%b" % query.encode()), 200)
-        for query in (
-            "cursor=0",
-            "cursor=000",
-            "wait=0",
-            "wait=0.05",
-            "wait=0.15000000000000002",
-            "epoch=",
-            "limit=9999",
-            "colour=red",
-        )
-    },
-}
-
-
-@table("transcript", ANSWERS_OF_HTTP)
-def test_a_request_is_answered_however_its_bytes_arrive(
-    visitor: RawClient, transcript: Transcript
-) -> None:
-    check_transcript(visitor, transcript)
-    with closing(RawClient(visitor.address)) as other:
-        check_transcript(other, transcript, bytewise=True)
-
-
+IN_THREE = chunked(BODY[:5], BODY[5:6], BODY[6:])
 PUSHES = {
-    "The body has a length": opens(post(LENGTH), 200),
-    "The body comes in chunks": opens(
-        post(
-            b"TRANSFER-encoding:\tChunked ", body=chunked(BODY[:5], BODY[5:6], BODY[6:])
-        ),
-        200,
+    "The body has a length": post(LENGTH),
+    "The body comes in chunks": coded(b"TRANSFER-encoding:\tChunked ", body=IN_THREE),
+    "The chunks have extensions and trailers": coded(
+        CHUNKED, body=EXTENDED + b"X-Sum: 1\r\nX-More:\r\n\r\n"
     ),
-    "The chunks have extensions and trailers": opens(
-        post(CHUNKED, body=EXTENDED + b"X-Sum: 1\r\nX-More:\r\n\r\n"), 200
+    "The content type is in upper case": raw(
+        *(PUSH, HOST, LENGTH, b"Content-Type: APPLICATION/Json"), body=BODY
     ),
-    "HTTP/1.0 is not told to continue": closes(
-        post(LENGTH, b"Expect: 100-continue", line=b"POST /sync/push HTTP/1.0"), 200
+    "The content type names its charset": raw(
+        *(PUSH, HOST, LENGTH, JSON + b"; charset=utf-8"), body=BODY
     ),
-    "The content type is in upper case": opens(
-        raw(PUSH, HOST, b"Content-Type: APPLICATION/Json", LENGTH, body=BODY), 200
-    ),
-    "The content type names its charset": opens(
-        raw(PUSH, HOST, JSON + b"; charset=utf-8", LENGTH, body=BODY), 200
-    ),
+}
+LAST_PUSHES = {
+    "HTTP/1.0 is not told to continue": post(LENGTH, CONTINUE, line=POST_1_0)
 }
 
 
-@table("transcript", PUSHES)
-def test_a_push_is_applied_however_its_bytes_arrive(
-    server: Live, transcript: Transcript
-) -> None:
-    for bytewise in (False, True):
-        check_transcript(server.client(), transcript, bytewise=bytewise)
+@table(
+    "transcript",
+    transcripts({200: PUSHES}, stays_open=True)
+    | transcripts({200: LAST_PUSHES}, stays_open=False),
+)
+def test_a_push_is_applied_in_any_pieces(server: Live, transcript: Transcript) -> None:
+    for size in (1000, 1):
+        check_transcript(server.client(), transcript, size)
     assert len(server.client().pull()["changes"]) == 1
 
 
@@ -5371,9 +5331,7 @@ def test_a_body_of_the_largest_size_is_applied(client: RawClient) -> None:
     assert client.request("POST", "/sync/push", body).json[0]["ok"]
 
 
-def test_a_refused_head_request_gets_no_body_though_an_empty_line_came_first(
-    visitor: RawClient,
-) -> None:
+def test_a_head_request_behind_an_empty_line_gets_no_body(visitor: RawClient) -> None:
     visitor.send(b"\r")
     with closing(RawClient(visitor.address)) as other:
         # When this is answered, the first byte has arrived.
@@ -5391,9 +5349,7 @@ def test_a_refused_head_request_gets_no_body_though_an_empty_line_came_first(
         "no end of the trailers": post(CHUNKED, body=chunked(BODY)[:-2]),
     },
 )
-def test_a_body_that_did_not_arrive_whole_is_not_applied(
-    visitor: RawClient, sent: bytes
-) -> None:
+def test_half_a_body_is_not_applied(visitor: RawClient, sent: bytes) -> None:
     visitor.send(sent)
     visitor.half_close()
     with pytest.raises(EOFError):  # an answer of 400 may come first
@@ -5462,9 +5418,7 @@ def test_a_head_that_comes_too_slowly_times_out(start: Start) -> None:
     assert refused(client.response(), 408)
 
 
-def test_a_body_that_comes_too_slowly_times_out_and_is_not_applied(
-    start: Start,
-) -> None:
+def test_a_body_that_comes_slowly_times_out_and_is_not_applied(start: Start) -> None:
     live = start(body_timeout=MOMENT)
     client = live.client()
     client.send(post(LENGTH, body=BODY[:-1]))
@@ -5539,9 +5493,7 @@ def test_every_answer_has_a_date_and_no_store(client: RawClient) -> None:
         assert abs(time.time() - named) < PATIENCE
 
 
-def test_no_header_of_an_answer_repeats_what_the_request_said(
-    visitor: RawClient,
-) -> None:
+def test_no_header_of_an_answer_repeats_the_request(visitor: RawClient) -> None:
     mark = "reflected"
     names = ["Cookie", "Accept", "X-Request-Id", "Access-Control-Request-Headers"]
     fields = dict.fromkeys([*names, "Sec-WebSocket-Protocol"], mark)
@@ -5553,13 +5505,13 @@ def test_no_header_of_an_answer_repeats_what_the_request_said(
         assert mark not in str(reply.headers).lower()
 
 
-def answering(**response: Any) -> Callable[[Any], mizusync.Response]:
-    return lambda request: mizusync.Response(**response)
+def response_of(*values: Any, **fields: Any) -> Callable[[Any], Any]:
+    return lambda request: mizusync.Response(*values, **fields)
 
 
 @pytest.mark.parametrize("status", [204, 304])
 def test_an_answer_that_may_have_no_content_has_none(start: Start, status: int) -> None:
-    client = start(route=answering(status=status, body=b"content")).client()
+    client = start(route=response_of(status=status, body=b"content")).client()
     client.send(get(b"/it") + HEALTHZ)
     reply = client.response()  # RFC 9112 §6.3; it also looks for a Content-Length
     assert (reply.status, "date" in reply.headers) == (status, True)
@@ -5567,10 +5519,10 @@ def test_an_answer_that_may_have_no_content_has_none(start: Start, status: int) 
 
 
 @pytest.mark.parametrize("origins", [[], ["https://app.example"]])
-def test_a_compressed_answer_names_the_fields_that_it_varies_by(
+def test_a_compressed_answer_says_how_it_varies(
     start: Start, origins: list[str]
 ) -> None:
-    route = answering(body=b" " * 20_000, headers={"Cache-Control": "max-age=60"})
+    route = response_of(body=b" " * 20_000, headers={"Cache-Control": "max-age=60"})
     client = start(route=route, allow_origin=origins).client()
     reply = client.request("GET", "/it", headers={"Accept-Encoding": "gzip"})
     varies = ["Origin"] * len(origins) + ["Accept-Encoding"]  # RFC 9110 §12.5.5
@@ -5578,23 +5530,11 @@ def test_a_compressed_answer_names_the_fields_that_it_varies_by(
     assert reply.headers["vary"].split(", ") == varies
 
 
-GZIP = {
-    "gzip": True,
-    "br, GZIP ;q=0.5": True,
-    "gzip;q=1.000, *;q=0": True,
-    "gzip;q=0.001": True,
-    "": False,
-    "gzip;q=0": False,
-    "gzip;q=0.000": False,
-    "br": False,
-    "gzipped": False,
-    "identity": False,
-}
+GZIP = ["gzip", "br, GZIP ;q=0.5", "gzip;q=1.000, *;q=0", "gzip;q=0.001"]
+NO_GZIP = ["", "gzip;q=0", "gzip;q=0.000", "br", "gzipped", "identity"]
 
 
-def test_large_answers_are_compressed_for_a_client_that_accepts_gzip(
-    start: Start,
-) -> None:
+def test_large_answers_are_compressed_if_the_client_accepts_it(start: Start) -> None:
     client = start(page=PROGRAM.with_name("demo.html")).client()
     client.push(note("a", "x" * 20_000))
     small = ("/sync/pull?cursor=1", "/healthz")
@@ -5602,10 +5542,10 @@ def test_large_answers_are_compressed_for_a_client_that_accepts_gzip(
         plain = client.request("GET", target)
         assert "content-encoding" not in plain.headers
         assert (len(plain.body) <= 16 * 1024) == (target in small)
-        for codings, accepted in GZIP.items():
+        for codings in GZIP + NO_GZIP:
             accepting = {"Accept-Encoding": codings}
             answer = client.request("GET", target, headers=accepting)
-            if not accepted or target in small:
+            if codings in NO_GZIP or target in small:
                 assert answer.body == plain.body
                 assert "content-encoding" not in answer.headers
                 continue
@@ -5675,27 +5615,18 @@ BAD_QUERIES = [
     "/sync/pull?wait=0&wait=0",
     "/sync/pull?epoch=&epoch=",
 ]
-REFUSALS_OF_ENDPOINTS = {
-    **{
-        f"The body is {name}": opens(push_of(sent), 400)
-        for name, sent in BAD_BODIES.items()
-    },
-    **{
-        f"The body is {name}": opens(push_of(sent), 413)
-        for name, sent in LARGE_BODIES.items()
-    },
-    **{
-        f"The query is {query:.40}": opens(get(query.encode()), 400)
-        for query in BAD_QUERIES
-    },
+REFUSED = {
+    400: {f"The body is {name}": push_of(sent) for name, sent in BAD_BODIES.items()}
+    | {f"The query is {query:.60}": get(query.encode()) for query in BAD_QUERIES},
+    413: {f"The body is {name}": push_of(sent) for name, sent in LARGE_BODIES.items()},
 }
 
 
-@table("transcript", REFUSALS_OF_ENDPOINTS)
-def test_an_endpoint_refuses_what_is_malformed_and_goes_on(
+@table("transcript", transcripts(REFUSED, stays_open=True))
+def test_an_endpoint_refuses_a_malformed_request_and_goes_on(
     visitor: RawClient, transcript: Transcript
 ) -> None:
-    check_transcript(visitor, transcript)
+    check_transcript(visitor, transcript, 2**21)
 
 
 @table(
@@ -5720,9 +5651,7 @@ def test_a_refusal_names_what_is_wrong_and_nothing_else(
     assert set(re.findall(about, reply.json["error"].lower())) == named
 
 
-def test_the_limit_of_values_holds_in_a_push_a_message_and_a_route(
-    start: Start,
-) -> None:
+def test_the_limit_of_values_holds_for_push_message_and_route(start: Start) -> None:
     def echo_json(server: Server) -> None:
         server.route("POST", "/echo")(lambda request: request.json)
 
@@ -5739,9 +5668,7 @@ def test_the_limit_of_values_holds_in_a_push_a_message_and_a_route(
     assert refused(client.request("POST", "/echo", large), 413)
 
 
-def test_a_number_beyond_64_bits_is_pushed_and_pulled_as_a_float(
-    client: RawClient,
-) -> None:
+def test_a_number_beyond_64_bits_is_pulled_as_a_float(client: RawClient) -> None:
     body = mutation_with(b"[100000000000000000000, -18446744073709551616, 1]")
     (result,) = client.request("POST", "/sync/push", body).json
     assert result["ok"]
@@ -5777,9 +5704,7 @@ def test_the_last_of_two_equal_keys_counts(client: RawClient) -> None:
     assert client.push(note("b"))[0]["duplicate"]
 
 
-def test_a_push_is_answered_with_one_result_a_mutation_in_order(
-    client: RawClient,
-) -> None:
+def test_a_push_has_one_result_a_mutation_in_order(client: RawClient) -> None:
     refuse = {"id": "b", "name": "refuse", "args": "conflict"}
     results = client.push(note("a", 1), refuse, note("c", 3))
     assert [result["ok"] for result in results] == [True, False, True]
@@ -5808,9 +5733,7 @@ def test_the_scope_is_default_if_none_is_named(client: RawClient) -> None:
     assert client.pull()["changes"] == client.pull(scope="_default")["changes"] != []
 
 
-def test_a_mutation_that_apply_refuses_fails_alone_with_its_code(
-    client: RawClient,
-) -> None:
+def test_a_mutation_that_apply_refuses_fails_alone(client: RawClient) -> None:
     refusing = [{"id": code, "name": "refuse", "args": code} for code in REFUSALS]
     before, *failed, after = client.push(note("a"), *refusing, note("c"))
     reason = "a reason for people"
@@ -5858,9 +5781,7 @@ def test_a_push_of_a_hundred_mutations_is_applied(client: RawClient) -> None:
     assert [result["ok"] for result in results] == [True] * 100
 
 
-def test_a_pull_gives_the_changes_of_one_scope_above_the_cursor(
-    client: RawClient,
-) -> None:
+def test_a_pull_gives_changes_of_one_scope_above_its_cursor(client: RawClient) -> None:
     one, _, three = client.push(note("a", 1), note("b", 2, scope="other"), note("c", 3))
     page = client.pull()
     assert list(page) == ["changes", "cursor", "epoch", "hasMore"]
@@ -5870,9 +5791,7 @@ def test_a_pull_gives_the_changes_of_one_scope_above_the_cursor(
     assert later["changes"] == three["changes"]
 
 
-def test_a_pull_gives_at_most_the_limit_and_says_whether_there_is_more(
-    client: RawClient,
-) -> None:
+def test_a_pull_gives_at_most_the_limit_and_has_more(client: RawClient) -> None:
     client.push(*(note(f"n{number}", number) for number in range(5)))
     cursor, found = 0, []
     for more in (True, True, False):
@@ -5892,9 +5811,7 @@ def test_a_page_has_100_changes_by_default_and_1000_at_most(client: RawClient) -
     assert client.pull(limit=5000)["hasMore"]
 
 
-def test_a_pull_that_waits_is_answered_by_a_push(
-    server: Live, client: RawClient
-) -> None:
+def test_a_push_answers_a_pull_that_waits(server: Live, client: RawClient) -> None:
     client.send(get(b"/sync/pull?wait=60&scope=s"))
     server.client().push(note("a", scope="other"))
     (result,) = server.client().push(note("b", scope="s"))
@@ -5933,9 +5850,7 @@ def test_an_unknown_epoch_makes_the_cursor_unknown(client: RawClient) -> None:
     assert client.pull(cursor=result["cursor"], epoch="")["changes"] == []
 
 
-def test_a_cursor_before_a_trim_is_too_old_and_so_is_0(
-    server: Live, client: RawClient
-) -> None:
+def test_a_cursor_before_a_trim_is_too_old(server: Live, client: RawClient) -> None:
     cursors = [client.push(note(f"n{number}"))[0]["cursor"] for number in range(4)]
     epoch = client.pull()["epoch"]
     assert server.call(server.engine.trim, "_default", cursors[2]) == 2
@@ -5981,9 +5896,7 @@ def test_an_exception_of_the_snapshot_function_is_an_internal_error_that_shows_n
     live.logged("a secret of the inside")
 
 
-def test_healthz_has_the_version_the_head_and_the_sessions(
-    server: Live, client: RawClient
-) -> None:
+def test_healthz_has_its_five_fields_in_order(server: Live, client: RawClient) -> None:
     (result,) = client.push(note("a", scope="s"))
     server.socket()
     health = client.request("GET", "/healthz").json
@@ -5997,9 +5910,7 @@ def test_healthz_has_the_version_the_head_and_the_sessions(
     assert list(health) == ["status", "version", "cursor", "epoch", "sessions"]
 
 
-def test_a_push_that_the_writer_has_no_room_for_is_unavailable_and_not_applied(
-    start: Start,
-) -> None:
+def test_a_push_above_max_pending_pushes_is_unavailable(start: Start) -> None:
     entered, release = threading.Event(), threading.Event()
     live = start(max_pending_pushes=1, apply=stalled(entered, release))
     clients = [live.client() for _ in range(4)]
@@ -6014,9 +5925,7 @@ def test_a_push_that_the_writer_has_no_room_for_is_unavailable_and_not_applied(
     assert "n3" not in fold(live.client().pull()["changes"])
 
 
-def test_a_database_whose_file_was_deleted_is_unavailable(
-    start: Start, tmp_path: Path
-) -> None:
+def test_a_deleted_database_is_unavailable(start: Start, tmp_path: Path) -> None:
     client = start(may_log=".").client()
     client.push(note("a"))
     for file in tmp_path.glob("log.db*"):
@@ -6084,13 +5993,11 @@ def test_spoiled_frames_are_frames_or_an_error_however_their_bytes_arrive(
 
 
 @pytest.mark.parametrize("size", [0, 125, 126, 65535, 65536])
-def test_the_frames_of_the_server_have_no_mask_and_the_shortest_length(
-    size: int,
-) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, closing(RawClient.__new__(RawClient)) as client:
-        client.sock, client.buffer = theirs, bytearray()
-        ours.sendall(mizusync.encode_frame(BINARY, b"x" * size))
+def test_frames_of_the_server_have_no_mask_and_the_shortest_length(size: int) -> None:
+    sender, receiver = socket.socketpair()
+    with sender, closing(RawClient.__new__(RawClient)) as client:
+        client.sock, client.buffer = receiver, bytearray()
+        sender.sendall(mizusync.encode_frame(BINARY, b"x" * size))
         assert client.read_frame() == Frame(BINARY, b"x" * size)
 
 
@@ -6431,7 +6338,7 @@ BROKEN_FRAMES = {
         )
     },
 }
-# 6.*: "bytes" is what stands where a character should.
+# 6.*: these bytes stand where a character should.
 INVALID_UTF_8 = {
     "a first continuation byte": b"\x80",
     "a last continuation byte": b"\xbf",
@@ -6564,9 +6471,7 @@ def test_a_binary_message_closes_a_session_with_1003(
     check_dialogue(visitor.address, "/ws", dialogue)
 
 
-def test_a_message_of_a_session_may_come_in_fragments_with_pings_in_between(
-    server: Live,
-) -> None:
+def test_a_message_may_come_in_fragments_between_pings(server: Live) -> None:
     client = server.socket()
     message = '{"topic": "subscribe", "data": {"scope": "\u00e9"}}'.encode()
     first, *others = pieces(message, range(1, 99))  # also inside the é
@@ -6587,9 +6492,7 @@ def test_a_message_of_a_session_may_come_in_fragments_with_pings_in_between(
         "a close inside a message": answers(1000, text(b"{", False), goodbye(1000)),
     },
 )
-def test_after_a_close_there_is_no_hint_and_no_pong(
-    server: Live, dialogue: Dialogue
-) -> None:
+def test_after_a_close_comes_no_hint_or_pong(server: Live, dialogue: Dialogue) -> None:
     client = server.socket()
     client.subscribe()
     client.send(dialogue.sent)
@@ -6600,9 +6503,7 @@ def test_after_a_close_there_is_no_hint_and_no_pong(
     assert client.ended()  # RFC 6455 §5.5.1, §7.1.7
 
 
-def test_a_client_that_does_not_answer_a_close_is_disconnected_in_time(
-    start: Start,
-) -> None:
+def test_a_client_that_answers_no_close_is_disconnected_in_time(start: Start) -> None:
     client = start(close_timeout=MOMENT).socket()
     client.send_frame(BINARY, b"")
     assert client.read_frame().payload[:2] == b"\x03\xeb"
@@ -6629,9 +6530,7 @@ def test_a_client_that_answers_no_ping_is_disconnected(start: Start) -> None:
         client.take(10_000)
 
 
-def test_a_client_that_does_not_read_its_pongs_is_no_longer_read_from(
-    start: Start,
-) -> None:
+def test_a_client_that_reads_no_pongs_is_no_longer_read_from(start: Start) -> None:
     client = start(send_buffer=4096).socket(receive_buffer=4096)
     client.sock.settimeout(MOMENT * 2)
     with pytest.raises((TimeoutError, ConnectionError)):
@@ -6642,18 +6541,14 @@ def close(session: mizusync.Session, topic: str, data: Any) -> None:
     session.close(*data)
 
 
-def test_a_long_reason_of_the_application_is_cut_between_characters(
-    start: Start,
-) -> None:
+def test_a_long_close_reason_is_cut_between_characters(start: Start) -> None:
     client = start(on_message=close).socket()
     client.say("close", [4000, "\u00e9" * 200])
     # RFC 6455 §5.5
     assert client.read_frame() == Frame(CLOSE, b"\x0f\xa0" + b"\xc3\xa9" * 61)
 
 
-def test_a_close_code_that_may_not_be_sent_is_an_error_of_the_application(
-    start: Start,
-) -> None:
+def test_a_forbidden_close_code_is_an_error_of_the_application(start: Start) -> None:
     live = start(on_message=close)
     client = live.socket()
     for code in (0, 999, 1004, 1006, 1015, 2000, 5000, 70000):
@@ -6749,9 +6644,7 @@ def test_hints_carry_the_changes_to_a_session_that_asked_for_them(server: Live) 
     assert plain.read_json()["data"] == {"cursor": result["cursor"]}
 
 
-def test_hints_with_changes_and_pulls_in_their_gaps_give_the_whole_log(
-    server: Live,
-) -> None:
+def test_hints_with_changes_and_pulls_give_the_whole_log(server: Live) -> None:
     client, pusher = server.socket(), server.client()
     cursor, found, epoch = 0, list[Any](), server.client().pull()["epoch"]
     client.subscribe(changes=True)
@@ -6772,9 +6665,7 @@ def test_hints_with_changes_and_pulls_in_their_gaps_give_the_whole_log(
     "args",
     {"too many": {"name": "notes", "args": 33}, "too large": {"args": "x" * 2**14}},
 )
-def test_a_hint_of_a_large_commit_comes_without_its_changes(
-    server: Live, args: dict[str, Any]
-) -> None:
+def test_a_large_hint_comes_without_changes(server: Live, args: dict[str, Any]) -> None:
     client = server.socket()
     client.subscribe(changes=True)
     (result,) = server.client().push(note("a") | args)
@@ -6803,9 +6694,7 @@ def test_cursors_of_a_topic_never_go_down(server: Live) -> None:
     assert cursors == sorted(cursors)
 
 
-def test_a_commit_of_another_process_is_hinted_and_ends_a_wait(
-    server: Live, tmp_path: Path
-) -> None:
+def test_a_commit_of_another_process_is_hinted(server: Live, tmp_path: Path) -> None:
     session, waiting = server.socket(), server.client()
     session.subscribe()
     waiting.send(get(b"/sync/pull?wait=60"))
@@ -6825,9 +6714,7 @@ def test_the_newest_cursor_is_sent_again_after_silence(start: Start) -> None:
     assert time.monotonic() - started > MOMENT * 1.5
 
 
-def test_a_session_that_reads_slowly_stays_and_gets_the_newest_cursor(
-    start: Start,
-) -> None:
+def test_a_session_that_reads_slowly_gets_the_newest_cursor(start: Start) -> None:
     live = start(send_buffer=4096)
     client, pusher = live.socket(receive_buffer=4096), live.client()
     client.subscribe(changes=True)
@@ -6885,9 +6772,7 @@ def test_a_topic_of_the_application_reaches_its_subscribers_alone(start: Start) 
     assert guest.quiet()
 
 
-def test_a_session_too_slow_for_messages_that_may_not_be_merged_is_closed(
-    start: Start,
-) -> None:
+def test_a_session_too_slow_for_published_messages_is_closed(start: Start) -> None:
     live, join = joined(
         start, send_buffer=4096, max_session_queue=2**15, close_timeout=PATIENCE
     )
@@ -6918,9 +6803,7 @@ def test_a_session_that_has_ended_cannot_be_subscribed(start: Start) -> None:
     until(lambda: not kept())  # no topic holds it
 
 
-def test_a_session_is_closed_with_1001_if_an_older_copy_is_restored(
-    start: Start, tmp_path: Path
-) -> None:
+def test_restoring_an_older_copy_closes_sessions(start: Start, tmp_path: Path) -> None:
     live = start(may_log="walresetbug")
     client, older = live.client(), live.socket()
     client.push(note("a"))
@@ -6941,9 +6824,7 @@ def test_a_session_is_closed_with_1001_if_an_older_copy_is_restored(
         assert session.read_json()["data"] == {"cursor": result["cursor"]}
 
 
-def test_heartbeats_go_on_if_a_subscriber_of_another_transport_fails_and_unsubscribes(
-    start: Start,
-) -> None:
+def test_heartbeats_go_on_if_another_subscriber_fails(start: Start) -> None:
     class Broken(Recorder):
         def hint(self, topic: str, cursor: int, message: bytes) -> None:
             self.messages.append(topic)
@@ -6982,9 +6863,7 @@ def test_a_topic_without_a_handler_is_unknown(visitor: RawClient, topic: str) ->
     assert visitor.subscribe()["topic"] == "sync:_default"
 
 
-def test_topics_of_scopes_are_refused_before_the_application_sees_them(
-    start: Start,
-) -> None:
+def test_topics_of_scopes_never_reach_the_application(start: Start) -> None:
     live, join = joined(start)
     client = live.socket()
     client.say("sync:_default", {"cursor": 1})
@@ -7064,9 +6943,7 @@ def test_other_topics_are_handed_to_on_message(start: Start, waits: bool) -> Non
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_an_exception_of_on_message_is_logged_and_the_session_goes_on(
-    start: Start, waits: bool
-) -> None:
+def test_an_exception_of_on_message_ends_no_session(start: Start, waits: bool) -> None:
     def broken(session: mizusync.Session, topic: str, data: Any) -> None:
         raise RuntimeError("a secret of the inside")
 
@@ -7085,9 +6962,7 @@ def test_an_exception_of_on_message_is_logged_and_the_session_goes_on(
     live.logged("a secret of the inside")
 
 
-def test_a_session_ends_with_its_peer_though_on_message_never_returns(
-    start: Start,
-) -> None:
+def test_a_session_ends_with_its_peer_though_on_message_hangs(start: Start) -> None:
     entered, release = list[asyncio.Event](), asyncio.Event()
 
     async def hang(session: mizusync.Session, topic: str, data: Any) -> None:
@@ -7109,9 +6984,7 @@ def test_a_session_ends_with_its_peer_though_on_message_never_returns(
     live.call(release.set)
 
 
-def test_messages_are_handled_one_at_a_time_even_after_their_sender_left(
-    start: Start,
-) -> None:
+def test_messages_are_handled_one_at_a_time_even_after_a_reset(start: Start) -> None:
     handled, at_once, closed = list[int](), list[int](), threading.Event()
 
     async def slowly(session: mizusync.Session, topic: str, data: Any) -> None:
@@ -7232,9 +7105,7 @@ def test_sessions_have_ids_of_their_own(start: Start) -> None:
     assert all(isinstance(session.id, str) and session.id for session in sessions)
 
 
-def test_a_raw_websocket_accepts_a_large_message_if_the_settings_allow_it(
-    start: Start,
-) -> None:
+def test_a_raw_websocket_accepts_messages_up_to_its_limit(start: Start) -> None:
     message = os.urandom(2**23)
     live = start(max_message_size=2**23, websocket=echo)
     client = live.socket("/it")
@@ -7254,9 +7125,7 @@ def test_a_raw_websocket_ends_with_its_function(start: Start) -> None:
     assert client.read_close() == 1000
 
 
-def test_a_raw_websocket_that_sends_without_end_does_not_starve_others_or_a_stop(
-    start: Start,
-) -> None:
+def test_an_endless_raw_websocket_does_not_starve_others(start: Start) -> None:
     ended, late = list[type[BaseException]](), []
 
     async def stream(websocket: Any) -> None:
@@ -7296,9 +7165,7 @@ def test_a_raw_websocket_that_only_sends_ends_with_its_peer(start: Start) -> Non
     until(lambda: live.server.stats()["connections"] == 0)
 
 
-def test_an_exception_of_a_raw_websocket_is_logged_and_closes_with_1011(
-    start: Start,
-) -> None:
+def test_an_exception_of_a_raw_websocket_closes_with_1011(start: Start) -> None:
     async def broken(websocket: Any) -> None:
         await websocket.send("hello")
         raise RuntimeError("a secret of the inside")
@@ -7308,9 +7175,7 @@ def test_an_exception_of_a_raw_websocket_is_logged_and_closes_with_1011(
     live.logged("a secret of the inside")
 
 
-def test_a_raw_websocket_that_awaits_a_cancelled_future_closes_with_1011(
-    start: Start,
-) -> None:
+def test_a_cancelled_future_of_a_raw_websocket_closes_with_1011(start: Start) -> None:
     async def cancelling(websocket: Any) -> None:
         await websocket.send("hello")
         await cancelled(websocket.request)
@@ -7320,9 +7185,7 @@ def test_a_raw_websocket_that_awaits_a_cancelled_future_closes_with_1011(
     live.logged("Traceback")
 
 
-def test_a_raw_websocket_that_sends_to_a_lost_one_closes_with_1011(
-    start: Start,
-) -> None:
+def test_a_raw_websocket_sending_to_a_lost_one_closes_with_1011(start: Start) -> None:
     gone = list[Any]()
 
     async def relay(websocket: Any) -> None:
@@ -7378,9 +7241,7 @@ def test_the_httpx_library_is_served_on_one_connection(server: Live) -> None:
         assert server.server.stats()["connections"] == 1
 
 
-def test_the_aiohttp_library_pushes_subscribes_and_is_asked_for_its_body(
-    server: Live,
-) -> None:
+def test_the_aiohttp_library_pushes_and_gets_hints(server: Live) -> None:
     aiohttp = pytest.importorskip("aiohttp")
 
     async def go() -> None:
@@ -7420,24 +7281,19 @@ def try_everything(
 @pytest.mark.parametrize(
     "host", ["localhost", "LocalHost", "127.0.0.1", "[::1]", "127.0.0.1:{port}"]
 )
-def test_a_server_on_the_loopback_accepts_its_names(
-    visitor: RawClient, host: str
-) -> None:
+def test_a_loopback_server_accepts_its_names(visitor: RawClient, host: str) -> None:
     headers = {"Host": host.format(port=visitor.address[1])}
     assert visitor.request("GET", "/sync/pull", headers=headers).status == 200
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        "evil.example",
-        "127.0.0.1.evil.example",
-        "localhost.evil.example",
-        "10.0.0.1.5",
-        "evil",
-    ],
-)
-def test_a_server_on_the_loopback_refuses_another_host(
+OTHER_HOSTS = [
+    "evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1.5",
+    "evil",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", OTHER_HOSTS)
+def test_a_loopback_server_refuses_another_host(
     shared: Live, visitor: RawClient, host: str
 ) -> None:
     for name in (host, f"{host}:{shared.address[1]}"):
@@ -7471,14 +7327,9 @@ def test_an_allowed_host_is_accepted_and_another_is_not(start: Start) -> None:
 
 
 FOREIGN = [
-    "http://evil.example",
-    "null",
-    "http://127.0.0.1:1",
-    "http://localhost:{port}",
-    "file://",
-    "http://127.0.0.1:{port}.evil.example",
-    "",
-]
+    "http://evil.example", "null", "http://127.0.0.1:1", "http://localhost:{port}",
+    "file://", "http://127.0.0.1:{port}.evil.example", "",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("origin", FOREIGN)
@@ -7518,9 +7369,7 @@ def test_an_allowed_origin_may_use_the_methods_of_a_route(start: Start) -> None:
     assert "PUT" in preflight.headers["access-control-allow-methods"].split(", ")
 
 
-def test_an_allowed_origin_gets_the_headers_that_let_its_page_read(
-    start: Start,
-) -> None:
+def test_an_allowed_origin_gets_the_headers_that_it_needs(start: Start) -> None:
     client = start(**ALLOWING).client()
     asked = APP | {
         "Access-Control-Request-Method": "POST",
@@ -7568,52 +7417,24 @@ def test_an_origin_may_be_allowed_in_another_form_than_browsers_send(
 
 
 NOWHERE = "/nowhere/todos.db"  # a program that accepts its arguments ends with 1
-# No browser sends such an origin, and no request has such a host.
-IMPOSSIBLE = [
-    *(
-        ("origin", origin)
-        for origin in (
-            "x.y",
-            "*",
-            "null",
-            "",
-            "http://",
-            "http://x.y/path",
-            "http://x.y,http://z",
-            "http://x y",
-            "https://*.x.y",
-            "http://x.y:0",
-            "http://x.y:80",
-            "https://x.y:443",
-            "http://x.y/",
-            "http://u@x.y",
-            "http://x.y?q",
-            "http://b\u00fccher.example",
-            "ws://x.y",
-            "file:///x",
-            "http://[::1",
-        )
-    ),
-    *(
-        ("host", host)
-        for host in (
-            "*",
-            "",
-            "*.x.y",
-            "https://x.y",
-            "x.y:8080",
-            "x.y/path",
-            "x y",
-            "x.y,z",
-            "b\u00fccher.example",
-        )
-    ),
-]
+NO_ORIGINS = [  # no browser sends them
+    "x.y", "*", "null", "", "http://", "http://x.y/path", "http://x.y,http://z",
+    "http://x y", "https://*.x.y", "http://x.y:0", "http://x.y:80", "https://x.y:443",
+    "http://u@x.y", "http://x.y?q", "http://x.y/", "http://b\u00fccher.example",
+    "ws://x.y", "file:///x", "http://[::1",
+]  # fmt: skip
+NO_HOSTS = [
+    "*", "", "*.x.y", "https://x.y", "x.y:8080", "x.y/path", "x y", "x.y,z",
+    "b\u00fccher.example",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "value"), IMPOSSIBLE)
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [*(("origin", it) for it in NO_ORIGINS), *(("host", it) for it in NO_HOSTS)],
+)
 def test_an_impossible_origin_or_host_is_refused_at_once(
-    engine: Engine, kind: str, value: str, refusal: Callable[..., Refusal]
+    engine: Engine, kind: str, value: str, refusal: Refuse
 ) -> None:
     good = {"origin": "https://app.example", "host": "app.example"}[kind]
     options: dict[str, Any] = {f"allow_{kind}": [good, value]}
@@ -7649,22 +7470,14 @@ def guarded(start: Start) -> Live:
     return start(token="s3cret-token")
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        None,
-        "Bearer another",
-        "Bearer s3cret",
-        "Bearer s3cret-token2",
-        "Bearer",
-        "s3cret-token",
-        "Basic s3cret-token",
-        "Bearer \u00e9",
-    ],
-)
-def test_without_the_token_every_request_is_unauthorized(
-    guarded: Live, given: str | None
-) -> None:
+WRONG_TOKENS = [
+    None, "Bearer another", "Bearer s3cret", "Bearer s3cret-token2", "Bearer",
+    "s3cret-token", "Basic s3cret-token", "Bearer \u00e9",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", WRONG_TOKENS)
+def test_a_wrong_token_is_unauthorized(guarded: Live, given: str | None) -> None:
     headers = {} if given is None else {"Authorization": given}
     for reply in try_everything(guarded, headers, "?token=s3cret-token"):
         assert refused(reply, 401)
@@ -7780,18 +7593,14 @@ def test_a_mutation_in_a_forbidden_scope_fails_alone(watched: Live) -> None:
     assert watched.call(watched.engine.current, "secret") == 0
 
 
-def test_a_push_asks_on_auth_once_for_each_scope_of_its_mutations(
-    watched: Live, doors: Doors
-) -> None:
+def test_a_push_asks_on_auth_once_for_each_scope(watched: Live, doors: Doors) -> None:
     watched.client().push(
         note("a"), note("b", scope="s"), note("c"), note("d", scope="s"), headers=ANN
     )
     assert sorted(doors.asked) == ["_default", "s"]
 
 
-def test_a_push_is_refused_as_a_whole_if_one_scope_is_unauthorized(
-    watched: Live,
-) -> None:
+def test_one_unauthorized_scope_refuses_the_whole_push(watched: Live) -> None:
     body = json.dumps([note("a"), note("b", scope="closed")]).encode()
     assert refused(watched.client().request("POST", "/sync/push", body, ANN), 401)
     assert refused(watched.client().request("POST", "/sync/push", BODY), 401)
@@ -7850,9 +7659,7 @@ def test_an_exception_of_on_auth_refuses_every_request(start: Start) -> None:
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["a function", "a coroutine"])
-def test_an_on_auth_that_returns_false_forbids_the_scope(
-    start: Start, waits: bool
-) -> None:
+def test_an_on_auth_that_returns_false_forbids(start: Start, waits: bool) -> None:
     def user_may(request: mizusync.Request, scope: str) -> bool:
         return scope == "open"
 
@@ -7872,9 +7679,7 @@ def test_an_on_auth_that_returns_false_forbids_the_scope(
 
 
 @pytest.mark.parametrize("identity", [None, 0, "", True, ()])
-def test_every_other_value_that_on_auth_returns_is_an_identity(
-    start: Start, identity: Any
-) -> None:
+def test_any_other_value_of_on_auth_is_an_identity(start: Start, identity: Any) -> None:
     live = start(on_auth=lambda request, scope: identity)
     (result,) = live.client().push({"id": "a", "name": "who"})
     assert fold(result["changes"]) == json.loads(json.dumps([identity]))
@@ -7883,9 +7688,7 @@ def test_every_other_value_that_on_auth_returns_is_an_identity(
 ASKING = {"auth_interval": MOMENT / 2}  # seconds
 
 
-def test_a_session_whose_permission_ended_is_closed_with_1008(
-    start: Start, doors: Doors
-) -> None:
+def test_a_session_that_lost_permission_is_closed(start: Start, doors: Doors) -> None:
     live = start(**ASKING, on_auth=doors.later)
     client = live.socket("/ws", ANN)
     until(lambda: len(doors.asked) > 2)
@@ -7939,7 +7742,7 @@ def permits() -> Permits:
 
 
 @table("no", {"Forbidden": mizusync.Forbidden("no more"), "False": False})
-def test_a_scope_whose_permission_ended_is_unsubscribed_with_an_error(
+def test_a_scope_without_permission_is_unsubscribed(
     start: Start, permits: Permits, no: Any
 ) -> None:
     live = start(**ASKING, on_auth=permits)
@@ -7947,9 +7750,9 @@ def test_a_scope_whose_permission_ended_is_unsubscribed_with_an_error(
     client.subscribe(scope="s")
     client.subscribe(scope="t")
     permits.answers["s"] = no
-    told = client.read_json()
-    assert told["topic"] == "error"
-    assert (told["data"]["code"], told["data"]["scope"]) == ("forbidden", "s")
+    answer = client.read_json()
+    assert answer["topic"] == "error"
+    assert (answer["data"]["code"], answer["data"]["scope"]) == ("forbidden", "s")
     live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(PATIENCE)
     assert client.read_json()["topic"] == "sync:t"  # the session goes on
     permits.ask_again()
@@ -7958,25 +7761,21 @@ def test_a_scope_whose_permission_ended_is_unsubscribed_with_an_error(
     assert client.subscribe(scope="s")["data"]["cursor"] == 1
 
 
-def test_a_refused_subscribe_ends_an_earlier_subscription(
-    start: Start, permits: Permits
-) -> None:
+def test_a_refused_subscribe_also_unsubscribes(start: Start, permits: Permits) -> None:
     live = start(on_auth=permits)  # which is asked when the client subscribes
     client = live.socket()
     client.subscribe(scope="s")
     client.subscribe(scope="t")
     permits.answers["s"] = mizusync.Forbidden("no more")
     client.say("subscribe", {"scope": "s"})
-    told = client.read_json()["data"]
-    assert (told["code"], told["scope"]) == ("forbidden", "s")
+    answer = client.read_json()["data"]
+    assert (answer["code"], answer["scope"]) == ("forbidden", "s")
     live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(PATIENCE)
     assert client.read_json()["topic"] == "sync:t"
     assert client.quiet()
 
 
-def test_a_session_may_outlive_the_scope_of_its_handshake(
-    start: Start, permits: Permits
-) -> None:
+def test_a_session_may_outlive_its_own_scope(start: Start, permits: Permits) -> None:
     live = start(**ASKING, on_auth=permits)
     client = live.socket("/ws?scope=own")
     client.subscribe(scope="other")
@@ -7989,9 +7788,7 @@ def test_a_session_may_outlive_the_scope_of_its_handshake(
     assert client.read_close() == 1008
 
 
-def test_a_session_that_lost_its_last_scope_is_closed_with_1008(
-    start: Start, permits: Permits
-) -> None:
+def test_a_session_without_scopes_is_closed(start: Start, permits: Permits) -> None:
     live = start(**ASKING, on_auth=permits)
     client = live.socket()
     client.subscribe(scope="s")
@@ -7999,7 +7796,7 @@ def test_a_session_that_lost_its_last_scope_is_closed_with_1008(
     assert client.read_close() == 1008
 
 
-def test_an_unauthorized_session_is_closed_with_1008_though_scopes_are_left(
+def test_one_unauthorized_scope_closes_a_session(
     start: Start, permits: Permits
 ) -> None:
     live = start(**ASKING, on_auth=permits)
@@ -8009,9 +7806,7 @@ def test_an_unauthorized_session_is_closed_with_1008_though_scopes_are_left(
     assert client.read_close() == 1008
 
 
-def test_the_identity_of_a_session_is_the_answer_for_the_scope_of_its_handshake(
-    start: Start, permits: Permits
-) -> None:
+def test_the_own_scope_decides_the_identity(start: Start, permits: Permits) -> None:
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         session.send("you", session.identity)
 
@@ -8034,7 +7829,7 @@ def test_the_identity_of_a_session_is_the_answer_for_the_scope_of_its_handshake(
     "fault",
     {"fails": KeyError("inside"), "hangs": ..., "is busy": Unavailable("later")},
 )
-def test_a_session_is_closed_with_1011_if_on_auth_fails_three_times_in_a_row(
+def test_three_failures_of_on_auth_close_a_session(
     start: Start, permits: Permits, fault: Any
 ) -> None:
     live = start(**ASKING, on_auth=permits, may_log="on_auth failed")
@@ -8060,9 +7855,7 @@ def test_a_session_stays_if_on_auth_fails_only_twice_in_a_row(start: Start) -> N
     assert client.quiet()
 
 
-def test_scopes_for_which_on_auth_hangs_do_not_keep_another_subscribed(
-    start: Start, permits: Permits
-) -> None:
+def test_hanging_scopes_do_not_delay_another(start: Start, permits: Permits) -> None:
     scopes = [*map(str, range(9)), "_default"]
     live = start(**ASKING, on_auth=permits, may_log="on_auth failed")
     client = live.socket()
@@ -8073,9 +7866,7 @@ def test_scopes_for_which_on_auth_hangs_do_not_keep_another_subscribed(
 
 
 @pytest.mark.parametrize("target", ["/ws", "/sync/pull", "subscribe"])
-def test_a_client_that_resets_while_on_auth_runs_leaves_no_task(
-    start: Start, target: str
-) -> None:
+def test_a_reset_while_on_auth_runs_leaves_no_task(start: Start, target: str) -> None:
     async def think(request: mizusync.Request, scope: str) -> None:
         if scope != "quick":
             await asyncio.Event().wait()
@@ -8097,9 +7888,7 @@ NO_TOKENS = ["", " ", "a b", "a,b", "YWJj/Q==", "a\n", "b\u00fccher", '"a"', "\u
 
 
 @pytest.mark.parametrize("token", NO_TOKENS)
-def test_a_token_that_a_browser_cannot_send_is_refused_at_once(
-    engine: Engine, token: str
-) -> None:
+def test_a_token_that_no_browser_sends_is_refused(engine: Engine, token: str) -> None:
     with pytest.raises(ValueError, match=r"a token has 1 or more letters") as raised:
         Server(engine, token=token)
     assert len(token) < 2 or token not in str(raised.value)
@@ -8111,9 +7900,7 @@ def test_a_token_that_is_no_string_is_a_type_error(engine: Engine) -> None:
         Server(engine, token=wrong)
 
 
-def test_a_token_of_every_allowed_character_works_as_header_and_subprotocol(
-    start: Start,
-) -> None:
+def test_a_token_may_have_every_allowed_character(start: Start) -> None:
     token = "!#$%&'*+-.^_`|~09AZaz"
     offer = {"Sec-WebSocket-Protocol": f"mizusync, bearer.{token}"}
     live = start(token=token)
@@ -8128,9 +7915,7 @@ def test_a_second_scope_does_not_bypass_on_auth(watched: Live) -> None:
             assert refused(watched.client().upgrade(f"{target}?{query}", ANN), 400)
 
 
-def test_a_head_request_or_a_repeated_key_does_not_bypass_on_auth(
-    watched: Live,
-) -> None:
+def test_head_or_a_repeated_key_does_not_bypass_on_auth(watched: Live) -> None:
     client = watched.client()
     assert client.request("HEAD", "/sync/pull?scope=secret", headers=ANN).status == 403
     twice = b', "scope": "s", "scope": "secret"}'
@@ -8144,9 +7929,7 @@ def test_a_head_request_or_a_repeated_key_does_not_bypass_on_auth(
     assert client.read_json()["data"]["code"] == "forbidden"
 
 
-def test_a_pull_whose_permission_ended_while_it_waited_is_refused(
-    start: Start, doors: Doors
-) -> None:
+def test_a_pull_that_waits_may_lose_its_permission(start: Start, doors: Doors) -> None:
     live = start(on_auth=doors.later)
     client = live.client()
     client.send(get(b"/sync/pull?wait=60", b"X-Name: ann"))
@@ -8178,9 +7961,7 @@ def test_the_page_may_run_its_own_script_and_nothing_else(start: Start) -> None:
     assert reply.headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_log_has_no_token_and_no_line_that_a_client_wrote(
-    log: Records, start: Start
-) -> None:
+def test_the_log_has_no_token_and_no_forged_line(log: Records, start: Start) -> None:
     def broken(request: mizusync.Request, scope: str) -> None:
         if scope != "s":
             raise KeyError("inside")
@@ -8241,7 +8022,7 @@ def test_run_refuses_a_running_loop_and_leaves_the_engine_open(engine: Engine) -
     ask(main())
 
 
-def test_a_server_that_was_stopped_before_it_runs_ends_at_once(engine: Engine) -> None:
+def test_a_server_that_was_stopped_early_ends_at_once(engine: Engine) -> None:
     server = Server(engine)
     server.stop()
     thread = threading.Thread(target=server.run, args=("127.0.0.1", 0), daemon=True)
@@ -8251,7 +8032,7 @@ def test_a_server_that_was_stopped_before_it_runs_ends_at_once(engine: Engine) -
     assert refuses(lambda: engine.submit([note("1")]))
 
 
-def test_a_server_without_a_page_answers_404_and_a_missing_page_is_an_error(
+def test_a_page_may_be_absent_but_not_missing(
     client: RawClient, engine: Engine, tmp_path: Path
 ) -> None:
     assert refused(client.request("GET", "/"), 404)
@@ -8307,7 +8088,7 @@ def test_routes_return_text_bytes_json_or_a_response(start: Start) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"NaN", b"\xff", b"[" * 65 + b"]" * 65])
-def test_a_route_that_reads_json_refuses_a_body_without_it(
+def test_a_route_that_reads_json_refuses_other_bodies(
     start: Start, body: bytes
 ) -> None:
     client = start(prepare=prepared).client()
@@ -8350,9 +8131,7 @@ def test_a_route_that_would_never_match_or_is_taken_is_refused(
 @pytest.mark.parametrize(
     "target", ["/sync/pull", "/ws", "/socket", "/rooms/{id}", "socket"]
 )
-def test_a_websocket_that_would_never_match_or_is_taken_is_refused(
-    engine: Engine, target: str
-) -> None:
+def test_a_websocket_that_is_taken_is_refused(engine: Engine, target: str) -> None:
     server = Server(engine)
     server.websocket("/socket")(echo)
     with pytest.raises(ValueError, match=re.escape(target)):
@@ -8392,10 +8171,6 @@ async def cancelled(request: mizusync.Request) -> None:
     future = asyncio.get_running_loop().create_future()
     future.cancel()
     await future
-
-
-def response_of(*values: Any, **fields: Any) -> Callable[[Any], Any]:
-    return lambda request: mizusync.Response(*values, **fields)
 
 
 BAD_ANSWERS = {
@@ -8455,9 +8230,7 @@ def test_stats_count_the_sessions_that_are_open(server: Live) -> None:
     until(lambda: server.call(server.server.stats)["sessions"] == 0)
 
 
-def test_stats_have_every_name_from_the_start_and_the_readme_explains_each(
-    server: Live,
-) -> None:
+def test_stats_have_every_name_that_the_readme_explains(server: Live) -> None:
     stats = server.server.stats()
     assert re.findall(r"^\| `(\w+)` \|", readme("What to watch"), re.M) == list(stats)
     assert stats.pop("version") == mizusync.__version__
@@ -8500,9 +8273,7 @@ def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(start: Start) -
     }
 
 
-def test_stats_count_pushes_that_wait_and_pushes_that_failed(
-    start: Start, tmp_path: Path
-) -> None:
+def test_stats_count_waiting_and_failed_pushes(start: Start, tmp_path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
     live = start(apply=stalled(entered, release), may_log="pushes failed")
     engine = live.engine
@@ -8583,7 +8354,7 @@ ENDS: dict[str, tuple[Callable[[RawClient, Live], Any], str]] = {
 
 
 @table("ending", ENDS)
-def test_the_log_gives_one_line_to_the_end_of_a_session_with_its_reason(
+def test_the_log_has_one_line_a_session_with_its_end(
     log: Records, start: Start, ending: tuple[Callable[[RawClient, Live], Any], str]
 ) -> None:
     def enough(session: mizusync.Session, topic: str, data: Any) -> None:
@@ -8606,7 +8377,7 @@ def test_the_log_gives_one_line_to_the_end_of_a_session_with_its_reason(
     assert len([text for text in log.texts if " ended: " in text]) == 1
 
 
-def test_the_log_names_the_identity_and_the_address_of_a_session_that_ended(
+def test_the_last_line_of_a_session_names_its_peer(
     log: Records, start: Start, doors: Doors
 ) -> None:
     client = start(on_auth=doors.later).socket("/ws?scope=family", ANN)
@@ -8644,9 +8415,7 @@ def test_a_refused_handshake_is_logged_at_info_with_its_reason(
     assert len([line for line in lines if reason in line]) == 1
 
 
-def test_health_checks_and_port_scans_are_logged_at_debug_alone(
-    log: Records, start: Start
-) -> None:
+def test_port_scans_and_health_checks_log_at_debug(log: Records, start: Start) -> None:
     live = start(head_timeout=MOMENT)
     assert live.client().request("GET", "/healthz").status == 200
     for garbage in (
@@ -8732,9 +8501,7 @@ def test_an_unread_answer_takes_no_memory_but_its_own_bytes(start: Start) -> Non
     assert 2 * LARGE < held < 4 * LARGE  # three answers, and once each of them twice
 
 
-def test_above_max_unsent_requests_are_unavailable_until_a_client_reads(
-    start: Start,
-) -> None:
+def test_above_max_unsent_requests_are_unavailable(start: Start) -> None:
     live = start(max_unsent=LARGE // 2, route=lambda request: b"it")
     push(live.engine, note("a", "x" * LARGE))
     session, client = live.socket(), live.client()
@@ -8781,9 +8548,7 @@ def test_messages_that_a_session_does_not_read_count_as_unsent(start: Start) -> 
     until(lambda: live.client().request("GET", "/healthz").status == 200)
 
 
-def test_a_stop_closes_sessions_with_1001_and_answers_pulls_that_wait(
-    server: Live,
-) -> None:
+def test_a_stop_closes_sessions_and_answers_pulls_that_wait(server: Live) -> None:
     session, waiting, idle = server.socket(), server.client(), server.client()
     assert idle.request("GET", "/healthz").status == 200
     waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
@@ -8816,9 +8581,7 @@ SOON = 5.0  # seconds: much less than the limits that would end it otherwise
 @table(
     "half", {"a head": b"GET /healthz HTTP/1.1\r\nHost:", "a body": post(LENGTH)[:-1]}
 )
-def test_a_stop_does_not_wait_for_a_request_that_has_not_arrived(
-    start: Start, half: bytes
-) -> None:
+def test_a_stop_does_not_wait_for_half_a_request(start: Start, half: bytes) -> None:
     late = 4 * PATIENCE
     live = start(head_timeout=late, body_timeout=late, shutdown_timeout=late)
     client = live.client()
@@ -8830,9 +8593,7 @@ def test_a_stop_does_not_wait_for_a_request_that_has_not_arrived(
         pass
 
 
-def test_a_pull_that_waits_is_answered_when_its_client_half_closes(
-    client: RawClient,
-) -> None:
+def test_a_half_close_answers_a_pull_that_waits(client: RawClient) -> None:
     client.send(get(b"/sync/pull?wait=60"))
     client.half_close()
     client.sock.settimeout(SOON)
@@ -8840,9 +8601,7 @@ def test_a_pull_that_waits_is_answered_when_its_client_half_closes(
     assert client.ended()
 
 
-def test_a_client_that_closes_while_its_pull_waits_keeps_no_connection(
-    server: Live,
-) -> None:
+def test_a_pull_that_waits_does_not_keep_a_closed_connection(server: Live) -> None:
     clients = [server.client() for _ in range(20)]
     for client in clients:
         client.send(HEALTHZ + get(b"/sync/pull?wait=60"))
@@ -8897,9 +8656,7 @@ def has_address(host: str) -> bool:
     return False
 
 
-def test_a_server_listens_on_every_address_of_a_name_that_the_machine_has(
-    engine: Engine,
-) -> None:
+def test_a_server_listens_on_every_address_of_a_name(engine: Engine) -> None:
     mine = [host for host in ("127.0.0.1", "127.0.0.2", "::1") if has_address(host)]
     if len(mine) == 1:
         pytest.skip("this machine has one loopback address")
@@ -8927,9 +8684,7 @@ def link_local_address() -> str:
     pytest.skip("this machine has no link-local address")
 
 
-def test_a_server_listens_on_a_link_local_address_with_its_interface(
-    engine: Engine,
-) -> None:
+def test_a_server_listens_on_a_link_local_address(engine: Engine) -> None:
     host = link_local_address()
 
     async def connect() -> None:
@@ -8949,15 +8704,13 @@ def test_acknowledged_changes_are_there_after_a_restart(tmp_path: Path) -> None:
         assert client.push(note("b", scope="s")) == [results[1] | {"duplicate": True}]
         (result,) = client.push(note("c"))
         assert result["cursor"] > results[1]["cursor"]
-        # An ordinary restart disturbs nobody.
+        # After an ordinary restart, the client's cursor and epoch are still good.
         assert (
             len(client.pull(cursor=results[1]["cursor"], epoch=epoch)["changes"]) == 1
         )
 
 
-def test_a_cursor_that_a_restored_copy_never_gave_out_is_unknown(
-    tmp_path: Path,
-) -> None:
+def test_a_cursor_that_a_restored_copy_never_issued_is_unknown(tmp_path: Path) -> None:
     with serve(tmp_path) as live:
         live.client().push(note("a"))
     copy = {file: file.read_bytes() for file in tmp_path.glob("log.db*")}
@@ -9034,9 +8787,7 @@ def test_a_client_that_resets_before_its_answers_does_not_flood_the_log(
     assert not [one for one in caplog.messages if "socket.send" in one]
 
 
-def test_refused_handshakes_of_a_client_that_resets_leave_no_connection(
-    start: Start,
-) -> None:
+def test_refused_handshakes_and_a_reset_leave_no_connection(start: Start) -> None:
     live = start(token="s3cret")
     for _ in range(5):
         client = live.client(receive_buffer=4096)
@@ -9123,9 +8874,7 @@ def test_a_client_that_sends_nothing_does_not_delay_a_stop(start: Start) -> None
     until(lambda: live.loop.is_closed())
 
 
-def test_slow_sessions_that_reset_their_connections_are_not_logged_as_failures(
-    start: Start,
-) -> None:
+def test_resets_of_slow_sessions_are_not_logged_as_failures(start: Start) -> None:
     live, join = joined(start)
     clients = [live.socket(receive_buffer=4096) for _ in range(10)]
     for client in clients:
@@ -9180,9 +8929,7 @@ def test_memory_holds_no_more_of_the_log_than_the_limit(tmp_path: Path) -> None:
         assert engine.stats()["pulls_from_memory"] <= 3
 
 
-def test_a_transaction_takes_no_more_pushes_once_its_time_is_over(
-    tmp_path: Path,
-) -> None:
+def test_a_transaction_takes_no_push_once_its_time_is_over(tmp_path: Path) -> None:
     entered, release = threading.Event(), threading.Event()
     at_once = Settings(max_commit_time=0.0)
     options = {"apply": stalled(entered, release), "settings": at_once}
@@ -9231,9 +8978,7 @@ LINUX = pytest.mark.skipif(
 
 
 @LINUX
-def test_a_program_without_descriptors_serves_its_clients_and_lets_others_wait(
-    tmp_path: Path,
-) -> None:
+def test_a_program_without_descriptors_lets_new_clients_wait(tmp_path: Path) -> None:
     with program("--db", str(tmp_path / "todos.db")) as running, ExitStack() as stack:
 
         def connect() -> RawClient:
@@ -9470,8 +9215,11 @@ class Refusal(NamedTuple):
     sentence: str
 
 
+Refuse = Callable[..., Refusal]
+
+
 @pytest.fixture
-def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., Refusal]:
+def refusal(capsys: pytest.CaptureFixture[str]) -> Refuse:
     """Return a function that calls main() with arguments that it refuses.
 
     It runs in this process, since the start of another takes long."""
@@ -9615,7 +9363,7 @@ def test_a_program_that_was_killed_loses_nothing(start_program: StartProgram) ->
 
 
 @pytest.mark.parametrize("how", ["an argument", "the environment"])
-def test_the_program_accepts_a_token_origins_and_hosts(
+def test_the_program_has_options_for_access(
     start_program: StartProgram, how: str
 ) -> None:
     allowed = ("--allow-origin", "https://app.example", "--allow-host", "sync.example")
@@ -9634,8 +9382,8 @@ def test_the_program_accepts_a_token_origins_and_hosts(
 
 
 @pytest.mark.parametrize("how", ["an argument", "the environment"])
-def test_an_empty_token_ends_the_program_with_2(
-    how: str, refusal: Callable[..., Refusal], monkeypatch: pytest.MonkeyPatch
+def test_an_empty_token_is_exit_status_2(
+    how: str, refusal: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MIZUSYNC_TOKEN", "")
     token = ("--token", "") if how == "an argument" else ()
@@ -9644,9 +9392,7 @@ def test_an_empty_token_ends_the_program_with_2(
 
 
 @pytest.mark.parametrize("token", ["two words", "YWJj/Q=="])
-def test_a_token_that_a_browser_cannot_send_ends_the_program_and_is_not_printed(
-    token: str, refusal: Callable[..., Refusal]
-) -> None:
+def test_a_refused_token_is_not_printed(token: str, refusal: Refuse) -> None:
     status, sentence = refusal("--db", NOWHERE, "--token", token)
     assert (status, token in sentence) == (2, False)
 
@@ -9693,9 +9439,7 @@ def test_a_server_warns_once_if_everyone_may_use_it(
 
 
 @pytest.mark.parametrize("name", ["donn\u00e9es.db", "\U0001f375.db"])
-def test_a_path_that_the_output_cannot_encode_is_announced_with_escapes(
-    tmp_path: Path, name: str
-) -> None:
+def test_an_announced_path_is_escaped_for_the_output(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     with (
         program("--db", str(path), PYTHONIOENCODING="ascii") as running,
@@ -9707,7 +9451,7 @@ def test_a_path_that_the_output_cannot_encode_is_announced_with_escapes(
     assert path.exists()
 
 
-def test_a_program_runs_though_nobody_can_read_its_announcement(tmp_path: Path) -> None:
+def test_a_program_runs_without_a_reader_of_its_announcement(tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         address = holder.getsockname()
@@ -9733,9 +9477,7 @@ def test_a_program_runs_though_nobody_can_read_its_announcement(tmp_path: Path) 
         running.wait()
 
 
-def test_a_log_that_nobody_reads_delays_neither_requests_nor_the_exit(
-    start_program: StartProgram,
-) -> None:
+def test_an_unread_log_delays_no_request_or_exit(start_program: StartProgram) -> None:
     running = start_program("--log-level", "debug")
     client = running.client()
     for _ in range(300):  # some 1,000 bytes of log each; a pipe holds 64 KiB
@@ -9746,9 +9488,7 @@ def test_a_log_that_nobody_reads_delays_neither_requests_nor_the_exit(
     assert stderr.count("x' -> 404") > 30
 
 
-def test_every_line_of_the_log_is_written_before_a_graceful_exit(
-    start_program: StartProgram,
-) -> None:
+def test_a_graceful_exit_writes_the_whole_log(start_program: StartProgram) -> None:
     running = start_program("--log-level", "debug")
     client = running.client()
     for number in range(500):
@@ -9777,15 +9517,15 @@ def test_a_log_that_is_read_again_counts_the_lines_that_were_dropped() -> None:
     with os.fdopen(reader, "rb") as output, os.fdopen(writer, "wb"):
         for number in range(3 * mizusync.LOG_LINES):  # much more than a pipe holds
             handler.handle(logging.makeLogRecord({"msg": f"{number} {'x' * 100}"}))
-        text = bytearray()
+        seen = bytearray()
 
         def dropped() -> int:
-            text.extend(output.read() or b"")
-            found = re.findall(rb"^([0-9]+) log lines were dropped", text, re.M)
+            seen.extend(output.read() or b"")
+            found = re.findall(rb"^([0-9]+) log lines were dropped", seen, re.M)
             return sum(map(int, found))
 
         def written() -> int:
-            return len(re.findall(rb"^[0-9]+ x+$", text, re.M))
+            return len(re.findall(rb"^[0-9]+ x+$", seen, re.M))
 
         until(lambda: dropped() + written() == 3 * mizusync.LOG_LINES)
         assert dropped() > 0
@@ -9833,7 +9573,7 @@ def test_the_program_without_its_page_explains_where_it_belongs(
     assert (reply.status, b"demo.html" in reply.body) == (200, True)
 
 
-def test_an_impossible_host_or_a_busy_port_is_one_sentence(
+def test_a_bad_host_or_a_busy_port_is_one_sentence(
     tmp_path: Path, server: Live
 ) -> None:
     port = str(server.address[1])
@@ -9844,9 +9584,7 @@ def test_an_impossible_host_or_a_busy_port_is_one_sentence(
         assert value in done.stderr
 
 
-def test_a_bad_argument_ends_the_program_with_2(
-    refusal: Callable[..., Refusal],
-) -> None:
+def test_a_bad_argument_is_exit_status_2(refusal: Refuse) -> None:
     for arguments in (["--port", "99999"], ["--port", "web"], ["--nonsense"], ["x"]):
         assert refusal(*arguments).status == 2
 
@@ -9860,7 +9598,7 @@ def test_a_bad_argument_ends_the_program_with_2(
     },
 )
 def test_a_file_of_another_program_is_one_sentence_and_unchanged(
-    tmp_path: Path, path: Path, content: bytes | None, refusal: Callable[..., Refusal]
+    tmp_path: Path, path: Path, content: bytes | None, refusal: Refuse
 ) -> None:
     if content:
         path.write_bytes(content)
@@ -9874,7 +9612,7 @@ def test_a_file_of_another_program_is_one_sentence_and_unchanged(
 
 
 def test_a_write_ahead_log_without_its_file_is_one_sentence(
-    tmp_path: Path, refusal: Callable[..., Refusal]
+    tmp_path: Path, refusal: Refuse
 ) -> None:
     status, sentence = refusal("--db", str(orphan(tmp_path)))
     assert (status, sentence.count("\n")) == (1, 1)
@@ -9882,19 +9620,15 @@ def test_a_write_ahead_log_without_its_file_is_one_sentence(
 
 
 def test_a_missing_or_unwritable_folder_is_one_sentence(
-    tmp_path: Path, refusal: Callable[..., Refusal]
+    tmp_path: Path, refusal: Refuse
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "locked").mkdir(mode=0o500)
-    paths = [
-        tmp_path / "nowhere" / "todos.db",
-        tmp_path / "file" / "todos.db",
-        tmp_path,
-    ]
+    places = ["nowhere/todos.db", "file/todos.db", ""]
     if os.geteuid() != 0:  # root may write everywhere
-        paths += [tmp_path / "locked" / "todos.db"]
-    for path in paths:
-        status, sentence = refusal("--db", str(path))
+        places.append("locked/todos.db")
+    for place in places:
+        status, sentence = refusal("--db", str(tmp_path / place))
         assert (status, sentence.count("\n")) == (1, 1)
 
 
