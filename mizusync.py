@@ -4067,6 +4067,8 @@ class Connection:
         self.settings = settings
         self.unsent = unsent
         self.task: Any = asyncio.current_task()
+        host, port, *_ = writer.get_extra_info("peername") or ("?", 0)
+        self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.request: Request | None = None  # the one that is being handled
         self.buffer = bytearray()  # received, and not yet parsed
         self.body_pending = False  # a body that nobody took: nothing can follow it
@@ -4093,12 +4095,6 @@ class Connection:
             raise
         writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         return cls(reader, writer, settings, unsent)
-
-    @property
-    def peer(self) -> str:
-        """The address and port of the peer."""
-        host, port, *_ = self.writer.get_extra_info("peername") or ("?", 0)
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     @property
     def unsent_size(self) -> int:
@@ -4213,6 +4209,8 @@ class Connection:
         The peer has to read some of them in each `send_timeout`.
         """
         self.unsent_at_last_check = self.unsent_size
+        if not self.unsent_at_last_check:
+            return
         self.enter(Phase.SEND, self.settings.send_timeout)
         await self.writer.drain()
         self.enter(Phase.HANDLE, PEER_CHECK)
@@ -4387,9 +4385,17 @@ class WebSocket:
     async def receive(self) -> str | bytes | None:
         """Return the next message, or None when there will be none."""
         self.accept()
+        buffer = self.connection.buffer
+        if buffer:
+            # Messages that arrived together leave others their turn. Yield before one
+            # is taken, so that a caller who is cancelled here loses none.
+            await asyncio.sleep(0)
         try:
             while not self.ended:
-                frame = await self._receive_frame()
+                frame = parse_frame(buffer, self._assembler.room)
+                if frame is None:
+                    await self.connection.receive()
+                    continue
                 if frame.opcode == CLOSE:
                     code, reason = parse_close(frame.payload)
                     self.reason = self.reason or f"the peer closed: {code} {reason}"
@@ -4402,6 +4408,7 @@ class WebSocket:
                     message = self._assembler.add(frame)
                     if message is not None:
                         return message
+                await asyncio.sleep(0)  # so do control frames and fragments
         except ProtocolError as error:
             self.error = self.error or error
             self.close(error.code, str(error))
@@ -4412,18 +4419,6 @@ class WebSocket:
         self.ended = True
         return None
 
-    async def _receive_frame(self) -> Frame:
-        buffer = self.connection.buffer
-        if buffer:
-            # Frames that arrived together leave others their turn. Yield before taking
-            # one: a caller that is cancelled here loses no message.
-            await asyncio.sleep(0)
-        while True:
-            frame = parse_frame(buffer, self._assembler.room)
-            if frame is not None:
-                return frame
-            await self.connection.receive()
-
 
 async def run_websocket(
     websocket: WebSocket, handler: Callable[[WebSocket], Any]
@@ -4432,20 +4427,7 @@ async def run_websocket(
 
     Raise what the handler raises before it accepts: that is answered in HTTP.
     """
-    try:
-        await run_handler(websocket, handler)
-        with contextlib.suppress(RuntimeError):  # a task of the handler reads already
-            await websocket.receive()  # the peer's close frame
-    finally:
-        if websocket.accepted:
-            reason = websocket.reason or websocket.connection.read_error
-            live_log.info("%s ended: %r", websocket.label, str(reason))
-
-
-async def run_handler(
-    websocket: WebSocket, handler: Callable[[WebSocket], Any]
-) -> None:
-    """Run a WebSocket's handler, and close with 1000, or with 1011 if it fails."""
+    connection = websocket.connection
     try:
         await call_app(handler, websocket)
         websocket.close()
@@ -4454,10 +4436,14 @@ async def run_handler(
             raise
         websocket.error = error
         # A ConnectionLost is no failure, unless it is the loss of another socket.
-        is_lost = websocket.closing or websocket.connection.is_closing
+        is_lost = websocket.closing or connection.is_closing
         if not (is_lost and isinstance(error, ConnectionLost)):
             log_error(live_log, "the %s failed", websocket.label)
             websocket.close(1011, "the server failed")
+    with contextlib.suppress(RuntimeError):  # a task of the handler's reads already
+        await websocket.receive()  # the peer's close frame
+    reason = websocket.reason or connection.read_error
+    live_log.info("%s ended: %r", websocket.label, str(reason))
 
 
 async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -4828,14 +4814,15 @@ class LiveEndpoint:
         self.sessions.add(session)
         work: asyncio.Task[None] | None = None
         try:
-            async for message in websocket:
+            while True:
                 # Messages are handled one at a time, in order. The next one is received
                 # meanwhile, so that pings are answered and an end is noticed.
+                message = await websocket.receive()
                 if work and not await self._finish(work, websocket):
                     break
+                if message is None:
+                    break
                 work = self.tasks.spawn(self._handle(session, message))
-            if work:
-                await self._finish(work, websocket)
         except Exception as error:
             websocket.error = error
             raise
