@@ -4141,6 +4141,7 @@ class Connection:
 
         Raise SyncError for a malformed or late one, OSError when there is none.
         """
+        self.request = None
         self.enter(Phase.IDLE, self.settings.idle_timeout)
         skip_empty_lines(self.buffer)
         while not self.buffer:
@@ -4150,10 +4151,12 @@ class Connection:
         request = parse_request(self.buffer, self.settings)
         while request is None:
             data = await self.receive()
-            # A head ends with a line. Parsing it at each byte, or at the limit of the
-            # request line while that has none, would let a slow sender cost more.
-            longest = self.settings.max_target_size + 64
-            if b"\n" in data or len(self.buffer) >= longest:
+            # Parsed again at each byte, a slow sender would cost more than a fast one.
+            # Only the end of a line, or a limit, can end a head.
+            limit = self.settings.max_target_size + 64
+            if b"\n" in self.buffer:
+                limit = self.settings.max_head_size
+            if b"\n" in data or len(self.buffer) >= limit:
                 request = parse_request(self.buffer, self.settings)
         self.enter(Phase.HANDLE, PEER_CHECK)
         self.body_pending = request.length != 0
@@ -4241,9 +4244,14 @@ class Connection:
         self.transport.abort()
 
     def interrupt(self, reason: Exception) -> None:
-        """Let the task's `receive` raise `reason`, in a phase of RECEIVING."""
+        """Let the task's `receive` raise `reason`, in a phase of RECEIVING.
+
+        An OSError closes the connection without a word, a SyncError is answered.
+        """
         if self.phase in RECEIVING and self.interruption is None:
             self.interruption = reason
+            if isinstance(reason, OSError):
+                self.read_error = reason
             self.task.cancel()
 
     def has_left(self) -> bool:
@@ -4258,8 +4266,7 @@ class Connection:
         """Act on a deadline that has passed, as the table above says."""
         match self.phase:  # mizusync needs Python 3.11 or newer: 3.9 stops here
             case Phase.IDLE:
-                self.read_error = ConnectionError("no request came")
-                self.interrupt(self.read_error)
+                self.interrupt(ConnectionError("no request came"))
             case Phase.HEAD | Phase.BODY:
                 self.interrupt(HTTPError(408, "the request did not arrive in time"))
             case Phase.HANDLE:
@@ -4367,13 +4374,14 @@ class WebSocket:
 
         Raise ValueError for a code that may not be sent (RFC 6455 §7.4).
         """
+        if self.closing or self.ended:
+            return
         frame = encode_close(code, reason)
-        if not self.closing:
-            self.accept()
-            self.reason = self.reason or f"{code} {reason}"
-            self.write(frame)
-            self.closing = True
-            self.connection.enter(Phase.CLOSING, self.settings.close_timeout)
+        self.accept()
+        self.reason = self.reason or f"{code} {reason}"
+        self.write(frame)
+        self.closing = True
+        self.connection.enter(Phase.CLOSING, self.settings.close_timeout)
 
     async def __aiter__(self) -> AsyncIterator[str | bytes]:
         while True:
@@ -4415,7 +4423,6 @@ class WebSocket:
         except OSError as error:
             self.error = self.error or error
             self.reason = self.reason or str(error)
-        self.closing = True
         self.ended = True
         return None
 
@@ -4822,7 +4829,7 @@ class LiveEndpoint:
                     break
                 if message is None:
                     break
-                work = self.tasks.spawn(self._handle(session, message))
+                work = await self._handle(session, message)
         except Exception as error:
             websocket.error = error
             raise
@@ -4846,21 +4853,31 @@ class LiveEndpoint:
         work.result()
         return True
 
-    async def _handle(self, session: Session, raw: str | bytes) -> None:
-        """Handle one message of the client."""
+    async def _handle(
+        self, session: Session, raw: str | bytes
+    ) -> asyncio.Task[None] | None:
+        """Handle one message. Return a task if the application works on it."""
         try:
             if isinstance(raw, bytes):
                 session.close(1003, "messages are text")
-                return
+                return None
             message = await parse_json_aside(raw.encode(), self.settings)
             topic = message.get("topic") if isinstance(message, dict) else None
             if not isinstance(topic, str):
                 raise InvalidRequest('a message is {"topic": "...", "data": ...}')
             if topic in ("subscribe", "unsubscribe"):
-                await self._subscribe(session, topic, message.get("data", {}))
+                options = message.get("data", {})
+                if not isinstance(options, dict):
+                    raise InvalidRequest(f"the data of {topic} is an object")
+                scope = check_scope(options.get("scope", session.scope))
+                if topic == "subscribe":
+                    changes = options.get("changes") is True
+                    return self.tasks.spawn(self._subscribe(session, scope, changes))
+                session.unsubscribe(f"{SYNC}{scope}")
             elif self.on_message and not topic.startswith(SYNC):
                 data = message.get("data")
-                await call_app_safely(self.on_message, session, topic, data)
+                call = call_app_safely(self.on_message, session, topic, data)
+                return self.tasks.spawn(call)
             else:
                 sentence = f"nothing listens to {topic[:100]!r}"
                 session.send_error("unknown_topic", sentence)
@@ -4868,26 +4885,23 @@ class LiveEndpoint:
             session.send_error("invalid_message", str(refusal))
         except SyncError as refusal:
             session.send_error(refusal.code, str(refusal))
+        return None
 
-    async def _subscribe(self, session: Session, verb: str, data: Any) -> None:
-        """Subscribe the session to a scope, or unsubscribe it."""
-        is_object = isinstance(data, dict)
-        scope = check_scope(data.get("scope", session.scope) if is_object else None)
+    async def _subscribe(self, session: Session, scope: str, changes: bool) -> None:
+        """Subscribe a session to a scope, if on_auth allows it."""
         topic = f"{SYNC}{scope}"
-        if verb == "unsubscribe":
-            session.unsubscribe(topic)
-            return
         try:
             await self.gate.authorize(session.websocket.request, scope)
+            if session not in self.sessions:  # it ended while on_auth was asked
+                return
+            # Subscribe first, then read: no change can fall between the two.
+            session.subscribe(topic, changes)
+            current = await self.engine.current(scope)
+            self.hub.send_current(topic, session, current)
         except Forbidden as refusal:
             session.forbid(scope, refusal)
-            return
-        if session not in self.sessions:  # it ended while on_auth was asked
-            return
-        # Subscribe first, then read: no change can fall between the two.
-        session.subscribe(topic, data.get("changes") is True)
-        current = await self.engine.current(scope)
-        self.hub.send_current(topic, session, current)
+        except SyncError as refusal:
+            session.send_error(refusal.code, str(refusal))
 
     # -- against permissions that have ended
 
@@ -5091,7 +5105,7 @@ class Routes:
         self.table[path] = methods
 
     def find(self, request: Request) -> Route:
-        """Return the route of a request. Raise NotFound, or HTTPError 405."""
+        """Return the route of a request. Raise NotFound if its path has none."""
         if request.path == "*":  # OPTIONS asks about the server (RFC 9110 §9.3.7)
             methods = {"GET", "HEAD", "POST"}
         elif request.path in self.table:
@@ -5101,9 +5115,13 @@ class Routes:
         if request.method in methods:
             return self.table[request.path][request.method]
         allow = {"Allow": ", ".join(sorted({*methods, "OPTIONS"}))}
-        if request.method == "OPTIONS":
-            return Route(lambda request: Response(204, headers=allow))
-        raise HTTPError(405, f"{request.path} takes {allow['Allow']}", allow)
+
+        def answer(request: Request) -> Response:
+            if request.method == "OPTIONS":
+                return Response(204, headers=allow)
+            raise HTTPError(405, f"{request.path} takes {allow['Allow']}", allow)
+
+        return Route(answer)
 
 
 # --- HTTP server ----------------------------------------------------------------------
@@ -5188,7 +5206,9 @@ class HTTPServer:
                 keep_alive = request.keep_alive and not connection.body_pending
                 keep_alive = keep_alive and not self._stopping
                 data = await self._encode(request, response, keep_alive)
-                del request, response  # while the client reads, only `data` is kept
+                # While the client reads, only `data` is kept.
+                del request, response
+                connection.request = None
                 await connection.send(data)
                 self.on_answer()
                 if not keep_alive:
@@ -5292,11 +5312,12 @@ class HTTPServer:
         due = [one for one in self._connections if one.deadline <= now]
         for connection in due:
             connection.check_deadline(now)
-        self._unsent.messages = sum(
-            connection.unsent_size
-            for connection, websocket in self._connections.items()
-            if websocket
-        )
+        if int(now) > int(now - SWEEP_INTERVAL):  # once a second: it takes a while
+            self._unsent.messages = sum(
+                connection.unsent_size
+                for connection, websocket in self._connections.items()
+                if websocket
+            )
 
     def on_answer(self) -> None:
         """Do what follows each answer. For a subclass."""
