@@ -177,7 +177,7 @@ T = TypeVar("T")
 
 MIB = 1024 * 1024  # bytes
 
-# These may be 0. Other whole numbers are at least 1, and other times above 0.
+# These may be 0; the others are above it.
 MAY_BE_ZERO = {
     "max_pull_wait", "min_gzip_size", "linger_timeout", "max_hint_changes",
     "max_hint_size", "hint_gap", "max_sessions", "shutdown_timeout", "max_commit_time",
@@ -185,11 +185,7 @@ MAY_BE_ZERO = {
 }  # fmt: skip
 # Limits of the system: a thread that reads needs descriptors, SO_SNDBUF and SQLite's
 # busy timeout (in milliseconds) are C integers.
-LARGEST = {
-    "readers": 256,
-    "send_buffer": 2**31 - 1,
-    "busy_timeout": 10**6,
-}
+LARGEST = {"readers": 256, "send_buffer": 2**31 - 1, "busy_timeout": 10**6}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,30 +250,15 @@ class Settings:
                 continue
             # Annotations are strings here, because of the import from __future__.
             is_whole = str(field.type).startswith("int")
-            check_setting(field.name, value, is_whole)
-
-
-def check_setting(name: str, value: Any, is_whole: bool) -> None:
-    """Raise TypeError or ValueError for a wrong setting, and name it."""
-    kind = "a whole number" if is_whole else "a number of seconds"
-    types = int if is_whole else (int, float)
-    if not isinstance(value, types) or isinstance(value, bool):
-        raise TypeError(f"Settings({name}={value!r}): it has to be {kind}")
-    largest = LARGEST.get(name, 10**15)
-    if name in MAY_BE_ZERO:
-        rule = "0 or more"
-        fits = 0 <= value <= largest
-    elif is_whole:
-        rule = "1 or more"
-        fits = 1 <= value <= largest
-    else:
-        rule = "above 0"
-        fits = 0 < value <= largest
-    if not fits:  # NaN compares with nothing, so it does not fit
-        raise ValueError(
-            f"Settings({name}={value!r}): it has to be {kind}, {rule}, "
-            f"at most {largest:,}"
-        )
+            kind = "a whole number" if is_whole else "a number of seconds"
+            setting = f"Settings({field.name}={value!r}): it has to be {kind}"
+            if type(value) is not int and (is_whole or type(value) is not float):
+                raise TypeError(setting)
+            largest = LARGEST.get(field.name, 10**15)
+            is_zero = value == 0 and field.name not in MAY_BE_ZERO
+            if is_zero or not 0 <= value <= largest:  # NaN compares with nothing
+                rule = "0 or more" if field.name in MAY_BE_ZERO else "above 0"
+                raise ValueError(f"{setting}, {rule}, at most {largest:,}")
 
 
 # --- Errors ---------------------------------------------------------------------------
@@ -420,11 +401,7 @@ def parse_json(raw: bytes, max_depth: int = 64, max_values: int = 100_000) -> An
     for text that is no JSON or is nested deeper than `max_depth`, for NaN and
     infinities, and for half a surrogate pair.
     """
-    # These counts include the brackets and commas inside strings. Only if they exceed a
-    # limit, count again without the strings.
-    openings = raw.count(b"[") + raw.count(b"{")
-    if openings > max_depth or openings + raw.count(b",") > max_values:
-        check_structure(without_strings(raw), max_depth, max_values)
+    check_structure(raw, max_depth, max_values)
     try:
         # json.loads(bytes) would guess UTF-16 and UTF-32 as well, so decode first.
         value = _DECODER.decode(raw.decode("utf-8"))
@@ -458,43 +435,31 @@ _DECODER = json.JSONDecoder(
 )
 
 
-# Against JSON that is deep, or has very many values.
+# -- against JSON that is deep, or has very many values
 
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_LEVELS = {
-    ord("["): 1,
-    ord("{"): 1,
-    ord("]"): -1,
-    ord("}"): -1,
-}
 
 
-def without_strings(raw: bytes) -> bytes:
-    """Return JSON text without its strings. An unterminated string runs to the end.
-
-    The time is linear in the size; a regular expression takes four times as long. A
-    backslash outside of a string may confuse this, but parsing fails there anyway.
-    """
-    # First remove pairs of backslashes: an odd number of them escapes a quote.
-    unescaped = raw.replace(rb"\\", b"").replace(rb"\"", b"")
-    return b"".join(unescaped.split(b'"')[::2])
-
-
-def check_structure(bare: bytes, max_depth: int, max_values: int) -> None:
+def check_structure(raw: bytes, max_depth: int, max_values: int) -> None:
     """Raise TooLarge for too many values, and InvalidRequest for too many levels.
 
-    `bare` is JSON text without its strings.
+    The time is linear in the size. An invalid text may pass, but parsing stops
+    at its first wrong bracket.
     """
+    # Remove the strings: every second piece between quotes. First remove pairs of
+    # backslashes, because an odd number of them escapes a quote.
+    unescaped = raw.replace(rb"\\", b"").replace(rb"\"", b"")
+    bare = b"".join(unescaped.split(b'"')[::2])
     openings = bare.count(b"[") + bare.count(b"{")
     if openings + bare.count(b",") > max_values:
         raise TooLarge(f"the JSON has more than {max_values} values")
     # A valid text has as many closing brackets as opening ones: cut there, so that a
-    # megabyte of `]` costs nothing. An invalid text may look shallower than it is, but
-    # the parser stops at the bracket that does not match.
-    brackets = bare.translate(None, _NOT_BRACKETS)[: 2 * openings]
-    levels = itertools.accumulate(map(_LEVELS.__getitem__, brackets))
-    if max(levels, default=0) > max_depth:
-        raise InvalidRequest(f"the JSON is nested deeper than {max_depth} levels")
+    # megabyte of `]` costs nothing.
+    level = 0
+    for bracket in bare.translate(None, _NOT_BRACKETS)[: 2 * openings]:
+        level += 1 if bracket in b"[{" else -1
+        if level > max_depth:
+            raise InvalidRequest(f"the JSON is nested deeper than {max_depth} levels")
 
 
 # --- Protocol -------------------------------------------------------------------------
