@@ -472,7 +472,7 @@ def check_structure(raw: bytes, max_depth: int, max_values: int) -> None:
 DEFAULT_SCOPE = "_default"
 MAX_CURSOR = 2**53 - 1  # every JSON parser represents it exactly (RFC 8259 §6)
 MAX_SCOPE = 256  # characters
-MAX_NAME = 128  # characters of a mutation's id, and of its name
+LONGEST_NAMES = {"id": 128, "name": 128, "scope": MAX_SCOPE}  # of a mutation
 SYNC = "sync:"  # the topic of a scope is this prefix and the scope
 
 
@@ -502,12 +502,9 @@ class Mutation:
     identity: Any = None
 
     def __post_init__(self) -> None:
-        if not is_name(self.id, MAX_NAME):
-            raise InvalidMutation(explain_name("id", self.id, MAX_NAME))
-        if not is_name(self.name, MAX_NAME):
-            raise InvalidMutation(explain_name("name", self.name, MAX_NAME))
-        if not is_name(self.scope, MAX_SCOPE):
-            raise InvalidMutation(explain_name("scope", self.scope, MAX_SCOPE))
+        for field, longest in LONGEST_NAMES.items():
+            if not is_name(getattr(self, field), longest):
+                raise InvalidMutation(explain_name(field, longest))
 
     @classmethod
     def parse(cls, value: Any) -> Mutation:
@@ -539,6 +536,21 @@ class Change:
     scope: str | None = None
     cursor: int = 0
     time: str = ""
+
+
+class Row(NamedTuple):
+    """A change as the log keeps it. `first` is the first cursor of its mutation."""
+
+    cursor: int
+    first: int
+    scope: str
+    time: str
+    data: str  # JSON text
+
+    def encode(self) -> bytes:
+        """Return the change as every client of its scope gets it."""
+        place = f'"cursor":{self.cursor},"scope":{encode_name(self.scope)}'
+        return f'{{{place},"time":"{self.time}","data":{self.data}}}'.encode()
 
 
 class Result(NamedTuple):
@@ -648,12 +660,6 @@ def encode_cursor(cursor: int) -> bytes:
     return b'{"cursor":%d}' % cursor
 
 
-def encode_change(cursor: int, scope: str, time: str, data: str) -> bytes:
-    """Return one change as the protocol writes it; `data` is JSON text."""
-    place = f'"cursor":{cursor},"scope":{encode_name(scope)},"time":"{time}"'
-    return f'{{{place},"data":{data}}}'.encode()
-
-
 def encode_message(topic: str, data: bytes) -> bytes:
     """Return one message of the WebSocket; `data` is JSON."""
     return b'{"topic":%b,"data":%b}' % (encode_name(topic).encode(), data)
@@ -677,24 +683,15 @@ def is_name(value: Any, longest: int) -> bool:
     return value.isascii() or not re.search("[\ud800-\udfff]", value)
 
 
-def explain_name(field: str, value: Any, longest: int) -> str:
+def explain_name(field: str, longest: int) -> str:
     """Return a sentence that tells a client why is_name() refuses a value."""
-    if not isinstance(value, str):
-        fault = "is no string"
-    elif not value:
-        fault = "is empty or missing"
-    elif len(value) > longest:
-        fault = f"has {len(value)}"
-    else:
-        fault = "holds half a surrogate pair"
-    rule = f"has to be a string of 1 to {longest} characters"
-    return f"the {field} {rule}: this one {fault}"
+    return f"the {field} has to be a string of 1 to {longest} Unicode characters"
 
 
 def check_scope(value: Any) -> str:
     """Return the value if it can name a scope; raise InvalidRequest otherwise."""
     if not is_name(value, MAX_SCOPE):
-        raise InvalidRequest(explain_name("scope", value, MAX_SCOPE))
+        raise InvalidRequest(explain_name("scope", MAX_SCOPE))
     return str(value)
 
 
@@ -746,20 +743,6 @@ class Position(NamedTuple):
     head: int  # the newest cursor of the log
     epoch: str  # the newest epoch
     trims: int  # the number of the newest trim
-
-
-class Row(NamedTuple):
-    """One change in the log. `first` is the first cursor of the same mutation."""
-
-    cursor: int
-    first: int
-    scope: str
-    time: str
-    data: str  # JSON text
-
-    def encode(self) -> bytes:
-        """Return the change as the protocol writes it."""
-        return encode_change(self.cursor, self.scope, self.time, self.data)
 
 
 class Mark(NamedTuple):
