@@ -712,24 +712,22 @@ def check_scope(value: Any) -> str:
 #   4. a reader with a cursor of another history gets cursor_unknown (has_issued).
 #
 # The fourth needs epochs, because an older copy of the database may be restored and
-# grow again. An example:
+# grow again. An epoch is a random name, and the head at which it began. A process
+# begins one with its first commit, and with the first commit after a restore.
 #
-#     A begins at 0    The log grows to 60, and someone makes a backup. It grows to 100;
+#     A began at 0     The log grows to 60, and someone makes a backup. It grows to 100;
 #                      a client pulls, and remembers (A, 100).
-#     B begins at 60   The backup is restored, so the log ends at 60 again. Its next
-#                      commit begins an epoch. The log grows to 200: the cursors 61 to
-#                      100 now belong to other changes.
-#     (A, 100) asks    A ended at 60, so the server answers cursor_unknown, and the
+#     B began at 60    The backup is restored, so the log ends at 60 again. The next
+#                      commit begins B. The log grows to 200: the cursors 61 to 100 now
+#                      belong to other changes.
+#     (A, 100) asks    B began below 100, so the server answers cursor_unknown, and the
 #                      client takes a snapshot. By the head alone, 100 of 200 would look
 #                      valid, and the client would miss 40 changes.
 #
-# An epoch is a random name and the head at which it begins. The first commit after each
-# opening of the database begins one, so two copies that went different ways differ.
-# (epoch, cursor) belongs to this history if the epoch is in the table and the cursor is
-# at most the start of the next epoch. An ordinary restart disturbs nobody: the new
-# epoch starts at the head, which no client is above.
-
-
+# So this history issued (epoch, cursor) if it has the epoch, no later epoch began below
+# the cursor, and the cursor is at most the head. A restart disturbs nobody: the new
+# epoch begins at the head, and no client is above that.
+#
 # The words: `head` is the newest cursor of the log, `current` that of one scope. The
 # `latest` position is that of the database now; Tails.position is that of memory.
 
@@ -822,12 +820,7 @@ class Store:
         """Return the position of the log, as the transaction sees it."""
         raise NotImplementedError
 
-    def read_changes(
-        self,
-        db: Any,
-        scope: str,
-        after: int,
-    ) -> Iterator[Row]:
+    def read_changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
         """Yield the scope's changes above a cursor, in order, as they are taken."""
         raise NotImplementedError
 
@@ -840,16 +833,13 @@ class Store:
 
     def has_issued(self, db: Any, epoch: str, cursor: int) -> bool:
         """Return whether a cursor of an epoch belongs to this history."""
-        # An epoch ends where the next one begins, and the newest at the head. Each
-        # begins at or above the one before, so the next has the least start.
         sql = """
-            SELECT coalesce(
-                (SELECT min(start) FROM mizusync_epochs WHERE number > this.number), ?)
-            FROM mizusync_epochs AS this WHERE epoch = ?
+            SELECT 1 FROM mizusync_epochs AS known WHERE epoch = ? AND NOT EXISTS (
+                SELECT 1 FROM mizusync_epochs
+                WHERE number > known.number AND start < ?)
         """
-        head = self.read_position(db).head
-        end: int | None = self.run_scalar(db, sql, head, epoch)
-        return end is not None and cursor <= end
+        is_of_epoch = bool(self.run(db, sql, epoch, cursor))
+        return is_of_epoch and cursor <= self.read_position(db).head
 
     def read_current(self, db: Any, scope: str) -> int:
         """Return the scope's newest cursor, or 0. A trim does not lower it."""
@@ -869,18 +859,12 @@ class Store:
         """
         return self.run_scalar(db, sql, scope, n - 1) or 0
 
-    def read_range(
-        self,
-        db: Any,
-        first: int,
-        last: int,
-    ) -> list[Row]:
+    def read_range(self, db: Any, first: int, last: int) -> list[Row]:
         """Return the changes of all scopes from one cursor to another, in order."""
         sql = """
             SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor
         """
-        rows = self.run(db, sql, first, last)
-        return list(map(Row._make, rows))
+        return [Row(*row) for row in self.run(db, sql, first, last)]
 
     def read_scopes_since(self, db: Any, position: Position) -> dict[str, int]:
         """Return the scopes that were changed or trimmed since.
@@ -893,48 +877,32 @@ class Store:
                 UNION ALL SELECT scope, cursor FROM mizusync_trims WHERE number > ?
             ) AS newer GROUP BY scope
         """
-        rows = self.run(db, sql, position.head, position.trims)
-        return dict(rows)
+        return dict(self.run(db, sql, position.head, position.trims))
 
     def find_mark(self, db: Any, scope: str, id: str) -> Mark | None:
         sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
         rows = self.run(db, sql, scope, id)
         return Mark(*rows[0]) if rows else None
 
-    def trim(
-        self,
-        db: Any,
-        scope: str,
-        before: int,
-        limit: int,
-    ) -> int:
+    def trim(self, db: Any, scope: str, before: int, limit: int) -> int:
         """Remove the oldest changes below `before`, about `limit`; return how many.
 
-        Mutations go whole or not at all.
+        Mutations go whole or not at all: of one with the changes 5 to 8, before=7
+        removes nothing.
         """
-        # 1. The mutation with the limit-th change is the last one that may go: find its
-        #    first cursor. With fewer changes, only `before` limits the trim.
-        sql = """
-            SELECT first FROM mizusync_changes WHERE scope = ?
-            ORDER BY cursor LIMIT 1 OFFSET ?
-        """
-        last_first = self.run_scalar(db, sql, scope, limit - 1) or before
-        # 2. Find where the first mutation begins that stays: the next one, or an
-        #    earlier one with a change that `before` protects. Of a mutation with the
-        #    changes 5 to 8, before=7 removes nothing.
-        sql = """
-            SELECT first FROM mizusync_changes
-            WHERE scope = ? AND (cursor >= ? OR first > ?) ORDER BY cursor LIMIT 1
-        """
-        end = self.run_scalar(db, sql, scope, before, last_first) or before
-        # 3. Record the highest cursor that goes, so that readers below it are refused.
-        sql = """
-            SELECT max(cursor), count(*) FROM mizusync_changes
-            WHERE scope = ? AND cursor < ?
-        """
-        newest, count = self.run(db, sql, scope, end)[0]
+        # 1. Find the newest change that goes: the last one of a mutation.
+        newest = 0
+        count = 0
+        rows = self.read_changes(db, scope, 0)
+        for _, mutation in itertools.groupby(rows, key=lambda row: row.first):
+            cursors = [row.cursor for row in mutation]
+            if count >= limit or cursors[-1] >= before:
+                break
+            newest = cursors[-1]
+            count += len(cursors)
         if not count:
             return 0
+        # 2. Record its cursor, so that readers below it are refused.
         sql = """
             INSERT INTO mizusync_trims (number, scope, cursor)
             VALUES ((SELECT coalesce(max(number), 0) + 1 FROM mizusync_trims), ?, ?)
@@ -942,10 +910,10 @@ class Store:
             DO UPDATE SET number = excluded.number, cursor = excluded.cursor
         """
         self.run(db, sql, scope, newest)
-        # 4. Remove them.
+        # 3. Remove the changes.
         sql = "DELETE FROM mizusync_changes WHERE scope = ? AND cursor <= ?"
         self.run(db, sql, scope, newest)
-        return int(count)
+        return count
 
     def probe(self, db: Any) -> None:
         """Write something and take it back, so that a disk that refuses is noticed."""
