@@ -936,210 +936,16 @@ class Store:
 
 OWN_STATEMENT = "/* mizusync */ "
 
-# What would end the transaction, or leave the file. SAVEPOINT is not among them: it is
-# allowed, and the engine's own is protected by its name.
-_CONTROL = (
-    sqlite3.SQLITE_TRANSACTION,
-    sqlite3.SQLITE_ATTACH,
-    sqlite3.SQLITE_DETACH,
-    sqlite3.SQLITE_PRAGMA,
-)
-_OWN_NAMES = ("mizusync_", "sqlite_sequence")  # prefixes; the sequence holds the head
-# Full-text search and R*Trees ask for these two pragmas.
-_HARMLESS = (
-    (sqlite3.SQLITE_PRAGMA, "data_version", None),
-    (sqlite3.SQLITE_PRAGMA, "page_size", None),
-)
-GUARD_NOTE = (
-    "In the engine's transaction, an application can't end the transaction, use "
-    "PRAGMA, ATTACH or executescript, create anything in TEMP, or change what is named "
-    "mizusync_*. Because sqlite_sequence holds the log's head, it also can't rename a "
-    "table, or drop one with AUTOINCREMENT."
-)
-
-
-def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
-    """Run a statement of the engine's own; return all its rows. Raise StoreRefused."""
-    try:
-        rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, parameters)
-        return rows.fetchall()
-    except sqlite3.Error as error:
-        if primary_code(error) in REFUSAL_CODES:
-            raise StoreRefused("the database refuses, for now") from error
-        raise
-
-
-class GuardedConnection(sqlite3.Connection):
-    """A connection that runs application code under a savepoint, and restricts it."""
-
-    def __init__(self, path: str, mode: str, timeout: float) -> None:
-        """Open the file; `mode` is "ro", "rw", or "rwc", which may create it."""
-        # Quote every byte: a name need not be UTF-8, and in a URI //x is a host.
-        name = urllib.parse.quote(os.fsencode(path), safe="")
-        super().__init__(
-            f"file:{name}?mode={mode}",
-            uri=True,
-            timeout=timeout,
-            isolation_level=None,  # only an explicit BEGIN begins a transaction
-            check_same_thread=False,  # any thread may use it, one at a time
-        )
-        self.guarded = False  # application code has the connection
-        self._writes = mode != "ro"
-        self._opened: list[weakref.ref[Any]] = []  # the application's cursors and blobs
-        super().set_authorizer(self._authorize)
-
-    def run_guarded(self, work: Callable[[Any], T]) -> T:
-        """Return `work(self)`; if it raises, undo what it wrote.
-
-        Outside of a transaction, the savepoint begins one, so that all reads see one
-        moment (https://sqlite.org/lang_savepoint.html). Raise StoreRefused if the
-        transaction did not survive, or if `work` ended with an error of the disk: the
-        writer then runs each step again by itself (see Writer).
-        """
-        run_own(self, "SAVEPOINT mizusync_guard")
-        self.guarded = True
-        try:
-            result = work(self)
-        except BaseException as error:
-            self._end_guard()
-            self._leave_savepoint("ROLLBACK TO mizusync_guard", error)
-            self._leave_savepoint("RELEASE mizusync_guard", error)
-            if primary_code(error) in DISK_CODES:
-                raise StoreRefused("the database refuses, for now") from error
-            if primary_code(error) == sqlite3.SQLITE_AUTH:
-                error.add_note(GUARD_NOTE)
-            raise
-        self._end_guard()
-        self._leave_savepoint("RELEASE mizusync_guard", None)
-        return result
-
-    def _end_guard(self) -> None:
-        """Close what the application left open, and undo its settings.
-
-        A half-read INSERT ... RETURNING makes a later COMMIT fail, and a half-read
-        SELECT keeps an old state of the file in use.
-        """
-        self.guarded = False
-        self.row_factory = None
-        self.text_factory = str
-        with contextlib.suppress(sqlite3.Error):  # the application has closed it
-            self.set_progress_handler(None, 0)
-        while self._opened:
-            opened = self._opened.pop()()
-            if opened is not None:
-                with contextlib.suppress(sqlite3.Error):  # a thread may be using it
-                    opened.close()
-
-    def _leave_savepoint(self, how: str, failure: BaseException | None) -> None:
-        try:
-            run_own(self, how)
-        except Exception:  # MemoryError, too, leaves the transaction in doubt
-            # The savepoint is gone: SQLite or the application rolled everything back.
-            raise StoreRefused("the transaction was rolled back") from failure
-
-    # -- against an application that controls the transaction
-
-    def _authorize(
-        self,
-        action: int,
-        first: str | None,
-        second: str | None,
-        database: str | None,
-        trigger: str | None,
-    ) -> int:
-        """Allow or deny an action. Its first two names depend on the action."""
-        if action == sqlite3.SQLITE_INSERT and database == "temp":
-            # Everything that is created in TEMP begins with an INSERT there. SQLite
-            # looks up names in TEMP first, so a table or trigger there could shadow the
-            # log's. Refuse it at any time, also in the application's schema.
-            return sqlite3.SQLITE_DENY
-        if not self.guarded or action == sqlite3.SQLITE_READ:
-            return sqlite3.SQLITE_OK
-        if action in _CONTROL and (action, first, second) not in _HARMLESS:
-            return sqlite3.SQLITE_DENY
-        for name in (first, second):
-            if name and name.lower().startswith(_OWN_NAMES):
-                return sqlite3.SQLITE_DENY
-        return sqlite3.SQLITE_OK
-
-    def set_authorizer(self, *callback: Any) -> None:
-        raise sqlite3.ProgrammingError("the engine has an authorizer of its own")
-
-    def backup(self, *target: Any, **options: Any) -> None:
-        if self.guarded and self._writes:
-            # It would wait for its own transaction for ever.
-            raise sqlite3.ProgrammingError("apply can't make a backup: use Engine.read")
-        super().backup(*target, **options)
-
-    # -- against cursors that outlive apply, or write after a rollback
-
-    def cursor(self, factory: Any = None) -> Any:
-        # `factory` is ignored: a cursor of another class would have no guard.
-        opened = super().cursor(GuardedCursor)
-        self._opened.append(weakref.ref(opened))
-        return opened
-
-    def check_transaction(self) -> None:
-        """Raise OperationalError if the application goes on after a rollback.
-
-        SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If `apply`
-        caught the error and went on writing, each statement would commit by itself.
-        """
-        if self.guarded and not self.in_transaction:
-            raise sqlite3.OperationalError("the transaction was rolled back already")
-
-    # sqlite3.Connection's own do not call an overridden cursor().
-
-    def execute(self, *statement: Any) -> Any:
-        return self.cursor().execute(*statement)
-
-    def executemany(self, *statement: Any) -> Any:
-        return self.cursor().executemany(*statement)
-
-    def executescript(self, *statement: Any) -> Any:
-        return self.cursor().executescript(*statement)
-
-    def blobopen(self, *place: Any, **options: Any) -> Any:
-        self.check_transaction()
-        opened = super().blobopen(*place, **options)
-        self._opened.append(weakref.ref(opened))
-        return opened
-
-
-class GuardedCursor(sqlite3.Cursor):
-    """A cursor that runs nothing once the transaction is lost."""
-
-    connection: GuardedConnection
-
-    def execute(self, *statement: Any) -> Any:
-        self.connection.check_transaction()
-        return super().execute(*statement)
-
-    def executemany(self, *statement: Any) -> Any:
-        self.connection.check_transaction()
-        return super().executemany(*statement)
-
-    def executescript(self, *statement: Any) -> Any:
-        self.connection.check_transaction()
-        return super().executescript(*statement)
-
-
-# Against a database that refuses. SQLite's result codes: https://sqlite.org/rescode.html
-
-# Errors of an application's statement that may be the disk's. They need not be: an
-# AUTOINCREMENT at its highest number has the code of a full disk.
-DISK_CODES = (
+# What SQLite reports if the disk, the file or another process is in the way
+# (https://sqlite.org/rescode.html). A statement of the application may have one of
+# these codes for another reason: an AUTOINCREMENT at its highest number has that of a
+# full disk. So the writer runs such a mutation again by itself.
+REFUSAL_CODES = (
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_NOMEM,
     sqlite3.SQLITE_CORRUPT,
-)
-# Errors of the engine's own statements, which are right: so the disk, the file or
-# another process is in the way.
-REFUSAL_CODES = (
-    *DISK_CODES,
     sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_PROTOCOL,
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_NOTADB,
@@ -1162,13 +968,15 @@ def refusals() -> Iterator[None]:
         raise
 
 
-def is_busy(refusal: StoreRefused) -> bool:
-    """Return whether another process's lock is the reason of a refusal."""
-    return primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
+@refusals()
+def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
+    """Run a statement of the engine's own; return all its rows. Raise StoreRefused."""
+    rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, parameters)
+    return rows.fetchall()
 
 
-def execute_with_retry(db: sqlite3.Connection, sql: str, timeout: float) -> None:
-    """Run a statement, retrying while another process holds the lock.
+def run_with_retry(db: sqlite3.Connection, script: str, timeout: float) -> None:
+    """Run a script; while another process holds the lock, roll back and try again.
 
     SQLite's own busy handler sleeps up to 100 ms between two tries: beside a busy
     writer of another process it might never get the lock. And PRAGMA journal_mode does
@@ -1177,12 +985,139 @@ def execute_with_retry(db: sqlite3.Connection, sql: str, timeout: float) -> None
     deadline = time.monotonic() + timeout
     while True:
         try:
-            run_own(db, sql)
+            with refusals():
+                db.executescript(script)
             return
         except StoreRefused as refusal:
-            if not is_busy(refusal) or time.monotonic() > deadline:
+            db.rollback()
+            is_locked = primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
+            if not is_locked or time.monotonic() > deadline:
                 raise
         time.sleep(0.0002)
+
+
+class GuardedConnection(sqlite3.Connection):
+    """A connection that runs application code under a savepoint, and restricts it."""
+
+    def __init__(self, path: str, mode: str, timeout: float) -> None:
+        """Open the file; `mode` is "ro", "rw", or "rwc", which may create it."""
+        # Quote every byte: a name need not be UTF-8, and in a URI //x is a host.
+        name = urllib.parse.quote(os.fsencode(path), safe="")
+        super().__init__(
+            f"file:{name}?mode={mode}",
+            uri=True,
+            timeout=timeout,
+            isolation_level=None,  # only an explicit BEGIN begins a transaction
+            check_same_thread=False,  # any thread may use it, one at a time
+        )
+        self._guarded = False  # application code has the connection
+        self._cursors = weakref.WeakSet[sqlite3.Cursor]()  # of the application
+        super().set_authorizer(self._authorize)
+
+    def run_guarded(self, work: Callable[[Any], T]) -> T:
+        """Return `work(self)`; if it raises, undo what it wrote.
+
+        Outside of a transaction, the savepoint begins one, so that all reads see one
+        moment (https://sqlite.org/lang_savepoint.html). Raise StoreRefused if the
+        transaction did not survive, or if `work` ended with a refusal of SQLite's.
+        """
+        run_own(self, "SAVEPOINT mizusync_guard")
+        self._guarded = True
+        try:
+            with refusals():
+                result = work(self)
+        except BaseException as error:
+            self._end_guard("ROLLBACK TO mizusync_guard", "RELEASE mizusync_guard")
+            if primary_code(error) == sqlite3.SQLITE_AUTH:
+                error.add_note(GUARD_NOTE)
+            raise
+        self._end_guard("RELEASE mizusync_guard")
+        return result
+
+    def _end_guard(self, *statements: str) -> None:
+        """Close the application's cursors, undo its settings, and end the savepoint.
+
+        A half-read INSERT ... RETURNING makes a later COMMIT fail, and a half-read
+        SELECT keeps an old state of the file in use.
+        """
+        self._guarded = False
+        self.row_factory = None
+        self.text_factory = str
+        for cursor in self._cursors:
+            with contextlib.suppress(sqlite3.Error):  # a thread may be using it
+                cursor.close()
+        self._cursors.clear()
+        try:
+            for statement in statements:
+                run_own(self, statement)
+        except Exception as error:  # MemoryError, too, leaves the transaction in doubt
+            # The savepoint is gone: SQLite or the application rolled everything back.
+            raise StoreRefused("the transaction was rolled back") from error
+
+    def cursor(self, factory: Any = sqlite3.Cursor) -> Any:
+        cursor = super().cursor(factory)
+        self._cursors.add(cursor)
+        return cursor
+
+    def execute(self, *statement: Any) -> Any:
+        # sqlite3.Connection's own does not call cursor().
+        return self.cursor().execute(*statement)
+
+    # -- against an application that controls the transaction
+
+    def _authorize(
+        self,
+        action: int,
+        first: str | None,
+        second: str | None,
+        database: str | None,
+        trigger: str | None,
+    ) -> int:
+        """Allow or deny an action. Its first two names depend on the action."""
+        if action == sqlite3.SQLITE_INSERT and database == "temp":
+            # Everything that is created in TEMP begins with an INSERT there. SQLite
+            # looks up names in TEMP first, so a table or trigger there could shadow the
+            # log's. Refuse it at any time, also in the application's schema.
+            return sqlite3.SQLITE_DENY
+        if not self._guarded or action == sqlite3.SQLITE_READ:
+            return sqlite3.SQLITE_OK
+        if not self.in_transaction:
+            # SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If
+            # `apply` goes on, each statement would commit by itself. (One that comes
+            # from the cache is stopped by Python's BEGIN: see DatabaseFile.open.)
+            return sqlite3.SQLITE_DENY
+        # Without a value, a PRAGMA only reads. Full-text search uses such ones.
+        is_reading = action == sqlite3.SQLITE_PRAGMA and second is None
+        if action in _CONTROL and not is_reading:
+            return sqlite3.SQLITE_DENY
+        for name in (first, second):
+            if name and name.lower().startswith(_OWN_NAMES):
+                return sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK
+
+    def set_authorizer(self, *callback: Any) -> None:
+        raise sqlite3.ProgrammingError("the engine has an authorizer of its own")
+
+    def backup(self, *target: Any, **options: Any) -> None:
+        # In `apply` it would wait for its own transaction for ever.
+        raise sqlite3.ProgrammingError("use VACUUM INTO, on a connection of your own")
+
+
+# What would end the transaction, or leave the file. SAVEPOINT is not among them: it is
+# allowed, and the engine's own is protected by its name.
+_CONTROL = (
+    sqlite3.SQLITE_TRANSACTION,
+    sqlite3.SQLITE_ATTACH,
+    sqlite3.SQLITE_DETACH,
+    sqlite3.SQLITE_PRAGMA,
+)
+_OWN_NAMES = ("mizusync_", "sqlite_sequence")  # prefixes; the sequence holds the head
+GUARD_NOTE = (
+    "In the engine's transaction, an application can't end the transaction, set a "
+    "PRAGMA, use ATTACH or executescript, create anything in TEMP, or change what is "
+    "named mizusync_*. Because sqlite_sequence holds the log's head, it also can't "
+    "rename a table, or drop one with AUTOINCREMENT."
+)
 
 
 # --- Database file --------------------------------------------------------------------
@@ -1194,7 +1129,7 @@ FORMAT = 1  # of the tables below; a file with a higher one is refused
 APPLICATION_ID = 0x6D697A75
 
 # The columns stand in the order of Row and Mark. If you raise FORMAT, teach
-# prepare_writer to bring an older file up to date.
+# DatabaseFile.open to bring an older file up to date.
 #
 #   changes    `first` is the cursor of the first change of the same mutation.
 #   mutations  The dedupe marks.
@@ -1236,61 +1171,70 @@ class DatabaseFile:
         self.path = os.path.abspath(path)
         # SQLite follows a symbolic link, and puts the WAL beside the file itself.
         self.wal_path = f"{os.path.realpath(self.path)}-wal"
-        self.created_log = False  # by this process
+        self.busy_timeout = busy_timeout
         self._schema = schema
-        self._busy_timeout = busy_timeout
 
-    def open(self, adopt: bool) -> tuple[GuardedConnection, GuardedConnection]:
-        """Return a connection that writes, and one that reads. Raise StoreError.
+    def open(self, adopt: bool = False) -> GuardedConnection:
+        """Return a connection that writes, and create what is missing.
 
-        `adopt` adds the log to a database that an application already has.
+        `adopt` adds the log to a database that an application already has. Raise
+        StoreError.
         """
-        with contextlib.ExitStack() as opened:
+        try:
+            self._check_leftover_wal(adopt)
+            db = self.connect("rwc")
             try:
-                self._check_leftover_wal(adopt)
-                writer = opened.enter_context(contextlib.closing(self.connect("rwc")))
-                self.prepare_writer(writer, adopt)
-                reader = opened.enter_context(contextlib.closing(self.connect("ro")))
-                run_own(reader, "SELECT 1 FROM mizusync_format")  # opens the WAL
+                self._prepare(db, adopt)
                 self._stat = os.stat(self.path)
-            except (sqlite3.Error, StoreRefused, OSError) as error:
-                cause = error.__cause__ or error
-                advice = OPENING_ADVICE.get(primary_code(cause), "")
-                raise StoreError(
-                    f"the database {self.path} can't be used ({cause}){advice}"
-                ) from error
-            opened.pop_all()  # both stay open
-            return writer, reader
+            except BaseException:
+                db.close()
+                raise
+        except (sqlite3.Error, StoreRefused, OSError) as error:
+            cause = error.__cause__ or error
+            advice = OPENING_ADVICE.get(primary_code(cause), "")
+            raise StoreError(
+                f"the database {self.path} can't be used ({cause}){advice}"
+            ) from error
+        # From here on, Python begins a transaction before an INSERT, UPDATE or DELETE
+        # outside of one. The engine has none, and the guard refuses the BEGIN: that
+        # stops an application that goes on after its transaction was rolled back.
+        db.isolation_level = "DEFERRED"
+        return db
 
+    @refusals()
     def connect(self, mode: str) -> GuardedConnection:
         """Return a connection: "ro" reads, "rw" writes, "rwc" may create the file."""
-        return GuardedConnection(self.path, mode, self._busy_timeout)
+        return GuardedConnection(self.path, mode, self.busy_timeout)
 
-    def prepare_writer(self, db: GuardedConnection, adopt: bool = False) -> None:
+    def _prepare(self, db: GuardedConnection, adopt: bool) -> None:
         """Make sure that the log and the application's tables exist."""
         run_own(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
         run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
-        if not self._has_log(db, adopt):
-            self._create_log(db, adopt)
-        execute_with_retry(db, "PRAGMA journal_mode = WAL", self._busy_timeout)
-        run_own(db, "PRAGMA busy_timeout = 0")  # execute_with_retry() waits instead
-        self._check_permission(db)
-        self._run_schema(db)
-
-    def _create_log(self, db: GuardedConnection, adopt: bool) -> None:
-        """Create the log's tables, unless another process has just done so."""
-        run_own(db, "PRAGMA busy_timeout = 0")  # execute_with_retry() waits instead
-        execute_with_retry(db, "BEGIN IMMEDIATE", self._busy_timeout)
-        # If the file is not in WAL mode yet, COMMIT has to wait for its readers.
-        run_own(db, f"PRAGMA busy_timeout = {int(self._busy_timeout * 1000)}")
-        with db:  # commits, or rolls back
-            if not self._has_log(db, adopt):
-                if not run_own(db, "SELECT 1 FROM sqlite_master"):
-                    # An adopted file keeps the id of its application.
+        has_log = self._has_log(db, adopt)
+        run_own(db, "PRAGMA busy_timeout = 0")  # run_with_retry() waits instead
+        run_with_retry(db, "PRAGMA journal_mode = WAL", self.busy_timeout)
+        if not has_log:
+            run_with_retry(db, "BEGIN IMMEDIATE", self.busy_timeout)
+            if not self._has_log(db, adopt):  # else another process has just created it
+                if not adopt:  # an adopted file keeps the id of its application
                     run_own(db, f"PRAGMA application_id = {APPLICATION_ID}")
-                for statement in LOG_SCHEMA.split(";")[:-1]:
+                for statement in LOG_SCHEMA.split(";"):
                     run_own(db, statement)
-                self.created_log = True
+            run_own(db, "COMMIT")
+        with contextlib.suppress(StoreRefused):  # another process may hold the lock
+            # This fails if SQLite has silently opened the file read-only.
+            run_own(db, "DELETE FROM mizusync_format WHERE false")
+        try:
+            # Each statement commits by itself, unless there are BEGIN and COMMIT.
+            run_with_retry(db, self._schema, self.busy_timeout)
+            db.commit()  # the schema's transaction, if it has left one open
+        except (sqlite3.Error, ValueError) as error:  # ValueError: a NUL, for example
+            reason = str(error)
+            if primary_code(error) == sqlite3.SQLITE_AUTH:
+                reason = "TEMP tables, views and triggers could shadow the log's"
+            raise StoreError(
+                f"the schema for {self.path} can't be run: {reason}"
+            ) from error
 
     # -- against files of other programs
 
@@ -1337,65 +1281,7 @@ class DatabaseFile:
         with contextlib.closing(self.connect("ro")) as db:
             self._has_log(db, adopt)
 
-    # -- against mistakes in the application's schema
-
-    def _run_schema(self, db: GuardedConnection) -> None:
-        """Run the application's schema. Raise StoreError, with the reason.
-
-        What stands between two PRAGMAs is one transaction. A PRAGMA runs by itself,
-        because many do nothing, or fail, inside a transaction.
-        """
-        try:
-            statements = list(split_statements(self._schema))
-            for word in map(first_word, statements):
-                if word in ("BEGIN", "COMMIT", "END", "ROLLBACK"):
-                    raise StoreError(
-                        f"the schema for {self.path} can't be run: it is a transaction "
-                        f"by itself, so leave out {word}"
-                    )
-            for are_pragmas, group in itertools.groupby(statements, is_pragma):
-                if are_pragmas:
-                    for pragma in group:
-                        execute_with_retry(db, pragma, self._busy_timeout)
-                else:
-                    self._run_together(db, list(group))
-        except (sqlite3.Error, ValueError) as error:  # ValueError: a NUL, for example
-            reason = str(error)
-            if primary_code(error) == sqlite3.SQLITE_AUTH:
-                reason += ": TEMP tables, views and triggers could shadow the log's"
-            raise StoreError(
-                f"the schema for {self.path} can't be run: {reason}"
-            ) from error
-
-    def _run_together(self, db: GuardedConnection, statements: Sequence[str]) -> None:
-        """Run statements in one transaction; lock only if one of them writes.
-
-        IF NOT EXISTS writes nothing, so a second process opens beside a busy writer.
-        """
-        try:
-            self._run_after("BEGIN", db, statements)
-        except StoreRefused as refusal:
-            if not is_busy(refusal):
-                raise
-            self._run_after("BEGIN IMMEDIATE", db, statements)
-
-    def _run_after(
-        self, begin: str, db: GuardedConnection, statements: Sequence[str]
-    ) -> None:
-        execute_with_retry(db, begin, self._busy_timeout)
-        with db:  # commits, or rolls back
-            for statement in statements:
-                run_own(db, statement)
-
-    # -- against files that can't be written, or are gone
-
-    def _check_permission(self, db: GuardedConnection) -> None:
-        """Raise StoreRefused if SQLite has silently opened the file read-only."""
-        try:
-            run_own(db, "DELETE FROM mizusync_format WHERE false")  # writes nothing
-        except StoreRefused as refusal:
-            if not is_busy(refusal):  # another process's lock says nothing of this one
-                raise
+    # -- against a file that is gone
 
     def check(self) -> None:
         """Raise StoreRefused if the file was removed or replaced.
@@ -1409,7 +1295,7 @@ class DatabaseFile:
         raise StoreRefused(f"{self.path} was removed or replaced: restart the server")
 
 
-# Against files that can't be opened, and paths at which no log can be kept.
+# -- against files that can't be opened, and paths at which no log can be kept
 
 OPENING_ADVICE = {
     sqlite3.SQLITE_BUSY: ": another process holds its lock",
@@ -1420,6 +1306,7 @@ OPENING_ADVICE = {
         "and to the folder"
     ),
 }
+MOUNTS = "/proc/self/mountinfo"  # on Linux alone
 
 
 def check_path(path: StrPath) -> None:
@@ -1429,12 +1316,6 @@ def check_path(path: StrPath) -> None:
         raise StoreError(f"the log needs SQLite 3.31 or newer, and this is {found}")
     if os.fspath(path) in ("", ":memory:"):
         raise StoreError("the log needs a file: name one")
-    try:
-        can_exist = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:  # the file system's encoding lacks a character
-        can_exist = False
-    if not can_exist:
-        raise StoreError(f"no file can be named {os.fspath(path)!r}")
     if is_mount_point(os.path.realpath(path)):
         # In a container, the -wal beside the file would stay outside of the mount.
         raise StoreError(
@@ -1444,65 +1325,17 @@ def check_path(path: StrPath) -> None:
 
 
 def is_mount_point(path: str) -> bool:
-    """Return whether a file is mounted by itself, if the system can tell (Linux).
+    """Return whether a file is mounted by itself, if the system can tell.
 
     os.path.ismount compares devices, and misses a file of the same file system.
     """
+    # The mount point is the fifth field, with these characters in octal (proc(5)).
+    name = re.sub(rb"[ \t\n\\]", lambda c: b"\\%03o" % ord(c[0]), os.fsencode(path))
     try:
-        with open("/proc/self/mountinfo", "rb") as mountinfo:
-            return os.fsencode(path) in mount_points(mountinfo.read())
+        with open(MOUNTS, "rb") as mounts:
+            return any(mount.split(b" ")[4] == name for mount in mounts)
     except OSError:
         return False
-
-
-def mount_points(mountinfo: bytes) -> set[bytes]:
-    """Return the mount points in the content of /proc/self/mountinfo.
-
-    They are the fifth field, with blanks and backslashes as octal escapes (proc(5)).
-    """
-
-    def unescape(code: re.Match[bytes]) -> bytes:
-        return bytes([int(code[1], 8)])
-
-    found = set()
-    for line in mountinfo.split(b"\n"):
-        fields = line.split(b" ")
-        if len(fields) > 4:
-            found.add(re.sub(rb"\\([0-3][0-7]{2})", unescape, fields[4]))
-    return found
-
-
-# Against mistakes in the application's schema: the text of its statements.
-
-# Blanks and comments, and then the first word.
-_FIRST_WORD = re.compile(r"(?:\s|--[^\n]*+|/\*.*?\*/)*+(\w*)", re.DOTALL)
-
-
-def first_word(statement: str) -> str:
-    """Return the first word of an SQL statement, in capitals, or ""."""
-    match = _FIRST_WORD.match(statement)
-    return match[1].upper() if match else ""
-
-
-def is_pragma(statement: str) -> bool:
-    """Return whether an SQL statement is a PRAGMA."""
-    return first_word(statement) == "PRAGMA"
-
-
-def split_statements(script: str) -> Iterator[str]:
-    """Yield the statements of an SQL script; the last one may lack its semicolon.
-
-    A semicolon in a string, a comment or the body of a trigger ends no statement.
-    """
-    start = 0
-    for semicolon in re.finditer(";", script):
-        statement = script[start : semicolon.end()]
-        if sqlite3.complete_statement(statement):
-            yield statement
-            start = semicolon.end()
-    rest = script[start:]
-    if rest.strip():
-        yield rest
 
 
 # --- SQLite ---------------------------------------------------------------------------
@@ -1535,26 +1368,20 @@ class SQLiteStore(Store):
         busy_timeout: float = 5.0,
     ) -> None:
         self._file = DatabaseFile(path, schema, busy_timeout)
-        self._busy_timeout = busy_timeout
-        # Each is None once it is closed; the next transaction opens _write_db again.
-        self._write_db: GuardedConnection | None
-        self._position_db: GuardedConnection | None
-        self._write_db, self._position_db = self._file.open(adopt)
-        # The first commit of each opening begins an epoch. A log that this process has
-        # created has its first one.
-        self._epoch_is_due = not self._file.created_log
-        # The newest position that this process has noted. If the log has not issued it
-        # any more, a backup was restored: see _see().
-        self._seen = self.read_position(self._position_db)
-        self._seen_lock = threading.Lock()
-        self._position_lock = threading.Lock()
-        # The data_version that was read last, and the position at that time.
-        self._latest: tuple[int, Position] | None = None
+        # None after a rollback that failed: the next transaction opens it again.
+        self._write_db: GuardedConnection | None = self._file.open(adopt)
+        self._position_db: GuardedConnection | None = self._file.connect("ro")
+        self._position_lock = threading.Lock()  # over the next three, and _position_db
+        self._latest = NO_POSITION
+        self._latest_version: int | None = None  # the data_version that belongs to it
+        # The newest position that this process has read or written: clients may have
+        # it. If the log does not continue it, the next commit begins an epoch.
+        self._seen = NO_POSITION
         self._idle: list[GuardedConnection] = []  # connections of readers
         self._read_barrier = threading.Lock()  # while it is held, no read begins
         self._wal_limit = MAX_WAL
         self._next_wal_check = 0.0
-        self._write_version = self._read_data_version(self._write_db)
+        self._write_version: int | None = None  # the writer's data_version
         self._warns_of_others = has_wal_reset_bug(sqlite3.sqlite_version_info)
 
     # -- reading
@@ -1571,12 +1398,7 @@ class SQLiteStore(Store):
         """
         return Position(*run_own(db, sql)[0])
 
-    def read_changes(
-        self,
-        db: Any,
-        scope: str,
-        after: int,
-    ) -> Iterator[Row]:
+    def read_changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
         """Yield rows as SQLite finds them: a reader stops when its page is full."""
         sql = """
             SELECT * FROM mizusync_changes
@@ -1589,22 +1411,24 @@ class SQLiteStore(Store):
     def latest(self) -> Position:
         """Return the position after the newest commit, whichever process made it."""
         with self._position_lock:
-            if self._position_db is None:
+            db = self._position_db
+            if db is None:
                 raise StoreRefused("the database is closed")
             # A commit of any other connection changes the version, which costs half as
             # much to read as the position.
-            version = self._read_data_version(self._position_db)
-            if self._latest is None or self._latest[0] != version:
-                self._latest = (version, self.read_position(self._position_db))
-                self._see(self._position_db, self._latest[1])
-            return self._latest[1]
+            version = self._read_data_version(db)
+            if version != self._latest_version:
+                self._latest = self.read_position(db)
+                if self._continues_seen(db):
+                    self._seen = self._latest
+                self._latest_version = version
+            return self._latest
 
     def _read_data_version(self, db: GuardedConnection) -> int:
         # https://sqlite.org/pragma.html#pragma_data_version
-        version: int = run_own(db, "PRAGMA data_version")[0][0]
+        version: int = self.run_scalar(db, "PRAGMA data_version")
         return version
 
-    @refusals()
     def read(self, work: Callable[[Any], T]) -> T:
         """Return `work(db)`, run on a reading connection that sees one moment."""
         self._file.check()
@@ -1616,16 +1440,9 @@ class SQLiteStore(Store):
             db = self._file.connect("ro")
         try:
             result = db.run_guarded(work)
-        except SyncError as error:
-            if isinstance(error, StoreRefused):
-                db.close()
-            else:
-                self._idle.append(db)  # a refusal such as cursor_too_old, and no fault
-            raise
         except BaseException as error:
             db.close()  # its state is unknown
-            # The plain code alone: SQLITE_READONLY_RECOVERY, say, is the disk's.
-            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY:
+            if primary_code(error) == sqlite3.SQLITE_READONLY:
                 raise RuntimeError("only apply may write to the database") from error
             raise
         self._idle.append(db)
@@ -1633,18 +1450,16 @@ class SQLiteStore(Store):
 
     # -- writing
 
-    @refusals()
     def begin(self) -> tuple[Any, Position]:
         """Begin a transaction. Its position is read under the write lock."""
         self._file.check()
         if self._write_db is None:
-            self._write_db = self._reconnect()
+            self._write_db = self._file.open()
+            self._write_version = None
         db = self._write_db
-        execute_with_retry(db, "BEGIN IMMEDIATE", self._busy_timeout)
+        run_with_retry(db, "BEGIN IMMEDIATE", self._file.busy_timeout)
         self._warn_of_others(db)
-        position = self.read_position(db)
-        self._see(db, position)
-        return db, position
+        return db, self.read_position(db)
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
         assert self._write_db is not None
@@ -1655,25 +1470,34 @@ class SQLiteStore(Store):
         """Append to the log and commit. COMMIT returns when the disk has it all."""
         db = self._write_db
         assert db is not None
-        if self._epoch_is_due:
+        with self._position_lock:
+            begins_epoch = not self._continues_seen(db)
+        if begins_epoch:
             sql = """
                 INSERT INTO mizusync_epochs (epoch, start)
                 SELECT hex(randomblob(9)), seq FROM sqlite_sequence
                 WHERE name = 'mizusync_changes'
             """
             run_own(db, sql)  # before the rows: it starts at the head of begin()
-        insert = functools.partial(sqlite3.Connection.executemany, db)
-        insert(f"{OWN_STATEMENT}INSERT INTO mizusync_changes VALUES (?,?,?,?,?)", rows)
-        insert(f"{OWN_STATEMENT}INSERT INTO mizusync_mutations VALUES (?,?,?,?)", marks)
+        sql = "INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)"
+        db.executemany(OWN_STATEMENT + sql, rows)
+        sql = "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)"
+        db.executemany(OWN_STATEMENT + sql, marks)
         position = self.read_position(db)
         run_own(db, "COMMIT")
-        with self._seen_lock:
-            self._epoch_is_due = False
-            # Another process may have committed since, and latest() noted that.
-            if position.head >= self._seen.head:
+        with self._position_lock:
+            # Another process may have committed since, and latest() has seen that.
+            if begins_epoch or position.head > self._seen.head:
                 self._seen = position
         self._limit_wal(db)
         return position
+
+    def _continues_seen(self, db: Any) -> bool:
+        """Return whether the log has issued what this process has seen.
+
+        Otherwise a backup was restored, or this process has seen nothing yet.
+        """
+        return self.has_issued(db, self._seen.epoch, self._seen.head)
 
     def rollback(self) -> None:
         """End the transaction, if there is one. What can't be rolled back is closed."""
@@ -1681,30 +1505,15 @@ class SQLiteStore(Store):
         if db is None:
             return
         try:
-            if db.in_transaction:
-                run_own(db, "ROLLBACK")
-        except (sqlite3.Error, StoreRefused):
+            db.rollback()
+        except sqlite3.Error:
             log_error(store_log, "a rollback failed: the next transaction reconnects")
             self._write_db = None
             with contextlib.suppress(sqlite3.Error):
                 db.close()
 
-    def _reconnect(self) -> GuardedConnection:
-        """Open the writer's connection again, after a rollback that failed."""
-        db = self._file.connect("rw")
-        try:
-            self._file.prepare_writer(db)
-        except BaseException:
-            db.close()
-            raise
-        self._write_version = self._read_data_version(db)
-        return db
-
     def close(self) -> None:
-        """Close every connection, and write the WAL into the file if possible."""
-        if self._write_db is not None:
-            with contextlib.suppress(sqlite3.Error, StoreRefused):  # a reader holds it
-                run_own(self._write_db, "PRAGMA wal_checkpoint(TRUNCATE)")
+        """Close every connection. The last one writes the WAL into the file."""
         with self._position_lock:
             for db in (*self._idle, self._position_db, self._write_db):
                 if db is not None:
@@ -1721,51 +1530,31 @@ class SQLiteStore(Store):
             sizes["wal_bytes"] = os.path.getsize(self._file.wal_path)
         return sizes
 
-    # -- against backups that are restored under a running server
-
-    def _see(self, db: GuardedConnection, position: Position) -> None:
-        """Note a position. An epoch is due if the history is another one than before.
-
-        If this process saw (A, 100), and the log in the file has not issued that, then
-        another copy was restored. An epoch stays due until a commit has begun it.
-        """
-        with self._seen_lock:
-            if position != self._seen:
-                if not self.has_issued(db, self._seen.epoch, self._seen.head):
-                    self._epoch_is_due = True
-                    self._seen = position
-                elif position.head >= self._seen.head:  # otherwise it is noted late
-                    self._seen = position
-
     # -- against a WAL that grows
 
     def _limit_wal(self, db: GuardedConnection) -> None:
-        """Measure the WAL from time to time, and reset it if it is large."""
+        """Measure the WAL from time to time, and reset it if it is large.
+
+        Reads that overlap without a gap would let it grow without bound
+        (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files). So block new
+        reads until the current ones finish. Pushes wait for this as well, up to a
+        second. If a read takes longer, the next try comes when the WAL has grown by
+        another MAX_WAL.
+        """
         now = time.monotonic()
         if now < self._next_wal_check:
             return
         self._next_wal_check = now + WAL_CHECK_INTERVAL
         with contextlib.suppress(OSError, sqlite3.Error, StoreRefused):
-            if os.path.getsize(self._file.wal_path) > self._wal_limit:
-                self._reset_wal(db)
-
-    def _reset_wal(self, db: GuardedConnection) -> None:
-        """Block new reads until the current ones finish; let SQLite reset the WAL.
-
-        Reads that overlap without a gap would let it grow without bound
-        (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files). Pushes wait
-        for this as well, up to a second. If a read takes longer, the next try comes
-        when the WAL has grown by another MAX_WAL.
-        """
-        deadline = time.monotonic() + 1
-        self._wal_limit += MAX_WAL
-        with self._read_barrier:
-            while time.monotonic() < deadline:
-                busy = self.run_scalar(db, "PRAGMA wal_checkpoint(TRUNCATE)")
-                if not busy:
-                    self._wal_limit = MAX_WAL
-                    return
-                time.sleep(0.001)
+            if os.path.getsize(self._file.wal_path) <= self._wal_limit:
+                return
+            self._wal_limit += MAX_WAL
+            with self._read_barrier:
+                run_own(db, "PRAGMA busy_timeout = 1000")
+                is_busy = self.run_scalar(db, "PRAGMA wal_checkpoint(TRUNCATE)")
+                run_own(db, "PRAGMA busy_timeout = 0")
+            if not is_busy:
+                self._wal_limit = MAX_WAL
 
     # -- against other processes
 
@@ -1774,7 +1563,8 @@ class SQLiteStore(Store):
         if not self._warns_of_others:
             return
         # A connection's own commits do not change the version that it reads.
-        if self._read_data_version(db) != self._write_version:
+        version = self._read_data_version(db)
+        if self._write_version not in (None, version):
             self._warns_of_others = False
             store_log.warning(
                 "another process writes to %s, and SQLite %s may lose a commit then: "
@@ -1782,6 +1572,10 @@ class SQLiteStore(Store):
                 self._file.path,
                 sqlite3.sqlite_version,
             )
+        self._write_version = version
+
+
+NO_POSITION = Position(0, "", 0)  # no log has issued it: no epoch has an empty name
 
 
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
