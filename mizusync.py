@@ -408,8 +408,8 @@ def parse_json(raw: bytes, max_depth: int = 64, max_values: int = 100_000) -> An
         if b"\\u" in raw:
             encode_json(value).encode("utf-8")  # fails for half a surrogate pair
     except (ValueError, RecursionError) as error:
-        reason = str(error)[:200]
-        raise InvalidRequest(f"the JSON can't be read: {reason}") from None
+        sentence = f"the JSON can't be read: {error}"
+        raise InvalidRequest(sentence[:200]) from None
     return value
 
 
@@ -975,27 +975,6 @@ def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
     return rows.fetchall()
 
 
-def run_with_retry(db: sqlite3.Connection, script: str, timeout: float) -> None:
-    """Run a script; while another process holds the lock, roll back and try again.
-
-    SQLite's own busy handler sleeps up to 100 ms between two tries: beside a busy
-    writer of another process it might never get the lock. And PRAGMA journal_mode does
-    not ask the busy handler at all.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            with refusals():
-                db.executescript(script)
-            return
-        except StoreRefused as refusal:
-            db.rollback()
-            is_locked = primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
-            if not is_locked or time.monotonic() > deadline:
-                raise
-        time.sleep(0.0002)
-
-
 class GuardedConnection(sqlite3.Connection):
     """A connection that runs application code under a savepoint, and restricts it."""
 
@@ -1010,6 +989,7 @@ class GuardedConnection(sqlite3.Connection):
             isolation_level=None,  # only an explicit BEGIN begins a transaction
             check_same_thread=False,  # any thread may use it, one at a time
         )
+        self._timeout = timeout
         self._guarded = False  # application code has the connection
         self._cursors = weakref.WeakSet[sqlite3.Cursor]()  # of the application
         super().set_authorizer(self._authorize)
@@ -1054,8 +1034,28 @@ class GuardedConnection(sqlite3.Connection):
             # The savepoint is gone: SQLite or the application rolled everything back.
             raise StoreRefused("the transaction was rolled back") from error
 
-    def cursor(self, factory: Any = sqlite3.Cursor) -> Any:
-        cursor = super().cursor(factory)
+    def run_with_retry(self, script: str) -> None:
+        """Run a script; while another process holds the lock, roll back and try again.
+
+        SQLite's own busy handler sleeps up to 100 ms between two tries: beside a busy
+        writer of another process it might never get the lock. And PRAGMA journal_mode
+        does not ask the busy handler at all.
+        """
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                with refusals():
+                    self.executescript(script)
+                return
+            except StoreRefused as refusal:
+                self.rollback()
+                is_locked = primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
+                if not is_locked or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.0002)
+
+    def cursor(self, *factory: Any) -> Any:
+        cursor = super().cursor(*factory)
         self._cursors.add(cursor)
         return cursor
 
@@ -1163,28 +1163,28 @@ class DatabaseFile:
     """The SQLite file of a log, with the application's own tables in it.
 
     `schema` is the application's, and runs whenever a connection that writes is opened.
+    `adopt` adds the log to a database that an application already has.
     `busy_timeout` (seconds) limits how long a statement waits for another process.
     """
 
-    def __init__(self, path: StrPath, schema: str, busy_timeout: float) -> None:
+    def __init__(
+        self, path: StrPath, schema: str, adopt: bool, busy_timeout: float
+    ) -> None:
         check_path(path)
         self.path = os.path.abspath(path)
         # SQLite follows a symbolic link, and puts the WAL beside the file itself.
         self.wal_path = f"{os.path.realpath(self.path)}-wal"
-        self.busy_timeout = busy_timeout
         self._schema = schema
+        self._adopt = adopt
+        self._busy_timeout = busy_timeout
 
-    def open(self, adopt: bool = False) -> GuardedConnection:
-        """Return a connection that writes, and create what is missing.
-
-        `adopt` adds the log to a database that an application already has. Raise
-        StoreError.
-        """
+    def open(self) -> GuardedConnection:
+        """Return a connection that writes; create what is missing. Raise StoreError."""
         try:
-            self._check_leftover_wal(adopt)
+            self._check_leftover_wal()
             db = self.connect("rwc")
             try:
-                self._prepare(db, adopt)
+                self._prepare(db)
                 self._stat = os.stat(self.path)
             except BaseException:
                 db.close()
@@ -1204,19 +1204,19 @@ class DatabaseFile:
     @refusals()
     def connect(self, mode: str) -> GuardedConnection:
         """Return a connection: "ro" reads, "rw" writes, "rwc" may create the file."""
-        return GuardedConnection(self.path, mode, self.busy_timeout)
+        return GuardedConnection(self.path, mode, self._busy_timeout)
 
-    def _prepare(self, db: GuardedConnection, adopt: bool) -> None:
+    def _prepare(self, db: GuardedConnection) -> None:
         """Make sure that the log and the application's tables exist."""
         run_own(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
         run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
-        has_log = self._has_log(db, adopt)
-        run_own(db, "PRAGMA busy_timeout = 0")  # run_with_retry() waits instead
-        run_with_retry(db, "PRAGMA journal_mode = WAL", self.busy_timeout)
+        has_log = self._has_log(db)
+        run_own(db, "PRAGMA busy_timeout = 0")  # run_with_retry waits instead
+        db.run_with_retry("PRAGMA journal_mode = WAL")
         if not has_log:
-            run_with_retry(db, "BEGIN IMMEDIATE", self.busy_timeout)
-            if not self._has_log(db, adopt):  # else another process has just created it
-                if not adopt:  # an adopted file keeps the id of its application
+            db.run_with_retry("BEGIN IMMEDIATE")
+            if not self._has_log(db):  # else another process has just created it
+                if not self._adopt:  # an adopted file keeps the id of its application
                     run_own(db, f"PRAGMA application_id = {APPLICATION_ID}")
                 for statement in LOG_SCHEMA.split(";"):
                     run_own(db, statement)
@@ -1226,7 +1226,7 @@ class DatabaseFile:
             run_own(db, "DELETE FROM mizusync_format WHERE false")
         try:
             # Each statement commits by itself, unless there are BEGIN and COMMIT.
-            run_with_retry(db, self._schema, self.busy_timeout)
+            db.run_with_retry(self._schema)
             db.commit()  # the schema's transaction, if it has left one open
         except (sqlite3.Error, ValueError) as error:  # ValueError: a NUL, for example
             reason = str(error)
@@ -1238,7 +1238,7 @@ class DatabaseFile:
 
     # -- against files of other programs
 
-    def _has_log(self, db: GuardedConnection, adopt: bool) -> bool:
+    def _has_log(self, db: GuardedConnection) -> bool:
         """Return whether the log exists. Raise StoreError for an unfit file."""
         encoding = run_own(db, "PRAGMA encoding")[0][0]
         if encoding != "UTF-8":
@@ -1258,15 +1258,15 @@ class DatabaseFile:
                 )
             return True
         application_id = run_own(db, "PRAGMA application_id")[0][0]
-        is_foreign = application_id not in (0, APPLICATION_ID)
-        if (objects or is_foreign) and not adopt:
+        is_ours = not objects and application_id in (0, APPLICATION_ID)
+        if not is_ours and not self._adopt:
             raise StoreError(
                 f"the database {self.path} belongs to another program: "
                 "name another file, or open it with adopt=True to add the log to it"
             )
         return False
 
-    def _check_leftover_wal(self, adopt: bool) -> None:
+    def _check_leftover_wal(self) -> None:
         """Refuse a WAL without its database, or of another program.
 
         A crash leaves a WAL, and SQLite would merge it as soon as it opens the file.
@@ -1279,7 +1279,7 @@ class DatabaseFile:
                 "back; or, to begin anew, remove its -wal and -shm as well"
             )
         with contextlib.closing(self.connect("ro")) as db:
-            self._has_log(db, adopt)
+            self._has_log(db)
 
     # -- against a file that is gone
 
@@ -1367,9 +1367,9 @@ class SQLiteStore(Store):
         adopt: bool = False,
         busy_timeout: float = 5.0,
     ) -> None:
-        self._file = DatabaseFile(path, schema, busy_timeout)
+        self._file = DatabaseFile(path, schema, adopt, busy_timeout)
         # None after a rollback that failed: the next transaction opens it again.
-        self._write_db: GuardedConnection | None = self._file.open(adopt)
+        self._write_db: GuardedConnection | None = self._file.open()
         self._position_db: GuardedConnection | None = self._file.connect("ro")
         self._position_lock = threading.Lock()  # over the next three, and _position_db
         self._latest = NO_POSITION
@@ -1405,8 +1405,7 @@ class SQLiteStore(Store):
             WHERE scope = ? AND cursor > ? ORDER BY cursor
         """
         rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, (scope, after))
-        with contextlib.closing(rows):
-            yield from map(Row._make, rows)
+        yield from map(Row._make, rows)
 
     def latest(self) -> Position:
         """Return the position after the newest commit, whichever process made it."""
@@ -1415,19 +1414,15 @@ class SQLiteStore(Store):
             if db is None:
                 raise StoreRefused("the database is closed")
             # A commit of any other connection changes the version, which costs half as
-            # much to read as the position.
-            version = self._read_data_version(db)
+            # much to read as the position
+            # (https://sqlite.org/pragma.html#pragma_data_version).
+            version = self.run_scalar(db, "PRAGMA data_version")
             if version != self._latest_version:
                 self._latest = self.read_position(db)
                 if self._continues_seen(db):
                     self._seen = self._latest
                 self._latest_version = version
             return self._latest
-
-    def _read_data_version(self, db: GuardedConnection) -> int:
-        # https://sqlite.org/pragma.html#pragma_data_version
-        version: int = self.run_scalar(db, "PRAGMA data_version")
-        return version
 
     def read(self, work: Callable[[Any], T]) -> T:
         """Return `work(db)`, run on a reading connection that sees one moment."""
@@ -1457,7 +1452,7 @@ class SQLiteStore(Store):
             self._write_db = self._file.open()
             self._write_version = None
         db = self._write_db
-        run_with_retry(db, "BEGIN IMMEDIATE", self._file.busy_timeout)
+        db.run_with_retry("BEGIN IMMEDIATE")
         self._warn_of_others(db)
         return db, self.read_position(db)
 
@@ -1518,9 +1513,7 @@ class SQLiteStore(Store):
             for db in (*self._idle, self._position_db, self._write_db):
                 if db is not None:
                     db.close()
-            self._idle = []
             self._position_db = None
-            self._write_db = None
 
     def stats(self) -> dict[str, int]:
         """Return the sizes of the file and of its WAL (bytes)."""
@@ -1563,7 +1556,7 @@ class SQLiteStore(Store):
         if not self._warns_of_others:
             return
         # A connection's own commits do not change the version that it reads.
-        version = self._read_data_version(db)
+        version = self.run_scalar(db, "PRAGMA data_version")
         if self._write_version not in (None, version):
             self._warns_of_others = False
             store_log.warning(
