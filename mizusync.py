@@ -255,10 +255,10 @@ class Settings:
             if type(value) is not int and (is_whole or type(value) is not float):
                 raise TypeError(setting)
             largest = LARGEST.get(field.name, 10**15)
-            is_zero = value == 0 and field.name not in MAY_BE_ZERO
-            if is_zero or not 0 <= value <= largest:  # NaN compares with nothing
-                rule = "0 or more" if field.name in MAY_BE_ZERO else "above 0"
-                raise ValueError(f"{setting}, {rule}, at most {largest:,}")
+            least = "0 or more" if field.name in MAY_BE_ZERO else "above 0"
+            is_wrong_zero = value == 0 and least == "above 0"
+            if is_wrong_zero or not 0 <= value <= largest:  # NaN is not in any range
+                raise ValueError(f"{setting}, {least}, at most {largest:,}")
 
 
 # --- Errors ---------------------------------------------------------------------------
@@ -351,10 +351,7 @@ class HTTPError(SyncError):
     }  # fmt: skip
 
     def __init__(
-        self,
-        status: int,
-        sentence: str,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, sentence: str, headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(sentence)
         self.status = status
@@ -943,7 +940,6 @@ OWN_STATEMENT = "/* mizusync */ "
 REFUSAL_CODES = (
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_NOMEM,
     sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_PROTOCOL,
@@ -978,6 +974,7 @@ def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
 class GuardedConnection(sqlite3.Connection):
     """A connection that runs application code under a savepoint, and restricts it."""
 
+    @refusals()
     def __init__(self, path: str, mode: str, timeout: float) -> None:
         """Open the file; `mode` is "ro", "rw", or "rwc", which may create it."""
         # Quote every byte: a name need not be UTF-8, and in a URI //x is a host.
@@ -989,6 +986,7 @@ class GuardedConnection(sqlite3.Connection):
             isolation_level=None,  # only an explicit BEGIN begins a transaction
             check_same_thread=False,  # any thread may use it, one at a time
         )
+        self.path = path
         self._timeout = timeout
         self._guarded = False  # application code has the connection
         self._cursors = weakref.WeakSet[sqlite3.Cursor]()  # of the application
@@ -1065,16 +1063,9 @@ class GuardedConnection(sqlite3.Connection):
 
     # -- against an application that controls the transaction
 
-    def _authorize(
-        self,
-        action: int,
-        first: str | None,
-        second: str | None,
-        database: str | None,
-        trigger: str | None,
-    ) -> int:
-        """Allow or deny an action. Its first two names depend on the action."""
-        if action == sqlite3.SQLITE_INSERT and database == "temp":
+    def _authorize(self, action: int, *names: str | None) -> int:
+        """Allow or deny an action. The third name is the database's."""
+        if action == sqlite3.SQLITE_INSERT and names[2] == "temp":
             # Everything that is created in TEMP begins with an INSERT there. SQLite
             # looks up names in TEMP first, so a table or trigger there could shadow the
             # log's. Refuse it at any time, also in the application's schema.
@@ -1084,13 +1075,13 @@ class GuardedConnection(sqlite3.Connection):
         if not self.in_transaction:
             # SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If
             # `apply` goes on, each statement would commit by itself. (One that comes
-            # from the cache is stopped by Python's BEGIN: see DatabaseFile.open.)
+            # from the cache is stopped by Python's BEGIN: see open_database.)
             return sqlite3.SQLITE_DENY
         # Without a value, a PRAGMA only reads. Full-text search uses such ones.
-        is_reading = action == sqlite3.SQLITE_PRAGMA and second is None
+        is_reading = action == sqlite3.SQLITE_PRAGMA and names[1] is None
         if action in _CONTROL and not is_reading:
             return sqlite3.SQLITE_DENY
-        for name in (first, second):
+        for name in names:
             if name and name.lower().startswith(_OWN_NAMES):
                 return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK
@@ -1129,7 +1120,7 @@ FORMAT = 1  # of the tables below; a file with a higher one is refused
 APPLICATION_ID = 0x6D697A75
 
 # The columns stand in the order of Row and Mark. If you raise FORMAT, teach
-# DatabaseFile.open to bring an older file up to date.
+# prepare_database to bring an older file up to date.
 #
 #   changes    `first` is the cursor of the first change of the same mutation.
 #   mutations  The dedupe marks.
@@ -1159,140 +1150,113 @@ LOG_SCHEMA = f"""
 StrPath = str | os.PathLike[str]
 
 
-class DatabaseFile:
-    """The SQLite file of a log, with the application's own tables in it.
+def open_database(
+    path: str, schema: str, adopt: bool, timeout: float
+) -> GuardedConnection:
+    """Return a connection that writes; create what is missing. Raise StoreError.
 
-    `schema` is the application's, and runs whenever a connection that writes is opened.
-    `adopt` adds the log to a database that an application already has.
-    `busy_timeout` (seconds) limits how long a statement waits for another process.
+    `schema` is the application's, and `adopt` adds the log to a database that the
+    application already has. `timeout` (seconds) is for another process's lock.
     """
-
-    def __init__(
-        self, path: StrPath, schema: str, adopt: bool, busy_timeout: float
-    ) -> None:
-        check_path(path)
-        self.path = os.path.abspath(path)
-        # SQLite follows a symbolic link, and puts the WAL beside the file itself.
-        self.wal_path = f"{os.path.realpath(self.path)}-wal"
-        self._schema = schema
-        self._adopt = adopt
-        self._busy_timeout = busy_timeout
-
-    def open(self) -> GuardedConnection:
-        """Return a connection that writes; create what is missing. Raise StoreError."""
+    try:
+        check_leftover_wal(path, adopt)
+        db = GuardedConnection(path, "rwc", timeout)
         try:
-            self._check_leftover_wal()
-            db = self.connect("rwc")
-            try:
-                self._prepare(db)
-                self._stat = os.stat(self.path)
-            except BaseException:
-                db.close()
-                raise
-        except (sqlite3.Error, StoreRefused, OSError) as error:
-            cause = error.__cause__ or error
-            advice = OPENING_ADVICE.get(primary_code(cause), "")
-            raise StoreError(
-                f"the database {self.path} can't be used ({cause}){advice}"
-            ) from error
-        # From here on, Python begins a transaction before an INSERT, UPDATE or DELETE
-        # outside of one. The engine has none, and the guard refuses the BEGIN: that
-        # stops an application that goes on after its transaction was rolled back.
-        db.isolation_level = "DEFERRED"
-        return db
+            prepare_database(db, schema, adopt)
+        except BaseException:
+            db.close()
+            raise
+    except (sqlite3.Error, StoreRefused, OSError) as error:
+        cause = error.__cause__ or error
+        advice = OPENING_ADVICE.get(primary_code(cause), "")
+        sentence = f"the database {path} can't be used ({cause}){advice}"
+        raise StoreError(sentence) from error
+    # From here on, Python begins a transaction before an INSERT, UPDATE or DELETE
+    # outside of one. The engine has none, and the guard refuses the BEGIN: that stops
+    # an application that goes on after its transaction was rolled back.
+    db.isolation_level = "DEFERRED"
+    return db
 
-    @refusals()
-    def connect(self, mode: str) -> GuardedConnection:
-        """Return a connection: "ro" reads, "rw" writes, "rwc" may create the file."""
-        return GuardedConnection(self.path, mode, self._busy_timeout)
 
-    def _prepare(self, db: GuardedConnection) -> None:
-        """Make sure that the log and the application's tables exist."""
-        run_own(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
-        run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
-        has_log = self._has_log(db)
-        run_own(db, "PRAGMA busy_timeout = 0")  # run_with_retry waits instead
-        db.run_with_retry("PRAGMA journal_mode = WAL")
-        if not has_log:
-            db.run_with_retry("BEGIN IMMEDIATE")
-            if not self._has_log(db):  # else another process has just created it
-                if not self._adopt:  # an adopted file keeps the id of its application
-                    run_own(db, f"PRAGMA application_id = {APPLICATION_ID}")
-                for statement in LOG_SCHEMA.split(";"):
-                    run_own(db, statement)
-            run_own(db, "COMMIT")
-        with contextlib.suppress(StoreRefused):  # another process may hold the lock
-            # This fails if SQLite has silently opened the file read-only.
-            run_own(db, "DELETE FROM mizusync_format WHERE false")
-        try:
-            # Each statement commits by itself, unless there are BEGIN and COMMIT.
-            db.run_with_retry(self._schema)
-            db.commit()  # the schema's transaction, if it has left one open
-        except (sqlite3.Error, ValueError) as error:  # ValueError: a NUL, for example
-            reason = str(error)
-            if primary_code(error) == sqlite3.SQLITE_AUTH:
-                reason = "TEMP tables, views and triggers could shadow the log's"
-            raise StoreError(
-                f"the schema for {self.path} can't be run: {reason}"
-            ) from error
+def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
+    """Make sure that the log and the application's tables exist."""
+    run_own(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
+    run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
+    is_new = not has_log(db, adopt)
+    run_own(db, "PRAGMA busy_timeout = 0")  # run_with_retry waits instead
+    db.run_with_retry("PRAGMA journal_mode = WAL")
+    if is_new:
+        db.run_with_retry("BEGIN IMMEDIATE")
+        if not has_log(db, adopt):  # otherwise another process has just created it
+            if not adopt:  # an adopted file keeps the id of its application
+                run_own(db, f"PRAGMA application_id = {APPLICATION_ID}")
+            for statement in LOG_SCHEMA.split(";"):
+                run_own(db, statement)
+        run_own(db, "COMMIT")
+    with contextlib.suppress(StoreRefused):  # another process may hold the lock
+        # This fails if SQLite has silently opened the file read-only.
+        run_own(db, "DELETE FROM mizusync_format WHERE false")
+    try:
+        # Each statement commits by itself, unless there are BEGIN and COMMIT.
+        db.run_with_retry(schema)
+        db.commit()  # the schema's transaction, if it has left one open
+    except (sqlite3.Error, ValueError) as error:  # ValueError: a NUL, for example
+        reason = str(error)
+        if primary_code(error) == sqlite3.SQLITE_AUTH:
+            reason = "TEMP tables, views and triggers could shadow the log's"
+        sentence = f"the schema for {db.path} can't be run: {reason}"
+        raise StoreError(sentence) from error
 
-    # -- against files of other programs
 
-    def _has_log(self, db: GuardedConnection) -> bool:
-        """Return whether the log exists. Raise StoreError for an unfit file."""
-        encoding = run_own(db, "PRAGMA encoding")[0][0]
-        if encoding != "UTF-8":
-            # In UTF-16, SQLite stores U+FFFE and U+FFFF as U+FFFD: scopes would merge.
-            raise StoreError(
-                f"the database {self.path} is in {encoding}: the log needs UTF-8"
-            )
-        # One statement, because another process may be making the log right now.
-        sql = "SELECT count(*), max(name = 'mizusync_format') FROM sqlite_master"
-        objects, has_log = run_own(db, sql)[0]
-        if has_log:
-            format = run_own(db, "SELECT format FROM mizusync_format")[0][0]
-            if format > FORMAT:
-                raise StoreError(
-                    f"the database {self.path} has format {format}: "
-                    "use a newer mizusync"
-                )
-            return True
-        application_id = run_own(db, "PRAGMA application_id")[0][0]
-        is_ours = not objects and application_id in (0, APPLICATION_ID)
-        if not is_ours and not self._adopt:
-            raise StoreError(
-                f"the database {self.path} belongs to another program: "
-                "name another file, or open it with adopt=True to add the log to it"
-            )
-        return False
+def wal_path(path: str) -> str:
+    """Return the path of the WAL. It stands beside the file that a link leads to."""
+    return f"{os.path.realpath(path)}-wal"
 
-    def _check_leftover_wal(self) -> None:
-        """Refuse a WAL without its database, or of another program.
 
-        A crash leaves a WAL, and SQLite would merge it as soon as it opens the file.
-        """
-        if not os.path.exists(self.wal_path):
-            return
-        if not os.path.exists(self.path):
-            raise StoreError(
-                f"{self.wal_path} exists, and {self.path} does not: put the database "
-                "back; or, to begin anew, remove its -wal and -shm as well"
-            )
-        with contextlib.closing(self.connect("ro")) as db:
-            self._has_log(db)
+# -- against files of other programs
 
-    # -- against a file that is gone
 
-    def check(self) -> None:
-        """Raise StoreRefused if the file was removed or replaced.
+def has_log(db: GuardedConnection, adopt: bool) -> bool:
+    """Return whether the log exists. Raise StoreError for an unfit file."""
+    encoding = run_own(db, "PRAGMA encoding")[0][0]
+    if encoding != "UTF-8":
+        # In UTF-16, SQLite stores U+FFFE and U+FFFF as U+FFFD: scopes would merge.
+        sentence = f"the database {db.path} is in {encoding}: the log needs UTF-8"
+        raise StoreError(sentence)
+    # One statement, because another process may be making the log right now.
+    sql = "SELECT count(*), max(name = 'mizusync_format') FROM sqlite_master"
+    objects, log_exists = run_own(db, sql)[0]
+    if log_exists:
+        format = run_own(db, "SELECT format FROM mizusync_format")[0][0]
+        if format > FORMAT:
+            sentence = f"the database {db.path} has format {format}"
+            raise StoreError(f"{sentence}: use a newer mizusync")
+        return True
+    application_id = run_own(db, "PRAGMA application_id")[0][0]
+    is_ours = not objects and application_id in (0, APPLICATION_ID)
+    if not is_ours and not adopt:
+        raise StoreError(
+            f"the database {db.path} belongs to another program: "
+            "name another file, or open it with adopt=True to add the log to it"
+        )
+    return False
 
-        SQLite goes on writing into a file that no name leads to, and what it writes is
-        lost when the last process closes it.
-        """
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(self.path), self._stat):
-                return
-        raise StoreRefused(f"{self.path} was removed or replaced: restart the server")
+
+def check_leftover_wal(path: str, adopt: bool) -> None:
+    """Refuse a WAL without its database, or of another program.
+
+    A crash leaves a WAL, and SQLite would merge it as soon as it opens the file.
+    """
+    wal = wal_path(path)
+    if not os.path.exists(wal):
+        return
+    if not os.path.exists(path):
+        raise StoreError(
+            f"{wal} exists, and {path} does not: put the database "
+            "back; or, to begin anew, remove its -wal and -shm as well"
+        )
+    with contextlib.closing(GuardedConnection(path, "ro", 5.0)) as db:
+        has_log(db, adopt)
 
 
 # -- against files that can't be opened, and paths at which no log can be kept
@@ -1311,9 +1275,6 @@ MOUNTS = "/proc/self/mountinfo"  # on Linux alone
 
 def check_path(path: StrPath) -> None:
     """Raise StoreError for a path at which no log can be kept."""
-    if sqlite3.sqlite_version_info < (3, 31):
-        found = sqlite3.sqlite_version
-        raise StoreError(f"the log needs SQLite 3.31 or newer, and this is {found}")
     if os.fspath(path) in ("", ":memory:"):
         raise StoreError("the log needs a file: name one")
     if is_mount_point(os.path.realpath(path)):
@@ -1367,11 +1328,18 @@ class SQLiteStore(Store):
         adopt: bool = False,
         busy_timeout: float = 5.0,
     ) -> None:
-        self._file = DatabaseFile(path, schema, adopt, busy_timeout)
+        check_path(path)
+        self._path = os.path.abspath(path)
+        self._timeout = busy_timeout
+        self._open = functools.partial(
+            open_database, self._path, schema, adopt, busy_timeout
+        )
         # None after a rollback that failed: the next transaction opens it again.
-        self._write_db: GuardedConnection | None = self._file.open()
-        self._position_db: GuardedConnection | None = self._file.connect("ro")
-        self._position_lock = threading.Lock()  # over the next three, and _position_db
+        self._write_db: GuardedConnection | None = self._open()
+        self._stat = os.stat(self._path)
+        self._closed = False
+        self._position_db = GuardedConnection(self._path, "ro", busy_timeout)
+        self._position_lock = threading.Lock()  # over the next three, and those two
         self._latest = NO_POSITION
         self._latest_version: int | None = None  # the data_version that belongs to it
         # The newest position that this process has read or written: clients may have
@@ -1410,29 +1378,29 @@ class SQLiteStore(Store):
     def latest(self) -> Position:
         """Return the position after the newest commit, whichever process made it."""
         with self._position_lock:
-            db = self._position_db
-            if db is None:
+            if self._closed:
                 raise StoreRefused("the database is closed")
+            db = self._position_db
             # A commit of any other connection changes the version, which costs half as
             # much to read as the position
             # (https://sqlite.org/pragma.html#pragma_data_version).
             version = self.run_scalar(db, "PRAGMA data_version")
             if version != self._latest_version:
                 self._latest = self.read_position(db)
-                if self._continues_seen(db):
+                if self.has_issued(db, self._seen.epoch, self._seen.head):
                     self._seen = self._latest
                 self._latest_version = version
             return self._latest
 
     def read(self, work: Callable[[Any], T]) -> T:
         """Return `work(db)`, run on a reading connection that sees one moment."""
-        self._file.check()
+        self._check_file()
         with self._read_barrier:
             pass  # wait while the WAL is being reset
         try:
             db = self._idle.pop()
         except IndexError:
-            db = self._file.connect("ro")
+            db = GuardedConnection(self._path, "ro", self._timeout)
         try:
             result = db.run_guarded(work)
         except BaseException as error:
@@ -1447,9 +1415,9 @@ class SQLiteStore(Store):
 
     def begin(self) -> tuple[Any, Position]:
         """Begin a transaction. Its position is read under the write lock."""
-        self._file.check()
+        self._check_file()
         if self._write_db is None:
-            self._write_db = self._file.open()
+            self._write_db = self._open()
             self._write_version = None
         db = self._write_db
         db.run_with_retry("BEGIN IMMEDIATE")
@@ -1466,8 +1434,9 @@ class SQLiteStore(Store):
         db = self._write_db
         assert db is not None
         with self._position_lock:
-            begins_epoch = not self._continues_seen(db)
-        if begins_epoch:
+            seen = self._seen
+        continues_seen = self.has_issued(db, seen.epoch, seen.head)
+        if not continues_seen:
             sql = """
                 INSERT INTO mizusync_epochs (epoch, start)
                 SELECT hex(randomblob(9)), seq FROM sqlite_sequence
@@ -1482,17 +1451,10 @@ class SQLiteStore(Store):
         run_own(db, "COMMIT")
         with self._position_lock:
             # Another process may have committed since, and latest() has seen that.
-            if begins_epoch or position.head > self._seen.head:
+            if not continues_seen or position.head > self._seen.head:
                 self._seen = position
         self._limit_wal(db)
         return position
-
-    def _continues_seen(self, db: Any) -> bool:
-        """Return whether the log has issued what this process has seen.
-
-        Otherwise a backup was restored, or this process has seen nothing yet.
-        """
-        return self.has_issued(db, self._seen.epoch, self._seen.head)
 
     def rollback(self) -> None:
         """End the transaction, if there is one. What can't be rolled back is closed."""
@@ -1513,15 +1475,28 @@ class SQLiteStore(Store):
             for db in (*self._idle, self._position_db, self._write_db):
                 if db is not None:
                     db.close()
-            self._position_db = None
+            self._closed = True
 
     def stats(self) -> dict[str, int]:
         """Return the sizes of the file and of its WAL (bytes)."""
         sizes = {"database_bytes": 0, "wal_bytes": 0}
         with contextlib.suppress(OSError):  # the file may be gone
-            sizes["database_bytes"] = os.path.getsize(self._file.path)
-            sizes["wal_bytes"] = os.path.getsize(self._file.wal_path)
+            sizes["database_bytes"] = os.path.getsize(self._path)
+            sizes["wal_bytes"] = os.path.getsize(wal_path(self._path))
         return sizes
+
+    # -- against a file that is gone
+
+    def _check_file(self) -> None:
+        """Raise StoreRefused if the file was removed or replaced.
+
+        SQLite goes on writing into a file that no name leads to, and what it writes is
+        lost when the last process closes it.
+        """
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self._path), self._stat):
+                return
+        raise StoreRefused(f"{self._path} was removed or replaced: restart the server")
 
     # -- against a WAL that grows
 
@@ -1539,7 +1514,7 @@ class SQLiteStore(Store):
             return
         self._next_wal_check = now + WAL_CHECK_INTERVAL
         with contextlib.suppress(OSError, sqlite3.Error, StoreRefused):
-            if os.path.getsize(self._file.wal_path) <= self._wal_limit:
+            if os.path.getsize(wal_path(self._path)) <= self._wal_limit:
                 return
             self._wal_limit += MAX_WAL
             with self._read_barrier:
@@ -1562,7 +1537,7 @@ class SQLiteStore(Store):
             store_log.warning(
                 "another process writes to %s, and SQLite %s may lose a commit then: "
                 "use 3.51.3 or newer (https://sqlite.org/wal.html#walresetbug)",
-                self._file.path,
+                self._path,
                 sqlite3.sqlite_version,
             )
         self._write_version = version
