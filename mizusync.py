@@ -501,7 +501,9 @@ class Mutation:
     def __post_init__(self) -> None:
         for field, longest in LONGEST_NAMES.items():
             if not is_name(getattr(self, field), longest):
-                raise InvalidMutation(explain_name(field, longest))
+                raise InvalidMutation(
+                    f"the {field} has to be a string of 1 to {longest} characters"
+                )
 
     @classmethod
     def parse(cls, value: Any) -> Mutation:
@@ -680,15 +682,12 @@ def is_name(value: Any, longest: int) -> bool:
     return value.isascii() or not re.search("[\ud800-\udfff]", value)
 
 
-def explain_name(field: str, longest: int) -> str:
-    """Return a sentence that tells a client why is_name() refuses a value."""
-    return f"the {field} has to be a string of 1 to {longest} Unicode characters"
-
-
 def check_scope(value: Any) -> str:
     """Return the value if it can name a scope; raise InvalidRequest otherwise."""
     if not is_name(value, MAX_SCOPE):
-        raise InvalidRequest(explain_name("scope", MAX_SCOPE))
+        raise InvalidRequest(
+            f"the scope has to be a string of 1 to {MAX_SCOPE} characters"
+        )
     return str(value)
 
 
@@ -948,33 +947,30 @@ REFUSAL_CODES = (
 )
 
 
-def primary_code(error: BaseException | None) -> int:
+def primary_code(error: BaseException) -> int:
     """Return SQLite's primary result code; 0 for an error of the Python module."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Turn SQLite's refusals in the block into StoreRefused."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        if primary_code(error) in REFUSAL_CODES:
-            raise StoreRefused("the database refuses, for now") from error
-        raise
+def raise_refusal(error: BaseException) -> None:
+    """Raise StoreRefused if SQLite reports that something is in the way."""
+    if primary_code(error) in REFUSAL_CODES:
+        raise StoreRefused("the database refuses, for now") from error
 
 
-@refusals()
 def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
     """Run a statement of the engine's own; return all its rows. Raise StoreRefused."""
-    rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, parameters)
-    return rows.fetchall()
+    try:
+        rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, parameters)
+        return rows.fetchall()
+    except sqlite3.Error as error:
+        raise_refusal(error)
+        raise
 
 
 class GuardedConnection(sqlite3.Connection):
     """A connection that runs application code under a savepoint, and restricts it."""
 
-    @refusals()
     def __init__(self, path: str, mode: str, timeout: float) -> None:
         """Open the file; `mode` is "ro", "rw", or "rwc", which may create it."""
         # Quote every byte: a name need not be UTF-8, and in a URI //x is a host.
@@ -1002,10 +998,10 @@ class GuardedConnection(sqlite3.Connection):
         run_own(self, "SAVEPOINT mizusync_guard")
         self._guarded = True
         try:
-            with refusals():
-                result = work(self)
+            result = work(self)
         except BaseException as error:
             self._end_guard("ROLLBACK TO mizusync_guard", "RELEASE mizusync_guard")
+            raise_refusal(error)
             if primary_code(error) == sqlite3.SQLITE_AUTH:
                 error.add_note(GUARD_NOTE)
             raise
@@ -1042,13 +1038,13 @@ class GuardedConnection(sqlite3.Connection):
         deadline = time.monotonic() + self._timeout
         while True:
             try:
-                with refusals():
-                    self.executescript(script)
+                self.executescript(script)
                 return
-            except StoreRefused as refusal:
+            except sqlite3.Error as error:
                 self.rollback()
-                is_locked = primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
+                is_locked = primary_code(error) == sqlite3.SQLITE_BUSY
                 if not is_locked or time.monotonic() > deadline:
+                    raise_refusal(error)
                     raise
             time.sleep(0.0002)
 
@@ -1081,9 +1077,8 @@ class GuardedConnection(sqlite3.Connection):
         is_reading = action == sqlite3.SQLITE_PRAGMA and names[1] is None
         if action in _CONTROL and not is_reading:
             return sqlite3.SQLITE_DENY
-        for name in names:
-            if name and name.lower().startswith(_OWN_NAMES):
-                return sqlite3.SQLITE_DENY
+        if any(name.lower().startswith(_OWN_NAMES) for name in names if name):
+            return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK
 
     def set_authorizer(self, *callback: Any) -> None:
@@ -1428,7 +1423,6 @@ class SQLiteStore(Store):
         assert self._write_db is not None
         return self._write_db.run_guarded(work)
 
-    @refusals()
     def commit(self, rows: Sequence[Row], marks: Sequence[Mark]) -> Position:
         """Append to the log and commit. COMMIT returns when the disk has it all."""
         db = self._write_db
@@ -1443,10 +1437,14 @@ class SQLiteStore(Store):
                 WHERE name = 'mizusync_changes'
             """
             run_own(db, sql)  # before the rows: it starts at the head of begin()
-        sql = "INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)"
-        db.executemany(OWN_STATEMENT + sql, rows)
-        sql = "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)"
-        db.executemany(OWN_STATEMENT + sql, marks)
+        try:
+            sql = "INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)"
+            db.executemany(OWN_STATEMENT + sql, rows)
+            sql = "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)"
+            db.executemany(OWN_STATEMENT + sql, marks)
+        except sqlite3.Error as error:
+            raise_refusal(error)
+            raise
         position = self.read_position(db)
         run_own(db, "COMMIT")
         with self._position_lock:

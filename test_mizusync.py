@@ -1060,7 +1060,7 @@ def test_the_longest_id_name_and_scope_are_counted_in_code_points(
         "no id": ({"name": "n"}, "id", "string of 1 to 128"),
         "an id of null": ({"id": None, "name": "n"}, "id", "string of 1 to 128"),
         "a long id": ({"id": "x" * 129, "name": "n"}, "id", "1 to 128"),
-        "half a surrogate pair": ({"id": "\ud800", "name": "n"}, "id", "Unicode"),
+        "half a surrogate pair": ({"id": "\ud800", "name": "n"}, "id", "1 to 128"),
         "a number as a name": ({"id": "1", "name": 5}, "name", "string of 1 to 128"),
         "no name": ({"id": "1"}, "name", "string of 1 to 128"),
         "an empty scope": ({"id": "1", "name": "n", "scope": ""}, "scope", "1 to 256"),
