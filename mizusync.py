@@ -440,8 +440,7 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 def check_structure(raw: bytes, max_depth: int, max_values: int) -> None:
     """Raise TooLarge for too many values, and InvalidRequest for too many levels.
 
-    The time is linear in the size. An invalid text may pass, but parsing stops
-    at its first wrong bracket.
+    The time is linear in the size. An invalid text may pass, but parsing then fails.
     """
     # Remove the strings: every second piece between quotes. First remove pairs of
     # backslashes, because an odd number of them escapes a quote.
@@ -489,7 +488,6 @@ class Mutation:
     """A client's request to change the data. Within its scope, an `id` applies once.
 
     `args` is any JSON value; `identity` is what `on_auth` returned for the client.
-    Raise InvalidMutation if the id, the name or the scope can't be one.
     """
 
     id: str
@@ -673,10 +671,7 @@ def encode_error(code: str, sentence: str, scope: str | None = None) -> bytes:
 
 
 def is_name(value: Any, longest: int) -> bool:
-    """Return whether a value can name a scope or a mutation.
-
-    A lone surrogate, half of a pair, can't: it has no UTF-8.
-    """
+    """Return whether a value can name a scope or a mutation, and so has UTF-8."""
     if not isinstance(value, str) or not 0 < len(value) <= longest:
         return False
     return value.isascii() or not re.search("[\ud800-\udfff]", value)
@@ -729,10 +724,7 @@ def check_scope(value: Any) -> str:
 
 
 class Position(NamedTuple):
-    """The state of the log: equal positions mean that no change or trim came between.
-
-    This is how the engine knows that what it has in memory is still true.
-    """
+    """The state of the log. While it is the same, what memory has of it is true."""
 
     head: int  # the newest cursor of the log
     epoch: str  # the newest epoch
@@ -781,9 +773,9 @@ class Store:
     # and at the end commit() or rollback().
 
     def begin(self) -> tuple[Any, Position]:
-        """Begin a transaction that excludes every other writer.
+        """Begin a transaction that excludes every other writer; wait a while for it.
 
-        Wait a while for the lock. Return the connection, and the position under it.
+        Return its connection, and the position under the lock.
         """
         raise NotImplementedError
 
@@ -937,14 +929,10 @@ OWN_STATEMENT = "/* mizusync */ "
 # these codes for another reason: an AUTOINCREMENT at its highest number has that of a
 # full disk. So the writer runs such a mutation again by itself.
 REFUSAL_CODES = (
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_CORRUPT,
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_PROTOCOL,
-    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_NOTADB,
-)
+)  # fmt: skip
 
 
 def primary_code(error: BaseException) -> int:
@@ -971,8 +959,8 @@ def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
 class GuardedConnection(sqlite3.Connection):
     """A connection that runs application code under a savepoint, and restricts it."""
 
-    def __init__(self, path: str, mode: str, timeout: float) -> None:
-        """Open the file; `mode` is "ro", "rw", or "rwc", which may create it."""
+    def __init__(self, path: str, mode: str, timeout: float = 5.0) -> None:
+        """Open the file; `mode` is "ro", or "rwc", which writes and may create it."""
         # Quote every byte: a name need not be UTF-8, and in a URI //x is a host.
         name = urllib.parse.quote(os.fsencode(path), safe="")
         super().__init__(
@@ -1092,17 +1080,15 @@ class GuardedConnection(sqlite3.Connection):
 # What would end the transaction, or leave the file. SAVEPOINT is not among them: it is
 # allowed, and the engine's own is protected by its name.
 _CONTROL = (
-    sqlite3.SQLITE_TRANSACTION,
-    sqlite3.SQLITE_ATTACH,
-    sqlite3.SQLITE_DETACH,
-    sqlite3.SQLITE_PRAGMA,
-)
+    sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_PRAGMA,
+    sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH,
+)  # fmt: skip
 _OWN_NAMES = ("mizusync_", "sqlite_sequence")  # prefixes; the sequence holds the head
 GUARD_NOTE = (
-    "In the engine's transaction, an application can't end the transaction, set a "
-    "PRAGMA, use ATTACH or executescript, create anything in TEMP, or change what is "
-    "named mizusync_*. Because sqlite_sequence holds the log's head, it also can't "
-    "rename a table, or drop one with AUTOINCREMENT."
+    "An application can't end the engine's transaction, set a PRAGMA, use ATTACH or "
+    "executescript, create anything in TEMP, or change what is named mizusync_*. As "
+    "sqlite_sequence holds the log's head, it can't rename a table, or drop one with "
+    "AUTOINCREMENT."
 )
 
 
@@ -1148,11 +1134,7 @@ StrPath = str | os.PathLike[str]
 def open_database(
     path: str, schema: str, adopt: bool, timeout: float
 ) -> GuardedConnection:
-    """Return a connection that writes; create what is missing. Raise StoreError.
-
-    `schema` is the application's, and `adopt` adds the log to a database that the
-    application already has. `timeout` (seconds) is for another process's lock.
-    """
+    """Return a connection that writes; create what is missing. See SQLiteStore."""
     try:
         check_leftover_wal(path, adopt)
         db = GuardedConnection(path, "rwc", timeout)
@@ -1247,10 +1229,10 @@ def check_leftover_wal(path: str, adopt: bool) -> None:
         return
     if not os.path.exists(path):
         raise StoreError(
-            f"{wal} exists, and {path} does not: put the database "
-            "back; or, to begin anew, remove its -wal and -shm as well"
+            f"{wal} exists, and {path} does not: put the database back; or, "
+            "to begin anew, remove its -wal and -shm as well"
         )
-    with contextlib.closing(GuardedConnection(path, "ro", 5.0)) as db:
+    with contextlib.closing(GuardedConnection(path, "ro")) as db:
         has_log(db, adopt)
 
 
@@ -1260,10 +1242,7 @@ OPENING_ADVICE = {
     sqlite3.SQLITE_BUSY: ": another process holds its lock",
     sqlite3.SQLITE_CANTOPEN: ": its folder has to exist, and be writable",
     sqlite3.SQLITE_NOTADB: ": name another file",
-    sqlite3.SQLITE_READONLY: (
-        ": the server's user needs to write to the file, to its -wal and -shm, "
-        "and to the folder"
-    ),
+    sqlite3.SQLITE_READONLY: ": the file, its -wal, -shm and folder must be writable",
 }
 MOUNTS = "/proc/self/mountinfo"  # on Linux alone
 
@@ -1503,9 +1482,8 @@ class SQLiteStore(Store):
 
         Reads that overlap without a gap would let it grow without bound
         (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files). So block new
-        reads until the current ones finish. Pushes wait for this as well, up to a
-        second. If a read takes longer, the next try comes when the WAL has grown by
-        another MAX_WAL.
+        reads, and pushes, until the current reads finish, but for a second at most. If
+        a read takes longer, try again when the WAL has grown by another MAX_WAL.
         """
         now = time.monotonic()
         if now < self._next_wal_check:
