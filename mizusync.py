@@ -1316,8 +1316,8 @@ class SQLiteStore(Store):
         self._position_lock = threading.Lock()  # over the next three, and those two
         self._latest = NO_POSITION
         self._latest_version: int | None = None  # the data_version that belongs to it
-        # The newest position that this process has read or written: clients may have
-        # it. If the log does not continue it, the next commit begins an epoch.
+        # The newest position that clients may have from this process. If the log has
+        # not issued it, the next commit begins an epoch (see above, at Store).
         self._seen = NO_POSITION
         self._idle: list[GuardedConnection] = []  # connections of readers
         self._read_barrier = threading.Lock()  # while it is held, no read begins
@@ -1361,6 +1361,7 @@ class SQLiteStore(Store):
             version = self.run_scalar(db, "PRAGMA data_version")
             if version != self._latest_version:
                 self._latest = self.read_position(db)
+                # If a backup was restored, keep what was seen before: commit() asks.
                 if self.has_issued(db, self._seen.epoch, self._seen.head):
                     self._seen = self._latest
                 self._latest_version = version
@@ -1409,7 +1410,7 @@ class SQLiteStore(Store):
         with self._position_lock:
             seen = self._seen
         continues_seen = self.has_issued(db, seen.epoch, seen.head)
-        if not continues_seen:
+        if not continues_seen:  # the first commit, or a backup was restored
             sql = """
                 INSERT INTO mizusync_epochs (epoch, start)
                 SELECT hex(randomblob(9)), seq FROM sqlite_sequence
