@@ -183,9 +183,8 @@ MAY_BE_ZERO = {
     "max_hint_size", "hint_gap", "max_sessions", "shutdown_timeout", "max_commit_time",
     "max_tail_changes", "max_tail_size", "busy_timeout",
 }  # fmt: skip
-# Limits of the system: a thread that reads needs descriptors, SO_SNDBUF and SQLite's
-# busy timeout (in milliseconds) are C integers.
-LARGEST = {"readers": 256, "send_buffer": 2**31 - 1, "busy_timeout": 10**6}
+# A thread that reads needs descriptors, and SQLite has its timeout as a C integer (ms).
+LARGEST = {"readers": 256, "busy_timeout": 10**6}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -882,7 +881,8 @@ class Store:
         newest = 0
         count = 0
         rows = self.read_changes(db, scope, 0)
-        for _, mutation in itertools.groupby(rows, key=lambda row: row.first):
+        mutations = itertools.groupby(rows, key=lambda row: row.first)
+        for _, mutation in mutations:
             cursors = [row.cursor for row in mutation]
             if count >= limit or cursors[-1] >= before:
                 break
@@ -1065,8 +1065,9 @@ class GuardedConnection(sqlite3.Connection):
         is_reading = action == sqlite3.SQLITE_PRAGMA and names[1] is None
         if action in _CONTROL and not is_reading:
             return sqlite3.SQLITE_DENY
-        if any(name.lower().startswith(_OWN_NAMES) for name in names if name):
-            return sqlite3.SQLITE_DENY
+        for name in names:
+            if name and name.lower().startswith(_OWN_NAMES):
+                return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK
 
     def set_authorizer(self, *callback: Any) -> None:
@@ -1264,8 +1265,10 @@ def is_mount_point(path: str) -> bool:
 
     os.path.ismount compares devices, and misses a file of the same file system.
     """
-    # The mount point is the fifth field, with these characters in octal (proc(5)).
-    name = re.sub(rb"[ \t\n\\]", lambda c: b"\\%03o" % ord(c[0]), os.fsencode(path))
+    # The mount point is the fifth field, with four characters in octal (proc(5)).
+    name = os.fsencode(path)
+    for byte in b"\\ \t\n":  # the backslash first
+        name = name.replace(b"%c" % byte, b"\\%03o" % byte)
     try:
         with open(MOUNTS, "rb") as mounts:
             return any(mount.split(b" ")[4] == name for mount in mounts)
