@@ -1070,12 +1070,15 @@ class GuardedConnection(sqlite3.Connection):
                 return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK
 
-    def set_authorizer(self, *callback: Any) -> None:
-        raise sqlite3.ProgrammingError("the engine has an authorizer of its own")
+    def _refuse(self, *arguments: Any, **options: Any) -> Any:
+        raise sqlite3.ProgrammingError("an application can't use this method here")
 
-    def backup(self, *target: Any, **options: Any) -> None:
-        # In `apply` it would wait for its own transaction for ever.
-        raise sqlite3.ProgrammingError("use VACUUM INTO, on a connection of your own")
+    # An authorizer of its own would replace this one. In `apply`, a backup would wait
+    # for its own transaction for ever. A blob asks no authorizer, and if it stayed
+    # open, no later COMMIT would work.
+    set_authorizer: Any = _refuse
+    backup: Any = _refuse
+    blobopen: Any = _refuse
 
 
 # What would end the transaction, or leave the file. SAVEPOINT is not among them: it is

@@ -1449,6 +1449,7 @@ MISUSES: dict[str, Use] = {
     "close": lambda db: db.close(),
     "an authorizer of its own": lambda db: db.set_authorizer(None),
     "a backup": make_backup,
+    "a blob": lambda db: db.blobopen("notes", "data", 1),
     "ROLLBACK on conflict": roll_back_by_conflict,
     "ROLLBACK on conflict, suppressed": roll_back_and_write,
     "a failure inside a savepoint": fail_inside_savepoint,
