@@ -825,8 +825,10 @@ class Store:
                 SELECT 1 FROM mizusync_epochs
                 WHERE number > known.number AND start < ?)
         """
-        is_of_epoch = bool(self.run(db, sql, epoch, cursor))
-        return is_of_epoch and cursor <= self.read_position(db).head
+        position = self.read_position(db)
+        if epoch != position.epoch and not self.run(db, sql, epoch, cursor):
+            return False
+        return cursor <= position.head
 
     def read_current(self, db: Any, scope: str) -> int:
         """Return the scope's newest cursor, or 0. A trim does not lower it."""
