@@ -184,19 +184,14 @@ T = TypeVar("T")
 
 MIB = 1024 * 1024  # bytes
 
-# These may be 0. Other whole numbers are at least 1, and other times above 0.
+# These may be 0; the others are above it.
 MAY_BE_ZERO = {
     "max_pull_wait", "min_gzip_size", "linger_timeout", "max_hint_changes",
     "max_hint_size", "hint_gap", "max_sessions", "shutdown_timeout", "max_commit_time",
     "max_tail_changes", "max_tail_size", "busy_timeout",
 }  # fmt: skip
-# Limits of the system: a thread that reads needs descriptors, SO_SNDBUF and SQLite's
-# busy timeout (in milliseconds) are C integers.
-LARGEST = {
-    "readers": 256,
-    "send_buffer": 2**31 - 1,
-    "busy_timeout": 10**6,
-}
+# A thread that reads needs descriptors, and SQLite has its timeout as a C integer (ms).
+LARGEST = {"readers": 256, "busy_timeout": 10**6}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,30 +256,15 @@ class Settings:
                 continue
             # Annotations are strings here, because of the import from __future__.
             is_whole = str(field.type).startswith("int")
-            check_setting(field.name, value, is_whole)
-
-
-def check_setting(name: str, value: Any, is_whole: bool) -> None:
-    """Raise TypeError or ValueError for a wrong setting, and name it."""
-    kind = "a whole number" if is_whole else "a number of seconds"
-    types = int if is_whole else (int, float)
-    if not isinstance(value, types) or isinstance(value, bool):
-        raise TypeError(f"Settings({name}={value!r}): it has to be {kind}")
-    largest = LARGEST.get(name, 10**15)
-    if name in MAY_BE_ZERO:
-        rule = "0 or more"
-        fits = 0 <= value <= largest
-    elif is_whole:
-        rule = "1 or more"
-        fits = 1 <= value <= largest
-    else:
-        rule = "above 0"
-        fits = 0 < value <= largest
-    if not fits:  # NaN compares with nothing, so it does not fit
-        raise ValueError(
-            f"Settings({name}={value!r}): it has to be {kind}, {rule}, "
-            f"at most {largest:,}"
-        )
+            kind = "a whole number" if is_whole else "a number of seconds"
+            setting = f"Settings({field.name}={value!r}): it has to be {kind}"
+            if type(value) is not int and (is_whole or type(value) is not float):
+                raise TypeError(setting)
+            largest = LARGEST.get(field.name, 10**15)
+            least = "0 or more" if field.name in MAY_BE_ZERO else "above 0"
+            is_wrong_zero = value == 0 and least == "above 0"
+            if is_wrong_zero or not 0 <= value <= largest:  # NaN is not in any range
+                raise ValueError(f"{setting}, {least}, at most {largest:,}")
 
 
 # --- Errors ---------------------------------------------------------------------------
@@ -377,10 +357,7 @@ class HTTPError(SyncError):
     }  # fmt: skip
 
     def __init__(
-        self,
-        status: int,
-        sentence: str,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, sentence: str, headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(sentence)
         self.status = status
@@ -427,19 +404,15 @@ def parse_json(raw: bytes, max_depth: int = 64, max_values: int = 100_000) -> An
     for text that is no JSON or is nested deeper than `max_depth`, for NaN and
     infinities, and for half a surrogate pair.
     """
-    # These counts include the brackets and commas inside strings. Only if they exceed a
-    # limit, count again without the strings.
-    openings = raw.count(b"[") + raw.count(b"{")
-    if openings > max_depth or openings + raw.count(b",") > max_values:
-        check_structure(without_strings(raw), max_depth, max_values)
+    check_structure(raw, max_depth, max_values)
     try:
         # json.loads(bytes) would guess UTF-16 and UTF-32 as well, so decode first.
         value = _DECODER.decode(raw.decode("utf-8"))
         if b"\\u" in raw:
             encode_json(value).encode("utf-8")  # fails for half a surrogate pair
     except (ValueError, RecursionError) as error:
-        reason = str(error)[:200]
-        raise InvalidRequest(f"the JSON can't be read: {reason}") from None
+        sentence = f"the JSON can't be read: {error}"
+        raise InvalidRequest(sentence[:200]) from None
     return value
 
 
@@ -465,43 +438,30 @@ _DECODER = json.JSONDecoder(
 )
 
 
-# Against JSON that is deep, or has very many values.
+# -- against JSON that is deep, or has very many values
 
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_LEVELS = {
-    ord("["): 1,
-    ord("{"): 1,
-    ord("]"): -1,
-    ord("}"): -1,
-}
 
 
-def without_strings(raw: bytes) -> bytes:
-    """Return JSON text without its strings. An unterminated string runs to the end.
-
-    The time is linear in the size; a regular expression takes four times as long. A
-    backslash outside of a string may confuse this, but parsing fails there anyway.
-    """
-    # First remove pairs of backslashes: an odd number of them escapes a quote.
-    unescaped = raw.replace(rb"\\", b"").replace(rb"\"", b"")
-    return b"".join(unescaped.split(b'"')[::2])
-
-
-def check_structure(bare: bytes, max_depth: int, max_values: int) -> None:
+def check_structure(raw: bytes, max_depth: int, max_values: int) -> None:
     """Raise TooLarge for too many values, and InvalidRequest for too many levels.
 
-    `bare` is JSON text without its strings.
+    The time is linear in the size. An invalid text may pass, but parsing then fails.
     """
+    # Remove the strings: every second piece between quotes. First remove pairs of
+    # backslashes, because an odd number of them escapes a quote.
+    unescaped = raw.replace(rb"\\", b"").replace(rb"\"", b"")
+    bare = b"".join(unescaped.split(b'"')[::2])
     openings = bare.count(b"[") + bare.count(b"{")
     if openings + bare.count(b",") > max_values:
         raise TooLarge(f"the JSON has more than {max_values} values")
     # A valid text has as many closing brackets as opening ones: cut there, so that a
-    # megabyte of `]` costs nothing. An invalid text may look shallower than it is, but
-    # the parser stops at the bracket that does not match.
-    brackets = bare.translate(None, _NOT_BRACKETS)[: 2 * openings]
-    levels = itertools.accumulate(map(_LEVELS.__getitem__, brackets))
-    if max(levels, default=0) > max_depth:
-        raise InvalidRequest(f"the JSON is nested deeper than {max_depth} levels")
+    # megabyte of `]` costs nothing.
+    level = 0
+    for bracket in bare.translate(None, _NOT_BRACKETS)[: 2 * openings]:
+        level += 1 if bracket in b"[{" else -1
+        if level > max_depth:
+            raise InvalidRequest(f"the JSON is nested deeper than {max_depth} levels")
 
 
 # --- Protocol -------------------------------------------------------------------------
@@ -514,7 +474,7 @@ def check_structure(bare: bytes, max_depth: int, max_values: int) -> None:
 DEFAULT_SCOPE = "_default"
 MAX_CURSOR = 2**53 - 1  # every JSON parser represents it exactly (RFC 8259 §6)
 MAX_SCOPE = 256  # characters
-MAX_NAME = 128  # characters of a mutation's id, and of its name
+LONGEST_NAMES = {"id": 128, "name": 128, "scope": MAX_SCOPE}  # of a mutation
 SYNC = "sync:"  # the topic of a scope is this prefix and the scope
 
 
@@ -534,7 +494,6 @@ class Mutation:
     """A client's request to change the data. Within its scope, an `id` applies once.
 
     `args` is any JSON value; `identity` is what `on_auth` returned for the client.
-    Raise InvalidMutation if the id, the name or the scope can't be one.
     """
 
     id: str
@@ -544,12 +503,11 @@ class Mutation:
     identity: Any = None
 
     def __post_init__(self) -> None:
-        if not is_name(self.id, MAX_NAME):
-            raise InvalidMutation(explain_name("id", self.id, MAX_NAME))
-        if not is_name(self.name, MAX_NAME):
-            raise InvalidMutation(explain_name("name", self.name, MAX_NAME))
-        if not is_name(self.scope, MAX_SCOPE):
-            raise InvalidMutation(explain_name("scope", self.scope, MAX_SCOPE))
+        for field, longest in LONGEST_NAMES.items():
+            if not is_name(getattr(self, field), longest):
+                raise InvalidMutation(
+                    f"the {field} has to be a string of 1 to {longest} characters"
+                )
 
     @classmethod
     def parse(cls, value: Any) -> Mutation:
@@ -581,6 +539,21 @@ class Change:
     scope: str | None = None
     cursor: int = 0
     time: str = ""
+
+
+class Row(NamedTuple):
+    """A change as the log keeps it. `first` is the first cursor of its mutation."""
+
+    cursor: int
+    first: int
+    scope: str
+    time: str
+    data: str  # JSON text
+
+    def encode(self) -> bytes:
+        """Return the change as every client of its scope gets it."""
+        place = f'"cursor":{self.cursor},"scope":{encode_name(self.scope)}'
+        return f'{{{place},"time":"{self.time}","data":{self.data}}}'.encode()
 
 
 class Result(NamedTuple):
@@ -690,12 +663,6 @@ def encode_cursor(cursor: int) -> bytes:
     return b'{"cursor":%d}' % cursor
 
 
-def encode_change(cursor: int, scope: str, time: str, data: str) -> bytes:
-    """Return one change as the protocol writes it; `data` is JSON text."""
-    place = f'"cursor":{cursor},"scope":{encode_name(scope)},"time":"{time}"'
-    return f'{{{place},"data":{data}}}'.encode()
-
-
 def encode_message(topic: str, data: bytes) -> bytes:
     """Return one message of the WebSocket; `data` is JSON."""
     return b'{"topic":%b,"data":%b}' % (encode_name(topic).encode(), data)
@@ -710,33 +677,18 @@ def encode_error(code: str, sentence: str, scope: str | None = None) -> bytes:
 
 
 def is_name(value: Any, longest: int) -> bool:
-    """Return whether a value can name a scope or a mutation.
-
-    A lone surrogate, half of a pair, can't: it has no UTF-8.
-    """
+    """Return whether a value can name a scope or a mutation, and so has UTF-8."""
     if not isinstance(value, str) or not 0 < len(value) <= longest:
         return False
     return value.isascii() or not re.search("[\ud800-\udfff]", value)
 
 
-def explain_name(field: str, value: Any, longest: int) -> str:
-    """Return a sentence that tells a client why is_name() refuses a value."""
-    if not isinstance(value, str):
-        fault = "is no string"
-    elif not value:
-        fault = "is empty or missing"
-    elif len(value) > longest:
-        fault = f"has {len(value)}"
-    else:
-        fault = "holds half a surrogate pair"
-    rule = f"has to be a string of 1 to {longest} characters"
-    return f"the {field} {rule}: this one {fault}"
-
-
 def check_scope(value: Any) -> str:
     """Return the value if it can name a scope; raise InvalidRequest otherwise."""
     if not is_name(value, MAX_SCOPE):
-        raise InvalidRequest(explain_name("scope", value, MAX_SCOPE))
+        raise InvalidRequest(
+            f"the scope has to be a string of 1 to {MAX_SCOPE} characters"
+        )
     return str(value)
 
 
@@ -757,51 +709,32 @@ def check_scope(value: Any) -> str:
 #   4. a reader with a cursor of another history gets cursor_unknown (has_issued).
 #
 # The fourth needs epochs, because an older copy of the database may be restored and
-# grow again. An example:
+# grow again. An epoch is a random name, and the head at which it began. A process
+# begins one with its first commit, and with the first commit after a restore.
 #
-#     A begins at 0    The log grows to 60, and someone makes a backup. It grows to 100;
+#     A began at 0     The log grows to 60, and someone makes a backup. It grows to 100;
 #                      a client pulls, and remembers (A, 100).
-#     B begins at 60   The backup is restored, so the log ends at 60 again. Its next
-#                      commit begins an epoch. The log grows to 200: the cursors 61 to
-#                      100 now belong to other changes.
-#     (A, 100) asks    A ended at 60, so the server answers cursor_unknown, and the
+#     B began at 60    The backup is restored, so the log ends at 60 again. The next
+#                      commit begins B. The log grows to 200: the cursors 61 to 100 now
+#                      belong to other changes.
+#     (A, 100) asks    B began below 100, so the server answers cursor_unknown, and the
 #                      client takes a snapshot. By the head alone, 100 of 200 would look
 #                      valid, and the client would miss 40 changes.
 #
-# An epoch is a random name and the head at which it begins. The first commit after each
-# opening of the database begins one, so two copies that went different ways differ.
-# (epoch, cursor) belongs to this history if the epoch is in the table and the cursor is
-# at most the start of the next epoch. An ordinary restart disturbs nobody: the new
-# epoch starts at the head, which no client is above.
-
-
+# So this history issued (epoch, cursor) if it has the epoch, no later epoch began below
+# the cursor, and the cursor is at most the head. A restart disturbs nobody: the new
+# epoch begins at the head, and no client is above that.
+#
 # The words: `head` is the newest cursor of the log, `current` that of one scope. The
 # `latest` position is that of the database now; Tails.position is that of memory.
 
 
 class Position(NamedTuple):
-    """The state of the log: equal positions mean that no change or trim came between.
-
-    This is how the engine knows that what it has in memory is still true.
-    """
+    """The state of the log. While it is the same, what memory has of it is true."""
 
     head: int  # the newest cursor of the log
     epoch: str  # the newest epoch
     trims: int  # the number of the newest trim
-
-
-class Row(NamedTuple):
-    """One change in the log. `first` is the first cursor of the same mutation."""
-
-    cursor: int
-    first: int
-    scope: str
-    time: str
-    data: str  # JSON text
-
-    def encode(self) -> bytes:
-        """Return the change as the protocol writes it."""
-        return encode_change(self.cursor, self.scope, self.time, self.data)
 
 
 class Mark(NamedTuple):
@@ -846,9 +779,9 @@ class Store:
     # and at the end commit() or rollback().
 
     def begin(self) -> tuple[Any, Position]:
-        """Begin a transaction that excludes every other writer.
+        """Begin a transaction that excludes every other writer; wait a while for it.
 
-        Wait a while for the lock. Return the connection, and the position under it.
+        Return its connection, and the position under the lock.
         """
         raise NotImplementedError
 
@@ -881,12 +814,7 @@ class Store:
         """Return the position of the log, as the transaction sees it."""
         raise NotImplementedError
 
-    def read_changes(
-        self,
-        db: Any,
-        scope: str,
-        after: int,
-    ) -> Iterator[Row]:
+    def read_changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
         """Yield the scope's changes above a cursor, in order, as they are taken."""
         raise NotImplementedError
 
@@ -899,16 +827,15 @@ class Store:
 
     def has_issued(self, db: Any, epoch: str, cursor: int) -> bool:
         """Return whether a cursor of an epoch belongs to this history."""
-        # An epoch ends where the next one begins, and the newest at the head. Each
-        # begins at or above the one before, so the next has the least start.
         sql = """
-            SELECT coalesce(
-                (SELECT min(start) FROM mizusync_epochs WHERE number > this.number), ?)
-            FROM mizusync_epochs AS this WHERE epoch = ?
+            SELECT 1 FROM mizusync_epochs AS known WHERE epoch = ? AND NOT EXISTS (
+                SELECT 1 FROM mizusync_epochs
+                WHERE number > known.number AND start < ?)
         """
-        head = self.read_position(db).head
-        end: int | None = self.run_scalar(db, sql, head, epoch)
-        return end is not None and cursor <= end
+        position = self.read_position(db)
+        if epoch != position.epoch and not self.run(db, sql, epoch, cursor):
+            return False
+        return cursor <= position.head
 
     def read_current(self, db: Any, scope: str) -> int:
         """Return the scope's newest cursor, or 0. A trim does not lower it."""
@@ -928,18 +855,12 @@ class Store:
         """
         return self.run_scalar(db, sql, scope, n - 1) or 0
 
-    def read_range(
-        self,
-        db: Any,
-        first: int,
-        last: int,
-    ) -> list[Row]:
+    def read_range(self, db: Any, first: int, last: int) -> list[Row]:
         """Return the changes of all scopes from one cursor to another, in order."""
         sql = """
             SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor
         """
-        rows = self.run(db, sql, first, last)
-        return list(map(Row._make, rows))
+        return [Row(*row) for row in self.run(db, sql, first, last)]
 
     def read_scopes_since(self, db: Any, position: Position) -> dict[str, int]:
         """Return the scopes that were changed or trimmed since.
@@ -952,48 +873,33 @@ class Store:
                 UNION ALL SELECT scope, cursor FROM mizusync_trims WHERE number > ?
             ) AS newer GROUP BY scope
         """
-        rows = self.run(db, sql, position.head, position.trims)
-        return dict(rows)
+        return dict(self.run(db, sql, position.head, position.trims))
 
     def find_mark(self, db: Any, scope: str, id: str) -> Mark | None:
         sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
         rows = self.run(db, sql, scope, id)
         return Mark(*rows[0]) if rows else None
 
-    def trim(
-        self,
-        db: Any,
-        scope: str,
-        before: int,
-        limit: int,
-    ) -> int:
+    def trim(self, db: Any, scope: str, before: int, limit: int) -> int:
         """Remove the oldest changes below `before`, about `limit`; return how many.
 
-        Mutations go whole or not at all.
+        Mutations go whole or not at all: of one with the changes 5 to 8, before=7
+        removes nothing.
         """
-        # 1. The mutation with the limit-th change is the last one that may go: find its
-        #    first cursor. With fewer changes, only `before` limits the trim.
-        sql = """
-            SELECT first FROM mizusync_changes WHERE scope = ?
-            ORDER BY cursor LIMIT 1 OFFSET ?
-        """
-        last_first = self.run_scalar(db, sql, scope, limit - 1) or before
-        # 2. Find where the first mutation begins that stays: the next one, or an
-        #    earlier one with a change that `before` protects. Of a mutation with the
-        #    changes 5 to 8, before=7 removes nothing.
-        sql = """
-            SELECT first FROM mizusync_changes
-            WHERE scope = ? AND (cursor >= ? OR first > ?) ORDER BY cursor LIMIT 1
-        """
-        end = self.run_scalar(db, sql, scope, before, last_first) or before
-        # 3. Record the highest cursor that goes, so that readers below it are refused.
-        sql = """
-            SELECT max(cursor), count(*) FROM mizusync_changes
-            WHERE scope = ? AND cursor < ?
-        """
-        newest, count = self.run(db, sql, scope, end)[0]
+        # 1. Find the newest change that goes: the last one of a mutation.
+        newest = 0
+        count = 0
+        rows = self.read_changes(db, scope, 0)
+        mutations = itertools.groupby(rows, key=lambda row: row.first)
+        for _, mutation in mutations:
+            cursors = [row.cursor for row in mutation]
+            if count >= limit or cursors[-1] >= before:
+                break
+            newest = cursors[-1]
+            count += len(cursors)
         if not count:
             return 0
+        # 2. Record its cursor, so that readers below it are refused.
         sql = """
             INSERT INTO mizusync_trims (number, scope, cursor)
             VALUES ((SELECT coalesce(max(number), 0) + 1 FROM mizusync_trims), ?, ?)
@@ -1001,10 +907,10 @@ class Store:
             DO UPDATE SET number = excluded.number, cursor = excluded.cursor
         """
         self.run(db, sql, scope, newest)
-        # 4. Remove them.
+        # 3. Remove the changes.
         sql = "DELETE FROM mizusync_changes WHERE scope = ? AND cursor <= ?"
         self.run(db, sql, scope, newest)
-        return int(count)
+        return count
 
     def probe(self, db: Any) -> None:
         """Write something and take it back, so that a disk that refuses is noticed."""
@@ -1027,26 +933,26 @@ class Store:
 
 OWN_STATEMENT = "/* mizusync */ "
 
-# What would end the transaction, or leave the file. SAVEPOINT is not among them: it is
-# allowed, and the engine's own is protected by its name.
-_CONTROL = (
-    sqlite3.SQLITE_TRANSACTION,
-    sqlite3.SQLITE_ATTACH,
-    sqlite3.SQLITE_DETACH,
-    sqlite3.SQLITE_PRAGMA,
-)
-_OWN_NAMES = ("mizusync_", "sqlite_sequence")  # prefixes; the sequence holds the head
-# Full-text search and R*Trees ask for these two pragmas.
-_HARMLESS = (
-    (sqlite3.SQLITE_PRAGMA, "data_version", None),
-    (sqlite3.SQLITE_PRAGMA, "page_size", None),
-)
-GUARD_NOTE = (
-    "In the engine's transaction, an application can't end the transaction, use "
-    "PRAGMA, ATTACH or executescript, create anything in TEMP, or change what is named "
-    "mizusync_*. Because sqlite_sequence holds the log's head, it also can't rename a "
-    "table, or drop one with AUTOINCREMENT."
-)
+# What SQLite reports if the disk, the file or another process is in the way
+# (https://sqlite.org/rescode.html). A statement of the application may have one of
+# these codes for another reason: an AUTOINCREMENT at its highest number has that of a
+# full disk. So the writer runs such a mutation again by itself.
+REFUSAL_CODES = (
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_NOTADB,
+)  # fmt: skip
+
+
+def primary_code(error: BaseException) -> int:
+    """Return SQLite's primary result code; 0 for an error of the Python module."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def raise_refusal(error: BaseException) -> None:
+    """Raise StoreRefused if SQLite reports that something is in the way."""
+    if primary_code(error) in REFUSAL_CODES:
+        raise StoreRefused("the database refuses, for now") from error
 
 
 def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
@@ -1055,16 +961,15 @@ def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
         rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, parameters)
         return rows.fetchall()
     except sqlite3.Error as error:
-        if primary_code(error) in REFUSAL_CODES:
-            raise StoreRefused("the database refuses, for now") from error
+        raise_refusal(error)
         raise
 
 
 class GuardedConnection(sqlite3.Connection):
     """A connection that runs application code under a savepoint, and restricts it."""
 
-    def __init__(self, path: str, mode: str, timeout: float) -> None:
-        """Open the file; `mode` is "ro", "rw", or "rwc", which may create it."""
+    def __init__(self, path: str, mode: str, timeout: float = 5.0) -> None:
+        """Open the file; `mode` is "ro", or "rwc", which writes and may create it."""
         # Quote every byte: a name need not be UTF-8, and in a URI //x is a host.
         name = urllib.parse.quote(os.fsencode(path), safe="")
         super().__init__(
@@ -1074,9 +979,10 @@ class GuardedConnection(sqlite3.Connection):
             isolation_level=None,  # only an explicit BEGIN begins a transaction
             check_same_thread=False,  # any thread may use it, one at a time
         )
-        self.guarded = False  # application code has the connection
-        self._writes = mode != "ro"
-        self._opened: list[weakref.ref[Any]] = []  # the application's cursors and blobs
+        self.path = path
+        self._timeout = timeout
+        self._guarded = False  # application code has the connection
+        self._cursors = weakref.WeakSet[sqlite3.Cursor]()  # of the application
         super().set_authorizer(self._authorize)
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
@@ -1084,196 +990,119 @@ class GuardedConnection(sqlite3.Connection):
 
         Outside of a transaction, the savepoint begins one, so that all reads see one
         moment (https://sqlite.org/lang_savepoint.html). Raise StoreRefused if the
-        transaction did not survive, or if `work` ended with an error of the disk: the
-        writer then runs each step again by itself (see Writer).
+        transaction did not survive, or if `work` ended with a refusal of SQLite's.
         """
         run_own(self, "SAVEPOINT mizusync_guard")
-        self.guarded = True
+        self._guarded = True
         try:
             result = work(self)
         except BaseException as error:
-            self._end_guard()
-            self._leave_savepoint("ROLLBACK TO mizusync_guard", error)
-            self._leave_savepoint("RELEASE mizusync_guard", error)
-            if primary_code(error) in DISK_CODES:
-                raise StoreRefused("the database refuses, for now") from error
+            self._end_guard("ROLLBACK TO mizusync_guard", "RELEASE mizusync_guard")
+            raise_refusal(error)
             if primary_code(error) == sqlite3.SQLITE_AUTH:
                 error.add_note(GUARD_NOTE)
             raise
-        self._end_guard()
-        self._leave_savepoint("RELEASE mizusync_guard", None)
+        self._end_guard("RELEASE mizusync_guard")
         return result
 
-    def _end_guard(self) -> None:
-        """Close what the application left open, and undo its settings.
+    def _end_guard(self, *statements: str) -> None:
+        """Close the application's cursors, undo its settings, and end the savepoint.
 
         A half-read INSERT ... RETURNING makes a later COMMIT fail, and a half-read
         SELECT keeps an old state of the file in use.
         """
-        self.guarded = False
+        self._guarded = False
         self.row_factory = None
         self.text_factory = str
-        with contextlib.suppress(sqlite3.Error):  # the application has closed it
-            self.set_progress_handler(None, 0)
-        while self._opened:
-            opened = self._opened.pop()()
-            if opened is not None:
-                with contextlib.suppress(sqlite3.Error):  # a thread may be using it
-                    opened.close()
-
-    def _leave_savepoint(self, how: str, failure: BaseException | None) -> None:
+        for cursor in self._cursors:
+            with contextlib.suppress(sqlite3.Error):  # a thread may be using it
+                cursor.close()
+        self._cursors.clear()
         try:
-            run_own(self, how)
-        except Exception:  # MemoryError, too, leaves the transaction in doubt
+            for statement in statements:
+                run_own(self, statement)
+        except Exception as error:  # MemoryError, too, leaves the transaction in doubt
             # The savepoint is gone: SQLite or the application rolled everything back.
-            raise StoreRefused("the transaction was rolled back") from failure
+            raise StoreRefused("the transaction was rolled back") from error
+
+    def run_with_retry(self, script: str) -> None:
+        """Run a script; while another process holds the lock, roll back and try again.
+
+        SQLite's own busy handler sleeps up to 100 ms between two tries: beside a busy
+        writer of another process it might never get the lock. And PRAGMA journal_mode
+        does not ask the busy handler at all.
+        """
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                self.executescript(script)
+                return
+            except sqlite3.Error as error:
+                self.rollback()
+                is_locked = primary_code(error) == sqlite3.SQLITE_BUSY
+                if not is_locked or time.monotonic() > deadline:
+                    raise_refusal(error)
+                    raise
+            time.sleep(0.0002)
+
+    def cursor(self, *factory: Any) -> Any:
+        cursor = super().cursor(*factory)
+        self._cursors.add(cursor)
+        return cursor
+
+    def execute(self, *statement: Any) -> Any:
+        # sqlite3.Connection's own does not call cursor().
+        return self.cursor().execute(*statement)
 
     # -- against an application that controls the transaction
 
-    def _authorize(
-        self,
-        action: int,
-        first: str | None,
-        second: str | None,
-        database: str | None,
-        trigger: str | None,
-    ) -> int:
-        """Allow or deny an action. Its first two names depend on the action."""
-        if action == sqlite3.SQLITE_INSERT and database == "temp":
+    def _authorize(self, action: int, *names: str | None) -> int:
+        """Allow or deny an action. The third name is the database's."""
+        if action == sqlite3.SQLITE_INSERT and names[2] == "temp":
             # Everything that is created in TEMP begins with an INSERT there. SQLite
             # looks up names in TEMP first, so a table or trigger there could shadow the
             # log's. Refuse it at any time, also in the application's schema.
             return sqlite3.SQLITE_DENY
-        if not self.guarded or action == sqlite3.SQLITE_READ:
+        if not self._guarded or action == sqlite3.SQLITE_READ:
             return sqlite3.SQLITE_OK
-        if action in _CONTROL and (action, first, second) not in _HARMLESS:
+        if not self.in_transaction:
+            # SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If
+            # `apply` goes on, each statement would commit by itself. (One that comes
+            # from the cache is stopped by Python's BEGIN: see open_database.)
             return sqlite3.SQLITE_DENY
-        for name in (first, second):
+        # Without a value, a PRAGMA only reads. Full-text search uses such ones.
+        is_reading = action == sqlite3.SQLITE_PRAGMA and names[1] is None
+        if action in _CONTROL and not is_reading:
+            return sqlite3.SQLITE_DENY
+        for name in names:
             if name and name.lower().startswith(_OWN_NAMES):
                 return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK
 
-    def set_authorizer(self, *callback: Any) -> None:
-        raise sqlite3.ProgrammingError("the engine has an authorizer of its own")
+    def _refuse(self, *arguments: Any, **options: Any) -> Any:
+        raise sqlite3.ProgrammingError("an application can't use this method here")
 
-    def backup(self, *target: Any, **options: Any) -> None:
-        if self.guarded and self._writes:
-            # It would wait for its own transaction for ever.
-            raise sqlite3.ProgrammingError("apply can't make a backup: use Engine.read")
-        super().backup(*target, **options)
-
-    # -- against cursors that outlive apply, or write after a rollback
-
-    def cursor(self, factory: Any = None) -> Any:
-        # `factory` is ignored: a cursor of another class would have no guard.
-        opened = super().cursor(GuardedCursor)
-        self._opened.append(weakref.ref(opened))
-        return opened
-
-    def check_transaction(self) -> None:
-        """Raise OperationalError if the application goes on after a rollback.
-
-        SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If `apply`
-        caught the error and went on writing, each statement would commit by itself.
-        """
-        if self.guarded and not self.in_transaction:
-            raise sqlite3.OperationalError("the transaction was rolled back already")
-
-    # sqlite3.Connection's own do not call an overridden cursor().
-
-    def execute(self, *statement: Any) -> Any:
-        return self.cursor().execute(*statement)
-
-    def executemany(self, *statement: Any) -> Any:
-        return self.cursor().executemany(*statement)
-
-    def executescript(self, *statement: Any) -> Any:
-        return self.cursor().executescript(*statement)
-
-    def blobopen(self, *place: Any, **options: Any) -> Any:
-        self.check_transaction()
-        opened = super().blobopen(*place, **options)
-        self._opened.append(weakref.ref(opened))
-        return opened
+    # An authorizer of its own would replace this one. In `apply`, a backup would wait
+    # for its own transaction for ever. A blob asks no authorizer, and if it stayed
+    # open, no later COMMIT would work.
+    set_authorizer: Any = _refuse
+    backup: Any = _refuse
+    blobopen: Any = _refuse
 
 
-class GuardedCursor(sqlite3.Cursor):
-    """A cursor that runs nothing once the transaction is lost."""
-
-    connection: GuardedConnection
-
-    def execute(self, *statement: Any) -> Any:
-        self.connection.check_transaction()
-        return super().execute(*statement)
-
-    def executemany(self, *statement: Any) -> Any:
-        self.connection.check_transaction()
-        return super().executemany(*statement)
-
-    def executescript(self, *statement: Any) -> Any:
-        self.connection.check_transaction()
-        return super().executescript(*statement)
-
-
-# Against a database that refuses. SQLite's result codes: https://sqlite.org/rescode.html
-
-# Errors of an application's statement that may be the disk's. They need not be: an
-# AUTOINCREMENT at its highest number has the code of a full disk.
-DISK_CODES = (
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_CORRUPT,
+# What would end the transaction, or leave the file. SAVEPOINT is not among them: it is
+# allowed, and the engine's own is protected by its name.
+_CONTROL = (
+    sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_PRAGMA,
+    sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH,
+)  # fmt: skip
+_OWN_NAMES = ("mizusync_", "sqlite_sequence")  # prefixes; the sequence holds the head
+GUARD_NOTE = (
+    "An application can't end the engine's transaction, set a PRAGMA, use ATTACH or "
+    "executescript, create anything in TEMP, or change what is named mizusync_*. As "
+    "sqlite_sequence holds the log's head, it can't rename a table, or drop one with "
+    "AUTOINCREMENT."
 )
-# Errors of the engine's own statements, which are right: so the disk, the file or
-# another process is in the way.
-REFUSAL_CODES = (
-    *DISK_CODES,
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_PROTOCOL,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_NOTADB,
-)
-
-
-def primary_code(error: BaseException | None) -> int:
-    """Return SQLite's primary result code; 0 for an error of the Python module."""
-    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Turn SQLite's refusals in the block into StoreRefused."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        if primary_code(error) in REFUSAL_CODES:
-            raise StoreRefused("the database refuses, for now") from error
-        raise
-
-
-def is_busy(refusal: StoreRefused) -> bool:
-    """Return whether another process's lock is the reason of a refusal."""
-    return primary_code(refusal.__cause__) == sqlite3.SQLITE_BUSY
-
-
-def execute_with_retry(db: sqlite3.Connection, sql: str, timeout: float) -> None:
-    """Run a statement, retrying while another process holds the lock.
-
-    SQLite's own busy handler sleeps up to 100 ms between two tries: beside a busy
-    writer of another process it might never get the lock. And PRAGMA journal_mode does
-    not ask the busy handler at all.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            run_own(db, sql)
-            return
-        except StoreRefused as refusal:
-            if not is_busy(refusal) or time.monotonic() > deadline:
-                raise
-        time.sleep(0.0002)
 
 
 # --- Database file --------------------------------------------------------------------
@@ -1285,7 +1114,7 @@ FORMAT = 1  # of the tables below; a file with a higher one is refused
 APPLICATION_ID = 0x6D697A75
 
 # The columns stand in the order of Row and Mark. If you raise FORMAT, teach
-# prepare_writer to bring an older file up to date.
+# prepare_database to bring an older file up to date.
 #
 #   changes    `first` is the cursor of the first change of the same mutation.
 #   mutations  The dedupe marks.
@@ -1315,217 +1144,126 @@ LOG_SCHEMA = f"""
 StrPath = str | os.PathLike[str]
 
 
-class DatabaseFile:
-    """The SQLite file of a log, with the application's own tables in it.
-
-    `schema` is the application's, and runs whenever a connection that writes is opened.
-    `busy_timeout` (seconds) limits how long a statement waits for another process.
-    """
-
-    def __init__(self, path: StrPath, schema: str, busy_timeout: float) -> None:
-        check_path(path)
-        self.path = os.path.abspath(path)
-        # SQLite follows a symbolic link, and puts the WAL beside the file itself.
-        self.wal_path = f"{os.path.realpath(self.path)}-wal"
-        self.created_log = False  # by this process
-        self._schema = schema
-        self._busy_timeout = busy_timeout
-
-    def open(self, adopt: bool) -> tuple[GuardedConnection, GuardedConnection]:
-        """Return a connection that writes, and one that reads. Raise StoreError.
-
-        `adopt` adds the log to a database that an application already has.
-        """
-        with contextlib.ExitStack() as opened:
-            try:
-                self._check_leftover_wal(adopt)
-                writer = opened.enter_context(contextlib.closing(self.connect("rwc")))
-                self.prepare_writer(writer, adopt)
-                reader = opened.enter_context(contextlib.closing(self.connect("ro")))
-                run_own(reader, "SELECT 1 FROM mizusync_format")  # opens the WAL
-                self._stat = os.stat(self.path)
-            except (sqlite3.Error, StoreRefused, OSError) as error:
-                cause = error.__cause__ or error
-                advice = OPENING_ADVICE.get(primary_code(cause), "")
-                raise StoreError(
-                    f"the database {self.path} can't be used ({cause}){advice}"
-                ) from error
-            opened.pop_all()  # both stay open
-            return writer, reader
-
-    def connect(self, mode: str) -> GuardedConnection:
-        """Return a connection: "ro" reads, "rw" writes, "rwc" may create the file."""
-        return GuardedConnection(self.path, mode, self._busy_timeout)
-
-    def prepare_writer(self, db: GuardedConnection, adopt: bool = False) -> None:
-        """Make sure that the log and the application's tables exist."""
-        run_own(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
-        run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
-        if not self._has_log(db, adopt):
-            self._create_log(db, adopt)
-        execute_with_retry(db, "PRAGMA journal_mode = WAL", self._busy_timeout)
-        run_own(db, "PRAGMA busy_timeout = 0")  # execute_with_retry() waits instead
-        self._check_permission(db)
-        self._run_schema(db)
-
-    def _create_log(self, db: GuardedConnection, adopt: bool) -> None:
-        """Create the log's tables, unless another process has just done so."""
-        run_own(db, "PRAGMA busy_timeout = 0")  # execute_with_retry() waits instead
-        execute_with_retry(db, "BEGIN IMMEDIATE", self._busy_timeout)
-        # If the file is not in WAL mode yet, COMMIT has to wait for its readers.
-        run_own(db, f"PRAGMA busy_timeout = {int(self._busy_timeout * 1000)}")
-        with db:  # commits, or rolls back
-            if not self._has_log(db, adopt):
-                if not run_own(db, "SELECT 1 FROM sqlite_master"):
-                    # An adopted file keeps the id of its application.
-                    run_own(db, f"PRAGMA application_id = {APPLICATION_ID}")
-                for statement in LOG_SCHEMA.split(";")[:-1]:
-                    run_own(db, statement)
-                self.created_log = True
-
-    # -- against files of other programs
-
-    def _has_log(self, db: GuardedConnection, adopt: bool) -> bool:
-        """Return whether the log exists. Raise StoreError for an unfit file."""
-        encoding = run_own(db, "PRAGMA encoding")[0][0]
-        if encoding != "UTF-8":
-            # In UTF-16, SQLite stores U+FFFE and U+FFFF as U+FFFD: scopes would merge.
-            raise StoreError(
-                f"the database {self.path} is in {encoding}: the log needs UTF-8"
-            )
-        # One statement, because another process may be making the log right now.
-        sql = "SELECT count(*), max(name = 'mizusync_format') FROM sqlite_master"
-        objects, has_log = run_own(db, sql)[0]
-        if has_log:
-            format = run_own(db, "SELECT format FROM mizusync_format")[0][0]
-            if format > FORMAT:
-                raise StoreError(
-                    f"the database {self.path} has format {format}: "
-                    "use a newer mizusync"
-                )
-            return True
-        application_id = run_own(db, "PRAGMA application_id")[0][0]
-        is_foreign = application_id not in (0, APPLICATION_ID)
-        if (objects or is_foreign) and not adopt:
-            raise StoreError(
-                f"the database {self.path} belongs to another program: "
-                "name another file, or open it with adopt=True to add the log to it"
-            )
-        return False
-
-    def _check_leftover_wal(self, adopt: bool) -> None:
-        """Refuse a WAL without its database, or of another program.
-
-        A crash leaves a WAL, and SQLite would merge it as soon as it opens the file.
-        """
-        if not os.path.exists(self.wal_path):
-            return
-        if not os.path.exists(self.path):
-            raise StoreError(
-                f"{self.wal_path} exists, and {self.path} does not: put the database "
-                "back; or, to begin anew, remove its -wal and -shm as well"
-            )
-        with contextlib.closing(self.connect("ro")) as db:
-            self._has_log(db, adopt)
-
-    # -- against mistakes in the application's schema
-
-    def _run_schema(self, db: GuardedConnection) -> None:
-        """Run the application's schema. Raise StoreError, with the reason.
-
-        What stands between two PRAGMAs is one transaction. A PRAGMA runs by itself,
-        because many do nothing, or fail, inside a transaction.
-        """
+def open_database(
+    path: str, schema: str, adopt: bool, timeout: float
+) -> GuardedConnection:
+    """Return a connection that writes; create what is missing. See SQLiteStore."""
+    try:
+        check_leftover_wal(path, adopt)
+        db = GuardedConnection(path, "rwc", timeout)
         try:
-            statements = list(split_statements(self._schema))
-            for word in map(first_word, statements):
-                if word in ("BEGIN", "COMMIT", "END", "ROLLBACK"):
-                    raise StoreError(
-                        f"the schema for {self.path} can't be run: it is a transaction "
-                        f"by itself, so leave out {word}"
-                    )
-            for are_pragmas, group in itertools.groupby(statements, is_pragma):
-                if are_pragmas:
-                    for pragma in group:
-                        execute_with_retry(db, pragma, self._busy_timeout)
-                else:
-                    self._run_together(db, list(group))
-        except (sqlite3.Error, ValueError) as error:  # ValueError: a NUL, for example
-            reason = str(error)
-            if primary_code(error) == sqlite3.SQLITE_AUTH:
-                reason += ": TEMP tables, views and triggers could shadow the log's"
-            raise StoreError(
-                f"the schema for {self.path} can't be run: {reason}"
-            ) from error
+            prepare_database(db, schema, adopt)
+        except BaseException:
+            db.close()
+            raise
+    except (sqlite3.Error, StoreRefused, OSError) as error:
+        cause = error.__cause__ or error
+        advice = OPENING_ADVICE.get(primary_code(cause), "")
+        sentence = f"the database {path} can't be used ({cause}){advice}"
+        raise StoreError(sentence) from error
+    # From here on, Python begins a transaction before an INSERT, UPDATE or DELETE
+    # outside of one. The engine has none, and the guard refuses the BEGIN: that stops
+    # an application that goes on after its transaction was rolled back.
+    db.isolation_level = "DEFERRED"
+    return db
 
-    def _run_together(self, db: GuardedConnection, statements: Sequence[str]) -> None:
-        """Run statements in one transaction; lock only if one of them writes.
 
-        IF NOT EXISTS writes nothing, so a second process opens beside a busy writer.
-        """
-        try:
-            self._run_after("BEGIN", db, statements)
-        except StoreRefused as refusal:
-            if not is_busy(refusal):
-                raise
-            self._run_after("BEGIN IMMEDIATE", db, statements)
-
-    def _run_after(
-        self, begin: str, db: GuardedConnection, statements: Sequence[str]
-    ) -> None:
-        execute_with_retry(db, begin, self._busy_timeout)
-        with db:  # commits, or rolls back
-            for statement in statements:
+def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
+    """Make sure that the log and the application's tables exist."""
+    run_own(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
+    run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
+    is_new = not has_log(db, adopt)
+    run_own(db, "PRAGMA busy_timeout = 0")  # run_with_retry waits instead
+    db.run_with_retry("PRAGMA journal_mode = WAL")
+    if is_new:
+        db.run_with_retry("BEGIN IMMEDIATE")
+        if not has_log(db, adopt):  # otherwise another process has just created it
+            if not adopt:  # an adopted file keeps the id of its application
+                run_own(db, f"PRAGMA application_id = {APPLICATION_ID}")
+            for statement in LOG_SCHEMA.split(";"):
                 run_own(db, statement)
-
-    # -- against files that can't be written, or are gone
-
-    def _check_permission(self, db: GuardedConnection) -> None:
-        """Raise StoreRefused if SQLite has silently opened the file read-only."""
-        try:
-            run_own(db, "DELETE FROM mizusync_format WHERE false")  # writes nothing
-        except StoreRefused as refusal:
-            if not is_busy(refusal):  # another process's lock says nothing of this one
-                raise
-
-    def check(self) -> None:
-        """Raise StoreRefused if the file was removed or replaced.
-
-        SQLite goes on writing into a file that no name leads to, and what it writes is
-        lost when the last process closes it.
-        """
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(self.path), self._stat):
-                return
-        raise StoreRefused(f"{self.path} was removed or replaced: restart the server")
+        run_own(db, "COMMIT")
+    with contextlib.suppress(StoreRefused):  # another process may hold the lock
+        # This fails if SQLite has silently opened the file read-only.
+        run_own(db, "DELETE FROM mizusync_format WHERE false")
+    try:
+        # Each statement commits by itself, unless there are BEGIN and COMMIT.
+        db.run_with_retry(schema)
+        db.commit()  # the schema's transaction, if it has left one open
+    except (sqlite3.Error, ValueError) as error:  # ValueError: a NUL, for example
+        reason = str(error)
+        if primary_code(error) == sqlite3.SQLITE_AUTH:
+            reason = "TEMP tables, views and triggers could shadow the log's"
+        sentence = f"the schema for {db.path} can't be run: {reason}"
+        raise StoreError(sentence) from error
 
 
-# Against files that can't be opened, and paths at which no log can be kept.
+def wal_path(path: str) -> str:
+    """Return the path of the WAL. It stands beside the file that a link leads to."""
+    return f"{os.path.realpath(path)}-wal"
+
+
+# -- against files of other programs
+
+
+def has_log(db: GuardedConnection, adopt: bool) -> bool:
+    """Return whether the log exists. Raise StoreError for an unfit file."""
+    encoding = run_own(db, "PRAGMA encoding")[0][0]
+    if encoding != "UTF-8":
+        # In UTF-16, SQLite stores U+FFFE and U+FFFF as U+FFFD: scopes would merge.
+        sentence = f"the database {db.path} is in {encoding}: the log needs UTF-8"
+        raise StoreError(sentence)
+    # One statement, because another process may be making the log right now.
+    sql = "SELECT count(*), max(name = 'mizusync_format') FROM sqlite_master"
+    objects, log_exists = run_own(db, sql)[0]
+    if log_exists:
+        format = run_own(db, "SELECT format FROM mizusync_format")[0][0]
+        if format > FORMAT:
+            sentence = f"the database {db.path} has format {format}"
+            raise StoreError(f"{sentence}: use a newer mizusync")
+        return True
+    application_id = run_own(db, "PRAGMA application_id")[0][0]
+    is_ours = not objects and application_id in (0, APPLICATION_ID)
+    if not is_ours and not adopt:
+        raise StoreError(
+            f"the database {db.path} belongs to another program: "
+            "name another file, or open it with adopt=True to add the log to it"
+        )
+    return False
+
+
+def check_leftover_wal(path: str, adopt: bool) -> None:
+    """Refuse a WAL without its database, or of another program.
+
+    A crash leaves a WAL, and SQLite would merge it as soon as it opens the file.
+    """
+    wal = wal_path(path)
+    if not os.path.exists(wal):
+        return
+    if not os.path.exists(path):
+        raise StoreError(
+            f"{wal} exists, and {path} does not: put the database back; or, "
+            "to begin anew, remove its -wal and -shm as well"
+        )
+    with contextlib.closing(GuardedConnection(path, "ro")) as db:
+        has_log(db, adopt)
+
+
+# -- against files that can't be opened, and paths at which no log can be kept
 
 OPENING_ADVICE = {
     sqlite3.SQLITE_BUSY: ": another process holds its lock",
     sqlite3.SQLITE_CANTOPEN: ": its folder has to exist, and be writable",
     sqlite3.SQLITE_NOTADB: ": name another file",
-    sqlite3.SQLITE_READONLY: (
-        ": the server's user needs to write to the file, to its -wal and -shm, "
-        "and to the folder"
-    ),
+    sqlite3.SQLITE_READONLY: ": the file, its -wal, -shm and folder must be writable",
 }
+MOUNTS = "/proc/self/mountinfo"  # on Linux alone
 
 
 def check_path(path: StrPath) -> None:
     """Raise StoreError for a path at which no log can be kept."""
-    if sqlite3.sqlite_version_info < (3, 31):
-        found = sqlite3.sqlite_version
-        raise StoreError(f"the log needs SQLite 3.31 or newer, and this is {found}")
     if os.fspath(path) in ("", ":memory:"):
         raise StoreError("the log needs a file: name one")
-    try:
-        can_exist = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:  # the file system's encoding lacks a character
-        can_exist = False
-    if not can_exist:
-        raise StoreError(f"no file can be named {os.fspath(path)!r}")
     if is_mount_point(os.path.realpath(path)):
         # In a container, the -wal beside the file would stay outside of the mount.
         raise StoreError(
@@ -1535,65 +1273,19 @@ def check_path(path: StrPath) -> None:
 
 
 def is_mount_point(path: str) -> bool:
-    """Return whether a file is mounted by itself, if the system can tell (Linux).
+    """Return whether a file is mounted by itself, if the system can tell.
 
     os.path.ismount compares devices, and misses a file of the same file system.
     """
+    # The mount point is the fifth field, with four characters in octal (proc(5)).
+    name = os.fsencode(path)
+    for byte in b"\\ \t\n":  # the backslash first
+        name = name.replace(b"%c" % byte, b"\\%03o" % byte)
     try:
-        with open("/proc/self/mountinfo", "rb") as mountinfo:
-            return os.fsencode(path) in mount_points(mountinfo.read())
+        with open(MOUNTS, "rb") as mounts:
+            return any(mount.split(b" ")[4] == name for mount in mounts)
     except OSError:
         return False
-
-
-def mount_points(mountinfo: bytes) -> set[bytes]:
-    """Return the mount points in the content of /proc/self/mountinfo.
-
-    They are the fifth field, with blanks and backslashes as octal escapes (proc(5)).
-    """
-
-    def unescape(code: re.Match[bytes]) -> bytes:
-        return bytes([int(code[1], 8)])
-
-    found = set()
-    for line in mountinfo.split(b"\n"):
-        fields = line.split(b" ")
-        if len(fields) > 4:
-            found.add(re.sub(rb"\\([0-3][0-7]{2})", unescape, fields[4]))
-    return found
-
-
-# Against mistakes in the application's schema: the text of its statements.
-
-# Blanks and comments, and then the first word.
-_FIRST_WORD = re.compile(r"(?:\s|--[^\n]*+|/\*.*?\*/)*+(\w*)", re.DOTALL)
-
-
-def first_word(statement: str) -> str:
-    """Return the first word of an SQL statement, in capitals, or ""."""
-    match = _FIRST_WORD.match(statement)
-    return match[1].upper() if match else ""
-
-
-def is_pragma(statement: str) -> bool:
-    """Return whether an SQL statement is a PRAGMA."""
-    return first_word(statement) == "PRAGMA"
-
-
-def split_statements(script: str) -> Iterator[str]:
-    """Yield the statements of an SQL script; the last one may lack its semicolon.
-
-    A semicolon in a string, a comment or the body of a trigger ends no statement.
-    """
-    start = 0
-    for semicolon in re.finditer(";", script):
-        statement = script[start : semicolon.end()]
-        if sqlite3.complete_statement(statement):
-            yield statement
-            start = semicolon.end()
-    rest = script[start:]
-    if rest.strip():
-        yield rest
 
 
 # --- SQLite ---------------------------------------------------------------------------
@@ -1625,27 +1317,28 @@ class SQLiteStore(Store):
         adopt: bool = False,
         busy_timeout: float = 5.0,
     ) -> None:
-        self._file = DatabaseFile(path, schema, busy_timeout)
-        self._busy_timeout = busy_timeout
-        # Each is None once it is closed; the next transaction opens _write_db again.
-        self._write_db: GuardedConnection | None
-        self._position_db: GuardedConnection | None
-        self._write_db, self._position_db = self._file.open(adopt)
-        # The first commit of each opening begins an epoch. A log that this process has
-        # created has its first one.
-        self._epoch_is_due = not self._file.created_log
-        # The newest position that this process has noted. If the log has not issued it
-        # any more, a backup was restored: see _see().
-        self._seen = self.read_position(self._position_db)
-        self._seen_lock = threading.Lock()
-        self._position_lock = threading.Lock()
-        # The data_version that was read last, and the position at that time.
-        self._latest: tuple[int, Position] | None = None
+        check_path(path)
+        self._path = os.path.abspath(path)
+        self._timeout = busy_timeout
+        self._open = functools.partial(
+            open_database, self._path, schema, adopt, busy_timeout
+        )
+        # None after a rollback that failed: the next transaction opens it again.
+        self._write_db: GuardedConnection | None = self._open()
+        self._stat = os.stat(self._path)
+        self._closed = False
+        self._position_db = GuardedConnection(self._path, "ro", busy_timeout)
+        self._position_lock = threading.Lock()  # over the next three, and those two
+        self._latest = NO_POSITION
+        self._latest_version: int | None = None  # the data_version that belongs to it
+        # The newest position that clients may have from this process. If the log has
+        # not issued it, the next commit begins an epoch (see above, at Store).
+        self._seen = NO_POSITION
         self._idle: list[GuardedConnection] = []  # connections of readers
         self._read_barrier = threading.Lock()  # while it is held, no read begins
         self._wal_limit = MAX_WAL
         self._next_wal_check = 0.0
-        self._write_version = self._read_data_version(self._write_db)
+        self._write_version: int | None = None  # the writer's data_version
         self._warns_of_others = has_wal_reset_bug(sqlite3.sqlite_version_info)
 
     # -- reading
@@ -1662,61 +1355,47 @@ class SQLiteStore(Store):
         """
         return Position(*run_own(db, sql)[0])
 
-    def read_changes(
-        self,
-        db: Any,
-        scope: str,
-        after: int,
-    ) -> Iterator[Row]:
+    def read_changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
         """Yield rows as SQLite finds them: a reader stops when its page is full."""
         sql = """
             SELECT * FROM mizusync_changes
             WHERE scope = ? AND cursor > ? ORDER BY cursor
         """
         rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, (scope, after))
-        with contextlib.closing(rows):
-            yield from map(Row._make, rows)
+        yield from map(Row._make, rows)
 
     def latest(self) -> Position:
         """Return the position after the newest commit, whichever process made it."""
         with self._position_lock:
-            if self._position_db is None:
+            if self._closed:
                 raise StoreRefused("the database is closed")
+            db = self._position_db
             # A commit of any other connection changes the version, which costs half as
-            # much to read as the position.
-            version = self._read_data_version(self._position_db)
-            if self._latest is None or self._latest[0] != version:
-                self._latest = (version, self.read_position(self._position_db))
-                self._see(self._position_db, self._latest[1])
-            return self._latest[1]
+            # much to read as the position
+            # (https://sqlite.org/pragma.html#pragma_data_version).
+            version = self.run_scalar(db, "PRAGMA data_version")
+            if version != self._latest_version:
+                self._latest = self.read_position(db)
+                # If a backup was restored, keep what was seen before: commit() asks.
+                if self.has_issued(db, self._seen.epoch, self._seen.head):
+                    self._seen = self._latest
+                self._latest_version = version
+            return self._latest
 
-    def _read_data_version(self, db: GuardedConnection) -> int:
-        # https://sqlite.org/pragma.html#pragma_data_version
-        version: int = run_own(db, "PRAGMA data_version")[0][0]
-        return version
-
-    @refusals()
     def read(self, work: Callable[[Any], T]) -> T:
         """Return `work(db)`, run on a reading connection that sees one moment."""
-        self._file.check()
+        self._check_file()
         with self._read_barrier:
             pass  # wait while the WAL is being reset
         try:
             db = self._idle.pop()
         except IndexError:
-            db = self._file.connect("ro")
+            db = GuardedConnection(self._path, "ro", self._timeout)
         try:
             result = db.run_guarded(work)
-        except SyncError as error:
-            if isinstance(error, StoreRefused):
-                db.close()
-            else:
-                self._idle.append(db)  # a refusal such as cursor_too_old, and no fault
-            raise
         except BaseException as error:
             db.close()  # its state is unknown
-            # The plain code alone: SQLITE_READONLY_RECOVERY, say, is the disk's.
-            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY:
+            if primary_code(error) == sqlite3.SQLITE_READONLY:
                 raise RuntimeError("only apply may write to the database") from error
             raise
         self._idle.append(db)
@@ -1724,44 +1403,48 @@ class SQLiteStore(Store):
 
     # -- writing
 
-    @refusals()
     def begin(self) -> tuple[Any, Position]:
         """Begin a transaction. Its position is read under the write lock."""
-        self._file.check()
+        self._check_file()
         if self._write_db is None:
-            self._write_db = self._reconnect()
+            self._write_db = self._open()
+            self._write_version = None
         db = self._write_db
-        execute_with_retry(db, "BEGIN IMMEDIATE", self._busy_timeout)
+        db.run_with_retry("BEGIN IMMEDIATE")
         self._warn_of_others(db)
-        position = self.read_position(db)
-        self._see(db, position)
-        return db, position
+        return db, self.read_position(db)
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
         assert self._write_db is not None
         return self._write_db.run_guarded(work)
 
-    @refusals()
     def commit(self, rows: Sequence[Row], marks: Sequence[Mark]) -> Position:
         """Append to the log and commit. COMMIT returns when the disk has it all."""
         db = self._write_db
         assert db is not None
-        if self._epoch_is_due:
+        with self._position_lock:
+            seen = self._seen
+        continues_seen = self.has_issued(db, seen.epoch, seen.head)
+        if not continues_seen:  # the first commit, or a backup was restored
             sql = """
                 INSERT INTO mizusync_epochs (epoch, start)
                 SELECT hex(randomblob(9)), seq FROM sqlite_sequence
                 WHERE name = 'mizusync_changes'
             """
             run_own(db, sql)  # before the rows: it starts at the head of begin()
-        insert = functools.partial(sqlite3.Connection.executemany, db)
-        insert(f"{OWN_STATEMENT}INSERT INTO mizusync_changes VALUES (?,?,?,?,?)", rows)
-        insert(f"{OWN_STATEMENT}INSERT INTO mizusync_mutations VALUES (?,?,?,?)", marks)
+        try:
+            sql = "INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)"
+            db.executemany(OWN_STATEMENT + sql, rows)
+            sql = "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)"
+            db.executemany(OWN_STATEMENT + sql, marks)
+        except sqlite3.Error as error:
+            raise_refusal(error)
+            raise
         position = self.read_position(db)
         run_own(db, "COMMIT")
-        with self._seen_lock:
-            self._epoch_is_due = False
-            # Another process may have committed since, and latest() noted that.
-            if position.head >= self._seen.head:
+        with self._position_lock:
+            # Another process may have committed since, and latest() has seen that.
+            if not continues_seen or position.head > self._seen.head:
                 self._seen = position
         self._limit_wal(db)
         return position
@@ -1772,91 +1455,66 @@ class SQLiteStore(Store):
         if db is None:
             return
         try:
-            if db.in_transaction:
-                run_own(db, "ROLLBACK")
-        except (sqlite3.Error, StoreRefused):
+            db.rollback()
+        except sqlite3.Error:
             log_error(store_log, "a rollback failed: the next transaction reconnects")
             self._write_db = None
             with contextlib.suppress(sqlite3.Error):
                 db.close()
 
-    def _reconnect(self) -> GuardedConnection:
-        """Open the writer's connection again, after a rollback that failed."""
-        db = self._file.connect("rw")
-        try:
-            self._file.prepare_writer(db)
-        except BaseException:
-            db.close()
-            raise
-        self._write_version = self._read_data_version(db)
-        return db
-
     def close(self) -> None:
-        """Close every connection, and write the WAL into the file if possible."""
-        if self._write_db is not None:
-            with contextlib.suppress(sqlite3.Error, StoreRefused):  # a reader holds it
-                run_own(self._write_db, "PRAGMA wal_checkpoint(TRUNCATE)")
+        """Close every connection. The last one writes the WAL into the file."""
         with self._position_lock:
             for db in (*self._idle, self._position_db, self._write_db):
                 if db is not None:
                     db.close()
-            self._idle = []
-            self._position_db = None
-            self._write_db = None
+            self._closed = True
 
     def stats(self) -> dict[str, int]:
         """Return the sizes of the file and of its WAL (bytes)."""
         sizes = {"database_bytes": 0, "wal_bytes": 0}
         with contextlib.suppress(OSError):  # the file may be gone
-            sizes["database_bytes"] = os.path.getsize(self._file.path)
-            sizes["wal_bytes"] = os.path.getsize(self._file.wal_path)
+            sizes["database_bytes"] = os.path.getsize(self._path)
+            sizes["wal_bytes"] = os.path.getsize(wal_path(self._path))
         return sizes
 
-    # -- against backups that are restored under a running server
+    # -- against a file that is gone
 
-    def _see(self, db: GuardedConnection, position: Position) -> None:
-        """Note a position. An epoch is due if the history is another one than before.
+    def _check_file(self) -> None:
+        """Raise StoreRefused if the file was removed or replaced.
 
-        If this process saw (A, 100), and the log in the file has not issued that, then
-        another copy was restored. An epoch stays due until a commit has begun it.
+        SQLite goes on writing into a file that no name leads to, and what it writes is
+        lost when the last process closes it.
         """
-        with self._seen_lock:
-            if position != self._seen:
-                if not self.has_issued(db, self._seen.epoch, self._seen.head):
-                    self._epoch_is_due = True
-                    self._seen = position
-                elif position.head >= self._seen.head:  # otherwise it is noted late
-                    self._seen = position
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self._path), self._stat):
+                return
+        raise StoreRefused(f"{self._path} was removed or replaced: restart the server")
 
     # -- against a WAL that grows
 
     def _limit_wal(self, db: GuardedConnection) -> None:
-        """Measure the WAL from time to time, and reset it if it is large."""
+        """Measure the WAL from time to time, and reset it if it is large.
+
+        Reads that overlap without a gap would let it grow without bound
+        (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files). So block new
+        reads, and pushes, until the current reads finish, but for a second at most. If
+        a read takes longer, try again when the WAL has grown by another MAX_WAL.
+        """
         now = time.monotonic()
         if now < self._next_wal_check:
             return
         self._next_wal_check = now + WAL_CHECK_INTERVAL
         with contextlib.suppress(OSError, sqlite3.Error, StoreRefused):
-            if os.path.getsize(self._file.wal_path) > self._wal_limit:
-                self._reset_wal(db)
-
-    def _reset_wal(self, db: GuardedConnection) -> None:
-        """Block new reads until the current ones finish; let SQLite reset the WAL.
-
-        Reads that overlap without a gap would let it grow without bound
-        (https://sqlite.org/wal.html#avoiding_excessively_large_wal_files). Pushes wait
-        for this as well, up to a second. If a read takes longer, the next try comes
-        when the WAL has grown by another MAX_WAL.
-        """
-        deadline = time.monotonic() + 1
-        self._wal_limit += MAX_WAL
-        with self._read_barrier:
-            while time.monotonic() < deadline:
-                busy = self.run_scalar(db, "PRAGMA wal_checkpoint(TRUNCATE)")
-                if not busy:
-                    self._wal_limit = MAX_WAL
-                    return
-                time.sleep(0.001)
+            if os.path.getsize(wal_path(self._path)) <= self._wal_limit:
+                return
+            self._wal_limit += MAX_WAL
+            with self._read_barrier:
+                run_own(db, "PRAGMA busy_timeout = 1000")
+                is_busy = self.run_scalar(db, "PRAGMA wal_checkpoint(TRUNCATE)")
+                run_own(db, "PRAGMA busy_timeout = 0")
+            if not is_busy:
+                self._wal_limit = MAX_WAL
 
     # -- against other processes
 
@@ -1865,14 +1523,19 @@ class SQLiteStore(Store):
         if not self._warns_of_others:
             return
         # A connection's own commits do not change the version that it reads.
-        if self._read_data_version(db) != self._write_version:
+        version = self.run_scalar(db, "PRAGMA data_version")
+        if self._write_version not in (None, version):
             self._warns_of_others = False
             store_log.warning(
                 "another process writes to %s, and SQLite %s may lose a commit then: "
                 "use 3.51.3 or newer (https://sqlite.org/wal.html#walresetbug)",
-                self._file.path,
+                self._path,
                 sqlite3.sqlite_version,
             )
+        self._write_version = version
+
+
+NO_POSITION = Position(0, "", 0)  # no log has issued it: no epoch has an empty name
 
 
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:

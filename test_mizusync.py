@@ -848,7 +848,6 @@ def test_a_wrong_setting_is_refused_with_its_name_and_value(name: str) -> None:
         "a keep_changes of 0": ("keep_changes", 0),
         "a keep_changes with a fraction": ("keep_changes", 5.0),
         "an auth_interval of 0": ("auth_interval", 0),
-        "a send_buffer that no kernel takes": ("send_buffer", 2**31),
         "a busy_timeout that SQLite takes as 0": ("busy_timeout", 2**31),
         "more readers than there are descriptors": ("readers", 100_000),
         "no readers": ("readers", 0),
@@ -1121,26 +1120,26 @@ def test_the_longest_id_name_and_scope_are_counted_in_code_points(
         "a number": (1, None, "has to be a JSON object"),
         "a string": ("text", None, "has to be a JSON object"),
         "an array": ([], None, "has to be a JSON object"),
-        "an empty object": ({}, "id", "1 to 128 .* empty or missing"),
-        "no id": ({"name": "n"}, "id", "1 to 128 .* empty or missing"),
-        "an id of null": ({"id": None, "name": "n"}, "id", "no string"),
-        "a long id": ({"id": "x" * 129, "name": "n"}, "id", "128 .* has 129"),
-        "half a surrogate pair": ({"id": "\ud800", "name": "n"}, "id", "surrogate"),
-        "a number as a name": ({"id": "1", "name": 5}, "name", "no string"),
-        "no name": ({"id": "1"}, "name", "1 to 128 .* empty or missing"),
-        "an empty scope": ({"id": "1", "name": "n", "scope": ""}, "scope", "empty"),
+        "an empty object": ({}, "id", "string of 1 to 128"),
+        "no id": ({"name": "n"}, "id", "string of 1 to 128"),
+        "an id of null": ({"id": None, "name": "n"}, "id", "string of 1 to 128"),
+        "a long id": ({"id": "x" * 129, "name": "n"}, "id", "1 to 128"),
+        "half a surrogate pair": ({"id": "\ud800", "name": "n"}, "id", "1 to 128"),
+        "a number as a name": ({"id": "1", "name": 5}, "name", "string of 1 to 128"),
+        "no name": ({"id": "1"}, "name", "string of 1 to 128"),
+        "an empty scope": ({"id": "1", "name": "n", "scope": ""}, "scope", "1 to 256"),
         "a long scope": (
             {"id": "1", "name": "n", "scope": "x" * 257},
             "scope",
-            "256 .* has 257",
+            "1 to 256",
         ),
     },
 )
-def test_the_refusal_of_a_mutation_names_the_field_and_its_fault(
+def test_the_refusal_of_a_mutation_names_the_field_and_the_rule(
     case: tuple[Any, str | None, str],
 ) -> None:
-    value, field, fault = case
-    with pytest.raises(mizusync.InvalidMutation, match=fault) as caught:
+    value, field, rule = case
+    with pytest.raises(mizusync.InvalidMutation, match=rule) as caught:
         Mutation.parse(value)
     named = re.findall(r"\b(?:id|name|scope)\b", str(caught.value))
     assert set(named) == ({field} if field else set())
@@ -1335,7 +1334,7 @@ def test_the_schema_may_rename_a_table_and_drop_a_sequence(path: Path) -> None:
 # What an application may do with its connection, and what it may not: a misuse fails
 # its own mutation, and no other.
 
-KEPT: list[Any] = []  # cursors and blobs that an application keeps open
+KEPT: list[Any] = []  # cursors that an application keeps open
 TRACE = "INSERT INTO notes VALUES ('_default', '\"a trace\"')"
 
 
@@ -1355,14 +1354,6 @@ def leave_insert_returning_open(db: sqlite3.Connection) -> Any:
     cursor.execute("INSERT INTO notes VALUES ('n', '1'), ('n', '2') RETURNING data")
     assert cursor.fetchone() == ("1",)
     KEPT.append(cursor)
-    return ["fine"]
-
-
-def leave_blob_open(db: sqlite3.Connection) -> Any:
-    (row,) = db.execute("SELECT max(rowid) FROM notes").fetchone()
-    blob = db.blobopen("notes", "data", row)
-    blob.write(b"n")  # of null
-    KEPT.append(blob)
     return ["fine"]
 
 
@@ -1457,22 +1448,6 @@ def roll_back_and_write(db: sqlite3.Connection) -> Any:
     return ["fine"]
 
 
-def roll_back_and_write_blob(db: sqlite3.Connection) -> Any:
-    """Suppress the error of a lost transaction, and write into a row of before."""
-    (row,) = db.execute("SELECT min(rowid) FROM notes").fetchone()
-    with suppress(sqlite3.Error):
-        roll_back_by_conflict(db)
-    with db.blobopen("notes", "data", row) as blob:
-        blob.write(b"9")
-    return ["fine"]
-
-
-def limit_time(db: sqlite3.Connection) -> Any:
-    """Interrupt every statement from now on."""
-    db.set_progress_handler(lambda: 1, 1)
-    return ["fine"]
-
-
 def write_mark(db: sqlite3.Connection) -> Any:
     sql = "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)"
     db.execute(sql, ("a", "mark", None, 0))
@@ -1510,7 +1485,6 @@ FORBIDDEN_STATEMENTS = [
     "PRAGMA synchronous = OFF",
     "PRAGMA user_version = 3",
     "ATTACH ':memory:' AS other",
-    "ATTACH 'data_version' AS other",  # the name of a pragma that is permitted
     "DETACH main",
     # They would change the log.
     "DELETE FROM mizusync_changes",
@@ -1540,9 +1514,9 @@ MISUSES: dict[str, Use] = {
     "close": lambda db: db.close(),
     "an authorizer of its own": lambda db: db.set_authorizer(None),
     "a backup": make_backup,
+    "a blob": lambda db: db.blobopen("notes", "data", 1),
     "ROLLBACK on conflict": roll_back_by_conflict,
     "ROLLBACK on conflict, suppressed": roll_back_and_write,
-    "ROLLBACK on conflict, and then a blob": roll_back_and_write_blob,
     "a failure inside a savepoint": fail_inside_savepoint,
     "a cursor in use by a thread": leave_thread_in_cursor,
     "a dedupe mark": write_mark,
@@ -1586,10 +1560,9 @@ PERMITTED_USES: dict[str, Use] = {
     "savepoints of its own": use_savepoints,
     "a SELECT left open": leave_select_open,
     "INSERT RETURNING left open": leave_insert_returning_open,
-    "a blob left open": leave_blob_open,
     "factories changed": change_factories,
-    "a progress handler left in place": limit_time,
     "a table of its own": create_table,
+    "reading a PRAGMA": lambda db: db.execute("PRAGMA foreign_keys").fetchall(),
     "reading the log": lambda db: db.execute(
         "SELECT cursor FROM mizusync_changes"
     ).fetchall(),
@@ -1824,8 +1797,6 @@ def test_a_newer_format_is_refused_and_unchanged(path: Path) -> None:
         "a folder": ".",
         "memory": ":memory:",
         "an empty name": "",
-        "a NUL": "a\0b.db",
-        "half a surrogate pair": "half a pair \ud800.db",
     },
 )
 def test_a_path_at_which_no_log_can_be_kept_is_refused(
@@ -1978,12 +1949,20 @@ def test_a_database_file_that_is_mounted_without_its_folder_is_refused(
         "not UTF-8": (b"1 2 0:5 / /\xff\r\x0c rw - tmpfs t rw", b"/\xff\r\x0c"),
     },
 )
-def test_mount_points_are_parsed_as_linux_writes_them(
-    case: tuple[bytes, bytes],
+def test_mount_points_are_found_as_linux_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[bytes, bytes]
 ) -> None:
     line, mount_point = case
     sysfs = b"22 28 0:21 / /sys rw,nosuid shared:7 - sysfs sysfs rw\n"
-    assert mizusync.mount_points(sysfs + line + b"\n") == {b"/sys", mount_point}
+    mounts = tmp_path / "mountinfo"
+    mounts.write_bytes(sysfs + line + b"\n")
+    monkeypatch.setattr(mizusync, "MOUNTS", str(mounts))
+    mounted = [b"/sys", mount_point]
+    others = [b"/", b"/a", b"/sy", b"/sys/x", b"/dev/vda", mount_point + b"x"]
+    found = [
+        path for path in mounted + others if mizusync.is_mount_point(os.fsdecode(path))
+    ]
+    assert found == mounted
 
 
 @pytest.mark.parametrize("encoding", ["UTF-16le", "UTF-16be"])
@@ -2059,24 +2038,28 @@ def test_opening_a_log_and_reading_from_it_write_nothing(path: Path) -> None:
         "a bracket is missing": ("CREATE TABLE t (n", "incomplete input"),
         "a string without its end": ("SELECT 'a;", "unrecognized token"),
         "a NUL": ("CREATE TABLE t (n); \0", "null character"),
-        "BEGIN": ("-- all;\nbegin; CREATE TABLE t (n); COMMIT;", "leave out BEGIN"),
-        "COMMIT": ("CREATE TABLE t (n); /* now */ COMMIT", "leave out COMMIT"),
-        "END": ("CREATE TABLE t (n); END", "leave out END"),
-        "ROLLBACK": ("CREATE TABLE t (n); ROLLBACK;", "leave out ROLLBACK"),
-        "VACUUM": ("CREATE TABLE t (n); VACUUM;", "cannot VACUUM from within"),
+        "VACUUM": ("BEGIN; VACUUM;", "cannot VACUUM from within"),
         "a constraint": (
             "CREATE TABLE t (n CHECK (n)); REPLACE INTO t SELECT 0",
             "CHECK",
         ),
-        "before a PRAGMA": ("CREATE TABLE t (n); NO; PRAGMA foreign_keys = ON", "NO"),
     },
 )
-def test_a_schema_with_a_mistake_is_refused_with_the_reason_and_rolled_back(
+def test_a_schema_with_a_mistake_is_refused_with_the_reason(
     path: Path, case: tuple[str, str]
 ) -> None:
     schema, reason = case
     with pytest.raises(StoreError, match=f"the schema for {path}.*{reason}"):
         open_log(path, schema=schema)
+    with closing(open_log(path)) as engine:
+        assert push(engine, note("1"))[0]["ok"]
+
+
+def test_a_schema_with_a_transaction_is_rolled_back_if_a_part_of_it_fails(
+    path: Path,
+) -> None:
+    with pytest.raises(StoreError, match='near "NO": syntax error'):
+        open_log(path, schema="BEGIN; CREATE TABLE t (n); NO; COMMIT;")
     with closing(open_log(path)) as engine:
         assert push(engine, note("1"))[0]["ok"]
     assert application_tables(path) == {"notes"}
@@ -2099,6 +2082,8 @@ TRIGGER = """
         "no semicolon at the end": TRIGGER.rstrip("; \n"),
         "pragmas": f"PRAGMA user_version = 7; {TRIGGER}; /**/ pragma foreign_keys = ON",
         "a pragma for the journal": f"PRAGMA journal_mode = WAL; {TRIGGER}",
+        "a transaction of its own": f"BEGIN; {TRIGGER} COMMIT; PRAGMA user_version = 7",
+        "a transaction that it leaves open": f"BEGIN; {TRIGGER}",
         "a semicolon in a string": (
             f"{TRIGGER} INSERT INTO seen SELECT 'a;b' WHERE false;"
         ),
