@@ -1025,8 +1025,8 @@ class GuardedConnection(sqlite3.Connection):
             # The savepoint is gone: SQLite or the application rolled everything back.
             raise StoreRefused("the transaction was rolled back") from error
 
-    def run_with_retry(self, script: str) -> None:
-        """Run a script; while another process holds the lock, roll back and try again.
+    def retry(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """Call `work`; while another process holds the lock, roll back and try again.
 
         SQLite's own busy handler sleeps up to 100 ms between two tries: beside a busy
         writer of another process it might never get the lock. And PRAGMA journal_mode
@@ -1035,17 +1035,22 @@ class GuardedConnection(sqlite3.Connection):
         deadline = time.monotonic() + self._timeout
         while True:
             try:
-                self.executescript(script)
+                work(*arguments)
                 return
-            except sqlite3.Error as error:
+            except (sqlite3.Error, StoreRefused) as error:
                 self.rollback()
-                is_locked = primary_code(error) == sqlite3.SQLITE_BUSY
+                code = primary_code(error.__cause__ or error)
+                is_locked = code == sqlite3.SQLITE_BUSY
                 if not is_locked or time.monotonic() > deadline:
                     raise_refusal(error)
                     raise
             time.sleep(0.0002)
 
     def cursor(self, *factory: Any) -> Any:
+        if self._guarded and not self.in_transaction:
+            # SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If
+            # `apply` goes on, each statement would commit by itself.
+            raise sqlite3.OperationalError("the transaction was rolled back")
         cursor = super().cursor(*factory)
         self._cursors.add(cursor)
         return cursor
@@ -1065,10 +1070,7 @@ class GuardedConnection(sqlite3.Connection):
             return sqlite3.SQLITE_DENY
         if not self._guarded or action == sqlite3.SQLITE_READ:
             return sqlite3.SQLITE_OK
-        if not self.in_transaction:
-            # SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If
-            # `apply` goes on, each statement would commit by itself. (One that comes
-            # from the cache is stopped by Python's BEGIN: see open_database.)
+        if not self.in_transaction:  # rolled back, as in cursor()
             return sqlite3.SQLITE_DENY
         # Without a value, a PRAGMA only reads. Full-text search uses such ones.
         is_reading = action == sqlite3.SQLITE_PRAGMA and names[1] is None
@@ -1173,10 +1175,10 @@ def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
     run_own(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
     run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
     is_new = not has_log(db, adopt)
-    run_own(db, "PRAGMA busy_timeout = 0")  # run_with_retry waits instead
-    db.run_with_retry("PRAGMA journal_mode = WAL")
+    run_own(db, "PRAGMA busy_timeout = 0")  # retry() waits instead
+    db.retry(run_own, db, "PRAGMA journal_mode = WAL")
     if is_new:
-        db.run_with_retry("BEGIN IMMEDIATE")
+        db.retry(run_own, db, "BEGIN IMMEDIATE")
         if not has_log(db, adopt):  # otherwise another process has just created it
             if not adopt:  # an adopted file keeps the id of its application
                 run_own(db, f"PRAGMA application_id = {APPLICATION_ID}")
@@ -1188,7 +1190,7 @@ def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
         run_own(db, "DELETE FROM mizusync_format WHERE false")
     try:
         # Each statement commits by itself, unless there are BEGIN and COMMIT.
-        db.run_with_retry(schema)
+        db.retry(db.executescript, schema)
         db.commit()  # the schema's transaction, if it has left one open
     except (sqlite3.Error, ValueError) as error:  # ValueError: a NUL, for example
         reason = str(error)
@@ -1410,7 +1412,7 @@ class SQLiteStore(Store):
             self._write_db = self._open()
             self._write_version = None
         db = self._write_db
-        db.run_with_retry("BEGIN IMMEDIATE")
+        db.retry(run_own, db, "BEGIN IMMEDIATE")
         self._warn_of_others(db)
         return db, self.read_position(db)
 
