@@ -1888,7 +1888,6 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
 # restored into it. Any other pull reads the database.
 
 
-@dataclasses.dataclass(slots=True)
 class Tail:
     """All changes of one scope above `after`, in order, as three parallel lists.
 
@@ -1896,13 +1895,14 @@ class Tail:
     scope that a transaction adds to; after the commit it is appended to the first.
     """
 
-    after: int
-    cursors: list[int] = dataclasses.field(default_factory=list)
-    firsts: list[int] = dataclasses.field(default_factory=list)  # as in Row
-    changes: list[bytes] = dataclasses.field(default_factory=list)  # encoded
-    size: int = 0  # bytes of memory, about
+    OVERHEAD = 200  # bytes of memory that a change takes besides its own
 
-    OVERHEAD: ClassVar = 200  # bytes of memory that a change takes besides its own
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.cursors: list[int] = []
+        self.firsts: list[int] = []  # as in Row
+        self.changes: list[bytes] = []  # encoded
+        self.size = 0  # bytes of memory, about
 
     @property
     def current(self) -> int:
@@ -1924,18 +1924,14 @@ class Tail:
         self.firsts += newer.firsts
         self.changes += newer.changes
         self.size += newer.size
-        if len(self.cursors) > 2 * keep:
-            self.drop_through(self.cursors[-keep - 1])
-
-    def drop_through(self, cursor: int) -> None:
-        """Remove the changes up to and including a cursor."""
-        self.after = max(self.after, cursor)
-        count = bisect.bisect_right(self.cursors, cursor)
-        removed = sum(map(len, self.changes[:count]))
-        self.size -= removed + self.OVERHEAD * count
-        del self.cursors[:count]
-        del self.firsts[:count]
-        del self.changes[:count]
+        excess = len(self.cursors) - keep
+        if excess > keep:
+            self.after = self.cursors[excess - 1]
+            removed = sum(map(len, self.changes[:excess]))
+            self.size -= removed + self.OVERHEAD * excess
+            del self.cursors[:excess]
+            del self.firsts[:excess]
+            del self.changes[:excess]
 
     def page(
         self,
@@ -1951,14 +1947,10 @@ class Tail:
             return Page((), cursor, epoch)
         stop = min(start + limit, end)
         if self.size > max_size:  # otherwise everything fits
-            room = max_size - len(self.changes[start])
-            for place in range(start + 1, stop):
-                room -= len(self.changes[place])
-                if room < 0:
-                    stop = place
-                    break
-        firsts = self.firsts
-        while stop < end and firsts[stop] == firsts[stop - 1]:
+            sizes = itertools.accumulate(map(len, self.changes[start:stop]))
+            fitting = bisect.bisect_right(list(sizes), max_size)
+            stop = start + max(1, fitting)
+        while stop < end and self.firsts[stop] == self.firsts[stop - 1]:
             stop += 1  # a page never ends inside a mutation
         last = self.cursors[stop - 1]
         return Page(self.changes[start:stop], last, epoch, has_more=stop < end)
@@ -1979,22 +1971,11 @@ class Tails:
         self._tails: OrderedDict[str, Tail] = OrderedDict()  # least recently used first
         self._size = 0
 
-    def __contains__(self, scope: str) -> bool:
-        """Return whether it is worth asking for a page; only page() decides."""
-        return scope in self._tails
-
-    def page(
-        self,
-        scope: str,
-        cursor: int,
-        limit: int,
-        epoch: str,
-        latest: Position,
-    ) -> Page | None:
-        """Return a page from memory, or None if memory can't answer.
-
-        `latest` is the store's position now.
-        """
+    def page(self, scope: str, cursor: int, limit: int, epoch: str) -> Page | None:
+        """Return a page from memory, or None if memory can't answer."""
+        if scope not in self._tails:
+            return None
+        latest = self._store.latest()
         with self._lock:
             tail = self._tails.get(scope)
             if tail is None or latest != self.position:
@@ -2006,8 +1987,9 @@ class Tails:
             self._tails.move_to_end(scope)
             return tail.page(cursor, limit, self._settings.max_page_size, latest.epoch)
 
-    def current(self, scope: str, latest: Position) -> int | None:
+    def current(self, scope: str) -> int | None:
         """Return the scope's newest cursor, or None if memory can't answer."""
+        latest = self._store.latest()
         with self._lock:
             tail = self._tails.get(scope)
             if tail is None or latest != self.position:
@@ -2019,8 +2001,8 @@ class Tails:
         db: Any,
         scope: str,
         cursor: int,
-        epoch: str,
         limit: int,
+        epoch: str,
     ) -> Page:
         """Return a page from the database; remember it if it reaches the log's end.
 
@@ -2035,8 +2017,7 @@ class Tails:
         if not issued:
             sentence = f"this history never issued cursor {cursor}: take a snapshot"
             raise CursorUnknown(sentence)
-        trimmed = self._store.read_trimmed(db, scope)
-        if cursor < trimmed:
+        if cursor < self._store.read_trimmed(db, scope):
             sentence = f"changes above {cursor} were trimmed: take a snapshot"
             raise CursorTooOld(sentence)
         # 2. Read until the page is full, and then to the end of a mutation.
@@ -2044,49 +2025,38 @@ class Tails:
         room = self._settings.max_page_size
         for row in self._store.read_changes(db, scope, cursor):
             is_full = len(tail.cursors) >= limit or room < len(row.data)
-            begins_mutation = not tail.firsts or row.first != tail.firsts[-1]
-            if is_full and tail.firsts and begins_mutation:
+            if is_full and tail.firsts and row.first != tail.firsts[-1]:
                 return Page(tail.changes, tail.current, position.epoch, has_more=True)
             room -= len(tail.add(row))
         # 3. The page reached the end of the log, so memory can serve the next pull. If
         #    it is empty, the scope's newest change is at or below the cursor: a tail
         #    that begins there is complete, and serves lower cursors as well.
-        if tail.cursors:
-            self._remember(scope, tail, position)
-        else:
-            current = self._store.read_current(db, scope)
-            self._remember(scope, Tail(current), position)
-        return Page(tail.changes, tail.current, position.epoch)
+        page = Page(tail.changes, tail.current, position.epoch)
+        if not tail.cursors:
+            tail.after = self._store.read_current(db, scope)
+        with self._lock:
+            # A commit may have overtaken this reader.
+            if position == self.position and scope not in self._tails:
+                self._put(scope, tail)
+        return page
 
     def advance(
         self,
         position: Position,
+        outdated: Iterable[str] | None,
         added: Mapping[str, Tail],
-        trimmed: Mapping[str, int],
     ) -> None:
-        """Follow a commit: what it added and trimmed, by scope, and its position."""
+        """Move to a position: drop tails that are outdated, and append what is new.
+
+        Outdated are the scopes that were trimmed, or that another process changed; None
+        means all. The next pull that reads the database puts them back.
+        """
         with self._lock:
-            for scope, cursor in trimmed.items():
-                tail = self._remove(scope)
-                if tail is not None:
-                    tail.drop_through(cursor)  # a pull below it has to be refused
-                    self._put(scope, tail)
+            for scope in list(self._tails) if outdated is None else outdated:
+                self._remove(scope)
             for scope, newer in added.items():
                 self._put(scope, newer)
             self.position = position
-
-    def forget(self, scopes: Iterable[str] | None, position: Position) -> None:
-        """Drop the tails of some scopes (None: of all), and move to a position."""
-        with self._lock:
-            for scope in list(self._tails) if scopes is None else scopes:
-                self._remove(scope)
-            self.position = position
-
-    def _remember(self, scope: str, tail: Tail, position: Position) -> None:
-        """Keep a tail that a reader built, unless a commit has overtaken it."""
-        with self._lock:
-            if position == self.position and scope not in self._tails:
-                self._put(scope, tail)
 
     def _put(self, scope: str, newer: Tail) -> None:
         """Extend a tail, or begin one; it becomes the most recently used."""
@@ -2233,7 +2203,7 @@ class Batch:
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
         self.added: dict[str, Tail] = {}  # by scope: the new changes, encoded
-        self.trimmed: dict[str, int] = {}  # by scope: the highest cursor that goes
+        self.trimmed: set[str] = set()  # scopes that lose changes
         self.counts: Counter[str] = Counter()
 
     def tail(self, scope: str) -> Tail:
@@ -2395,7 +2365,7 @@ class Retention:
         removed = self._store.trim(batch.db, scope, before, TRIM_STEP)
         if removed:
             batch.counts["trims"] += 1
-            batch.trimmed[scope] = self._store.read_trimmed(batch.db, scope)
+            batch.trimmed.add(scope)
         return removed
 
 
@@ -2632,7 +2602,7 @@ class Writer:
         """Put a transaction on disk, and then into memory; return the new position."""
         marks = list(batch.marks.values())
         position = self._store.commit(batch.rows, marks)
-        self._tails.advance(position, batch.added, batch.trimmed)
+        self._tails.advance(position, batch.trimmed, batch.added)
         self._counts.update(batch.counts)
         self._counts["commits"] += 1
         self._counts["changes"] += len(batch.rows)
@@ -2802,7 +2772,7 @@ class Writer:
         changed = self._store.read_scopes_since(db, known)
         # Otherwise another copy was restored, even if it has grown past `known` since.
         is_rewound = not self._store.has_issued(db, known.epoch, known.head)
-        self._tails.forget(None if is_rewound else changed, position)
+        self._tails.advance(position, None if is_rewound else changed, {})
         hints = {}
         for scope, cursor in changed.items():
             if cursor > known.head:  # otherwise it was only trimmed
@@ -2970,15 +2940,13 @@ class Engine:
         limit: int,
     ) -> Page:
         """Return a page from memory if it is up to date, else from the database."""
-        if scope in self._tails:
-            latest = self.store.latest()
-            page = self._tails.page(scope, cursor, limit, epoch, latest)
-            if page is not None:
-                self.counts["pulls_from_memory"] += 1
-                return page
+        page = self._tails.page(scope, cursor, limit, epoch)
+        if page is not None:
+            self.counts["pulls_from_memory"] += 1
+            return page
         self.counts["pulls_from_disk"] += 1
         return await self.read(
-            lambda db: self._tails.load_page(db, scope, cursor, epoch, limit)
+            lambda db: self._tails.load_page(db, scope, cursor, limit, epoch)
         )
 
     async def follow(
@@ -3022,10 +2990,9 @@ class Engine:
     async def current(self, scope: str = DEFAULT_SCOPE) -> int:
         """Return the cursor of the scope's newest change, or 0. No trim lowers it."""
         self._check_process()
-        if scope in self._tails:
-            current = self._tails.current(scope, self.store.latest())
-            if current is not None:
-                return current
+        current = self._tails.current(scope)
+        if current is not None:
+            return current
         return await self.read(lambda db: self.store.read_current(db, scope))
 
     async def position(self) -> Position:
