@@ -1883,13 +1883,14 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
 
 # --- Tail -----------------------------------------------------------------------------
 # A tail is a copy of the log's end for one scope, encoded, so that a pull is a join of
-# bytes. Memory is believed only while the store's latest position equals the position
-# that memory was brought up to: other processes write to the same file, and backups are
+# bytes. It answers a pull if everything that is new to the client fits on one page.
+# Memory is believed only while the store's latest position equals the position that
+# memory was brought up to: other processes write to the same file, and backups are
 # restored into it. Any other pull reads the database.
 
 
 class Tail:
-    """All changes of one scope above `after`, in order, as three parallel lists.
+    """All changes of one scope above `after`, in order, as two parallel lists.
 
     Memory keeps one for each scope in use. Batch.added holds a second one for each
     scope that a transaction adds to; after the commit it is appended to the first.
@@ -1900,7 +1901,6 @@ class Tail:
     def __init__(self, after: int) -> None:
         self.after = after
         self.cursors: list[int] = []
-        self.firsts: list[int] = []  # as in Row
         self.changes: list[bytes] = []  # encoded
         self.size = 0  # bytes of memory, about
 
@@ -1913,7 +1913,6 @@ class Tail:
         """Append one change, and return it encoded."""
         encoded = row.encode()
         self.cursors.append(row.cursor)
-        self.firsts.append(row.first)
         self.changes.append(encoded)
         self.size += len(encoded) + self.OVERHEAD
         return encoded
@@ -1948,37 +1947,29 @@ class Tails:
             return tail.current if tail else None
 
     def page(self, scope: str, cursor: int, limit: int, epoch: str) -> Page | None:
-        """Return about `limit` changes above a cursor; None if memory can't answer."""
+        """Return all changes above a cursor, or None if memory can't answer.
+
+        It can't if they do not fit on one page: a page never ends inside a mutation,
+        and only the database knows where one ends. Nor does memory know where an older
+        epoch ended.
+        """
         with self._lock:
             tail = self._believed(scope)
             if tail is None or not tail.after <= cursor <= self.position.head:
                 return None
             if epoch not in ("", self.position.epoch):
-                return None  # only the database knows where an older epoch ended
+                return None
             self._tails.move_to_end(scope)
-            epoch = self.position.epoch
             start = bisect.bisect_right(tail.cursors, cursor)
-            end = len(tail.cursors)
-            if start == end:
-                return Page((), cursor, epoch)
-            stop = min(start + limit, end)
-            max_size = self._settings.max_page_size
-            if tail.size > max_size:  # otherwise everything fits
-                sizes = itertools.accumulate(map(len, tail.changes[start:stop]))
-                fitting = bisect.bisect_right(list(sizes), max_size)
-                stop = start + max(1, fitting)
-            while stop < end and tail.firsts[stop] == tail.firsts[stop - 1]:
-                stop += 1  # a page never ends inside a mutation
-            last = tail.cursors[stop - 1]
-            return Page(tail.changes[start:stop], last, epoch, has_more=stop < end)
+            changes = tail.changes[start:]
+            size = sum(map(len, changes))
+            if len(changes) > limit or size > self._settings.max_page_size:
+                return None
+            cursor = tail.current if changes else cursor
+            return Page(changes, cursor, self.position.epoch)
 
     def load_page(
-        self,
-        db: Any,
-        scope: str,
-        cursor: int,
-        limit: int,
-        epoch: str,
+        self, db: Any, scope: str, cursor: int, limit: int, epoch: str
     ) -> Page:
         """Return a page from the database; remember it if it reaches the log's end.
 
@@ -1998,12 +1989,15 @@ class Tails:
             raise CursorTooOld(f"changes above {cursor} were trimmed: take a snapshot")
         # 2. Read until the page is full, and then to the end of a mutation.
         tail = Tail(cursor)
-        room = self._settings.max_page_size
+        mutation = 0
         for row in self._store.read_changes(db, scope, cursor):
-            is_full = len(tail.cursors) >= limit or room < len(row.data)
-            if is_full and tail.firsts and row.first != tail.firsts[-1]:
+            is_full = (
+                len(tail.cursors) >= limit or tail.size > self._settings.max_page_size
+            )
+            if is_full and row.first != mutation:
                 return Page(tail.changes, tail.current, position.epoch, has_more=True)
-            room -= len(tail.add(row))
+            tail.add(row)
+            mutation = row.first
         # 3. The page reached the end of the log, so memory can serve the next pull. If
         #    it is empty, the scope's newest change is at or below the cursor: a tail
         #    that begins there is complete, and serves lower cursors as well.
@@ -2038,7 +2032,6 @@ class Tails:
         """Extend a tail, or begin one; it becomes the most recently used."""
         tail = self._remove(scope) or Tail(newer.after)
         tail.cursors += newer.cursors
-        tail.firsts += newer.firsts
         tail.changes += newer.changes
         tail.size += newer.size
         # Cut seldom: only above twice the limit.
@@ -2047,7 +2040,6 @@ class Tails:
             tail.after = tail.cursors[excess - 1]
             tail.size -= sum(map(len, tail.changes[:excess])) + excess * Tail.OVERHEAD
             del tail.cursors[:excess]
-            del tail.firsts[:excess]
             del tail.changes[:excess]
         self._tails[scope] = tail
         self._size += tail.size
@@ -2075,67 +2067,58 @@ Calls = dict[Loop | None, list[Callable[[], None]]]
 
 
 class Listeners:
-    """The functions to call after a commit, by scope; None is for all scopes."""
+    """The functions to call after a commit.
+
+    There is no lock: each operation on the dict is one step for other threads. And the
+    garbage collector may close an abandoned pull at any moment, which calls remove().
+    """
 
     def __init__(self) -> None:
-        self._by_scope: dict[
-            str | None, dict[object, tuple[Loop | None, Listener]]
-        ] = {}
-        # Reentrant: the garbage collector may close an abandoned pull on a thread that
-        # holds the lock, and closing it calls remove().
-        self._lock = threading.RLock()
+        self._all: dict[object, tuple[str | None, Loop | None, Listener]] = {}
 
     def add(self, listener: Listener, scope: str | None) -> Callable[[], None]:
-        """Register a listener on the running loop, if any; return what removes it."""
+        """Register a listener on the running loop, if any; return what removes it.
+
+        It listens to one scope; None is for all.
+        """
         key = object()
         loop = None
         with contextlib.suppress(RuntimeError):
             loop = asyncio.get_running_loop()
-        with self._lock:
-            listeners = self._by_scope.setdefault(scope, {})
-            listeners[key] = (loop, listener)
-            # The garbage collector may just have called remove() on this thread, and
-            # that drops a dict which is empty: put it back.
-            self._by_scope[scope] = listeners
+        self._all[key] = (scope, loop, listener)
 
         def remove() -> None:
-            with self._lock:
-                others = self._by_scope.get(scope, {})
-                if others.pop(key, None) and not others:
-                    del self._by_scope[scope]
+            self._all.pop(key, None)
 
         return remove
 
     def notify(self, hints: Hints, calls: Calls) -> None:
         """Make calls (the answers of a commit), and then those to the listeners."""
-        scopes = (None, *hints) if hints else ()
-        self._deliver(scopes, hints, calls)
+        scopes = {None, *hints} if hints else set()
+        for scope, loop, listener in self._all.copy().values():
+            if scope in scopes:
+                call = functools.partial(listener, hints)
+                calls.setdefault(loop, []).append(call)
+        deliver(calls)
 
     def end_waits(self) -> None:
         """Call the listeners of single scopes without hints: waiting pulls end."""
-        with self._lock:
-            scopes = self._by_scope.copy()
-        scopes.pop(None, None)
-        self._deliver(scopes, {}, {})
-
-    def _deliver(
-        self, scopes: Iterable[str | None], hints: Hints, calls: Calls
-    ) -> None:
-        """Add the listeners of these scopes to the calls, and make them all."""
-        for scope in scopes:
-            with self._lock:
-                # copy() is one step. In a loop over the dict itself, the garbage
-                # collector could call remove() between two entries.
-                listeners = self._by_scope.get(scope, {}).copy()
-            for loop, listener in listeners.values():
-                call = functools.partial(listener, hints)
+        calls: Calls = {}
+        for scope, loop, listener in self._all.copy().values():
+            if scope is not None:
+                call = functools.partial(listener, {})
                 calls.setdefault(loop, []).append(call)
-        here = calls.pop(None, [])
-        for loop, its_calls in calls.items():
-            if loop is not None:
-                with contextlib.suppress(RuntimeError):  # it is closed: nobody waits
-                    loop.call_soon_threadsafe(make_calls, its_calls)
-        make_calls(here)  # last: whatever they do, the loops have their answers
+        deliver(calls)
+
+
+def deliver(calls: Calls) -> None:
+    """Make the calls of each loop in one hop to it."""
+    here = calls.pop(None, [])
+    for loop, its_calls in calls.items():
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed: nobody waits
+                loop.call_soon_threadsafe(make_calls, its_calls)
+    make_calls(here)  # last: whatever they do, the loops have their answers
 
 
 def make_calls(calls: Iterable[Callable[[], None]]) -> None:
@@ -2152,7 +2135,7 @@ def make_calls(calls: Iterable[Callable[[], None]]) -> None:
 # waits for. A step of it is the unit that can be run again in a transaction of its own.
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass
 class Step:
     """One mutation of a push, or a trim."""
 
@@ -2161,7 +2144,7 @@ class Step:
     result: Any = None  # what `run` returned; None if its transaction has failed
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass
 class Job:
     """A push or a trim. Its future gets a list of the results of its steps."""
 
@@ -2261,8 +2244,7 @@ class Batch:
         limit = self._settings.max_mutation_changes
         made = self._apply_function(db, mutation)
         if isinstance(made, NOT_CHANGES):
-            kind = type(made).__name__
-            raise TypeError(f"apply returns an iterable of changes, not one {kind}")
+            raise TypeError("apply returns an iterable of changes, such as a list")
         try:
             changes = list(itertools.islice(made or (), limit + 1))
         finally:
@@ -2294,12 +2276,8 @@ class Batch:
             if row.scope == mutation.scope:
                 shown.append(encoded)
         self.rows += rows
-        if rows:
-            first = rows[0].cursor
-            last = rows[-1].cursor
-        else:
-            first = None
-            last = self._tail(mutation.scope).current
+        first = rows[0].cursor if rows else None
+        last = rows[-1].cursor if rows else self._tail(mutation.scope).current
         key = (mutation.scope, mutation.id)
         self.marks[key] = Mark(*key, first, last)
         return Result.applied(last, shown)
@@ -2385,6 +2363,12 @@ def apply_retention(batch: Batch, keep: int) -> None:
 # probes the disk with a write of its own: if that works, the step is at fault
 # (internal_error); if it fails too, the disk is (unavailable).
 
+COUNTERS = (
+    "pushes", "pushes_failed", "applied", "invalid_mutation", "not_found", "conflict",
+    "forbidden", "unavailable", "internal_error", "commits", "pulls_from_memory",
+    "pulls_from_disk",
+)  # fmt: skip
+
 
 class Writer:
     """The thread that writes. Only a method that says so may be called on another."""
@@ -2395,7 +2379,6 @@ class Writer:
         apply: Apply,
         tails: Tails,
         listeners: Listeners,
-        counts: Counter[str],
         settings: Settings,
     ) -> None:
         # True while there is work: the server then yields the GIL once per request.
@@ -2406,7 +2389,7 @@ class Writer:
         self._apply = apply
         self._tails = tails
         self._listeners = listeners
-        self._counts = counts
+        self.counts = Counter(dict.fromkeys(COUNTERS, 0))
         self._settings = settings
         # In the order of arrival: nothing overtakes in here. None is that of wake().
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -2484,10 +2467,6 @@ class Writer:
                 # If this takes the mark of wake(), nothing is missed: _begin() has
                 # caught up, and under its lock no other process can commit.
                 jobs += self._take(0)
-        keep = self._settings.keep_changes
-        if keep:
-            run = functools.partial(apply_retention, keep=keep)
-            yield Step(run, "keep_changes")
 
     def _commit_steps(self, steps: Iterable[Step], alone: bool = False) -> Hints:
         """Run steps in one transaction, and commit it; return its hints.
@@ -2532,11 +2511,12 @@ class Writer:
 
     def _commit(self, batch: Batch) -> Hints:
         """Put a transaction on disk, and then into memory; return its hints."""
+        if self._settings.keep_changes:
+            apply_retention(batch, self._settings.keep_changes)
         marks = list(batch.marks.values())
         position = self._store.commit(batch.rows, marks)
         self._tails.advance(position, batch.trimmed, batch.added)
-        self._counts["commits"] += 1
-        self._counts["changes"] += len(batch.rows)
+        self.counts["commits"] += 1
         return batch.hints(position.epoch)
 
     def _answer(self, jobs: list[Job], hints: Hints) -> None:
@@ -2545,12 +2525,11 @@ class Writer:
         for job in jobs:
             calls.setdefault(job.loop, []).append(job.answer)
             if job.refusal:
-                self._counts["pushes_failed"] += 1
+                self.counts["pushes_failed"] += 1
             elif job.is_push:
-                self._counts["pushes"] += 1
+                self.counts["pushes"] += 1
                 for step in job.steps:
-                    kind = "duplicate" if step.result.duplicate else step.result.code
-                    self._counts[kind or "applied"] += 1
+                    self.counts[step.result.code or "applied"] += 1
         self._listeners.notify(hints, calls)
 
     # -- against a database that refuses
@@ -2606,12 +2585,6 @@ class Writer:
 # thread; reads come from memory, or from the database on a reader's thread. The event
 # loop itself only asks for the position, which takes some microseconds.
 
-COUNTERS = (
-    "pushes", "pushes_failed", "applied", "duplicate", "invalid_mutation", "not_found",
-    "conflict", "forbidden", "unavailable", "internal_error", "commits", "changes",
-    "pulls_from_memory", "pulls_from_disk", "snapshots",
-)  # fmt: skip
-
 Mutations = Iterable[Mutation | Mapping[str, Any]]
 
 
@@ -2654,15 +2627,13 @@ class Engine:
         if isinstance(store, (str, os.PathLike)):
             store = SQLiteStore(store, schema, adopt, self.settings.busy_timeout)
         self.store: Store = store
-        self.counts = Counter(dict.fromkeys(COUNTERS, 0))
         self._snapshot_function = snapshot
         self._process = os.getpid()
         self._tails = Tails(store, self.settings)
         self._listeners = Listeners()
         self._readers = ThreadPoolExecutor(self.settings.readers, "mizusync-reader")
-        self._writer = Writer(
-            store, apply, self._tails, self._listeners, self.counts, self.settings
-        )
+        self._writer = Writer(store, apply, self._tails, self._listeners, self.settings)
+        self.counts = self._writer.counts
 
     # -- push
 
@@ -2671,7 +2642,7 @@ class Engine:
 
         Those that are ok are on disk. Raise Unavailable if the store refuses; nothing
         of this push was applied then. Raise InvalidMutation for a value that is no
-        mutation.
+        mutation, and ValueError for args that are not made of JSON values.
         """
         return await self._run_steps(self._mutation_steps(mutations))
 
@@ -2688,11 +2659,7 @@ class Engine:
         steps: list[Step] = []
         for value in values:
             mutation = value if isinstance(value, Mutation) else Mutation.parse(value)
-            try:
-                args = marshal.dumps(mutation.args)  # five times as fast as deepcopy
-            except ValueError as error:
-                sentence = f"args are made of JSON values, tuples and bytes: {error}"
-                raise InvalidMutation(sentence) from error
+            args = marshal.dumps(mutation.args)  # five times as fast as deepcopy
             run = functools.partial(
                 Batch.apply, mutation=mutation, args=args, push=steps
             )
@@ -2729,7 +2696,6 @@ class Engine:
         a change. `epoch` is the one in which the client read the cursor, if it knows.
         Raise CursorTooOld, CursorUnknown, Unavailable.
         """
-        self._check_process()
         limit = min(limit or self.settings.pull_limit, self.settings.max_pull_limit)
         if wait <= 0:
             return await self._read_page(scope, cursor, epoch, limit)
@@ -2756,13 +2722,7 @@ class Engine:
         finally:
             remove_listener()
 
-    async def _read_page(
-        self,
-        scope: str,
-        cursor: int,
-        epoch: str,
-        limit: int,
-    ) -> Page:
+    async def _read_page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:
         """Return a page from memory if it is up to date, else from the database."""
         page = self._tails.page(scope, cursor, limit, epoch)
         if page is not None:
@@ -2779,8 +2739,7 @@ class Engine:
         """Yield every change of the scope above `cursor`, then each new one."""
         epoch = ""
         while True:
-            wait = self.settings.max_pull_wait
-            page = await self.pull(scope, cursor, epoch=epoch, wait=wait)
+            page = await self.pull(scope, cursor, epoch=epoch, wait=math.inf)
             for change in page.changes:
                 yield change
             cursor = page.cursor
@@ -2799,7 +2758,6 @@ class Engine:
         take = self._snapshot_function
         if take is None:
             raise NotFound("this application has no snapshots: pull from cursor 0")
-        self.counts["snapshots"] += 1
 
         def read(db: Any) -> Snapshot:
             cursor = self.store.read_current(db, scope)
@@ -2812,7 +2770,6 @@ class Engine:
 
     async def current(self, scope: str = DEFAULT_SCOPE) -> int:
         """Return the cursor of the scope's newest change, or 0. No trim lowers it."""
-        self._check_process()
         current = self._tails.current(scope)
         if current is not None:
             return current
