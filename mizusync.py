@@ -2062,8 +2062,8 @@ class Tails:
 Hints = Mapping[str, Hint]  # by scope
 Listener = Callable[[Hints], None]
 Loop = asyncio.AbstractEventLoop
-# What to call, by the event loop to call it on. None is the present thread.
-Calls = dict[Loop | None, list[Callable[[], None]]]
+Call = Callable[[], None]
+Calls = dict[Loop | None, list[Call]]  # by the loop to make them on; None: right here
 
 
 class Listeners:
@@ -2092,36 +2092,26 @@ class Listeners:
 
         return remove
 
-    def notify(self, hints: Hints, calls: Calls) -> None:
+    def notify(self, hints: Hints, calls: Calls, ends_waits: bool = False) -> None:
         """Make calls (the answers of a commit), and then those to the listeners."""
-        scopes = {None, *hints} if hints else set()
         for scope, loop, listener in self._all.copy().values():
-            if scope in scopes:
+            # Those to all scopes are called after commits alone, with some hints.
+            if scope in hints or (hints if scope is None else ends_waits):
                 call = functools.partial(listener, hints)
                 calls.setdefault(loop, []).append(call)
-        deliver(calls)
+        here = calls.pop(None, [])
+        for loop, its_calls in calls.items():
+            if loop is not None:
+                with contextlib.suppress(RuntimeError):  # it is closed: nobody waits
+                    loop.call_soon_threadsafe(make_calls, its_calls)
+        make_calls(here)  # last: whatever they do, the loops have their answers
 
     def end_waits(self) -> None:
-        """Call the listeners of single scopes without hints: waiting pulls end."""
-        calls: Calls = {}
-        for scope, loop, listener in self._all.copy().values():
-            if scope is not None:
-                call = functools.partial(listener, {})
-                calls.setdefault(loop, []).append(call)
-        deliver(calls)
+        """Call the listeners to single scopes without hints: waiting pulls end."""
+        self.notify({}, {}, ends_waits=True)
 
 
-def deliver(calls: Calls) -> None:
-    """Make the calls of each loop in one hop to it."""
-    here = calls.pop(None, [])
-    for loop, its_calls in calls.items():
-        if loop is not None:
-            with contextlib.suppress(RuntimeError):  # it is closed: nobody waits
-                loop.call_soon_threadsafe(make_calls, its_calls)
-    make_calls(here)  # last: whatever they do, the loops have their answers
-
-
-def make_calls(calls: Iterable[Callable[[], None]]) -> None:
+def make_calls(calls: Iterable[Call]) -> None:
     """Make calls one after the other. One that fails keeps none of the others back."""
     for call in calls:
         try:
@@ -2149,9 +2139,8 @@ class Job:
     """A push or a trim. Its future gets a list of the results of its steps."""
 
     steps: Sequence[Step]
-    future: asyncio.Future[list[Any]] | Future[list[Any]]
+    future: asyncio.Future[Any] | Future[Any]
     loop: Loop | None = None  # the future's, if it belongs to one
-    is_push: bool = True
     refusal: StoreRefused | None = None  # instead of results, if nothing was applied
 
     def answer(self) -> None:
@@ -2163,14 +2152,14 @@ class Job:
         else:
             self.future.set_result([step.result for step in self.steps])
 
-    def refuse(self, sentence: str) -> None:
+    def refuse(self) -> None:
         """Refuse the steps that have no result.
 
         If a part of a push was applied, its other mutations are `unavailable`. If
         nothing was, it is refused as a whole.
         """
         # One exception for each job, because raising it changes its traceback.
-        refusal = StoreRefused(sentence)
+        refusal = StoreRefused("the database refuses, for now")
         left = [step for step in self.steps if step.result is None]
         if left and any(step.result.ok for step in self.steps if step.result):
             for step in left:
@@ -2285,8 +2274,7 @@ class Batch:
     def _tail(self, scope: str) -> Tail:
         """Return the tail that collects what the transaction adds to a scope."""
         if scope not in self.added:
-            current = self.store.read_current(self.db, scope)
-            self.added[scope] = Tail(current)
+            self.added[scope] = Tail(self.store.read_current(self.db, scope))
         return self.added[scope]
 
     def hints(self, epoch: str) -> Hints:
@@ -2358,10 +2346,11 @@ def apply_retention(batch: Batch, keep: int) -> None:
 # serves them all. Each mutation runs under a savepoint, so one that fails leaves no
 # trace. Memory follows the commit, and then answers and hints.
 #
-# If the transaction itself fails, each step in it runs again, in a transaction of its
-# own. A step that works then had a neighbour at fault. If it fails again, the engine
-# probes the disk with a write of its own: if that works, the step is at fault
-# (internal_error); if it fails too, the disk is (unavailable).
+# There is one rule for a transaction that fails: each of its steps runs again, in a
+# transaction of its own. A step that works then had a neighbour at fault. If it fails
+# again, the engine probes the disk with a write of its own: if that works, the step is
+# at fault (internal_error); if it fails too, the disk is (unavailable), and what is
+# left is refused without being tried.
 
 COUNTERS = (
     "pushes", "pushes_failed", "applied", "invalid_mutation", "not_found", "conflict",
@@ -2435,7 +2424,7 @@ class Writer:
     def _work(self) -> None:
         """Commit jobs until the writer is closed. No error ends this thread."""
         interval = min(self._settings.watch_interval, threading.TIMEOUT_MAX)
-        # `closed` first: once it is true, no job can be added that the next looks miss.
+        # `closed` comes first: once it is true, no job is added that `waiting` misses.
         while not self.closed or self.waiting:
             jobs = self._take(interval)
             try:
@@ -2472,7 +2461,8 @@ class Writer:
         """Run steps in one transaction, and commit it; return its hints.
 
         If it fails, run each step alone, and return no hints: they went out with each.
-        Raise StoreRefused if the disk refuses, or the lock can't be had.
+        Raise StoreRefused if the disk refuses, or the lock can't be had: the steps that
+        are on disk have a result then, and the others have none.
         """
         batch = self._begin()
         begun = []
@@ -2481,32 +2471,31 @@ class Writer:
                 begun.append(step)
                 step.result = step.run(batch)
             return self._commit(batch)
-        except BaseException:
+        except BaseException as error:
             for step in begun:
                 step.result = None  # it is not on disk
             self._store.rollback()
             if alone:
-                self._probe_disk()
+                # Is the disk at fault? Then a write of the engine's own fails as well.
+                probe = self._begin()
+                self._store.probe(probe.db)
+                self._commit(probe)
                 log_error(engine_log, "the transaction failed on %s", step.name)
                 failure = SyncError("the server failed on this mutation")
                 step.result = Result.refused(failure)
+            elif not isinstance(error, StoreRefused):
+                log_error(engine_log, "a transaction failed: its steps run alone")
         if not alone:
             for step in itertools.chain(begun, steps):
                 hints = self._commit_steps([step], alone=True)
                 self._listeners.notify(hints, {})
         return {}
 
-    def _probe_disk(self) -> None:
-        """Commit a write of the engine's own. Raise StoreRefused if that fails, too."""
-        batch = self._begin()
-        self._store.probe(batch.db)
-        self._commit(batch)
-
     def _begin(self) -> Batch:
         """Begin a transaction, and bring memory up to date with other processes."""
         db, position = self._store.begin()
         if position != self._tails.position:
-            self._catch_up(db, position)
+            self._catch_up(db)
         return Batch(self._store, self._apply, self._settings, db, position.head)
 
     def _commit(self, batch: Batch) -> Hints:
@@ -2524,11 +2513,9 @@ class Writer:
         calls: Calls = {}
         for job in jobs:
             calls.setdefault(job.loop, []).append(job.answer)
-            if job.refusal:
-                self.counts["pushes_failed"] += 1
-            elif job.is_push:
-                self.counts["pushes"] += 1
-                for step in job.steps:
+            self.counts["pushes_failed" if job.refusal else "pushes"] += 1
+            for step in job.steps:
+                if isinstance(step.result, Result):
                     self.counts[step.result.code or "applied"] += 1
         self._listeners.notify(hints, calls)
 
@@ -2547,7 +2534,7 @@ class Writer:
             reason = error.__cause__ or error
             log_error(store_log, "pushes failed: %r", reason, traceback=not is_refusal)
         for job in jobs:
-            job.refuse(str(error) if is_refusal else "the server failed")
+            job.refuse()
         self._answer(jobs, {})
 
     # -- against commits of other processes, and restored backups
@@ -2555,16 +2542,12 @@ class Writer:
     def _watch(self) -> None:
         """Check, while nothing waits, whether another process has committed."""
         if self._store.latest() != self._tails.position:
-            self._store.read(
-                lambda db: self._catch_up(db, self._store.read_position(db))
-            )
+            self._store.read(self._catch_up)
 
-    def _catch_up(self, db: Any, position: Position) -> None:
-        """Forget what memory has of scopes that others changed, and notify of them.
-
-        `position` is that of the log, as the transaction of `db` sees it.
-        """
+    def _catch_up(self, db: Any) -> None:
+        """Forget what memory has of scopes that others changed, and notify of them."""
         known = self._tails.position
+        position = self._store.read_position(db)
         changed = self._store.read_scopes_since(db, known)
         # Otherwise another copy was restored, even if it has grown past `known` since.
         is_rewound = not self._store.has_issued(db, known.epoch, known.head)
@@ -2620,10 +2603,7 @@ class Engine:
     ) -> None:
         self.settings = settings or Settings()
         if snapshot is None and self.settings.keep_changes is not None:
-            raise ValueError(
-                "keep_changes needs a snapshot function: clients that are behind a "
-                "trim continue from a snapshot"
-            )
+            raise ValueError("keep_changes needs a snapshot function, for late clients")
         if isinstance(store, (str, os.PathLike)):
             store = SQLiteStore(store, schema, adopt, self.settings.busy_timeout)
         self.store: Store = store
@@ -2666,11 +2646,11 @@ class Engine:
             steps.append(Step(run, describe(mutation)))
         return steps
 
-    async def _run_steps(self, steps: list[Step], is_push: bool = True) -> list[Any]:
+    async def _run_steps(self, steps: list[Step]) -> list[Any]:
         self._check_process()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Any]] = loop.create_future()
-        self._writer.submit(Job(steps, future, loop, is_push))
+        self._writer.submit(Job(steps, future, loop))
         return await future
 
     @property
@@ -2737,13 +2717,11 @@ class Engine:
         self, scope: str = DEFAULT_SCOPE, cursor: int = 0
     ) -> AsyncIterator[Change]:
         """Yield every change of the scope above `cursor`, then each new one."""
-        epoch = ""
+        page = Page((), cursor, "")
         while True:
-            page = await self.pull(scope, cursor, epoch=epoch, wait=math.inf)
+            page = await self.pull(scope, page.cursor, epoch=page.epoch, wait=math.inf)
             for change in page.changes:
                 yield change
-            cursor = page.cursor
-            epoch = page.epoch
             if not page.encoded_changes:
                 await asyncio.sleep(0.05)  # if max_pull_wait is 0, others have a turn
 
@@ -2853,7 +2831,7 @@ class Engine:
         while True:
             run = functools.partial(trim, scope=scope, before=end)
             step = Step(run, f"a trim of {scope!r}")
-            (removed,) = await self._run_steps([step], is_push=False)
+            (removed,) = await self._run_steps([step])
             if isinstance(removed, Result):  # of a step that failed
                 raise SyncError("the server failed on this trim")
             if not removed:
