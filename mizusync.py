@@ -1889,14 +1889,15 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
 # restored into it. Any other pull reads the database.
 
 
+OVERHEAD = 200  # bytes of memory that a change takes besides its own
+
+
 class Tail:
     """All changes of one scope above `after`, in order, as two parallel lists.
 
     Memory keeps one for each scope in use. Batch.added holds a second one for each
     scope that a transaction adds to; after the commit it is appended to the first.
     """
-
-    OVERHEAD = 200  # bytes of memory that a change takes besides its own
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -1914,7 +1915,7 @@ class Tail:
         encoded = row.encode()
         self.cursors.append(row.cursor)
         self.changes.append(encoded)
-        self.size += len(encoded) + self.OVERHEAD
+        self.size += len(encoded) + OVERHEAD
         return encoded
 
 
@@ -1955,18 +1956,19 @@ class Tails:
         """
         with self._lock:
             tail = self._believed(scope)
-            if tail is None or not tail.after <= cursor <= self.position.head:
+            position = self.position
+            if tail is None or not tail.after <= cursor <= position.head:
                 return None
-            if epoch not in ("", self.position.epoch):
+            if epoch not in ("", position.epoch):
                 return None
             self._tails.move_to_end(scope)
-            start = bisect.bisect_right(tail.cursors, cursor)
-            changes = tail.changes[start:]
-            size = sum(map(len, changes))
-            if len(changes) > limit or size > self._settings.max_page_size:
+            changes = tail.changes[bisect.bisect_right(tail.cursors, cursor) :]
+            max_size = self._settings.max_page_size
+            if len(changes) > limit or (
+                tail.size > max_size and sum(map(len, changes)) > max_size
+            ):
                 return None
-            cursor = tail.current if changes else cursor
-            return Page(changes, cursor, self.position.epoch)
+            return Page(changes, tail.current if changes else cursor, position.epoch)
 
     def load_page(
         self, db: Any, scope: str, cursor: int, limit: int, epoch: str
@@ -2038,7 +2040,7 @@ class Tails:
         excess = len(tail.cursors) - self._settings.max_tail_changes
         if excess > self._settings.max_tail_changes:
             tail.after = tail.cursors[excess - 1]
-            tail.size -= sum(map(len, tail.changes[:excess])) + excess * Tail.OVERHEAD
+            tail.size -= sum(map(len, tail.changes[:excess])) + excess * OVERHEAD
             del tail.cursors[:excess]
             del tail.changes[:excess]
         self._tails[scope] = tail
