@@ -2073,6 +2073,7 @@ class Listeners:
 
     There is no lock: each operation on the dict is one step for other threads. And the
     garbage collector may close an abandoned pull at any moment, which calls remove().
+    A commit goes through all of them: for a thousand pulls that wait, some 90 us.
     """
 
     def __init__(self) -> None:
@@ -2109,7 +2110,7 @@ class Listeners:
         make_calls(here)  # last: whatever they do, the loops have their answers
 
     def end_waits(self) -> None:
-        """Call the listeners to single scopes without hints: waiting pulls end."""
+        """Call the listeners to single scopes without hints: their pulls end."""
         self.notify({}, {}, ends_waits=True)
 
 
@@ -2323,7 +2324,7 @@ def describe(mutation: Mutation) -> str:
 TRIM_STEP = 200  # changes that one transaction removes: no push waits long behind it
 
 
-def trim(batch: Batch, scope: str, before: int, limit: int = TRIM_STEP) -> int:
+def trim_scope(batch: Batch, scope: str, before: int, limit: int = TRIM_STEP) -> int:
     """Remove about `limit` of the oldest changes below a cursor; return how many."""
     removed = batch.store.trim(batch.db, scope, before, limit)
     if removed:
@@ -2339,7 +2340,7 @@ def apply_retention(batch: Batch, keep: int) -> None:
     for scope, tail in batch.added.items():
         if random.random() * keep < 10 * len(tail.changes):
             before = batch.store.read_nth_newest(batch.db, scope, keep)
-            trim(batch, scope, before, max(TRIM_STEP, keep // 5))
+            trim_scope(batch, scope, before, max(TRIM_STEP, keep // 5))
 
 
 # --- Writer ---------------------------------------------------------------------------
@@ -2362,7 +2363,10 @@ COUNTERS = (
 
 
 class Writer:
-    """The thread that writes. Only a method that says so may be called on another."""
+    """The thread that writes.
+
+    Any thread may call the methods of the first part; the others run on this thread.
+    """
 
     def __init__(
         self,
@@ -2384,7 +2388,8 @@ class Writer:
         self._settings = settings
         # In the order of arrival: nothing overtakes in here. None is that of wake().
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        # Over `closed`: no job follows the last one. Reentrant, as in Listeners.
+        # Over `closed`: no job follows the last one. Reentrant, because the garbage
+        # collector may run code that pushes on a thread that holds the lock.
         self._lock = threading.RLock()
         self._thread = threading.Thread(
             target=self._work, name="mizusync-writer", daemon=True
@@ -2466,6 +2471,7 @@ class Writer:
         Raise StoreRefused if the disk refuses, or the lock can't be had: the steps that
         are on disk have a result then, and the others have none.
         """
+        # Without the lock, no job that waits can be served: _refuse().
         batch = self._begin()
         begun = []
         try:
@@ -2488,6 +2494,7 @@ class Writer:
             elif not isinstance(error, StoreRefused):
                 log_error(engine_log, "a transaction failed: its steps run alone")
         if not alone:
+            # Those that were not begun as well, in the order of arrival.
             for step in itertools.chain(begun, steps):
                 hints = self._commit_steps([step], alone=True)
                 self._listeners.notify(hints, {})
@@ -2526,7 +2533,9 @@ class Writer:
     def _refuse(self, jobs: list[Job], error: BaseException) -> None:
         """Refuse what is left of these jobs, and all that wait.
 
-        If the database refuses, each of them would wait as long again.
+        If the database refuses, each of them would wait as long again: 20 pushes would
+        be refused after 4 s, and not after 0.2 s. Any other error is a bug; it must not
+        end the thread either.
         """
         self._store.rollback()
         for _ in range(self.waiting):
@@ -2831,7 +2840,7 @@ class Engine:
         end = min(before, (await self.position()).head + 1)
         total = 0
         while True:
-            run = functools.partial(trim, scope=scope, before=end)
+            run = functools.partial(trim_scope, scope=scope, before=end)
             step = Step(run, f"a trim of {scope!r}")
             (removed,) = await self._run_steps([step])
             if isinstance(removed, Result):  # of a step that failed
