@@ -1950,9 +1950,9 @@ class Tails:
     def page(self, scope: str, cursor: int, limit: int, epoch: str) -> Page | None:
         """Return all changes above a cursor, or None if memory can't answer.
 
-        It can't if they do not fit on one page: a page never ends inside a mutation,
-        and only the database knows where one ends. Nor does memory know where an older
-        epoch ended.
+        It can't if they do not fit on one page (the last one may go past its size): a
+        page never ends inside a mutation, and only the database knows where one ends.
+        Nor does memory know where an older epoch ended.
         """
         with self._lock:
             tail = self._believed(scope)
@@ -1965,7 +1965,7 @@ class Tails:
             changes = tail.changes[bisect.bisect_right(tail.cursors, cursor) :]
             max_size = self._settings.max_page_size
             if len(changes) > limit or (
-                tail.size > max_size and sum(map(len, changes)) > max_size
+                tail.size > max_size and sum(map(len, changes[:-1])) > max_size
             ):
                 return None
             return Page(changes, tail.current if changes else cursor, position.epoch)
@@ -2102,12 +2102,12 @@ class Listeners:
             if scope in hints or (hints if scope is None else ends_waits):
                 call = functools.partial(listener, hints)
                 calls.setdefault(loop, []).append(call)
-        here = calls.pop(None, [])
         for loop, its_calls in calls.items():
             if loop is not None:
                 with contextlib.suppress(RuntimeError):  # it is closed: nobody waits
                     loop.call_soon_threadsafe(make_calls, its_calls)
-        make_calls(here)  # last: whatever they do, the loops have their answers
+        # Last: whatever these do, the loops have their answers.
+        make_calls(calls.get(None, []))
 
     def end_waits(self) -> None:
         """Call the listeners to single scopes without hints: their pulls end."""

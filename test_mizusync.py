@@ -2661,6 +2661,18 @@ def test_memory_answers_a_pull_if_everything_new_fits_on_one_page(
     assert engine.counts["pulls_from_disk"] == 1
 
 
+def test_memory_answers_with_one_change_of_any_size_but_not_with_two(
+    path: Path,
+) -> None:
+    with closing(open_log(path, settings=Settings(max_page_size=100))) as engine:
+        push(engine, note("1", "x" * 1000))
+        assert len(pull(engine)["changes"]) == 1
+        assert engine.counts["pulls_from_disk"] == 0
+        push(engine, note("2"))
+        assert len(pull(engine)["changes"]) == 1
+        assert engine.counts["pulls_from_disk"] == 1
+
+
 @settings(max_examples=15)
 @given(
     sizes_of_mutations=st.lists(
