@@ -48,40 +48,65 @@ Contents. A section calls only what stands above it. In each one the heart comes
 What stands behind a comment that begins with "against" is about faults and misuse, and
 can wait for a second reading:
 
-    Settings        every limit and every timeout
-    Errors          what a client may be told; what closes a socket
-    JSON            strict, and limited before it is parsed
-    Protocol        the words of protocol 1, and every byte of it
-    Store           the change log: its rules, and the SQL that is the same everywhere
-    Guard           the connection that `apply` gets, and what it may not do
-    Database file   how a file is created, opened and checked
-    SQLite          the log in that file
-    Tail            the newest changes in memory
-    Listeners       from the writer's thread back to each loop
-    Jobs            what waits for the writer
-    Batch           one transaction in the making
-    Retention       trims
-    Writer          one thread, one transaction, one fsync
-    Engine          push, pull and snapshot, without a network
-    Hub             topics, their subscribers, and the pace of hints
-    HTTP requests   bytes to requests
-    HTTP responses  responses to bytes
-    WebSocket frames
-                    RFC 6455 as pure functions
-    Connection      a socket, its phases and its deadlines
-    WebSocket       frames over a connection
-    Gate            access: Host, Origin, token, on_auth
-    Session         one live client
-    Endpoints       push, pull, snapshot, healthz
-    Routes          from path and method to a handler
-    HTTP server     accepting, the life of a request, the sweep, the stop
-    Server          the two halves, and the arrow between them
-    Todo            the demo, as an application would write it
-    Command line    python mizusync.py
+    Settings          every limit and every timeout
+    Errors            what a client may be told; what closes a socket
+    JSON              strict, and limited before it is parsed
+    Protocol          the words of protocol 1, and every byte of it
+    Store             the change log: its rules, and the SQL that is the same everywhere
+    Guard             the connection that `apply` gets, and what it may not do
+    Database file     how a file is created, opened and checked
+    SQLite            the log in that file
+    Tail              the newest changes in memory
+    Listeners         from the writer's thread back to each loop
+    Jobs              what waits for the writer
+    Batch             one transaction in the making
+    Retention         trims
+    Writer            one thread, one transaction, one fsync
+    Engine            push, pull and snapshot, without a network
+    Hub               topics, their subscribers, and the pace of hints
+    HTTP requests     bytes to requests
+    HTTP responses    responses to bytes
+    WebSocket frames  RFC 6455 as pure functions
+    Connection        a socket, its phases and its deadlines
+    WebSocket         frames over a connection
+    Gate              access: Host, Origin, token, on_auth
+    Session           one live client
+    Endpoints         push, pull, snapshot, healthz
+    Routes            from path and method to a handler
+    HTTP server       accepting, the life of a request, the sweep, the stop
+    Server            the two halves, and the arrow between them
+    Todo              the demo, as an application would write it
+    Command line      python mizusync.py
 
-Where to add: a limit in Settings; an error that `apply` may raise in Errors, with
-APPLY_MAY_RAISE and its code in COUNTERS; a counter in COUNTERS; a column in LOG_SCHEMA,
-with FORMAT and Row; an endpoint where Server is made; state of one client in Session.
+A first reading of an hour and 1,000 lines shows how a durable sync server works. In
+each of these sections, read the comment that opens it and what is named here:
+
+    Todo              apply_todo
+    Protocol          Mutation, Change, Result, Page, Hint
+    HTTP server       HTTPServer._serve, HTTPServer._serve_requests, HTTPServer._handle
+    Connection        Connection.receive, Connection.read_request
+    Endpoints         SyncEndpoints.push, SyncEndpoints.pull
+    Engine            Engine.push, Engine.pull, Engine._read_page
+    Writer            Writer._work, Writer._take, Writer._arriving,
+                      Writer._commit_steps, Writer._begin, Writer._commit,
+                      Writer._answer
+    Batch             Batch.apply, Batch._make_rows, Batch._add
+    Store             Position, Store.has_issued
+    Database file     LOG_SCHEMA
+    SQLite            SQLiteStore.latest, SQLiteStore.read, SQLiteStore.begin,
+                      SQLiteStore.commit
+    Tail              Tails.page, Tails.load_page, Tails.advance
+    Listeners         Listeners.notify
+    Hub               Hub.hint, Hub._broadcast_pending, Hub._broadcast
+    Session           Session.hint, Session._flush, LiveEndpoint.run_session,
+                      LiveEndpoint._subscribe
+
+Where to add: a limit in Settings, with a check in check_setting if it needs one; an
+error that `apply` may raise in Errors, with APPLY_MAY_RAISE and its code in COUNTERS; a
+counter in COUNTERS of Writer, or in Hub.counts; a column in LOG_SCHEMA, with FORMAT and
+Row; an endpoint of the protocol in SyncEndpoints, with its route in Server._add_routes,
+and `await self.gate.authorize_query(request)` for its access; state of one client in
+Session; a deadline of a connection in Phase, with its row in the table of Connection.
 
 To run the demo: `python mizusync.py`. To build on it, copy this file and write `apply`:
 
@@ -438,7 +463,7 @@ _DECODER = json.JSONDecoder(
 )
 
 
-# -- against JSON that is deep, or has very many values
+# - against JSON that is deep, or has very many values
 
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -1206,7 +1231,7 @@ def wal_path(path: str) -> str:
     return f"{os.path.realpath(path)}-wal"
 
 
-# -- against files of other programs
+# - against files of other programs
 
 
 def has_log(db: GuardedConnection, adopt: bool) -> bool:
@@ -1252,7 +1277,7 @@ def check_leftover_wal(path: str, adopt: bool) -> None:
         has_log(db, adopt)
 
 
-# -- against files that can't be opened, and paths at which no log can be kept
+# - against files that can't be opened, and paths at which no log can be kept
 
 OPENING_ADVICE = {
     sqlite3.SQLITE_BUSY: ": another process holds its lock",
@@ -3999,7 +4024,7 @@ def is_address(host: str) -> bool:
     return True
 
 
-# -- against settings that could never match
+# - against settings that could never match
 
 
 def validate_token(token: str | None) -> None:

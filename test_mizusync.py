@@ -9789,7 +9789,7 @@ def test_the_contents_are_the_sections_and_no_section_uses_a_lower_one() -> None
     source = Path(mizusync.__file__).read_text(encoding="utf-8")
     _, *sections = re.split(r"^# --- (.*?) -+$", source, flags=re.M)
     contents = (mizusync.__doc__ or "").partition("Contents")[2]
-    listed = re.findall(r"^    (\S.*?)(?:  +|$)", contents, re.M)
+    listed = re.findall(r"^    (\S.*?)  +", contents, re.M)
     assert listed[: len(sections) // 2] == sections[::2]
     # Tests and the README may be read in any order; the file goes from top to bottom.
     above: set[str] = set()
@@ -9804,6 +9804,37 @@ def test_the_contents_are_the_sections_and_no_section_uses_a_lower_one() -> None
             )
         )
         assert used & everything <= above
+
+
+def lines_by_name(source: str) -> dict[str, int]:
+    """Return how many lines each class, function, method and constant has."""
+
+    def walk(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, int]]:
+        for node in body:
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            if isinstance(node, ast.ClassDef):
+                yield prefix + node.name, lines
+                yield from walk(node.body, f"{node.name}.")
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield prefix + node.name, lines
+            elif isinstance(node, ast.Assign):
+                yield ast.unparse(node.targets[0]), lines
+
+    return dict(walk(ast.parse(source).body))
+
+
+def test_the_first_reading_exists_and_has_at_most_1000_lines() -> None:
+    source = Path(mizusync.__file__).read_text(encoding="utf-8")
+    laws = dict(re.findall(r"^# --- (.*?) -+\n((?:#.*\n)+)", source, re.M))
+    lines = lines_by_name(source)
+    text = (mizusync.__doc__ or "").partition("A first reading")[2].split("\n\n")[1]
+    entries = re.findall(r"^    (\S.*?)  +(\w.*(?:\n {20,}.*)*)", text, re.M)
+    total = 0
+    for section, names in entries:
+        total += laws[section].count("\n")
+        total += sum(lines[name] for name in re.findall(r"[\w.]+", names))
+    assert len(entries) > 10
+    assert 800 < total <= 1000
 
 
 def test_each_link_inside_the_readme_leads_to_a_heading() -> None:
