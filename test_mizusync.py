@@ -10949,7 +10949,7 @@ def test_the_endpoint_for_prometheus_says_what_it_reads(tmp_path: Path) -> None:
         found = {
             name: (kind, int(n)) for _, name, _, kind, n in re.findall(family, text)
         }
-        assert (found["applied"], found["cursor"]) == (("counter", 2), ("gauge", 2))
+        assert (found["applied"], found["cursor"]) == (("counter", 3), ("gauge", 2))
         assert list(found) == list(live.server.stats())[1:]
         counters = [
             name for _, name, total, kind, _ in re.findall(family, text) if total
