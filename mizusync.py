@@ -82,24 +82,25 @@ A first reading of an hour and 1,000 lines shows how a durable sync server works
 each of these sections, read the comment that opens it and what is named here:
 
     Todo              apply_todo
-    Protocol          Mutation, Change, Result, Page, Hint
-    HTTP server       HTTPServer._serve, HTTPServer._serve_requests, HTTPServer._handle
-    Connection        Connection.receive, Connection.read_request
-    Endpoints         SyncEndpoints.push, SyncEndpoints.pull
-    Engine            Engine.push, Engine.pull, Engine._read_page
+    Protocol          Mutation, Change, Result.applied, Page, Hint
+    Store             Position, Store.has_issued
+    Guard             GuardedConnection.run_guarded
+    Database file     LOG_SCHEMA
+    SQLite            SQLiteStore.latest, SQLiteStore.begin, SQLiteStore.commit
+    Tail              Tail, Tails._believed, Tails.page, Tails.load_page, Tails.advance
+    Listeners         Listeners.notify
+    Jobs              Step, Job
+    Batch             Batch.apply, Batch._make_rows, Batch._add, Batch._repeat
     Writer            Writer._work, Writer._take, Writer._arriving,
                       Writer._commit_steps, Writer._begin, Writer._commit,
-                      Writer._answer
-    Batch             Batch.apply, Batch._make_rows, Batch._add
-    Store             Position, Store.has_issued
-    Database file     LOG_SCHEMA
-    SQLite            SQLiteStore.latest, SQLiteStore.read, SQLiteStore.begin,
-                      SQLiteStore.commit
-    Tail              Tails.page, Tails.load_page, Tails.advance
-    Listeners         Listeners.notify
+                      Writer._answer, Writer._refuse
+    Engine            Engine.push, Engine._mutation_steps, Engine._run_steps,
+                      Engine.pull, Engine._read_page
     Hub               Hub.hint, Hub._broadcast_pending, Hub._broadcast
-    Session           Session.hint, Session._flush, LiveEndpoint.run_session,
-                      LiveEndpoint._subscribe
+    Session           Session.hint, LiveEndpoint._subscribe
+    Endpoints         SyncEndpoints.push, SyncEndpoints.pull
+    HTTP server       HTTPServer._serve_requests, HTTPServer._handle
+    Server            Server.listen
 
 Where to add: a limit in Settings, with a check in check_setting if it needs one; an
 error that `apply` may raise in Errors, with APPLY_MAY_RAISE and its code in COUNTERS; a
@@ -584,8 +585,8 @@ class Row(NamedTuple):
 class Result(NamedTuple):
     """The outcome of one mutation. `encoded` is the JSON that the client gets.
 
-    `cursor` is that of the mutation's last change, in whatever scope: a client may not
-    pull from there, because others' changes may lie before it.
+    `cursor` is that of the mutation's last change, in whatever scope. A client must not
+    pull from there: if it is 42, another client's change may be 41.
     """
 
     encoded: bytes
@@ -724,14 +725,15 @@ def check_scope(value: Any) -> str:
 #
 # A reader at cursor N has everything of its scope up to N, because
 #   1. one writer at a time, over all processes, issues the cursors: from the head that
-#      it finds under the write lock, without a gap (begin, Batch.make_rows). So cursors
+#      it finds under the write lock, without a gap (begin, Batch.apply). So cursors
 #      rise in commit order. AUTOINCREMENT keeps the head, so that not even a trim or a
 #      restart lowers it (https://sqlite.org/autoinc.html);
 #   2. a read is one transaction and sees one moment (read), and a page never ends
-#      inside the changes of one mutation (Tail.page, Tails.load_page);
+#      inside the changes of one mutation (Tails.page, Tails.load_page);
 #   3. a reader below the scope's highest trimmed cursor gets cursor_too_old
 #      (load_page);
-#   4. a reader with a cursor of another history gets cursor_unknown (has_issued).
+#   4. a reader with a cursor of another history gets cursor_unknown (has_issued). A
+#      client that does not send the epoch of its cursor only has the head checked.
 #
 # The fourth needs epochs, because an older copy of the database may be restored and
 # grow again. An epoch is a random name, and the head at which it began. A process
@@ -1149,7 +1151,9 @@ APPLICATION_ID = 0x6D697A75
 #   trims      A scope's highest trimmed cursor; each trim takes the next number.
 #   epochs     `start` is the head at which the epoch began.
 #
-# The rows inserted here give every log a head (in sqlite_sequence) and an epoch.
+# The rows inserted here give every log a head (in sqlite_sequence) and an epoch. The
+# engine numbers the changes itself, from the head. AUTOINCREMENT keeps the highest of
+# these numbers in sqlite_sequence, also after a trim has removed its row.
 LOG_SCHEMA = f"""
     CREATE TABLE mizusync_format (format INTEGER NOT NULL);
     INSERT INTO mizusync_format VALUES ({FORMAT});
@@ -1405,7 +1409,8 @@ class SQLiteStore(Store):
             version = self.run_scalar(db, "PRAGMA data_version")
             if version != self._latest_version:
                 self._latest = self.read_position(db)
-                # If a backup was restored, keep what was seen before: commit() asks.
+                # After a restore, the log has not issued what was seen before. Keep that:
+                # the next commit() compares it, and begins an epoch.
                 if self.has_issued(db, self._seen.epoch, self._seen.head):
                     self._seen = self._latest
                 self._latest_version = version
@@ -1701,9 +1706,10 @@ class Tails:
                 return Page(tail.changes, tail.current, position.epoch, has_more=True)
             tail.add(row)
             mutation = row.first
-        # 3. The page reached the end of the log, so memory can serve the next pull. If
-        #    it is empty, the scope's newest change is at or below the cursor: a tail
-        #    that begins there is complete, and serves lower cursors as well.
+        # 3. The page reached the end of the log, so memory can serve the next pull. An
+        #    empty page says that the scope has no change above the cursor. Then its
+        #    newest change is lower, and the tail may begin there: it has all changes
+        #    above (there are none), so it serves clients at lower cursors as well.
         page = Page(tail.changes, tail.current, position.epoch)
         if not tail.cursors:
             tail.after = self._store.read_current(db, scope)
@@ -1799,8 +1805,11 @@ class Listeners:
     def notify(self, hints: Hints, calls: Calls, ends_waits: bool = False) -> None:
         """Make calls (the answers of a commit), and then those to the listeners."""
         for scope, loop, listener in self._all.copy().values():
-            # Those to all scopes are called after commits alone, with some hints.
-            if scope in hints or (hints if scope is None else ends_waits):
+            if scope is None:
+                is_concerned = bool(hints)
+            else:
+                is_concerned = ends_waits or scope in hints
+            if is_concerned:
                 call = functools.partial(listener, hints)
                 calls.setdefault(loop, []).append(call)
         for loop, its_calls in calls.items():
@@ -2051,10 +2060,10 @@ def apply_retention(batch: Batch, keep: int) -> None:
 # trace. Memory follows the commit, and then answers and hints.
 #
 # There is one rule for a transaction that fails: each of its steps runs again, in a
-# transaction of its own. A step that works then had a neighbour at fault. If it fails
-# again, the engine probes the disk with a write of its own: if that works, the step is
-# at fault (internal_error); if it fails too, the disk is (unavailable), and what is
-# left is refused without being tried.
+# transaction of its own. If a step succeeds alone, another one had made the transaction
+# fail. If it fails again, the engine probes the disk with a write of its own. If the
+# probe works, the step is at fault (internal_error). If it fails too, the disk is at
+# fault (unavailable), and the steps that are left are refused without being tried.
 
 COUNTERS = (
     "pushes", "pushes_failed", "applied", "invalid_mutation", "not_found", "conflict",
@@ -2158,11 +2167,13 @@ class Writer:
     def _arriving(self, jobs: list[Job]) -> Iterator[Step]:
         """Yield the steps of jobs, and for a while of those that arrive meanwhile."""
         deadline = time.monotonic() + self._settings.max_commit_time
-        for job in jobs:  # it grows
+        for job in jobs:
             yield from job.steps
             if time.monotonic() < deadline:
-                # If this takes the mark of wake(), nothing is missed: _begin() has
-                # caught up, and under its lock no other process can commit.
+                # This loop goes on with what is added here, and the caller answers it.
+                # It may also take the None of wake() off the queue. That is no loss:
+                # the transaction began with a look at what other processes did, and
+                # none of them can commit while it has the lock.
                 jobs += self._take(0)
 
     def _commit_steps(self, steps: Iterable[Step], alone: bool = False) -> Hints:
@@ -2332,9 +2343,10 @@ class Engine:
     async def push(self, mutations: Mutations) -> list[Result]:
         """Apply mutations, in order; return a result for each. Each fails alone.
 
-        Those that are ok are on disk. Raise Unavailable if the store refuses; nothing
-        of this push was applied then. Raise InvalidMutation for a value that is no
-        mutation, and ValueError for args that are not made of JSON values.
+        Those that are ok are on disk. If the store refuses after a part was applied,
+        the rest is `unavailable`; if it refuses the whole push, raise Unavailable.
+        Raise InvalidMutation for a value that is no mutation, and ValueError for args
+        that are not made of JSON values.
         """
         return await self._run_steps(self._mutation_steps(mutations))
 
@@ -2700,16 +2712,18 @@ class Hub:
 
     async def _broadcast_pending(self, name: str, topic: Topic) -> None:
         """Send the pending hint, pause, and repeat until no hint is pending."""
-        while topic.pending and topic.subscribers:
-            hint = topic.pending
-            topic.pending = None
-            used = await self._broadcast(name, topic, hint)
-            share = SHARE_WITH_CHANGES if topic.wants_changes else SHARE
-            longest = self.settings.hint_gap
-            pause = topic.budget.spend(used, time.monotonic(), share, longest)
-            if pause:
-                await asyncio.sleep(pause)
-        topic.broadcasts = None
+        try:
+            while topic.pending and topic.subscribers:
+                hint = topic.pending
+                topic.pending = None
+                used = await self._broadcast(name, topic, hint)
+                share = SHARE_WITH_CHANGES if topic.wants_changes else SHARE
+                longest = self.settings.hint_gap
+                pause = topic.budget.spend(used, time.monotonic(), share, longest)
+                if pause:
+                    await asyncio.sleep(pause)
+        finally:
+            topic.broadcasts = None
 
     async def _broadcast(self, name: str, topic: Topic, hint: Hint) -> float:
         """Send a hint to each subscriber; return the seconds of loop time it took."""
@@ -4392,7 +4406,7 @@ class SyncEndpoints:
     waits: dict[Request, asyncio.Timeout] = dataclasses.field(default_factory=dict)
 
     async def push(self, request: Request) -> Response:
-        """Apply the mutations that are well-formed and allowed, in one transaction."""
+        """Apply the mutations that are well-formed and allowed; answer all in order."""
         values = await self._parse_push(request)
         mutations: list[Mutation] = []
         refused: dict[int, Result] = {}  # by place in the push
