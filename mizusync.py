@@ -32,7 +32,7 @@ arrow, notify:
 The left half alone is a complete sync server: a client that polls misses nothing. The
 right half alone is a live server: it keeps nothing, and may lose a hint without harm.
 
-The life of one change, and the section in which each step stands:
+The life of one change, and the section that does each step:
 
     bytes -> Request                HTTP requests   refused if two parsers could differ
     Request -> [Mutation, ...]      Endpoints       checked once, at the door
@@ -91,22 +91,22 @@ each of these sections, read the comment that opens it and what is named here:
     Listeners         Listeners.notify
     Jobs              Step, Job
     Batch             Batch.apply, Batch._make_rows, Batch._add, Batch._repeat
-    Writer            Writer._work, Writer._take, Writer._arriving,
-                      Writer._commit_steps, Writer._begin, Writer._commit,
-                      Writer._answer, Writer._refuse
+    Writer            Writer._work, Writer._arriving, Writer._commit_steps,
+                      Writer._run_alone, Writer._begin, Writer._commit, Writer._answer,
+                      Writer._refuse
     Engine            Engine.push, Engine._mutation_steps, Engine._run_steps,
-                      Engine.pull, Engine._read_page
-    Hub               Hub.hint, Hub._broadcast_pending, Hub._broadcast
+                      Engine.pull
+    Hub               Hub.hint, Hub._broadcast
     Session           Session.hint, LiveEndpoint._subscribe
     Endpoints         SyncEndpoints.push, SyncEndpoints.pull
     HTTP server       HTTPServer._serve_requests, HTTPServer._handle
     Server            Server.listen
 
-Where to add: a limit in Settings, with a check in check_setting if it needs one; an
-error that `apply` may raise in Errors, with APPLY_MAY_RAISE and its code in COUNTERS; a
-counter in COUNTERS of Writer, or in Hub.counts; a column in LOG_SCHEMA, with FORMAT and
-Row; an endpoint of the protocol in SyncEndpoints, with its route in Server._add_routes,
-and `await self.gate.authorize_query(request)` for its access; state of one client in
+Where to add: a limit in Settings, and in MAY_BE_ZERO if it may be 0; an error that
+`apply` may raise in Errors, with APPLY_MAY_RAISE and its code in COUNTERS; a counter in
+COUNTERS of Writer, or in Hub.counts; a column in LOG_SCHEMA, with FORMAT and Row; an
+endpoint of the protocol in SyncEndpoints, with its route in Server._add_routes, and
+`await self.gate.authorize_query(request)` for its access; state of one client in
 Session; a deadline of a connection in Phase, with its row in the table of Connection.
 
 To run the demo: `python mizusync.py`. To build on it, copy this file and write `apply`:
@@ -492,10 +492,10 @@ def check_structure(raw: bytes, max_depth: int, max_values: int) -> None:
 
 # --- Protocol -------------------------------------------------------------------------
 # The words of protocol 1 as values, and every byte of it spelled once: only this
-# section knows the shape of a change, a result, a page, a snapshot, a hint, an error or
-# a message. Data from outside is checked here, once; after that the types are true. A
-# change is encoded once, on its way into the log; answers, pages and hints are joined
-# from these encoded changes.
+# section knows how a change, a result, a page, a snapshot, a hint, an error and a
+# message are written. Data from outside is checked here, once; after that the types are
+# true. A change is encoded once, on its way into the log; answers, pages and hints are
+# joined from these encoded changes.
 
 DEFAULT_SCOPE = "_default"
 MAX_CURSOR = 2**53 - 1  # every JSON parser represents it exactly (RFC 8259 §6)
@@ -752,8 +752,12 @@ def check_scope(value: Any) -> str:
 # the cursor, and the cursor is at most the head. A restart disturbs nobody: the new
 # epoch begins at the head, and no client is above that.
 #
-# The words: `head` is the newest cursor of the log, `current` that of one scope. The
-# `latest` position is that of the database now; Tails.position is that of memory.
+# The words: `head` is the newest cursor of the log, `current` that of one scope. Three
+# positions of the log are kept:
+#
+#     Store.latest()   that of the database now, whichever process committed
+#     Tails.position   that up to which memory is complete
+#     _seen            of SQLiteStore: the newest one that a client may know from here
 
 
 class Position(NamedTuple):
@@ -779,9 +783,9 @@ class Mark(NamedTuple):
 class Store:
     """What an engine needs from a database. Each operation may raise StoreRefused.
 
-    The first ones are each database's own. The SQL of the others is the same wherever
-    there are tables with the columns of LOG_SCHEMA. `db` is a connection of the
-    store's; `apply` and `snapshot` get it as it is.
+    Each database has its own methods down to read_changes. The SQL of those below is
+    the same wherever there are tables with the columns of LOG_SCHEMA. `db` is a
+    connection of the store's; `apply` and `snapshot` get it as it is.
     """
 
     # Any thread may call these.
@@ -854,15 +858,17 @@ class Store:
 
     def has_issued(self, db: Any, epoch: str, cursor: int) -> bool:
         """Return whether a cursor of an epoch belongs to this history."""
+        position = self.read_position(db)
+        if cursor > position.head:
+            return False
+        if epoch == position.epoch:  # most often
+            return True
         sql = """
             SELECT 1 FROM mizusync_epochs AS known WHERE epoch = ? AND NOT EXISTS (
                 SELECT 1 FROM mizusync_epochs
                 WHERE number > known.number AND start < ?)
         """
-        position = self.read_position(db)
-        if epoch != position.epoch and not self.run(db, sql, epoch, cursor):
-            return False
-        return cursor <= position.head
+        return bool(self.run(db, sql, epoch, cursor))
 
     def read_current(self, db: Any, scope: str) -> int:
         """Return the scope's newest cursor, or 0. A trim does not lower it."""
@@ -976,7 +982,7 @@ def primary_code(error: BaseException) -> int:
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
-def raise_refusal(error: BaseException) -> None:
+def raise_if_refusal(error: BaseException) -> None:
     """Raise StoreRefused if SQLite reports that something is in the way."""
     if primary_code(error) in REFUSAL_CODES:
         raise StoreRefused("the database refuses, for now") from error
@@ -988,7 +994,7 @@ def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
         rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, parameters)
         return rows.fetchall()
     except sqlite3.Error as error:
-        raise_refusal(error)
+        raise_if_refusal(error)
         raise
 
 
@@ -1025,7 +1031,7 @@ class GuardedConnection(sqlite3.Connection):
             result = work(self)
         except BaseException as error:
             self._end_guard("ROLLBACK TO mizusync_guard", "RELEASE mizusync_guard")
-            raise_refusal(error)
+            raise_if_refusal(error)
             if primary_code(error) == sqlite3.SQLITE_AUTH:
                 error.add_note(GUARD_NOTE)
             raise
@@ -1053,7 +1059,7 @@ class GuardedConnection(sqlite3.Connection):
             # The savepoint is gone: SQLite or the application rolled everything back.
             raise StoreRefused("the transaction was rolled back") from error
 
-    def retry(self, work: Callable[..., Any], *arguments: Any) -> None:
+    def retry(self, work: Callable[..., T], *arguments: Any) -> T:
         """Call `work`; while another process holds the lock, roll back and try again.
 
         SQLite's own busy handler sleeps up to 100 ms between two tries: beside a busy
@@ -1063,14 +1069,13 @@ class GuardedConnection(sqlite3.Connection):
         deadline = time.monotonic() + self._timeout
         while True:
             try:
-                work(*arguments)
-                return
+                return work(*arguments)
             except (sqlite3.Error, StoreRefused) as error:
                 self.rollback()
                 code = primary_code(error.__cause__ or error)
                 is_locked = code == sqlite3.SQLITE_BUSY
                 if not is_locked or time.monotonic() > deadline:
-                    raise_refusal(error)
+                    raise_if_refusal(error)
                     raise
             time.sleep(0.0002)
 
@@ -1112,9 +1117,9 @@ class GuardedConnection(sqlite3.Connection):
     def _refuse(self, *arguments: Any, **options: Any) -> Any:
         raise sqlite3.ProgrammingError("an application can't use this method here")
 
-    # An authorizer of its own would replace this one. In `apply`, a backup would wait
-    # for its own transaction for ever. A blob asks no authorizer, and if it stayed
-    # open, no later COMMIT would work.
+    # An authorizer of its own would replace this one. A backup that `apply` makes would
+    # wait for ever for the transaction that `apply` runs in. A blob asks no authorizer,
+    # and if it stayed open, no later COMMIT would work.
     set_authorizer: Any = _refuse
     backup: Any = _refuse
     blobopen: Any = _refuse
@@ -1193,9 +1198,10 @@ def open_database(
         advice = OPENING_ADVICE.get(primary_code(cause), "")
         sentence = f"the database {path} can't be used ({cause}){advice}"
         raise StoreError(sentence) from error
-    # From here on, Python begins a transaction before an INSERT, UPDATE or DELETE
-    # outside of one. The engine has none, and the guard refuses the BEGIN: that stops
-    # an application that goes on after its transaction was rolled back.
+    # For an application that goes on after its transaction was rolled back. cursor()
+    # stops it, but executemany() does not call that. With this setting Python begins a
+    # transaction before each INSERT, UPDATE or DELETE outside of one, and the guard
+    # refuses the BEGIN.
     db.isolation_level = "DEFERRED"
     return db
 
@@ -1206,7 +1212,11 @@ def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
     run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
     is_new = not has_log(db, adopt)
     run_own(db, "PRAGMA busy_timeout = 0")  # retry() waits instead
-    db.retry(run_own, db, "PRAGMA journal_mode = WAL")
+    (mode,) = db.retry(run_own, db, "PRAGMA journal_mode = WAL")[0]
+    if mode != "wal":
+        raise StoreError(
+            f"the file system of {db.path} allows no WAL: use a local disk"
+        )
     if is_new:
         db.retry(run_own, db, "BEGIN IMMEDIATE")
         if not has_log(db, adopt):  # otherwise another process has just created it
@@ -1329,7 +1339,8 @@ def is_mount_point(path: str) -> bool:
 MAX_WAL = 64 * MIB  # SQLite keeps the WAL near 4 MiB, unless reads overlap
 # Seconds between two checks of the WAL. On Linux 6.13 and newer, a stat of a file makes
 # the next write update its timestamp exactly, and the sync has to write that as well:
-# with a check at each commit, commits took 80 us longer.
+# with a stat of the WAL at each commit, commits took 80 us longer. (_check_file stats
+# the main file, which no commit writes.)
 WAL_CHECK_INTERVAL = 1.0
 
 
@@ -1360,11 +1371,12 @@ class SQLiteStore(Store):
         self._stat = os.stat(self._path)
         self._closed = False
         self._position_db = GuardedConnection(self._path, "ro", busy_timeout)
-        self._position_lock = threading.Lock()  # over the next three, and those two
+        self._position_lock = threading.Lock()  # from _position_db down to _seen
         self._latest = NO_POSITION
         self._latest_version: int | None = None  # the data_version that belongs to it
-        # The newest position that clients may have from this process. If the log has
-        # not issued it, the next commit begins an epoch (see above, at Store).
+        # The newest position that a client may know from here. (A page from the disk
+        # may be ahead of it, for a watch_interval at most.) If the log has not issued
+        # it, the next commit begins an epoch: see Store.
         self._seen = NO_POSITION
         self._begun = NO_POSITION  # the position of begin()
         self._idle: list[GuardedConnection] = []  # connections of readers
@@ -1409,8 +1421,8 @@ class SQLiteStore(Store):
             version = self.run_scalar(db, "PRAGMA data_version")
             if version != self._latest_version:
                 self._latest = self.read_position(db)
-                # After a restore, the log has not issued what was seen before. Keep that:
-                # the next commit() compares it, and begins an epoch.
+                # After a restore, the log has not issued what was seen before. Keep
+                # that: the next commit() compares it, and begins an epoch.
                 if self.has_issued(db, self._seen.epoch, self._seen.head):
                     self._seen = self._latest
                 self._latest_version = version
@@ -1474,12 +1486,14 @@ class SQLiteStore(Store):
             sql = "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)"
             db.executemany(OWN_STATEMENT + sql, marks)
         except sqlite3.Error as error:
-            raise_refusal(error)
+            raise_if_refusal(error)
             raise
         position = self.read_position(db)
         run_own(db, "COMMIT")
         with self._position_lock:
-            # Another process may have committed since, and latest() has seen that.
+            # After a new epoch, what was seen before belongs to another history.
+            # Otherwise never move back: another process may have committed since, and
+            # latest() has seen that.
             if not continues_seen or position.head > self._seen.head:
                 self._seen = position
         self._limit_wal(db)
@@ -1546,9 +1560,11 @@ class SQLiteStore(Store):
                 return
             self._wal_limit += MAX_WAL
             with self._read_barrier:
-                run_own(db, "PRAGMA busy_timeout = 1000")
-                is_busy = self.run_scalar(db, "PRAGMA wal_checkpoint(TRUNCATE)")
-                run_own(db, "PRAGMA busy_timeout = 0")
+                try:
+                    run_own(db, "PRAGMA busy_timeout = 1000")
+                    is_busy = self.run_scalar(db, "PRAGMA wal_checkpoint(TRUNCATE)")
+                finally:
+                    run_own(db, "PRAGMA busy_timeout = 0")
             if not is_busy:
                 self._wal_limit = MAX_WAL
 
@@ -1601,8 +1617,9 @@ OVERHEAD = 200  # bytes of memory that a change takes besides its own
 class Tail:
     """All changes of one scope above `after`, in order, as two parallel lists.
 
-    Memory keeps one for each scope in use. Batch.added holds a second one for each
-    scope that a transaction adds to; after the commit it is appended to the first.
+    Memory keeps one for each scope in use. While a transaction is made, Batch.added
+    collects what it adds to a scope in a second one (which stays empty if a mutation
+    makes no changes). After the commit, that is appended to the first.
     """
 
     def __init__(self, after: int) -> None:
@@ -1670,9 +1687,10 @@ class Tails:
             self._tails.move_to_end(scope)
             changes = tail.changes[bisect.bisect_right(tail.cursors, cursor) :]
             max_size = self._settings.max_page_size
-            if len(changes) > limit or (
-                tail.size > max_size and sum(map(len, changes[:-1])) > max_size
-            ):
+            may_be_large = tail.size > max_size  # most often not: no need to measure
+            if may_be_large and sum(map(len, changes[:-1])) > max_size:
+                return None
+            if len(changes) > limit:
                 return None
             return Page(changes, tail.current if changes else cursor, position.epoch)
 
@@ -1686,10 +1704,10 @@ class Tails:
         """
         # 1. Did this history issue the cursor, and does it have all that comes after?
         position = self._store.read_position(db)
-        issued = cursor <= position.head
-        if epoch not in ("", position.epoch):
-            issued = self._store.has_issued(db, epoch, cursor)
-        if not issued:
+        is_issued = cursor <= position.head
+        if is_issued and epoch not in ("", position.epoch):
+            is_issued = self._store.has_issued(db, epoch, cursor)
+        if not is_issued:
             raise CursorUnknown(
                 f"this history never issued cursor {cursor}: take a snapshot"
             )
@@ -1697,15 +1715,15 @@ class Tails:
             raise CursorTooOld(f"changes above {cursor} were trimmed: take a snapshot")
         # 2. Read until the page is full, and then to the end of a mutation.
         tail = Tail(cursor)
-        mutation = 0
+        first = 0  # the first cursor of the mutation that the last row belongs to
         for row in self._store.read_changes(db, scope, cursor):
             is_full = (
                 len(tail.cursors) >= limit or tail.size > self._settings.max_page_size
             )
-            if is_full and row.first != mutation:
+            if is_full and row.first != first:
                 return Page(tail.changes, tail.current, position.epoch, has_more=True)
             tail.add(row)
-            mutation = row.first
+            first = row.first
         # 3. The page reached the end of the log, so memory can serve the next pull. An
         #    empty page says that the scope has no change above the cursor. Then its
         #    newest change is lower, and the tail may begin there: it has all changes
@@ -1738,7 +1756,11 @@ class Tails:
             self.position = position
 
     def _put(self, scope: str, newer: Tail) -> None:
-        """Extend a tail, or begin one; it becomes the most recently used."""
+        """Extend a tail, or begin one; it becomes the most recently used.
+
+        A tail that exists ends where the newer one begins: memory was brought up to
+        date under the write lock, before the newer one was collected.
+        """
         tail = self._remove(scope) or Tail(newer.after)
         tail.cursors += newer.cursors
         tail.changes += newer.changes
@@ -1766,7 +1788,8 @@ class Tails:
 # --- Listeners ------------------------------------------------------------------------
 # The way back from the writer's thread. Each commit makes one hop to each event loop
 # that waits for it; the hop carries the answers of that loop's pushes, and after them
-# the calls to its listeners. A listener gets the hints of all scopes in the commit.
+# the calls to its listeners. (After a transaction that failed, the hints of its steps
+# come before the answers.) A listener gets the hints of all scopes in the commit.
 
 Hints = Mapping[str, Hint]  # by scope
 Listener = Callable[[Hints], None]
@@ -1844,7 +1867,9 @@ class Step:
 
     run: Callable[[Any], Any]  # takes the transaction's Batch
     name: str  # for the log
-    result: Any = None  # what `run` returned; None if its transaction has failed
+    # What `run` returned: a Result, or how many changes a trim removed. None if it has
+    # not run, or if its transaction has failed.
+    result: Any = None
 
 
 @dataclasses.dataclass
@@ -1914,10 +1939,10 @@ class Batch:
         self._time = now.replace("+00:00", "Z")
 
     def apply(self, mutation: Mutation, args: bytes, push: Sequence[Step]) -> Result:
-        """Apply a mutation of a push; repeat the first answer if it was applied before.
+        """Apply a mutation; repeat the first answer if it was applied before.
 
-        `args` is a copy of its args. Raise StoreRefused if the whole transaction has
-        failed.
+        `args` is a copy of its args. `push` has the steps of its push, and so the size
+        of the answer. Raise StoreRefused if the whole transaction has failed.
         """
         key = (mutation.scope, mutation.id)
         mark = self.marks.get(key) or self.store.find_mark(self.db, *key)
@@ -1927,7 +1952,7 @@ class Batch:
         mutation = mutation.with_args(marshal.loads(args))
         try:
             rows = self.store.run_guarded(lambda db: self._make_rows(db, mutation))
-        except StoreRefused:
+        except StoreRefused:  # first, because it is an Unavailable, too
             raise
         except APPLY_MAY_RAISE as refusal:
             return Result.refused(refusal)
@@ -2003,15 +2028,15 @@ class Batch:
     def _repeat(self, mark: Mark, push: Sequence[Step]) -> Result:
         """Return the result that a mutation got when it was applied.
 
-        Its changes in its own scope come with it, unless some were trimmed. A hundred
-        repeats of a large mutation are a small request: leave the changes out once the
-        answer is as large as a page.
+        Its changes in its own scope come with it, unless some of its changes, in any
+        scope, were trimmed. A small request can ask again for a hundred large
+        mutations, so the changes are left out once the answer is as large as a page.
         """
         shown = None
         size = sum(len(step.result.encoded) for step in push if step.result)
         if size <= self._settings.max_page_size:
             first = mark.first or mark.last + 1  # without changes, the range is empty
-            if first > self._start:  # this batch has applied it
+            if first > self._start:  # rows[0] of this batch is number _start + 1
                 rows = self.rows[first - self._start - 1 : mark.last - self._start]
             else:
                 rows = self.store.read_range(self.db, first, mark.last)
@@ -2044,9 +2069,10 @@ def trim_scope(batch: Batch, scope: str, before: int, limit: int = TRIM_STEP) ->
 
 def apply_retention(batch: Batch, keep: int) -> None:
     """Trim scopes that a batch adds to down to their newest `keep` changes, about."""
-    # To find where a trim would end takes `keep` steps, so not every commit does it.
-    # Each change selects its scope with a probability of 10 / keep. Between two trims a
-    # scope grows by a tenth of `keep`, so each may remove twice as much.
+    # To find where a trim would end takes `keep` steps, so not every commit does it. A
+    # commit with n new changes trims their scope with a probability of 10 n / keep. So
+    # between two trims a scope grows by a tenth of `keep`, on average, and each trim
+    # may remove twice as much.
     for scope, tail in batch.added.items():
         if random.random() * keep < 10 * len(tail.changes):
             before = batch.store.read_nth_newest(batch.db, scope, keep)
@@ -2096,7 +2122,7 @@ class Writer:
         self._listeners = listeners
         self.counts = Counter(dict.fromkeys(COUNTERS, 0))
         self._settings = settings
-        # In the order of arrival: nothing overtakes in here. None is that of wake().
+        # In the order of arrival: nothing overtakes in here. A None only wakes it up.
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         # Over `closed`: no job follows the last one. Reentrant, because the garbage
         # collector may run code that pushes on a thread that holds the lock.
@@ -2143,7 +2169,7 @@ class Writer:
         interval = min(self._settings.watch_interval, threading.TIMEOUT_MAX)
         # `closed` comes first: once it is true, no job is added that `waiting` misses.
         while not self.closed or self.waiting:
-            jobs = self._take(interval)
+            jobs = self._take(interval)  # _arriving and _refuse add to this list
             try:
                 if jobs:
                     hints = self._commit_steps(self._arriving(jobs))
@@ -2165,26 +2191,27 @@ class Writer:
         return [job] if job else []
 
     def _arriving(self, jobs: list[Job]) -> Iterator[Step]:
-        """Yield the steps of jobs, and for a while of those that arrive meanwhile."""
+        """Yield the steps of jobs, and for a while of those that arrive meanwhile.
+
+        Add these to `jobs`, so that the caller answers them as well.
+        """
         deadline = time.monotonic() + self._settings.max_commit_time
         for job in jobs:
             yield from job.steps
             if time.monotonic() < deadline:
-                # This loop goes on with what is added here, and the caller answers it.
-                # It may also take the None of wake() off the queue. That is no loss:
+                # This may also take the None of wake() off the queue. That is no loss:
                 # the transaction began with a look at what other processes did, and
                 # none of them can commit while it has the lock.
                 jobs += self._take(0)
 
-    def _commit_steps(self, steps: Iterable[Step], alone: bool = False) -> Hints:
+    def _commit_steps(self, steps: Iterator[Step]) -> Hints:
         """Run steps in one transaction, and commit it; return its hints.
 
-        If it fails, run each step alone, and return no hints: they went out with each.
-        Raise StoreRefused if the disk refuses, or the lock can't be had: the steps that
-        are on disk have a result then, and the others have none.
+        If it fails, run each of them alone, and return no hints: they went out with
+        each. Raise StoreRefused if the disk refuses, or if no transaction can begin.
+        The steps that are on disk have a result then, and the others have none.
         """
-        # Without the lock, no job that waits can be served: _refuse().
-        batch = self._begin()
+        batch = self._begin()  # an error here goes to _refuse(): no step has begun
         begun = []
         try:
             for step in steps:
@@ -2192,25 +2219,37 @@ class Writer:
                 step.result = step.run(batch)
             return self._commit(batch)
         except BaseException as error:
-            for step in begun:
-                step.result = None  # it is not on disk
             self._store.rollback()
-            if alone:
-                # Is the disk at fault? Then a write of the engine's own fails as well.
-                probe = self._begin()
-                self._store.probe(probe.db)
-                self._commit(probe)
-                log_error(engine_log, "the transaction failed on %s", step.name)
-                failure = SyncError("the server failed on this mutation")
-                step.result = Result.refused(failure)
-            elif not isinstance(error, StoreRefused):
+            if not isinstance(error, StoreRefused):
                 log_error(engine_log, "a transaction failed: its steps run alone")
-        if not alone:
-            # Those that were not begun as well, in the order of arrival.
-            for step in itertools.chain(begun, steps):
-                hints = self._commit_steps([step], alone=True)
-                self._listeners.notify(hints, {})
+        for step in begun:
+            step.result = None  # it is not on disk
+        # Those that had not begun follow, in the order of arrival.
+        for step in itertools.chain(begun, steps):
+            self._run_alone(step)
         return {}
+
+    def _run_alone(self, step: Step) -> None:
+        """Run a step in a transaction of its own, and notify of its commit.
+
+        If it fails, its result is internal_error. Raise StoreRefused if the disk is at
+        fault: then a write of the engine's own fails as well.
+        """
+        batch = self._begin()
+        try:
+            step.result = step.run(batch)
+            hints = self._commit(batch)
+        except BaseException:
+            step.result = None
+            self._store.rollback()
+            probe = self._begin()
+            self._store.probe(probe.db)
+            self._commit(probe)
+            log_error(engine_log, "the transaction failed on %s", step.name)
+            failure = SyncError("the server failed on this mutation")
+            step.result = Result.refused(failure)
+        else:
+            self._listeners.notify(hints, {})
 
     def _begin(self) -> Batch:
         """Begin a transaction, and bring memory up to date with other processes."""
@@ -2272,7 +2311,8 @@ class Writer:
         known = self._tails.position
         position = self._store.read_position(db)
         changed = self._store.read_scopes_since(db, known)
-        # Otherwise another copy was restored, even if it has grown past `known` since.
+        # If the log has not issued what memory knows, another copy was restored, even
+        # if it has grown past that since.
         is_rewound = not self._store.has_issued(db, known.epoch, known.head)
         self._tails.advance(position, None if is_rewound else changed, {})
         hints = {
@@ -2364,6 +2404,7 @@ class Engine:
         for value in values:
             mutation = value if isinstance(value, Mutation) else Mutation.parse(value)
             args = marshal.dumps(mutation.args)  # five times as fast as deepcopy
+            # A step calls batch.apply(mutation, args, steps).
             run = functools.partial(
                 Batch.apply, mutation=mutation, args=args, push=steps
             )
@@ -2406,8 +2447,9 @@ class Engine:
         changed = asyncio.Event()
 
         def on_commit(hints: Hints) -> None:
-            # Without hints, every pull is to end: the engine closes, say. A hint of
-            # another process's commit comes late; the page may have its changes.
+            # Without hints, every pull is to end: the engine closes, say. Otherwise
+            # this scope is among them. The hint of another process's commit comes
+            # late: the page may have its changes already.
             if not hints or hints[scope].cursor > cursor:
                 changed.set()
 
@@ -2621,7 +2663,10 @@ class Budget:
     def spend(
         self, seconds: float, now: float, share: float, longest_pause: float
     ) -> float:
-        """Pay for a broadcast; return for how long to pause before the next one."""
+        """Pay for a broadcast; return for how long to pause before the next one.
+
+        A negative balance is a debt, and the pause is the time that earns it back.
+        """
         earned = (now - self.updated) * share
         self.updated = now
         balance = min(BURST, self.seconds + earned) - seconds
@@ -2735,7 +2780,8 @@ class Hub:
         long = short
         size = sum(map(len, hint.changes or ()))
         fits = 0 < size <= self.settings.max_hint_size
-        if fits and topic.wants_changes and hint.cursor == cursor:
+        is_newest = hint.cursor == cursor  # older changes would not lead to the cursor
+        if fits and is_newest and topic.wants_changes:
             long = self.encode(encode_message(name, hint.encode()))
         subscribers = list(topic.subscribers.items())
         used = 0.0
@@ -2946,7 +2992,8 @@ def find_line_end(
 
     Raise HTTPError with `status` if it does not come within `limit` bytes. Raise
     InvalidRequest for a bare LF before it: a parser that takes LF for the end of a line
-    would see other lines (RFC 9112 §2.2).
+    would see other lines (RFC 9112 §2.2). There is one if LF occurs more often than
+    CRLF.
     """
     end = buffer.find(mark, start, limit)
     stop = end if end >= 0 else limit
@@ -3416,10 +3463,10 @@ def answer_handshake(request: Request) -> Response:
 
 
 # --- Connection -----------------------------------------------------------------------
-# One socket as asyncio streams. Its task reads, calls the parsers and writes. It is
-# always in one phase with one deadline, a number that the server's sweep compares with
-# the clock ten times a second: a timer for each read would cost more than the read, and
-# would let a peer live for ever on one byte a minute.
+# One socket as asyncio streams. Its task reads, calls the parsers and writes. The
+# connection is always in one phase with one deadline, a number that the server's sweep
+# compares with the clock ten times a second: a timer for each read would cost more than
+# the read, and would let a peer live for ever on one byte a minute.
 #
 #     phase    the peer has to ...        deadline         when it passes
 #     IDLE     send a request             idle_timeout     the socket is closed
@@ -3431,8 +3478,9 @@ def answer_handshake(request: Request) -> Response:
 #     OPEN     answer pings               ping_interval    a ping; later aborted
 #     CLOSING  answer our close frame     close_timeout    aborted
 #
-# In IDLE, HEAD and BODY the task waits in `receive`, and the sweep interrupts it there.
-# In all other phases, aborting the transport wakes it.
+# In IDLE, HEAD and BODY the task waits in `receive`, where the sweep, or a stop of the
+# server, interrupts it. In HANDLE the sweep cancels the task. In all other phases the
+# task waits for the peer, so aborting the transport wakes it.
 
 READ_SIZE = 64 * 1024  # bytes in one read, and bytes that may wait for the peer to read
 PEER_CHECK = 0.25  # seconds between two looks whether a handler's client is still there
@@ -3474,7 +3522,7 @@ class Unsent:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.answers = 0
-        self.messages = 0  # of WebSockets; each sweep counts them anew
+        self.messages = 0  # of WebSockets; the sweep counts them once a second
 
     @contextlib.contextmanager
     def counting(self, size: int) -> Iterator[None]:
@@ -3570,8 +3618,8 @@ class Connection:
             raise self.read_error from None
         except asyncio.CancelledError:
             if self.interruption is None:
-                raise
-            self.task.uncancel()
+                raise  # the server ends this task
+            self.task.uncancel()  # interrupt() has cancelled it: it goes on
             raise self.interruption from None
         self.buffer += data
         return data
@@ -3704,7 +3752,7 @@ class Connection:
 
     def check_deadline(self, now: float) -> None:
         """Act on a deadline that has passed, as the table above says."""
-        match self.phase:  # mizusync needs Python 3.11 or newer: 3.9 stops here
+        match self.phase:  # Python 3.9 shows this line: mizusync needs 3.11 or newer
             case Phase.IDLE:
                 self.interrupt(ConnectionError("no request came"))
             case Phase.HEAD | Phase.BODY:
@@ -3732,11 +3780,12 @@ class Connection:
         interval = self.settings.ping_interval
         timeout = self.settings.ping_timeout
         unsent = self.unsent_size
-        # A slow reader answers a ping late, a dead one never: does it take bytes? While
-        # we do not read from it, we could not see its answer.
+        has_answered = received > self.ping_sent_at
+        # A slow reader answers a ping late, because other bytes come before the ping.
         takes_bytes = unsent < self.unsent_at_last_check
+        # The application is slow, so we read nothing, and could not see an answer.
         is_unheard = not unsent and not self.transport.is_reading()
-        if received > self.ping_sent_at or takes_bytes or is_unheard:
+        if has_answered or takes_bytes or is_unheard:
             self.ping_sent_at = math.inf
         self.unsent_at_last_check = unsent
         if self.ping_sent_at + timeout <= now:
@@ -3856,7 +3905,7 @@ class WebSocket:
                     message = self._assembler.add(frame)
                     if message is not None:
                         return message
-                await asyncio.sleep(0)  # so do control frames and fragments
+                await asyncio.sleep(0)  # many pings leave others their turn as well
         except ProtocolError as error:
             self.error = self.error or error
             self.close(error.code, str(error))
@@ -4115,7 +4164,9 @@ class Session:
         """The scopes that it may use, as on_auth last said."""
         topics = [topic for topic in self.topics if topic.startswith(SYNC)]
         subscribed = {topic.removeprefix(SYNC) for topic in topics}
-        return subscribed | {self.scope} if self.may_use_scope else subscribed
+        if self.may_use_scope:
+            subscribed.add(self.scope)
+        return subscribed
 
     @property
     def label(self) -> str:
@@ -4262,8 +4313,8 @@ class LiveEndpoint:
         work: asyncio.Task[None] | None = None
         try:
             while True:
-                # Messages are handled one at a time, in order. The next one is received
-                # meanwhile, so that pings are answered and an end is noticed.
+                # Messages are handled one at a time, in order. While one is handled,
+                # the next one is received: so pings are answered until it has arrived.
                 message = await websocket.receive()
                 if work and not await self._finish(work, websocket):
                     break
@@ -4389,6 +4440,12 @@ class LiveEndpoint:
             session.asked_at = time.monotonic()
 
 
+def check_topic(topic: str) -> None:
+    """Raise ValueError for a topic of the engine's: on_auth guards those."""
+    if topic.startswith(SYNC):
+        raise ValueError(f"{topic!r}: topics that begin with sync: are the engine's")
+
+
 # --- Endpoints ------------------------------------------------------------------------
 # From Request to Response, for the sync half of the protocol. Input is checked here,
 # once; what the engine refuses comes out as a SyncError.
@@ -4471,7 +4528,7 @@ class SyncEndpoints:
             return Response(body=(await pull()).encode())
         try:
             async with asyncio.timeout(None) as end:
-                self.waits[request] = end
+                self.waits[request] = end  # the sweep calls end_wait
                 page = await pull(wait=wait)
         except TimeoutError:  # the client has closed its half: it gets what there is
             page = await pull()
@@ -4495,7 +4552,7 @@ class SyncEndpoints:
         return Response(body=(await self.engine.snapshot(scope)).encode())
 
     async def healthz(self, request: Request, sessions: int) -> Any:
-        """Return how the server is; with a token, only that the store answers."""
+        """Return how the server is; if it has a token, only that the store answers."""
         head, epoch, _ = await self.engine.position()
         if self.gate.token is not None:
             return {"status": "ok"}
@@ -4584,6 +4641,7 @@ class HTTPServer:
         self._routes = Routes()
         self._connections: dict[Connection, WebSocket | None] = {}
         self._unsent = Unsent(settings.max_unsent)
+        self._next_count = 0.0  # when to count the unsent messages again
         self._answers: Counter[int] = Counter()  # by the first digit of their status
         self._stopping = False
 
@@ -4656,7 +4714,7 @@ class HTTPServer:
                 if connection.buffer:
                     await asyncio.sleep(0)  # pipelined requests leave others their turn
         except SyncError as refusal:
-            # What arrived is no request, so nothing behind it can be read as one.
+            # No request was read, so nothing behind this can be read as one.
             http_log.debug("no request: %r", refusal)
             self._answers[refusal.status // 100] += 1
             head_only = connection.buffer.startswith(b"HEAD ")
@@ -4724,7 +4782,8 @@ class HTTPServer:
         logged_at = -math.inf
         while not self._stopping:
             try:
-                # Readers may have to open files: take no client at their cost.
+                # Fail here, before a client is accepted, unless the descriptors that
+                # the readers of the database may need are free.
                 with contextlib.ExitStack() as spare:
                     for _ in range(2 * self.settings.readers + 2):
                         spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
@@ -4752,7 +4811,8 @@ class HTTPServer:
         due = [one for one in self._connections if one.deadline <= now]
         for connection in due:
             connection.check_deadline(now)
-        if int(now) > int(now - SWEEP_INTERVAL):  # once a second: it takes a while
+        if now >= self._next_count:  # seldom: it takes 2 ms for 10,000 sessions
+            self._next_count = now + 1
             self._unsent.messages = sum(
                 connection.unsent_size
                 for connection, websocket in self._connections.items()
@@ -4814,8 +4874,10 @@ class HTTPServer:
                     sock, _ = listener.accept()
                     self.tasks.spawn(self._serve(sock))
             listener.close()
+        # Turns of the loop: to start the task, to connect the streams (two), to receive
+        # the first request, and to parse it.
         for _ in range(5):
-            await asyncio.sleep(0)  # turns that their first request may need
+            await asyncio.sleep(0)
 
     async def _finish_requests(self, sweep: asyncio.Task[None]) -> None:
         """Answer what has arrived, end waits, close WebSockets with 1001."""
@@ -4947,14 +5009,16 @@ class Server(HTTPServer):
 
         Call it on the server's loop. Raise ValueError for a topic of the engine's.
         """
-        if topic.startswith(SYNC):
-            raise ValueError(
-                f"{topic!r}: topics that begin with sync: are the engine's"
-            )
+        check_topic(topic)
         self.hub.publish(topic, encode_json(data).encode())
 
     def subscribe(self, session: Session, topic: str) -> None:
-        """Subscribe an open session to a topic. Raise TooLarge past the limit."""
+        """Subscribe an open session to a topic of the application's.
+
+        Raise TooLarge past `max_session_topics`, ValueError for a topic of the
+        engine's.
+        """
+        check_topic(topic)
         if session in self.sessions:
             session.subscribe(topic)
 
@@ -5174,7 +5238,7 @@ def snapshot_todos(db: sqlite3.Connection, scope: str) -> Json:
 
 
 def require_scope(request: Request, scope: str) -> None:
-    """Refuse a socket of the demo that names no scope, as the guide does."""
+    """Refuse a socket of the demo that names no scope, so that a mistake shows."""
     if request.path == "/ws" and "scope" not in request.query:
         raise Unauthorized("name a scope: /ws?scope=...")
 
