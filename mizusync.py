@@ -2638,7 +2638,7 @@ class Engine:
 # frames and the event loop a bounded share of its time.
 
 BROADCAST_BATCH = 500  # subscribers between two turns of the event loop: some 5 ms
-BURST = 0.02  # seconds of loop time that a topic may use after a quiet while
+BURST = 0.005  # seconds of loop time that a topic may use after a quiet while
 SHARE = 1 / 16  # of the loop's time; more, and the pulls that follow would have to wait
 SHARE_WITH_CHANGES = 1 / 4  # these hints carry their changes, so no pulls follow
 
