@@ -168,6 +168,7 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -845,7 +846,9 @@ class Store:
         """Return the position of the log, as the transaction sees it."""
         raise NotImplementedError
 
-    def read_changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
+    def read_changes(
+        self, db: Any, scope: str, after: int
+    ) -> Generator[Row, None, None]:
         """Yield the scope's changes above a cursor, in order, as they are taken."""
         raise NotImplementedError
 
@@ -922,14 +925,13 @@ class Store:
         # 1. Find the newest change that goes: the last one of a mutation.
         newest = 0
         count = 0
-        rows = self.read_changes(db, scope, 0)
-        mutations = itertools.groupby(rows, key=lambda row: row.first)
-        for _, mutation in mutations:
-            cursors = [row.cursor for row in mutation]
-            if count >= limit or cursors[-1] >= before:
-                break
-            newest = cursors[-1]
-            count += len(cursors)
+        with contextlib.closing(self.read_changes(db, scope, 0)) as rows:
+            for _, mutation in itertools.groupby(rows, key=lambda row: row.first):
+                cursors = [row.cursor for row in mutation]
+                if count >= limit or cursors[-1] >= before:
+                    break
+                newest = cursors[-1]
+                count += len(cursors)
         if not count:
             return 0
         # 2. Record its cursor, so that readers below it are refused.
@@ -1047,16 +1049,17 @@ class GuardedConnection(sqlite3.Connection):
         self._guarded = False
         self.row_factory = None
         self.text_factory = str
-        if self._cursors:  # it is faster to ask than to go through none
-            for cursor in self._cursors:
-                with contextlib.suppress(sqlite3.Error):  # a thread may be using it
-                    cursor.close()
-            self._cursors.clear()
         try:
+            if self._cursors:  # it is faster to ask than to go through none
+                for cursor in list(self._cursors):
+                    with contextlib.suppress(sqlite3.Error):  # a thread may be using it
+                        cursor.close()
+                self._cursors.clear()
             for statement in statements:
                 run_own(self, statement)
-        except Exception as error:  # MemoryError, too, leaves the transaction in doubt
-            # The savepoint is gone: SQLite or the application rolled everything back.
+        except Exception as error:
+            # The savepoint is gone, because SQLite or the application rolled everything
+            # back; or something else leaves the transaction in doubt.
             raise StoreRefused("the transaction was rolled back") from error
 
     def retry(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -1071,7 +1074,8 @@ class GuardedConnection(sqlite3.Connection):
             try:
                 return work(*arguments)
             except (sqlite3.Error, StoreRefused) as error:
-                self.rollback()
+                if self.in_transaction:
+                    run_own(self, "ROLLBACK")
                 code = primary_code(error.__cause__ or error)
                 is_locked = code == sqlite3.SQLITE_BUSY
                 if not is_locked or time.monotonic() > deadline:
@@ -1079,18 +1083,27 @@ class GuardedConnection(sqlite3.Connection):
                     raise
             time.sleep(0.0002)
 
-    def cursor(self, *factory: Any) -> Any:
-        if self._guarded and not self.in_transaction:
-            # SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If
-            # `apply` goes on, each statement would commit by itself.
-            raise sqlite3.OperationalError("the transaction was rolled back")
-        cursor = super().cursor(*factory)
+    def cursor(self, factory: Any = None) -> Any:
+        """Return a cursor of the one kind that there is, whatever the factory."""
+        cursor = super().cursor(GuardedCursor)
         self._cursors.add(cursor)
         return cursor
 
     def execute(self, *statement: Any) -> Any:
-        # sqlite3.Connection's own does not call cursor().
+        # sqlite3.Connection's own does not call cursor(). Nor does its executemany().
         return self.cursor().execute(*statement)
+
+    def executemany(self, *statement: Any) -> Any:
+        return self.cursor().executemany(*statement)
+
+    def check_transaction(self) -> None:
+        """Refuse a statement of the application if its transaction is lost.
+
+        SQLITE_FULL and RAISE(ROLLBACK) roll the whole transaction back. If `apply` goes
+        on, each statement would commit by itself.
+        """
+        if self._guarded and not self.in_transaction:
+            raise sqlite3.OperationalError("the transaction was rolled back")
 
     # -- against an application that controls the transaction
 
@@ -1103,7 +1116,7 @@ class GuardedConnection(sqlite3.Connection):
             return sqlite3.SQLITE_DENY
         if not self._guarded or action == sqlite3.SQLITE_READ:
             return sqlite3.SQLITE_OK
-        if not self.in_transaction:  # rolled back, as in cursor()
+        if not self.in_transaction:  # as in check_transaction
             return sqlite3.SQLITE_DENY
         # Without a value, a PRAGMA only reads. Full-text search uses such ones.
         is_reading = action == sqlite3.SQLITE_PRAGMA and names[1] is None
@@ -1123,6 +1136,20 @@ class GuardedConnection(sqlite3.Connection):
     set_authorizer: Any = _refuse
     backup: Any = _refuse
     blobopen: Any = _refuse
+
+
+class GuardedCursor(sqlite3.Cursor):
+    """A cursor that runs nothing once the transaction is lost."""
+
+    connection: GuardedConnection
+
+    def execute(self, *statement: Any) -> Any:
+        self.connection.check_transaction()
+        return super().execute(*statement)
+
+    def executemany(self, *statement: Any) -> Any:
+        self.connection.check_transaction()
+        return super().executemany(*statement)
 
 
 # What would end the transaction, or leave the file. SAVEPOINT is not among them: it is
@@ -1198,11 +1225,6 @@ def open_database(
         advice = OPENING_ADVICE.get(primary_code(cause), "")
         sentence = f"the database {path} can't be used ({cause}){advice}"
         raise StoreError(sentence) from error
-    # For an application that goes on after its transaction was rolled back. cursor()
-    # stops it, but executemany() does not call that. With this setting Python begins a
-    # transaction before each INSERT, UPDATE or DELETE outside of one, and the guard
-    # refuses the BEGIN.
-    db.isolation_level = "DEFERRED"
     return db
 
 
@@ -1400,7 +1422,9 @@ class SQLiteStore(Store):
         """
         return Position(*run_own(db, sql)[0])
 
-    def read_changes(self, db: Any, scope: str, after: int) -> Iterator[Row]:
+    def read_changes(
+        self, db: Any, scope: str, after: int
+    ) -> Generator[Row, None, None]:
         """Yield rows as SQLite finds them: a reader stops when its page is full."""
         sql = """
             SELECT * FROM mizusync_changes
@@ -1436,13 +1460,20 @@ class SQLiteStore(Store):
         try:
             db = self._idle.pop()
         except IndexError:
-            db = GuardedConnection(self._path, "ro", self._timeout)
+            try:
+                db = GuardedConnection(self._path, "ro", self._timeout)
+            except sqlite3.Error as error:  # no descriptor is free, for example
+                raise_if_refusal(error)
+                raise
         try:
             result = db.run_guarded(work)
         except BaseException as error:
             db.close()  # its state is unknown
-            if primary_code(error) == sqlite3.SQLITE_READONLY:
+            code = getattr(error, "sqlite_errorcode", 0)
+            if code == sqlite3.SQLITE_READONLY:
                 raise RuntimeError("only apply may write to the database") from error
+            if primary_code(error) == sqlite3.SQLITE_READONLY:  # of another kind
+                raise StoreRefused("the database refuses, for now") from error
             raise
         self._idle.append(db)
         return result
@@ -1482,20 +1513,23 @@ class SQLiteStore(Store):
             run_own(db, sql)  # before the rows: it starts at the head of begin()
         try:
             sql = "INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)"
-            db.executemany(OWN_STATEMENT + sql, rows)
+            sqlite3.Connection.executemany(db, OWN_STATEMENT + sql, rows)
             sql = "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)"
-            db.executemany(OWN_STATEMENT + sql, marks)
+            sqlite3.Connection.executemany(db, OWN_STATEMENT + sql, marks)
         except sqlite3.Error as error:
             raise_if_refusal(error)
             raise
         position = self.read_position(db)
         run_own(db, "COMMIT")
         with self._position_lock:
+            # Another process may have committed since, and latest() has seen that.
+            newest = position
+            if self._latest.epoch == position.epoch:
+                newest = max(position, self._latest)
             # After a new epoch, what was seen before belongs to another history.
-            # Otherwise never move back: another process may have committed since, and
-            # latest() has seen that.
-            if not continues_seen or position.head > self._seen.head:
-                self._seen = position
+            # Otherwise it never moves back.
+            if not continues_seen or newest.head > self._seen.head:
+                self._seen = newest
         self._limit_wal(db)
         return position
 
@@ -1505,8 +1539,10 @@ class SQLiteStore(Store):
         if db is None:
             return
         try:
-            db.rollback()
-        except sqlite3.Error:
+            # Not rollback(): with `autocommit = False`, Python would begin anew.
+            if db.in_transaction:
+                run_own(db, "ROLLBACK")
+        except (sqlite3.Error, StoreRefused):
             log_error(store_log, "a rollback failed: the next transaction reconnects")
             self._write_db = None
             with contextlib.suppress(sqlite3.Error):
@@ -1852,7 +1888,7 @@ def make_calls(calls: Iterable[Call]) -> None:
     for call in calls:
         try:
             call()
-        except Exception:
+        except (Exception, SystemExit):  # this must not end the writer's thread
             log_error(engine_log, "a listener failed")
 
 
@@ -1876,7 +1912,7 @@ class Step:
 class Job:
     """A push or a trim. Its future gets a list of the results of its steps."""
 
-    steps: Sequence[Step]
+    steps: list[Step]
     future: asyncio.Future[Any] | Future[Any]
     loop: Loop | None = None  # the future's, if it belongs to one
     refusal: StoreRefused | None = None  # instead of results, if nothing was applied
@@ -1889,6 +1925,9 @@ class Job:
             self.future.set_exception(self.refusal)
         else:
             self.future.set_result([step.result for step in self.steps])
+        # Each step refers to the list of its push. Break that cycle, or all that was
+        # pushed stays in memory until the garbage collector runs.
+        self.steps.clear()
 
     def refuse(self) -> None:
         """Refuse the steps that have no result.
@@ -1968,31 +2007,27 @@ class Batch:
         They are not in the batch yet. `db` is for the application. Raise TypeError or
         ValueError for what is no change, and InvalidMutation for too many changes.
         """
-        limit = self._settings.max_mutation_changes
         made = self._apply_function(db, mutation)
         if isinstance(made, NOT_CHANGES):
             raise TypeError("apply returns an iterable of changes, such as a list")
+        limit = self._settings.max_mutation_changes
+        first = self._start + len(self.rows) + 1
+        rows: list[Row] = []
         try:
-            changes = list(itertools.islice(made or (), limit + 1))
+            for cursor, change in enumerate(() if made is None else made, first):
+                if len(rows) == limit:
+                    raise InvalidMutation(f"the mutation makes over {limit} changes")
+                # Encode it before the next one is made: a generator may change one
+                # object again and again.
+                scope, text = encode_data(change, mutation.scope)
+                rows.append(Row(cursor, first, scope, self._time, text))
         finally:
             # A generator that is not exhausted ends here, while what it does at its end
-            # can still be undone.
+            # can still be undone; also one inside of a map, which has no close().
+            close = getattr(made, "close", None)
+            if close:
+                close()
             del made
-        if len(changes) > limit:
-            raise InvalidMutation(f"the mutation makes over {limit} changes")
-        first = self._start + len(self.rows) + 1
-        rows = []
-        for cursor, change in enumerate(changes, first):
-            data = change
-            scope = mutation.scope
-            if isinstance(change, Change):
-                data = change.data
-                scope = scope if change.scope is None else change.scope
-                if not is_name(scope, MAX_SCOPE):
-                    raise ValueError(f"a change is for {scope!r}, which is no scope")
-            text = data.text if isinstance(data, Json) else encode_json(data)
-            text.encode()  # a lone surrogate fails here, where it can be undone
-            rows.append(Row(cursor, first, scope, self._time, text))
         return rows
 
     def _add(self, mutation: Mutation, rows: Sequence[Row]) -> Result:
@@ -2045,6 +2080,23 @@ class Batch:
         return Result.applied(mark.last, shown, duplicate=True)
 
 
+def encode_data(change: Any, scope: str) -> tuple[str, str]:
+    """Return the scope of a change that `apply` made, and its data as JSON text.
+
+    `scope` is the mutation's. Raise TypeError or ValueError for what is no change.
+    """
+    data = change
+    if isinstance(change, Change):
+        data = change.data
+        if change.scope is not None:
+            scope = change.scope
+        if not is_name(scope, MAX_SCOPE):
+            raise ValueError(f"a change is for {scope!r}, which is no scope")
+    text = data.text if isinstance(data, Json) else encode_json(data)
+    text.encode()  # a lone surrogate fails here, where it can be undone
+    return scope, text
+
+
 def describe(mutation: Mutation) -> str:
     """Return what a log may say of a mutation: not its args, which may be private."""
     return f"{mutation.name!r}, id {mutation.id!r} in scope {mutation.scope!r}"
@@ -2076,7 +2128,9 @@ def apply_retention(batch: Batch, keep: int) -> None:
     for scope, tail in batch.added.items():
         if random.random() * keep < 10 * len(tail.changes):
             before = batch.store.read_nth_newest(batch.db, scope, keep)
-            trim_scope(batch, scope, before, max(TRIM_STEP, keep // 5))
+            # Remove more than this commit adds, or the log would grow without end.
+            limit = max(TRIM_STEP, keep // 5, 2 * len(tail.changes))
+            trim_scope(batch, scope, before, limit)
 
 
 # --- Writer ---------------------------------------------------------------------------
@@ -2289,7 +2343,7 @@ class Writer:
         end the thread either.
         """
         self._store.rollback()
-        for _ in range(self.waiting):
+        for _ in range(self.waiting if jobs else 0):  # _watch() refuses no job
             jobs += self._take(0)
         is_refusal = isinstance(error, StoreRefused)
         if jobs or not is_refusal:
@@ -2442,6 +2496,7 @@ class Engine:
         Raise CursorTooOld, CursorUnknown, Unavailable.
         """
         limit = min(limit or self.settings.pull_limit, self.settings.max_pull_limit)
+        limit = max(1, limit)
         if wait <= 0:
             return await self._read_page(scope, cursor, epoch, limit)
         changed = asyncio.Event()
@@ -2470,6 +2525,7 @@ class Engine:
 
     async def _read_page(self, scope: str, cursor: int, epoch: str, limit: int) -> Page:
         """Return a page from memory if it is up to date, else from the database."""
+        self._check_process()
         page = self._tails.page(scope, cursor, limit, epoch)
         if page is not None:
             self.counts["pulls_from_memory"] += 1
@@ -2514,6 +2570,7 @@ class Engine:
 
     async def current(self, scope: str = DEFAULT_SCOPE) -> int:
         """Return the cursor of the scope's newest change, or 0. No trim lowers it."""
+        self._check_process()
         current = self._tails.current(scope)
         if current is not None:
             return current

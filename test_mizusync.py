@@ -1448,6 +1448,38 @@ def roll_back_and_write(db: sqlite3.Connection) -> Any:
     return ["fine"]
 
 
+def roll_back_and_use_a_held_cursor(db: sqlite3.Connection) -> Any:
+    """Go on with statements that Python has cached, after the transaction is lost."""
+    cursor = db.cursor()
+    for _ in range(2):
+        with suppress(sqlite3.Error):
+            cursor.execute("SAVEPOINT item")
+            cursor.execute(TRACE)
+            cursor.execute("RELEASE item")
+            roll_back_by_conflict(db)
+    return ["fine"]
+
+
+def roll_back_and_write_many(db: sqlite3.Connection) -> Any:
+    sql = "WITH one(data) AS (SELECT ?) INSERT INTO notes SELECT 'many', data FROM one"
+    for _ in range(2):
+        with suppress(sqlite3.Error):
+            db.executemany(sql, [("1",)])
+            roll_back_by_conflict(db)
+    return ["fine"]
+
+
+class FailingCursor(sqlite3.Cursor):
+    def close(self) -> None:
+        raise RuntimeError("this cursor can't be closed")
+
+
+def write_with_cursor_that_fails(db: sqlite3.Connection) -> Any:
+    cursor = db.cursor(FailingCursor)
+    cursor.execute(TRACE)
+    raise mizusync.InvalidMutation("no")
+
+
 def write_mark(db: sqlite3.Connection) -> Any:
     sql = "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)"
     db.execute(sql, ("a", "mark", None, 0))
@@ -1517,6 +1549,9 @@ MISUSES: dict[str, Use] = {
     "a blob": lambda db: db.blobopen("notes", "data", 1),
     "ROLLBACK on conflict": roll_back_by_conflict,
     "ROLLBACK on conflict, suppressed": roll_back_and_write,
+    "a held cursor after a ROLLBACK": roll_back_and_use_a_held_cursor,
+    "executemany after a ROLLBACK": roll_back_and_write_many,
+    "a cursor whose close fails": write_with_cursor_that_fails,
     "a failure inside a savepoint": fail_inside_savepoint,
     "a cursor in use by a thread": leave_thread_in_cursor,
     "a dedupe mark": write_mark,
@@ -2404,6 +2439,27 @@ def test_a_file_that_is_overwritten_makes_pushes_unavailable(path: Path) -> None
             push(engine, note("2"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit of descriptors")
+def test_a_read_for_which_no_descriptor_is_free_is_unavailable(path: Path) -> None:
+    import resource
+
+    with closing(open_log(path)) as engine:
+        push(engine, note("a"))
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        store = engine.store
+        assert isinstance(store, mizusync.SQLiteStore)
+        store._idle.clear()
+        with ExitStack() as files:
+            files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+            with suppress(OSError):
+                while True:
+                    files.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+            with pytest.raises(mizusync.StoreRefused):
+                store.read(lambda db: db.execute("SELECT 1").fetchone())
+        assert store.read(lambda db: db.execute("SELECT 1").fetchone()) == (1,)
+
+
 @pytest.mark.parametrize("exists", [True, False], ids=["old file", "new file"])
 def test_a_symbolic_link_serves_as_well_as_the_file_that_it_names(
     tmp_path: Path, exists: bool
@@ -2583,6 +2639,41 @@ def test_an_engine_that_only_pulled_the_lost_changes_begins_an_epoch_as_well(
         push(other_engine, *(note(f"new {number}") for number in range(4)))
         assert_unknown(engine, lost_page)
         assert_unknown(other_engine, lost_page)
+
+
+def test_a_commit_that_another_process_overtakes_hides_no_restored_backup(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the engine's first COMMIT and its note of that, another process commits,
+    and clients of the engine hear of it."""
+    run_own = mizusync.run_own
+    known: list[mizusync.Position] = []
+    idle = Settings(watch_interval=1000.0)
+    with (
+        closing(open_log(path, settings=idle)) as engine,
+        closing(open_log(path, settings=idle)) as other,
+    ):
+        store = engine.store
+        assert isinstance(store, mizusync.SQLiteStore)
+        push(other, note("before"))
+
+        def run_and_overtake(db: Any, sql: str, *parameters: Any) -> Any:
+            rows = run_own(db, sql, *parameters)
+            if sql == "COMMIT" and db is store._write_db and not known:
+                backups.append(back_up(path))
+                push(other, note("late"))
+                known.append(store.latest())
+            return rows
+
+        backups: list[Path] = []
+        monkeypatch.setattr(mizusync, "run_own", run_and_overtake)
+        push(engine, note("first"))
+        monkeypatch.undo()
+        other.close()
+        restore(path, backups[0])
+        push(engine, *(note(f"new {number}") for number in range(5)))
+        with pytest.raises(mizusync.CursorUnknown):
+            ask(engine.pull(cursor=known[0].head, epoch=known[0].epoch))
 
 
 def test_a_second_backup_restored_over_a_first_one_begins_an_epoch(
@@ -3077,6 +3168,30 @@ def test_retries_are_answered_without_changes_once_their_answer_is_large(
         assert "changes" in push(engine, large)[0]  # in a push of its own
 
 
+def test_a_generator_may_change_and_yield_one_object_again_and_again(
+    path: Path,
+) -> None:
+    def apply(db: sqlite3.Connection, mutation: Mutation) -> Iterator[Any]:
+        change: dict[str, int] = {}
+        for number in range(3):
+            change["number"] = number
+            yield change
+
+    with closing(open_log(path, apply=apply)) as engine:
+        (result,) = push(engine, note("a"))
+    data = [change["data"] for change in result["changes"]]
+    assert data == [{"number": number} for number in range(3)]
+
+
+@pytest.mark.parametrize("made", [0, False])
+def test_a_value_that_is_no_iterable_is_an_internal_error(
+    path: Path, made: Any
+) -> None:
+    with closing(open_log(path, apply=lambda db, mutation: made)) as engine:
+        (result,) = push(engine, note("a"))
+    assert result["code"] == "internal_error"
+
+
 def test_a_database_cursor_is_not_taken_for_changes(path: Path) -> None:
     def return_cursor(db: sqlite3.Connection, mutation: Mutation) -> Any:
         db.execute("INSERT INTO notes VALUES ('', 'a secret')")
@@ -3255,6 +3370,21 @@ def test_with_keep_changes_the_file_stops_growing(path: Path) -> None:
     assert sizes[-1] < sizes[0] + 120 * 120
 
 
+def test_keep_changes_holds_where_each_push_adds_more_than_a_trim_removes(
+    path: Path,
+) -> None:
+    few = Settings(keep_changes=10)
+    many = [[number] * 300 for number in range(1000)]
+    apply = {"apply": lambda db, mutation: many[mutation.args]}
+    with closing(open_log(path, settings=few, **apply)) as engine:
+        for number in range(10):
+            push(engine, note(f"{number}", number), note(f"again {number}", number))
+        db = sqlite3.connect(path)
+        with closing(db):
+            (count,) = db.execute("SELECT count(*) FROM mizusync_changes").fetchone()
+    assert count <= 1200
+
+
 def test_each_commit_trims_about_200_changes_of_a_scope_that_has_too_many(
     path: Path,
 ) -> None:
@@ -3390,6 +3520,90 @@ def test_each_run_of_apply_gets_the_args_as_they_were_pushed(path: Path) -> None
     assert len(seen) > 1
     assert seen == [pushed] * len(seen)
     assert args == pushed | {"title": "changed while the push waits"}
+
+
+def test_a_push_is_freed_without_the_garbage_collector(path: Path) -> None:
+    """The steps of a push refer to their list; otherwise large args stay for long."""
+    with closing(open_log(path)) as engine:
+        push(engine, note("first"))
+        gc.collect()
+        gc.disable()
+        try:
+            push(engine, note("a", "x" * 1000))
+            ask(asyncio.sleep(0))
+            steps = [one for one in gc.get_objects() if isinstance(one, mizusync.Step)]
+        finally:
+            gc.enable()
+    assert steps == []
+
+
+def test_an_exit_in_the_callback_of_a_refused_future_ends_no_thread(
+    path: Path,
+) -> None:
+    impatient = Settings(busy_timeout=0.1)
+    with (
+        closing(open_log(path, settings=impatient)) as engine,
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+        recorded(),
+    ):
+        push(engine, note("a"))
+        other.execute("BEGIN IMMEDIATE")
+        future = engine.submit([note("b")])
+        future.add_done_callback(lambda future: sys.exit(1))
+        until(future.done)
+        other.execute("ROLLBACK")
+        (result,) = engine.submit([note("c")]).result(PATIENCE)
+        assert result.ok
+
+
+def test_a_look_at_other_processes_that_fails_refuses_no_push(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = threading.Event()
+    with (
+        closing(open_log(path, settings=Settings(watch_interval=0.01))) as engine,
+        recorded(),
+    ):
+        push(engine, note("first"))
+        read = engine.store.read
+
+        def fail(work: Callable[[Any], Any]) -> Any:
+            if threading.current_thread().name != "mizusync-writer":
+                return read(work)
+            looked.set()
+            until(lambda: engine.stats()["pushes_waiting"] > 0)
+            raise mizusync.StoreRefused("no reader can be opened")
+
+        with closing(open_log(path)) as other:
+            monkeypatch.setattr(engine.store, "read", fail)
+            push(other, note("foreign"))
+            assert looked.wait(PATIENCE)
+            (result,) = engine.submit([note("a")]).result(PATIENCE)
+            monkeypatch.undo()
+    assert result.ok
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="needs autocommit")
+def test_an_application_that_sets_autocommit_stops_no_later_push(path: Path) -> None:
+    schema = (
+        SCHEMA
+        + """
+        CREATE TABLE IF NOT EXISTS parent (id PRIMARY KEY);
+        CREATE TABLE IF NOT EXISTS child (
+            id REFERENCES parent DEFERRABLE INITIALLY DEFERRED);
+        PRAGMA foreign_keys = ON;
+    """
+    )
+
+    def apply(db: Any, mutation: Mutation) -> list[Any]:
+        db.autocommit = False
+        if mutation.args == "orphan":
+            db.execute("INSERT INTO child VALUES (1)")
+        return [mutation.id]
+
+    with closing(open_log(path, apply=apply, schema=schema)) as engine, recorded():
+        results = [push(engine, note(key, key))[0] for key in ("a", "orphan", "b")]
+    assert [result["ok"] for result in results] == [True, False, True]
 
 
 def test_a_logging_filter_that_raises_blocks_no_answer_and_ends_no_thread(
