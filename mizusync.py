@@ -737,8 +737,9 @@ def check_scope(value: Any) -> str:
 #      client that does not send the epoch of its cursor only has the head checked.
 #
 # The fourth needs epochs, because an older copy of the database may be restored and
-# grow again. An epoch is a random name, and the head at which it began. A process
-# begins one with its first commit, and with the first commit after a restore.
+# grow again. An epoch is a random name, and the head at which it began. A new log has
+# its first one. A process that opens the log begins one with its first commit, and with
+# the first commit after a restore.
 #
 #     A began at 0     The log grows to 60, and someone makes a backup. It grows to 100;
 #                      a client pulls, and remembers (A, 100).
@@ -1015,6 +1016,7 @@ class GuardedConnection(sqlite3.Connection):
             check_same_thread=False,  # any thread may use it, one at a time
         )
         self.path = path
+        self.has_created_log = False
         self._timeout = timeout
         self._guarded = False  # application code has the connection
         self._cursors = weakref.WeakSet[sqlite3.Cursor]()  # of the application
@@ -1246,6 +1248,7 @@ def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
                 run_own(db, f"PRAGMA application_id = {APPLICATION_ID}")
             for statement in LOG_SCHEMA.split(";"):
                 run_own(db, statement)
+            db.has_created_log = True
         run_own(db, "COMMIT")
     with contextlib.suppress(StoreRefused):  # another process may hold the lock
         # This fails if SQLite has silently opened the file read-only.
@@ -1389,7 +1392,8 @@ class SQLiteStore(Store):
             open_database, self._path, schema, adopt, busy_timeout
         )
         # None after a rollback that failed: the next transaction opens it again.
-        self._write_db: GuardedConnection | None = self._open()
+        db = self._open()
+        self._write_db: GuardedConnection | None = db
         self._stat = os.stat(self._path)
         self._closed = False
         self._position_db = GuardedConnection(self._path, "ro", busy_timeout)
@@ -1399,7 +1403,7 @@ class SQLiteStore(Store):
         # The newest position that a client may know from here. (A page from the disk
         # may be ahead of it, for a watch_interval at most.) If the log has not issued
         # it, the next commit begins an epoch: see Store.
-        self._seen = NO_POSITION
+        self._seen = self.read_position(db) if db.has_created_log else NO_POSITION
         self._begun = NO_POSITION  # the position of begin()
         self._idle: list[GuardedConnection] = []  # connections of readers
         self._read_barrier = threading.Lock()  # while it is held, no read begins
