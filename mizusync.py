@@ -71,7 +71,7 @@ can wait for a second reading:
     WebSocket         frames over a connection
     Gate              access: Host, Origin, token, on_auth
     Session           one live client
-    Endpoints         push, pull, snapshot, healthz
+    Endpoints         push, pull, snapshot
     Routes            from path and method to a handler
     HTTP server       accepting, the life of a request, the sweep, the stop
     Server            the two halves, and the arrow between them
@@ -413,7 +413,7 @@ def log_error(logger: logging.Logger, *message: Any, traceback: bool = True) -> 
 # --- JSON -----------------------------------------------------------------------------
 # Strict JSON (RFC 8259), with limits that hold before anything is built in memory:
 # json.loads has a depth limit that differs between versions, no other limit, and it
-# blocks every thread while it parses.
+# keeps the GIL while it parses.
 
 # Without NaN and Infinity, which are not JSON (RFC 8259 §6), and without spaces.
 encode_json = json.JSONEncoder(
@@ -2700,7 +2700,7 @@ class Engine:
 
 BROADCAST_BATCH = 500  # subscribers between two turns of the event loop: some 5 ms
 BURST = 0.005  # seconds of loop time that a topic may use after a quiet while
-SHARE = 1 / 16  # of the loop's time; more, and the pulls that follow would have to wait
+SHARE = 1 / 16  # of the loop's time; most is left for the pulls that hints cause
 SHARE_WITH_CHANGES = 1 / 4  # these hints carry their changes, so no pulls follow
 
 
@@ -2746,7 +2746,7 @@ class Topic:
     subscribers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
     cursor: int | None = None  # the newest that was sent; it never goes down
     pending: Hint | None = None
-    broadcasts: asyncio.Task[None] | None = None  # runs while a hint is pending
+    broadcaster: asyncio.Task[None] | None = None  # runs while a hint is pending
 
     @property
     def wants_changes(self) -> bool:
@@ -2783,8 +2783,8 @@ class Hub:
         topic.subscribers.pop(subscriber, None)
         if not topic.subscribers:
             del self.topics[name]
-            if topic.broadcasts is not None:
-                topic.broadcasts.cancel()
+            if topic.broadcaster is not None:
+                topic.broadcaster.cancel()
 
     def publish(self, name: str, data: bytes) -> None:
         """Send JSON to every subscriber of a topic; none is merged or skipped."""
@@ -2793,7 +2793,10 @@ class Hub:
             return
         message = self.encode(encode_message(name, data))
         for subscriber in list(topic.subscribers):
-            subscriber.message(message)
+            try:
+                subscriber.message(message)
+            except Exception:
+                log_error(live_log, "a subscriber of %s failed", name)
 
     def notify(self, hints: Mapping[str, Hint]) -> None:
         """Pass on the hints of a commit: `engine.add_listener(hub.notify)`."""
@@ -2811,10 +2814,10 @@ class Hub:
         if hint.changes and len(hint.changes) > self.settings.max_hint_changes:
             hint = hint._replace(changes=None)
         topic.pending = hint
-        if topic.broadcasts is None:
+        if topic.broadcaster is None:
             # A task, so that the push that caused the hint is answered first.
             work = self._broadcast_pending(name, topic)
-            topic.broadcasts = asyncio.get_running_loop().create_task(work)
+            topic.broadcaster = asyncio.get_running_loop().create_task(work)
 
     async def _broadcast_pending(self, name: str, topic: Topic) -> None:
         """Send the pending hint, pause, and repeat until no hint is pending."""
@@ -2829,7 +2832,7 @@ class Hub:
                 if pause:
                     await asyncio.sleep(pause)
         finally:
-            topic.broadcasts = None
+            topic.broadcaster = None
 
     async def _broadcast(self, name: str, topic: Topic, hint: Hint) -> float:
         """Send a hint to each subscriber; return the seconds of loop time it took."""
@@ -2932,6 +2935,7 @@ class Request:
     length: int | None  # bytes of the body; None if it is chunked
     body: bytes = b""
     peer: str = ""  # address and port of the client, or of the proxy in front
+    wait: asyncio.Timeout | None = None  # ends when the client leaves
 
     @functools.cached_property
     def query(self) -> dict[str, str]:
@@ -2978,7 +2982,7 @@ class Request:
         if text is None:
             return default
         if not re.fullmatch(pattern, text):
-            raise InvalidRequest(f"{name}={text[:40]!r} is not a number that it can be")
+            raise InvalidRequest(f"{name}={text[:40]!r} is not a number it can be")
         return float(text) if "." in text else int(text)
 
     def elements(self, name: str) -> list[str]:
@@ -3019,6 +3023,7 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     reason however it is cut into packets (RFC 9112 §2, §3).
     """
     skip_empty_lines(buffer)
+    # First for its errors alone: a long first line is 414, not 431.
     find_line_end(buffer, b"\r\n", 0, settings.max_target_size + 64, 414)
     end = find_line_end(buffer, b"\r\n\r\n", 0, settings.max_head_size, 431)
     if end < 0:
@@ -3035,7 +3040,7 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
         raise InvalidRequest("the request target has to be a path, without a fragment")
     path = unquote(target.partition("?")[0])
     length = parse_body_length(headers, version)
-    # A refused head stays: the answer to HEAD has no body, so its method is needed.
+    # A refused head stays: who answers looks for HEAD in it, whose answer has no body.
     del buffer[: end + 4]
     return Request(method, target, version, headers, host, path, length)
 
@@ -3440,7 +3445,7 @@ class Assembler:
     def __init__(self, max_size: int) -> None:
         self.room = max_size  # bytes that may still be added to the current message
         self._check_utf8 = codecs.getincrementaldecoder("utf-8")().decode
-        self._opcode = CONTINUATION  # of the current message; this value: there is none
+        self._opcode = CONTINUATION  # of the message; as it is here, none has begun
         # One buffer: a list of small frames would take 40 times the memory.
         self._data = bytearray()
 
@@ -3478,7 +3483,7 @@ def parse_close(payload: bytes) -> tuple[int, str]:
     """Return the code and the reason of a close frame (§5.5.1). Raise ProtocolError."""
     if not payload:
         return NO_CODE, ""
-    code = int.from_bytes(payload[:2], "big")  # below 256 if it is a single byte
+    code = int.from_bytes(payload[:2], "big")  # of a single byte: below 256
     if not is_close_code(code):
         raise ProtocolError(1002, "the close code is not one to be sent")
     try:
@@ -3543,7 +3548,7 @@ def answer_handshake(request: Request) -> Response:
 # server, interrupts it. In HANDLE the sweep cancels the task. In all other phases the
 # task waits for the peer, so aborting the transport wakes it.
 
-READ_SIZE = 64 * 1024  # bytes in one read, and bytes that may wait for the peer to read
+READ_SIZE = 64 * 1024  # bytes in one read, and in one write
 PEER_CHECK = 0.25  # seconds between two looks whether a handler's client is still there
 
 
@@ -3674,7 +3679,7 @@ class Connection:
             if not data:
                 raise ConnectionError("the peer closed the connection")
         except OSError as error:
-            # An abort of ours looks like the peer's end, and has set the reason.
+            # After abort() it looks as if the peer had left. Keep the reason of that.
             self.read_error = self.read_error or error
             raise self.read_error from None
         except asyncio.CancelledError:
@@ -3819,8 +3824,11 @@ class Connection:
             case Phase.HEAD | Phase.BODY:
                 self.interrupt(HTTPError(408, "the request did not arrive in time"))
             case Phase.HANDLE:
-                if self.is_closing:
+                if self.is_closing and not self.task.cancelling():
                     self.task.cancel()
+                elif self.has_left() and self.request and self.request.wait:
+                    self.request.wait.reschedule(0)  # a pull waits: it ends now
+                    self.request.wait = None
                 self.deadline = now + PEER_CHECK
             case Phase.SEND:
                 unsent = self.unsent_size
@@ -3991,8 +3999,8 @@ async def run_websocket(
     except Exception as error:
         if not websocket.accepted:
             raise
-        websocket.error = error
-        # A ConnectionLost is no failure, unless it is the loss of another socket.
+        # The loss of its own peer ends a handler normally. That of another one's peer,
+        # to which this handler sends, is a failure.
         is_lost = websocket.closing or connection.is_closing
         if not (is_lost and isinstance(error, ConnectionLost)):
             log_error(live_log, "the %s failed", websocket.label)
@@ -4049,28 +4057,22 @@ LOOPBACK = re.compile(
 class Gate:
     """Decides who may use the server, and for what.
 
-    `hosts` are the names that the server goes by; None accepts any. `origins` are
+    `hosts` are the names that the server goes by besides those of the loopback; if
+    there are none, and other machines can reach it, it goes by any name. `origins` are
     written as browsers write them: "https://example.org".
     """
 
     token: str | None
-    allowed_hosts: frozenset[str]
+    hosts: frozenset[str]
     origins: frozenset[str]
     on_auth: Callable[[Request, str], Any] | None
-    hosts: frozenset[str] | None = None
-
-    def allow_hosts(self, beyond_loopback: bool) -> None:
-        """Decide which names to accept, now that the server has an address.
-
-        On the loopback, only names of the loopback, unless the operator allows others.
-        """
-        checks_names = self.allowed_hosts or not beyond_loopback
-        self.hosts = self.allowed_hosts if checks_names else None
+    beyond_loopback: bool = False  # once it listens: can other machines reach it?
 
     def check_site(self, request: Request) -> None:
         """Check Host and Origin. Raise Forbidden."""
         host = request.host
-        if self.hosts is not None and host and not is_loopback(host):
+        goes_by_any_name = self.beyond_loopback and not self.hosts
+        if host and not goes_by_any_name and not is_loopback(host):
             # DNS rebinding: a page elsewhere lets its own name lead here. That takes a
             # name, so an IP address is safe.
             name = re.sub(":[0-9]*$", "", host)
@@ -4161,7 +4163,7 @@ def validate_token(token: str | None) -> None:
         return
     if not isinstance(token, str):
         raise TypeError(f"a token is a string, not {type(token).__name__}")
-    if not re.fullmatch(TOKEN, token):  # which the sentence must not show
+    if not re.fullmatch(TOKEN, token):  # the message must not reveal it
         rule = "1 or more letters, digits and !#$%&'*+-.^_`|~"
         raise ValueError(
             f"--token, or MIZUSYNC_TOKEN: a token has {rule}, nothing else"
@@ -4211,8 +4213,8 @@ class Session:
         self.auth_failures = 0
         self.pending_topics: set[str] = set()  # owed their newest cursor
         self._flushing: asyncio.Task[None] | None = None
-        # The transport holds nothing for the peer, and the kernel little, so a slow
-        # reader shows at once.
+        # The kernel holds little for the peer, and the transport reports all that it
+        # has to hold: so a slow reader shows at once.
         transport = websocket.connection.transport
         transport.set_write_buffer_limits(high=0)
         sock = transport.get_extra_info("socket")
@@ -4341,7 +4343,7 @@ async def parse_json_aside(raw: bytes, settings: Settings) -> Any:
     parse = functools.partial(
         parse_json, raw, settings.max_json_depth, settings.max_json_values
     )
-    if len(raw) < READ_SIZE:
+    if len(raw) < 64 * 1024:
         return parse()
     return await asyncio.to_thread(parse)
 
@@ -4398,10 +4400,8 @@ class LiveEndpoint:
         """Wait until a message is handled. Return False if the peer left first."""
         while not work.done():
             await asyncio.wait([work], timeout=self.settings.close_timeout)
-            if websocket.connection.has_left():
-                break
-        if not work.done():
-            return False
+            if not work.done() and websocket.connection.has_left():
+                return False
         work.result()
         return True
 
@@ -4482,7 +4482,7 @@ class LiveEndpoint:
                 async with asyncio.timeout(timeout):
                     identity = await self.gate.authorize(request, scope)
             except Unauthorized as refusal:
-                session.close(1008, str(refusal))
+                session.close(1008, str(refusal))  # the session ends
                 return
             except Forbidden as refusal:
                 session.forbid(scope, refusal)
@@ -4496,7 +4496,7 @@ class LiveEndpoint:
         if not session.scopes:
             session.close(1008, reason)
         elif session.auth_failures >= MAX_AUTH_FAILURES:
-            session.close(1011, "on_auth failed again and again")
+            session.close(1011, "on_auth failed three times in a row")
         else:
             session.asked_at = time.monotonic()
 
@@ -4514,14 +4514,12 @@ def check_topic(topic: str) -> None:
 
 @dataclasses.dataclass(eq=False)
 class SyncEndpoints:
-    """Push, pull, snapshot and healthz."""
+    """Push, pull and snapshot."""
 
     engine: Engine
     gate: Gate
     settings: Settings
     may_wait: bool = True  # until the server stops
-    # Of the pulls that wait now.
-    waits: dict[Request, asyncio.Timeout] = dataclasses.field(default_factory=dict)
 
     async def push(self, request: Request) -> Response:
         """Apply the mutations that are well-formed and allowed; answer all in order."""
@@ -4533,9 +4531,15 @@ class SyncEndpoints:
         for place, value in enumerate(values):
             try:
                 mutation = Mutation.parse(value)
-                identity = await self._identify(request, mutation.scope, identities)
-            except (InvalidMutation, Forbidden) as refusal:
+            except InvalidMutation as refusal:
                 refused[place] = Result.refused(refusal)
+                continue
+            scope = mutation.scope
+            if scope not in identities:
+                identities[scope] = await self._identify(request, scope)
+            identity = identities[scope]
+            if isinstance(identity, Forbidden):
+                refused[place] = Result.refused(identity)
                 continue
             if identity is not None:
                 mutation = dataclasses.replace(mutation, identity=identity)
@@ -4557,19 +4561,12 @@ class SyncEndpoints:
             raise TooLarge(f"a push has at most {most} mutations")
         return values
 
-    async def _identify(
-        self, request: Request, scope: str, identities: dict[str, Any]
-    ) -> Any:
-        """Return the client's identity for a scope of a push. Raise Forbidden."""
-        if scope not in identities:
-            try:
-                identities[scope] = await self.gate.authorize(request, scope)
-            except Forbidden as refusal:
-                identities[scope] = refusal
-        identity = identities[scope]
-        if isinstance(identity, Forbidden):
-            raise identity
-        return identity
+    async def _identify(self, request: Request, scope: str) -> Any:
+        """Return the client's identity for a scope, or the Forbidden for it."""
+        try:
+            return await self.gate.authorize(request, scope)
+        except Forbidden as refusal:
+            return refusal
 
     async def pull(self, request: Request) -> Response:
         """Return a page of changes; with `wait`, wait for the first one."""
@@ -4588,19 +4585,14 @@ class SyncEndpoints:
         if not wait or not self.may_wait:
             return Response(body=(await pull()).encode())
         try:
-            async with asyncio.timeout(None) as end:
-                self.waits[request] = end  # the sweep calls end_wait
+            async with asyncio.timeout(None) as request.wait:
                 page = await pull(wait=wait)
         except TimeoutError:  # the client has closed its half: it gets what there is
             page = await pull()
         finally:
-            self.waits.pop(request, None)
+            request.wait = None
         await self.gate.authorize(request, scope)  # permission may have ended meanwhile
         return Response(body=page.encode())
-
-    def end_wait(self, request: Request) -> None:
-        """End the wait of a pull whose client has left."""
-        self.waits.pop(request).reschedule(0)
 
     def end_waits(self) -> None:
         """End all waits, and let none begin: the server stops."""
@@ -4611,19 +4603,6 @@ class SyncEndpoints:
         """Return the whole state of a scope."""
         scope, _ = await self.gate.authorize_query(request)
         return Response(body=(await self.engine.snapshot(scope)).encode())
-
-    async def healthz(self, request: Request, sessions: int) -> Any:
-        """Return how the server is; if it has a token, only that the store answers."""
-        head, epoch, _ = await self.engine.position()
-        if self.gate.token is not None:
-            return {"status": "ok"}
-        return {
-            "status": "ok",
-            "version": __version__,
-            "cursor": head,
-            "epoch": epoch,
-            "sessions": sessions,
-        }
 
 
 # --- Routes ---------------------------------------------------------------------------
@@ -4636,7 +4615,7 @@ class Route(NamedTuple):
 
     handler: Callable[[Any], Any]
     is_websocket: bool = False
-    needs_token: bool = False  # before the body: nobody else makes us read or parse one
+    needs_token: bool = False  # checked before the body is read
 
 
 class Routes:
@@ -4697,7 +4676,6 @@ class HTTPServer:
     def __init__(self, settings: Settings, gate: Gate) -> None:
         self.settings = settings
         self.gate = gate
-        self.beyond_loopback = False  # once it listens: can other machines reach it?
         self.tasks = Tasks()  # while there are any, it listens
         self._routes = Routes()
         self._connections: dict[Connection, WebSocket | None] = {}
@@ -4803,7 +4781,9 @@ class HTTPServer:
             request.body = await connection.read_body(request)
             response = Response.of(await call_app(route.handler, request))
             if request.method in ("GET", "HEAD"):
-                self._unsent.check()  # many pulls may have waited for one change
+                # Many pulls may have waited for one change. (A push is applied by now,
+                # so its answer is owed.)
+                self._unsent.check()
             return response
         except SyncError as refusal:
             if request.is_handshake:
@@ -4877,11 +4857,14 @@ class HTTPServer:
             self._unsent.messages = sum(
                 connection.unsent_size
                 for connection, websocket in self._connections.items()
-                if websocket
+                if websocket and websocket.accepted
             )
 
     def on_answer(self) -> None:
         """Do what follows each answer. For a subclass."""
+
+    def on_start(self) -> None:
+        """Do what comes before the first request. For a subclass."""
 
     def on_stop(self) -> None:
         """End what waits: the server stops. For a subclass."""
@@ -4900,14 +4883,16 @@ class HTTPServer:
             raise RuntimeError("this server is listening already")
         listeners = open_listeners(host, port, reuse_port)
         name, number = listeners[0].getsockname()[:2]
-        self.beyond_loopback = not is_loopback(name)
-        self.gate.allow_hosts(self.beyond_loopback)
+        names = [listener.getsockname()[0] for listener in listeners]
+        self.gate.beyond_loopback = not all(map(is_loopback, names))
         self._stopping = False
+        self.on_start()
         sweep = self.tasks.spawn(self._sweep())
         accepting = [self.tasks.spawn(self._accept(one)) for one in listeners]
         try:
             yield name, number
         finally:
+            self.on_stop()
             try:
                 await self._stop_accepting(listeners, accepting)
                 await self._finish_requests(sweep)
@@ -4924,7 +4909,7 @@ class HTTPServer:
         self._stopping = True
         loop = asyncio.get_running_loop()
         for listener in listeners:
-            with contextlib.suppress(NotImplementedError):  # Windows has no readers
+            with contextlib.suppress(NotImplementedError):  # Windows has no such call
                 loop.remove_reader(listener)
         await asyncio.sleep(0)  # an accept that was under way ends
         for task in accepting:
@@ -4943,7 +4928,6 @@ class HTTPServer:
     async def _finish_requests(self, sweep: asyncio.Task[None]) -> None:
         """Answer what has arrived, end waits, close WebSockets with 1001."""
         deadline = time.monotonic() + self.settings.shutdown_timeout
-        self.on_stop()
         while self.tasks.running - {sweep} and time.monotonic() < deadline:
             for connection, websocket in list(self._connections.items()):
                 if websocket and websocket.accepted:
@@ -4974,6 +4958,7 @@ def open_listeners(host: str, port: int, reuse_port: bool) -> list[socket.socket
     found = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
+    found = list(dict.fromkeys(found))  # some systems name an address twice
     listeners: list[socket.socket] = []
     missing = OSError(f"{host} has no address")
     with contextlib.ExitStack() as undo:
@@ -4986,9 +4971,9 @@ def open_listeners(host: str, port: int, reuse_port: bool) -> list[socket.socket
                     reuse_port=reuse_port,
                 )
             except OSError as error:
-                if error.errno != errno.EADDRNOTAVAIL:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-                missing = error  # another machine's
+                missing = error  # it is another machine's, or IPv6 is off
                 continue
             undo.callback(listener.close)
             listener.setblocking(False)
@@ -5035,7 +5020,7 @@ class Server(HTTPServer):
         validate_token(token)
         gate = Gate(
             token=token,
-            allowed_hosts=validate_names(allow_host, HOST),
+            hosts=validate_names(allow_host, HOST),
             origins=validate_names(allow_origin, ORIGIN),
             on_auth=on_auth,
         )
@@ -5100,7 +5085,17 @@ class Server(HTTPServer):
         }
 
     async def _healthz(self, request: Request) -> Any:
-        return await self._sync.healthz(request, len(self.sessions))
+        """Return how the server is; if it has a token, only that the store answers."""
+        head, epoch, _ = await self.engine.position()
+        if self.gate.token is not None:
+            return {"status": "ok"}
+        return {
+            "status": "ok",
+            "version": __version__,
+            "cursor": head,
+            "epoch": epoch,
+            "sessions": len(self.sessions),
+        }
 
     # -- what the server does between requests
 
@@ -5110,21 +5105,26 @@ class Server(HTTPServer):
             time.sleep(0)
 
     def on_sweep(self, now: float) -> None:
-        """Look at deadlines, waits, permissions and silent topics."""
+        """Look at deadlines, permissions and silent topics."""
         super().on_sweep(now)
-        if self._sync.waits:
-            for connection in self._connections:
-                request = connection.request
-                if request in self._sync.waits and connection.has_left():
-                    self._sync.end_wait(request)
         self._live.ask_again(now)
         self.hub.send_heartbeats(now)
         if self._rewinds != self.engine.rewinds:
             self._rewinds = self.engine.rewinds
             self._restart_sessions()
 
+    def on_start(self) -> None:
+        """Join the two halves: from here on the hub hears of each commit."""
+        self._sync.may_wait = True
+        self._rewinds = self.engine.rewinds
+        self._remove_listener = self.engine.add_listener(self.hub.notify)
+        has_lock = self.gate.token is not None or self.gate.on_auth is not None
+        if self.gate.beyond_loopback and not has_lock:
+            log.warning("without token and on_auth the server is open to anybody")
+
     def on_stop(self) -> None:
-        """End the pulls that wait."""
+        """Part them, and end the pulls that wait."""
+        self._remove_listener()
         self._sync.end_waits()
 
     def _restart_sessions(self) -> None:
@@ -5138,27 +5138,6 @@ class Server(HTTPServer):
         self.engine.end_waits()
 
     # -- start and stop
-
-    @contextlib.asynccontextmanager
-    async def listen(
-        self, host: str, port: int, *, reuse_port: bool = False
-    ) -> AsyncIterator[tuple[str, int]]:
-        """Serve on the running loop while the block lasts; yield the address.
-
-        Port 0 takes a free port. Raise OSError if it can't listen there.
-        """
-        self._sync.may_wait = True
-        self._rewinds = self.engine.rewinds
-        remove_listener = self.engine.add_listener(self.hub.notify)
-        try:
-            async with super().listen(host, port, reuse_port=reuse_port) as address:
-                has_lock = self.gate.token is not None or self.gate.on_auth is not None
-                if self.beyond_loopback and not has_lock:
-                    name = address[0]
-                    log.warning("without token and on_auth %s is open to anybody", name)
-                yield address
-        finally:
-            remove_listener()
 
     def run(
         self,
@@ -5190,7 +5169,7 @@ class Server(HTTPServer):
             time_left = max(1.0, deadline - time.monotonic())
             time_left = min(time_left, threading.TIMEOUT_MAX)
         except KeyboardInterrupt:
-            time_left = 0.5  # a second signal ends the program at once
+            time_left = 0.5  # a second signal: do not wait for what is queued
             raise
         finally:
             self.engine.close(time_left)
@@ -5325,7 +5304,7 @@ class LogWriter(logging.Handler):
         # Not a file object: a blocked write would hold its lock, which the exit takes.
         self.descriptor = descriptor
         self.dropped = 0
-        # A SimpleQueue: the collection of a task, which logs, may interrupt its put.
+        # Garbage collection may log in the middle of a put. A SimpleQueue allows that.
         self.waiting: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
 
@@ -5380,7 +5359,7 @@ def say(line: str) -> None:
     shown = line.encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(shown, flush=True)
-    except OSError:  # its reader has gone; the exit would fail on what is left to say
+    except OSError:  # its reader has gone; the flush at the exit would fail as well
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -5454,7 +5433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def announce(where: str) -> None:
             say(f"mizusync {__version__}: {where} (data in {args.db})")
-            if args.token is None and server.beyond_loopback:
+            if args.token is None and server.gate.beyond_loopback:
                 log.warning("without --token, %s is open to anybody", args.host)
 
         server.run(args.host, args.port, announce, reuse_port=args.reuse_port)
