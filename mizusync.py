@@ -100,7 +100,7 @@ each of these sections, read the comment that opens it and what is named here:
     Session           Session.hint, LiveEndpoint._subscribe
     Endpoints         SyncEndpoints.push, SyncEndpoints.pull
     HTTP server       HTTPServer._serve_requests, HTTPServer._handle
-    Server            Server.listen
+    Server            Server.on_start
 
 Where to add: a limit in Settings, and in MAY_BE_ZERO if it may be 0; an error that
 `apply` may raise in Errors, with APPLY_MAY_RAISE and its code in COUNTERS; a counter in
@@ -2814,25 +2814,22 @@ class Hub:
         if hint.changes and len(hint.changes) > self.settings.max_hint_changes:
             hint = hint._replace(changes=None)
         topic.pending = hint
-        if topic.broadcaster is None:
+        if topic.broadcaster is None or topic.broadcaster.done():
             # A task, so that the push that caused the hint is answered first.
             work = self._broadcast_pending(name, topic)
             topic.broadcaster = asyncio.get_running_loop().create_task(work)
 
     async def _broadcast_pending(self, name: str, topic: Topic) -> None:
         """Send the pending hint, pause, and repeat until no hint is pending."""
-        try:
-            while topic.pending and topic.subscribers:
-                hint = topic.pending
-                topic.pending = None
-                used = await self._broadcast(name, topic, hint)
-                share = SHARE_WITH_CHANGES if topic.wants_changes else SHARE
-                longest = self.settings.hint_gap
-                pause = topic.budget.spend(used, time.monotonic(), share, longest)
-                if pause:
-                    await asyncio.sleep(pause)
-        finally:
-            topic.broadcaster = None
+        while topic.pending and topic.subscribers:
+            hint = topic.pending
+            topic.pending = None
+            used = await self._broadcast(name, topic, hint)
+            share = SHARE_WITH_CHANGES if topic.wants_changes else SHARE
+            longest = self.settings.hint_gap
+            pause = topic.budget.spend(used, time.monotonic(), share, longest)
+            if pause:
+                await asyncio.sleep(pause)
 
     async def _broadcast(self, name: str, topic: Topic, hint: Hint) -> float:
         """Send a hint to each subscriber; return the seconds of loop time it took."""
@@ -3243,9 +3240,8 @@ class Response:
     content_type: str = "application/json"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.body, bytes):
-            kind = type(self.body).__name__
-            raise TypeError(f"the body of a response is bytes, not {kind}")
+        if not isinstance(self.body, bytes) or not isinstance(self.status, int):
+            raise TypeError("a response has a number as status, and bytes as body")
         # A line break would begin a field, or a response, of an attacker's making.
         written = "".join((self.content_type, *self.headers, *self.headers.values()))
         if not (written.isascii() and written.isprintable()):
@@ -3501,7 +3497,8 @@ def encode_close(code: int, reason: str) -> bytes:
         return encode_frame(CLOSE, b"")
     if not is_close_code(code):
         raise ValueError(f"{code} is no close code to be sent (RFC 6455 §7.4)")
-    cut = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")
+    encoded = reason.encode(errors="replace")
+    cut = encoded[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")
     return encode_frame(CLOSE, code.to_bytes(2, "big") + cut.encode())
 
 
@@ -3549,7 +3546,7 @@ def answer_handshake(request: Request) -> Response:
 # task waits for the peer, so aborting the transport wakes it.
 
 READ_SIZE = 64 * 1024  # bytes in one read, and in one write
-PEER_CHECK = 0.25  # seconds between two looks whether a handler's client is still there
+PEER_CHECK = 1.0  # seconds between two looks whether a handler's client has left
 
 
 class Phase(enum.Enum):
@@ -3573,13 +3570,18 @@ class ConnectionLost(ConnectionError):
 
 
 class Reader(asyncio.StreamReader):
-    """A StreamReader that knows when bytes last arrived, even if nobody reads them."""
+    """A StreamReader that knows what has arrived, even if nobody reads it."""
 
     last_received = 0.0
+    has_ended = False  # the peer has closed its half
 
     def feed_data(self, data: Any) -> None:
         self.last_received = time.monotonic()
         super().feed_data(data)
+
+    def feed_eof(self) -> None:
+        self.has_ended = True
+        super().feed_eof()
 
 
 class Unsent:
@@ -3809,12 +3811,8 @@ class Connection:
             self.task.cancel()
 
     def has_left(self) -> bool:
-        """Return whether the peer has closed its half of the connection, or reset it.
-
-        After a reset the reader is not at its end: it has an exception instead.
-        """
-        is_reset = self.is_closing or self.reader.exception() is not None
-        return is_reset or self.reader.at_eof()
+        """Return whether the peer has closed its half of the connection, or reset it."""
+        return self.reader.has_ended or self.is_closing
 
     def check_deadline(self, now: float) -> None:
         """Act on a deadline that has passed, as the table above says."""
@@ -3915,7 +3913,7 @@ class WebSocket:
         except OSError:
             raise ConnectionLost("the peer is gone") from None
         await asyncio.sleep(0)  # an endless sender would keep the loop to itself
-        if self.closing or self.connection.is_closing:
+        if self.closing or self.ended or self.connection.is_closing:
             raise ConnectionLost("the peer is gone, or going")
 
     def write(self, frame: bytes) -> None:
@@ -3992,7 +3990,20 @@ async def run_websocket(
 
     Raise what the handler raises before it accepts: that is answered in HTTP.
     """
-    connection = websocket.connection
+    try:
+        await run_handler(websocket, handler)
+        with contextlib.suppress(RuntimeError):  # a task of the handler's reads already
+            await websocket.receive()  # the peer's close frame
+    finally:
+        if websocket.accepted:
+            reason = websocket.reason or websocket.connection.read_error
+            live_log.info("%s ended: %r", websocket.label, str(reason))
+
+
+async def run_handler(
+    websocket: WebSocket, handler: Callable[[WebSocket], Any]
+) -> None:
+    """Run a WebSocket's handler; close with 1000 after it, or with 1011 if it fails."""
     try:
         await call_app(handler, websocket)
         websocket.close()
@@ -4001,14 +4012,12 @@ async def run_websocket(
             raise
         # The loss of its own peer ends a handler normally. That of another one's peer,
         # to which this handler sends, is a failure.
-        is_lost = websocket.closing or connection.is_closing
+        is_lost = (
+            websocket.closing or websocket.ended or websocket.connection.is_closing
+        )
         if not (is_lost and isinstance(error, ConnectionLost)):
             log_error(live_log, "the %s failed", websocket.label)
             websocket.close(1011, "the server failed")
-    with contextlib.suppress(RuntimeError):  # a task of the handler's reads already
-        await websocket.receive()  # the peer's close frame
-    reason = websocket.reason or connection.read_error
-    live_log.info("%s ended: %r", websocket.label, str(reason))
 
 
 async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -4213,6 +4222,7 @@ class Session:
         self.auth_failures = 0
         self.pending_topics: set[str] = set()  # owed their newest cursor
         self._flushing: asyncio.Task[None] | None = None
+        self.subscribing: asyncio.Task[None] | None = None  # on_auth is asked
         # The kernel holds little for the peer, and the transport reports all that it
         # has to hold: so a slow reader shows at once.
         transport = websocket.connection.transport
@@ -4261,7 +4271,7 @@ class Session:
         """Send a hint, or owe it while the socket is full."""
         if self.websocket.connection.unsent_size:
             self.pending_topics.add(topic)
-            if self._flushing is None:
+            if self._flushing is None or self._flushing.done():
                 self._flushing = asyncio.create_task(self._flush())
         elif cursor >= self.topics.get(topic, 0):
             self.topics[topic] = cursor
@@ -4276,7 +4286,6 @@ class Session:
                 self.pending_topics = set()
                 for topic in topics:
                     self.hub.send_current(topic, self)
-        self._flushing = None
 
     def message(self, message: bytes) -> None:
         """Send a message that may not be skipped, or close with 1013."""
@@ -4302,11 +4311,15 @@ class Session:
         self.hub.unsubscribe(topic, self)
 
     def end(self) -> None:
-        """Unsubscribe from every topic, and end the task of this session."""
+        """Unsubscribe from every topic, and end the tasks of this session.
+
+        A task of the application's that handles a message is left to its end.
+        """
         for topic in list(self.topics):
             self.unsubscribe(topic)
-        if self._flushing:
-            self._flushing.cancel()
+        for task in (self._flushing, self.subscribing):
+            if task:
+                task.cancel()
 
     def allow(self, scope: str, identity: Any) -> None:
         """Take the identity that on_auth returned for a scope of the session."""
@@ -4388,19 +4401,17 @@ class LiveEndpoint:
             websocket.error = error
             raise
         finally:
-            if work:
-                work.cancel()
-            websocket.label = session.label
             self.sessions.discard(session)
             session.end()
             if self.on_close:
                 await call_app_safely(self.on_close, session, websocket.error)
+            websocket.label = session.label
 
     async def _finish(self, work: asyncio.Task[None], websocket: WebSocket) -> bool:
         """Wait until a message is handled. Return False if the peer left first."""
         while not work.done():
             await asyncio.wait([work], timeout=self.settings.close_timeout)
-            if not work.done() and websocket.connection.has_left():
+            if not work.done() and websocket.connection.is_closing:
                 return False
         work.result()
         return True
@@ -4424,7 +4435,9 @@ class LiveEndpoint:
                 scope = check_scope(options.get("scope", session.scope))
                 if topic == "subscribe":
                     changes = options.get("changes") is True
-                    return self.tasks.spawn(self._subscribe(session, scope, changes))
+                    work = self._subscribe(session, scope, changes)
+                    session.subscribing = self.tasks.spawn(work)
+                    return session.subscribing
                 session.unsubscribe(f"{SYNC}{scope}")
             elif self.on_message and not topic.startswith(SYNC):
                 data = message.get("data")
@@ -4449,11 +4462,16 @@ class LiveEndpoint:
             # Subscribe first, then read: no change can fall between the two.
             session.subscribe(topic, changes)
             current = await self.engine.current(scope)
-            self.hub.send_current(topic, session, current)
+            if not session.websocket.closing:  # as after a restore: it was another log
+                self.hub.send_current(topic, session, current)
         except Forbidden as refusal:
             session.forbid(scope, refusal)
         except SyncError as refusal:
             session.send_error(refusal.code, str(refusal))
+        except Exception as error:
+            session.websocket.error = error
+            log_error(live_log, "on_auth failed for a session of %r", scope)
+            session.close(1011, "the server failed")
 
     # -- against permissions that have ended
 
