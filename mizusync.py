@@ -3811,7 +3811,7 @@ class Connection:
             self.task.cancel()
 
     def has_left(self) -> bool:
-        """Return whether the peer has closed its half of the connection, or reset it."""
+        """Return whether the peer has closed its half of the connection, or all."""
         return self.reader.has_ended or self.is_closing
 
     def check_deadline(self, now: float) -> None:

@@ -5027,7 +5027,7 @@ async def test_a_subscriber_may_leave_every_topic_at_a_heartbeat() -> None:
 
 
 @in_loop
-async def test_a_subscriber_that_fails_keeps_no_hint_from_another() -> None:
+async def test_a_subscriber_that_fails_keeps_nothing_from_another() -> None:
     hub, last = make_hub(), Recorder()
 
     class Broken(Recorder):
@@ -5039,6 +5039,20 @@ async def test_a_subscriber_that_fails_keeps_no_hint_from_another() -> None:
     for cursor in (1, 2):
         hub.hint("sync:a", Hint(cursor))
         await last.until(cursor)
+    hub.publish("sync:a", b'{"cursor": 3}')
+    assert last.cursors == [1, 2, 3]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="needs eager tasks")
+@in_loop
+async def test_hints_go_on_where_tasks_begin_at_once() -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
+    hub, subscriber = make_hub(), Recorder()
+    hub.subscribe("sync:a", subscriber)
+    for cursor in range(1, 5):
+        hub.hint("sync:a", Hint(cursor))
+        await subscriber.until(cursor)
 
 
 # --- HTTP/1.1 -------------------------------------------------------------------------
@@ -7054,6 +7068,61 @@ def test_heartbeats_go_on_if_another_subscriber_fails(start: Start) -> None:
     assert client.subscribe() == client.read_json() == client.read_json()
 
 
+def test_a_subscribe_whose_on_auth_fails_ends_the_session_at_once(
+    start: Start,
+) -> None:
+    def on_auth(request: mizusync.Request, scope: str) -> None:
+        if scope == "broken":
+            raise RuntimeError("no database of users")
+
+    live = start(on_auth=on_auth)
+    client = live.socket()
+    client.say("subscribe", {"scope": "broken"})
+    assert client.read_close() == 1011
+    live.logged("no database of users")
+
+
+def test_messages_that_have_arrived_are_handled_after_their_client_left(
+    start: Start,
+) -> None:
+    handled: list[Any] = []
+
+    async def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
+        try:
+            await asyncio.sleep(3 * MOMENT)
+        finally:
+            handled.append(data)
+
+    def on_close(session: mizusync.Session, error: Exception | None) -> None:
+        handled.append("closed")
+
+    live = start(on_message=on_message, on_close=on_close)
+    client = live.socket()
+    for number in range(3):
+        client.say("slow", number)
+    client.send(goodbye(1000))
+    until(lambda: "closed" in handled)
+    assert handled == [0, 1, 2, "closed"]
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("this identity has no name")
+
+
+def test_an_identity_that_has_no_repr_leaves_no_session_behind(start: Start) -> None:
+    closed: list[Any] = []
+    live = start(
+        on_auth=lambda request, scope: Unprintable(),
+        on_close=lambda session, error: closed.append(error),
+    )
+    client = live.socket()
+    client.subscribe()
+    client.close()
+    until(lambda: closed and not live.server.stats()["sessions"])
+    live.logged("this identity has no name")
+
+
 def test_the_application_cannot_publish_to_the_topic_of_a_scope(server: Live) -> None:
     with pytest.raises(ValueError, match="sync:"):
         server.call(server.server.publish, "sync:_default", {"cursor": 7})
@@ -7319,6 +7388,27 @@ def test_a_raw_websocket_accepts_messages_up_to_its_limit(start: Start) -> None:
     writer.start()
     assert client.read_frame() == Frame(BINARY, message)
     writer.join(PATIENCE)
+
+
+def test_a_raw_websocket_sends_no_more_once_its_peers_end_was_received(
+    start: Start,
+) -> None:
+    ended = threading.Event()
+
+    async def talk(websocket: Any) -> None:
+        reading = asyncio.create_task(websocket.receive())
+        try:
+            while True:
+                await websocket.send("more")
+                await asyncio.sleep(0.01)
+        finally:
+            await reading
+            ended.set()
+
+    live = start(websocket=talk)
+    client = live.socket("/it")
+    client.half_close()
+    assert ended.wait(PATIENCE)
 
 
 def test_a_raw_websocket_ends_with_its_function(start: Start) -> None:
@@ -8381,6 +8471,7 @@ async def cancelled(request: mizusync.Request) -> None:
 
 BAD_ANSWERS = {
     "text as a body": response_of(200, "text"),
+    "text as a status": response_of("404"),
     "no body": response_of(200, None),
     "a header with a line break": response_of(headers={"X-A": "1\r\nX-B: 2"}),
     "a set, which JSON lacks": lambda request: {1, 2},
@@ -8794,6 +8885,50 @@ def test_a_stop_does_not_wait_for_half_a_request(start: Start, half: bytes) -> N
     client.sock.settimeout(SOON)
     while client.sock.recv(65536):  # an answer such as 408, or none
         pass
+
+
+@pytest.mark.parametrize("behind", [b"\r\n", b"GET"], ids=["an empty line", "a word"])
+def test_bytes_behind_a_pull_that_waits_hide_no_end_of_its_client(
+    server: Live, behind: bytes
+) -> None:
+    client = server.client()
+    client.send(HEALTHZ + get(b"/sync/pull?wait=60"))
+    assert client.response().status == 200  # so the pull has arrived as well
+    client.send(behind)
+    client.close()
+    until(lambda: not server.server.stats()["connections"])
+
+
+def test_the_cleanup_of_a_route_whose_client_resets_is_not_cancelled(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mizusync, "PEER_CHECK", 0.01)
+    entered, cleaned = threading.Event(), threading.Event()
+
+    async def slow(request: mizusync.Request) -> None:
+        entered.set()
+        try:
+            await asyncio.sleep(PATIENCE)
+        finally:
+            await asyncio.sleep(3 * MOMENT)
+            cleaned.set()
+
+    client = start(route=slow).client()
+    client.send(get(b"/it"))
+    assert entered.wait(PATIENCE)
+    client.reset()
+    assert cleaned.wait(PATIENCE)
+
+
+def test_a_server_listens_once_on_an_address_that_its_name_has_twice(
+    engine: Engine,
+) -> None:
+    async def listen() -> None:
+        async with Server(engine).listen("twice.localhost", 0) as (host, _):
+            assert host == "127.0.0.1"
+
+    with resolving("twice.localhost", "127.0.0.1", "127.0.0.1"):
+        ask(listen())
 
 
 def test_a_half_close_answers_a_pull_that_waits(client: RawClient) -> None:
