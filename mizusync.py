@@ -94,8 +94,7 @@ each of these sections, read the comment that opens it and what is named here:
     Writer            Writer._work, Writer._arriving, Writer._commit_steps,
                       Writer._run_alone, Writer._begin, Writer._commit, Writer._answer,
                       Writer._refuse
-    Engine            Engine.push, Engine._mutation_steps, Engine._run_steps,
-                      Engine.pull
+    Engine            Engine.push, Engine._run_steps, Engine.pull
     Hub               Hub.hint, Hub._broadcast
     Session           Session.hint, LiveEndpoint._subscribe
     Endpoints         SyncEndpoints.push, SyncEndpoints.pull
@@ -285,7 +284,8 @@ class Settings:
             is_whole = str(field.type).startswith("int")
             kind = "a whole number" if is_whole else "a number of seconds"
             setting = f"Settings({field.name}={value!r}): it has to be {kind}"
-            if type(value) is not int and (is_whole or type(value) is not float):
+            types = (int,) if is_whole else (int, float)
+            if type(value) not in types:  # a bool is none of these
                 raise TypeError(setting)
             largest = LARGEST.get(field.name, 10**15)
             least = "0 or more" if field.name in MAY_BE_ZERO else "above 0"
@@ -897,7 +897,8 @@ class Store:
         sql = """
             SELECT * FROM mizusync_changes WHERE cursor BETWEEN ? AND ? ORDER BY cursor
         """
-        return [Row(*row) for row in self.run(db, sql, first, last)]
+        rows = self.run(db, sql, first, last)
+        return [Row(*row) for row in rows]
 
     def read_scopes_since(self, db: Any, position: Position) -> dict[str, int]:
         """Return the scopes that were changed or trimmed since.
@@ -913,6 +914,7 @@ class Store:
         return dict(self.run(db, sql, position.head, position.trims))
 
     def find_mark(self, db: Any, scope: str, id: str) -> Mark | None:
+        """Return the dedupe mark of a mutation, or None if it was never applied."""
         sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
         rows = self.run(db, sql, scope, id)
         return Mark(*rows[0]) if rows else None
@@ -1710,7 +1712,13 @@ class Tails:
             tail = self._believed(scope)
             return tail.current if tail else None
 
-    def page(self, scope: str, cursor: int, limit: int, epoch: str) -> Page | None:
+    def page(
+        self,
+        scope: str,
+        cursor: int,
+        limit: int,
+        epoch: str,
+    ) -> Page | None:
         """Return all changes above a cursor, or None if memory can't answer.
 
         It can't if they do not fit on one page (the last one may go past its size): a
@@ -1809,7 +1817,8 @@ class Tails:
         excess = len(tail.cursors) - self._settings.max_tail_changes
         if excess > self._settings.max_tail_changes:
             tail.after = tail.cursors[excess - 1]
-            tail.size -= sum(map(len, tail.changes[:excess])) + excess * OVERHEAD
+            tail.size -= sum(map(len, tail.changes[:excess]))
+            tail.size -= excess * OVERHEAD
             del tail.cursors[:excess]
             del tail.changes[:excess]
         self._tails[scope] = tail
@@ -1819,6 +1828,7 @@ class Tails:
             self._remove(next(iter(self._tails)))
 
     def _remove(self, scope: str) -> Tail | None:
+        """Forget a tail, if there is one, and return it."""
         tail = self._tails.pop(scope, None)
         if tail is not None:
             self._size -= tail.size
@@ -1942,7 +1952,8 @@ class Job:
         # One exception for each job, because raising it changes its traceback.
         refusal = StoreRefused("the database refuses, for now")
         left = [step for step in self.steps if step.result is None]
-        if left and any(step.result.ok for step in self.steps if step.result):
+        done = [step.result for step in self.steps if step.result]
+        if any(result.ok for result in done):
             for step in left:
                 step.result = Result.refused(refusal)
         elif left:
@@ -2072,7 +2083,8 @@ class Batch:
         mutations, so the changes are left out once the answer is as large as a page.
         """
         shown = None
-        size = sum(len(step.result.encoded) for step in push if step.result)
+        answers = [step.result.encoded for step in push if step.result]
+        size = sum(map(len, answers))
         if size <= self._settings.max_page_size:
             first = mark.first or mark.last + 1  # without changes, the range is empty
             if first > self._start:  # rows[0] of this batch is number _start + 1
@@ -2107,10 +2119,10 @@ def describe(mutation: Mutation) -> str:
 
 
 # --- Retention ------------------------------------------------------------------------
-# Trims remove the oldest changes of a scope, whole mutations, a few in each
-# transaction. A client that is behind a trim continues from a snapshot. With
-# `keep_changes` each transaction trims some of the scopes that it adds to. There is no
-# list of scopes: one that grows is found again.
+# Trims remove the oldest changes of a scope, whole mutations, a few hundred in each
+# transaction, so that no push waits long behind them. A client that is behind a trim
+# continues from a snapshot. With `keep_changes` each transaction trims some of the
+# scopes that it adds to. There is no list of scopes: one that grows is found again.
 
 TRIM_STEP = 200  # changes that one transaction removes: no push waits long behind it
 
@@ -2140,8 +2152,9 @@ def apply_retention(batch: Batch, keep: int) -> None:
 # --- Writer ---------------------------------------------------------------------------
 # One thread owns the connection that writes. It takes one job after the other and, for
 # up to max_commit_time, commits them as one transaction (group commit): one fsync
-# serves them all. Each mutation runs under a savepoint, so one that fails leaves no
-# trace. Memory follows the commit, and then answers and hints.
+# serves them all. The disk needs as long for a hundred pushes as for one. Each mutation
+# runs under a savepoint, so one that fails leaves no trace. Memory follows the commit,
+# and then answers and hints.
 #
 # There is one rule for a transaction that fails: each of its steps runs again, in a
 # transaction of its own. If a step succeeds alone, another one had made the transaction
@@ -2470,6 +2483,7 @@ class Engine:
         return steps
 
     async def _run_steps(self, steps: list[Step]) -> list[Any]:
+        """Queue a job for the writer, and wait for the results of its steps."""
         self._check_process()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Any]] = loop.create_future()
@@ -2750,6 +2764,7 @@ class Topic:
 
     @property
     def wants_changes(self) -> bool:
+        """True if some subscriber wants the changes in its hints."""
         return any(self.subscribers.values())
 
 
@@ -2777,6 +2792,7 @@ class Hub:
         topic.subscribers[subscriber] = changes
 
     def unsubscribe(self, name: str, subscriber: Subscriber) -> None:
+        """Remove a subscriber; a topic without subscribers is forgotten."""
         topic = self.topics.get(name)
         if topic is None:
             return
@@ -2894,7 +2910,8 @@ class Hub:
 def merge_hints(older: Hint, newer: Hint) -> Hint:
     """Return one hint for two; it has changes only if none is missing in between."""
     if older.changes and newer.changes and newer.after == older.cursor:
-        return newer._replace(after=older.after, changes=older.changes + newer.changes)
+        changes = older.changes + newer.changes
+        return newer._replace(after=older.after, changes=changes)
     return Hint(max(older.cursor, newer.cursor), newer.epoch)
 
 
@@ -2941,7 +2958,8 @@ class Request:
         Raise InvalidRequest for a malformed one, and for one that is given twice.
         """
         query: dict[str, str] = {}
-        for pair in self.target.partition("?")[2].split("&"):
+        _, _, pairs = self.target.partition("?")
+        for pair in pairs.split("&"):
             name, _, value = pair.replace("+", " ").partition("=")
             name = unquote(name)
             if name in query:
@@ -2994,6 +3012,7 @@ class Request:
 
     @property
     def is_handshake(self) -> bool:
+        """True if the client asks for a WebSocket (RFC 6455 §4.1)."""
         return "websocket" in self.tokens("upgrade")
 
     @property
@@ -3060,7 +3079,8 @@ def find_line_end(
     """
     end = buffer.find(mark, start, limit)
     stop = end if end >= 0 else limit
-    if buffer.count(b"\n", start, stop) != buffer.count(b"\r\n", start, stop):
+    line_feeds = buffer.count(b"\n", start, stop)
+    if line_feeds != buffer.count(b"\r\n", start, stop):
         raise InvalidRequest("a line ends without CR")
     if end < 0 and len(buffer) >= limit:
         raise HTTPError(status, f"a part of the request is longer than {limit} bytes")
@@ -3143,7 +3163,8 @@ def parse_body_length(
         raise InvalidRequest("HTTP/1.0 has no Transfer-Encoding")
     if coding.lower() == "chunked":
         return None
-    if coding.lower().rpartition(",")[2].strip(" \t") != "chunked":
+    last = coding.lower().rpartition(",")[2]
+    if last.strip(" \t") != "chunked":
         raise InvalidRequest("a body whose last coding is not chunked has no end")
     raise HTTPError(501, "of the transfer codings only chunked is implemented")
 
@@ -3204,7 +3225,8 @@ class ChunkedBody:
         end = find_line_end(buffer, b"\r\n\r\n", start, longest, 431)
         if end < 0:
             return False
-        parse_fields(buffer[:end].decode("latin-1").split("\r\n")[1:])
+        _, *fields = buffer[:end].decode("latin-1").split("\r\n")
+        parse_fields(fields)
         del buffer[: end + 4]
         return True
 
@@ -3217,7 +3239,8 @@ def check_body_size(size: int, settings: Settings) -> None:
 
 # --- HTTP responses -------------------------------------------------------------------
 # Responses to bytes (RFC 9110, RFC 9112). Date, Content-Type, Content-Length and
-# Connection are written here alone, and every error has the same body.
+# Connection are written here alone, and every error has the same body. Nothing is
+# cached unless a handler says otherwise, because each answer is of one moment.
 
 PHRASES = {int(status): status.phrase for status in http.HTTPStatus}
 # All answers of one second share one date.
@@ -3243,7 +3266,8 @@ class Response:
         if not isinstance(self.body, bytes) or not isinstance(self.status, int):
             raise TypeError("a response has a number as status, and bytes as body")
         # A line break would begin a field, or a response, of an attacker's making.
-        written = "".join((self.content_type, *self.headers, *self.headers.values()))
+        names = "".join(self.headers)
+        written = names + "".join(self.headers.values()) + self.content_type
         if not (written.isascii() and written.isprintable()):
             raise ValueError(
                 f"a response header has to be printable ASCII: {written!r}"
@@ -3280,10 +3304,12 @@ class Response:
         attributes = rb"\b(?:\"[^\"]*\"|'[^']*'|[^>\"'])*+"
         element = rb"(?si)%b|<(script|style)%b>(.*?)</\1" % (comment, attributes)
         hashes = {b"script": "", b"style": ""}
-        for tag, text in re.findall(element, re.sub(rb"\r\n?", b"\n", html)):
+        seen = re.sub(rb"\r\n?", b"\n", html)
+        for tag, text in re.findall(element, seen):
             if tag:
-                digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
-                hashes[tag.lower()] += f" 'sha256-{digest}'"
+                digest = hashlib.sha256(text).digest()
+                name = base64.b64encode(digest).decode()
+                hashes[tag.lower()] += f" 'sha256-{name}'"
         policy = (
             "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
             " form-action 'none'; frame-ancestors 'none';"
@@ -3296,6 +3322,7 @@ class Response:
         return cls(200, html, headers, "text/html; charset=utf-8")
 
     def has_field(self, name: str) -> bool:
+        """Return whether there is a header field of this name, in lower case."""
         return any(field.lower() == name for field in self.headers)
 
     def with_fields(self, fields: Mapping[str, str]) -> Response:
@@ -3394,7 +3421,7 @@ def parse_frame(buffer: bytearray, max_payload: int) -> Frame | None:
         raise ProtocolError(1002, "a control frame is long or fragmented")
     start = 2
     if size >= 126:
-        start, shortest = (4, 126) if size == 126 else (10, 1 << 16)
+        start, shortest = (4, 126) if size == 126 else (10, 65536)
         if len(buffer) < start:
             return None
         size = int.from_bytes(buffer[2:start], "big")
@@ -3428,8 +3455,9 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
     size = len(payload)
     if size < 126:
         return bytes((0x80 | opcode, size)) + payload
-    mark, width = (126, 2) if size < 1 << 16 else (127, 8)
-    return bytes((0x80 | opcode, mark)) + size.to_bytes(width, "big") + payload
+    mark, width = (126, 2) if size < 65536 else (127, 8)
+    head = bytes((0x80 | opcode, mark))
+    return head + size.to_bytes(width, "big") + payload
 
 
 class Assembler:
@@ -3659,6 +3687,7 @@ class Connection:
 
     @property
     def is_closing(self) -> bool:
+        """True once the connection is closed, aborted or reset."""
         return bool(self.transport.is_closing())
 
     def enter(self, phase: Phase, seconds: float) -> None:
@@ -3867,9 +3896,10 @@ class Connection:
 
 
 # --- WebSocket ------------------------------------------------------------------------
-# A WebSocket over a connection. It goes one way through its life: a handshake that may
-# still be refused in HTTP, then open, then closing (our close frame is sent, and
-# nothing may follow it), then ended (nothing more is received).
+# A WebSocket over a connection. Frames are taken off the connection's buffer, so what
+# arrived together with the handshake is not lost. It goes one way through its life: a
+# handshake that may still be refused in HTTP, then open, then closing (our close frame
+# is sent, and nothing may follow it), then ended (nothing more is received).
 
 
 class WebSocket:
@@ -4049,7 +4079,8 @@ async def call_app_safely(function: Callable[..., Any], *arguments: Any) -> None
 
 # --- Gate -----------------------------------------------------------------------------
 # Access. Host and Origin keep the pages of other sites out; the token and on_auth keep
-# other people out. Each check is about the parsed value that is used afterwards.
+# other people out. Each check takes the parsed value that is used afterwards, such as
+# request.host, and not the bytes that it came from: two parsers might differ.
 
 HOST = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
 # As browsers write them: without the default port, and never with ws: or file:.
@@ -4306,6 +4337,7 @@ class Session:
         self.hub.subscribe(topic, self, changes)
 
     def unsubscribe(self, topic: str) -> None:
+        """Unsubscribe from a topic, and forget what was owed there."""
         self.topics.pop(topic, None)
         self.pending_topics.discard(topic)
         self.hub.unsubscribe(topic, self)
@@ -4342,6 +4374,7 @@ class Tasks:
         self.running: set[asyncio.Task[Any]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task, and keep it until it is done."""
         task = asyncio.create_task(work)
         self.running.add(task)
         task.add_done_callback(self.running.discard)
@@ -4527,7 +4560,8 @@ def check_topic(topic: str) -> None:
 
 # --- Endpoints ------------------------------------------------------------------------
 # From Request to Response, for the sync half of the protocol. Input is checked here,
-# once; what the engine refuses comes out as a SyncError.
+# once; what the engine refuses comes out as a SyncError. The order is always the same:
+# parse, ask for permission, call the engine, encode.
 
 
 @dataclasses.dataclass(eq=False)
@@ -4563,12 +4597,16 @@ class SyncEndpoints:
                 mutation = dataclasses.replace(mutation, identity=identity)
             mutations.append(mutation)
         applied = iter(await self.engine.push(mutations) if mutations else ())
-        results = [refused.get(place) or next(applied) for place in range(len(values))]
-        return Response(body=b"[%b]" % b",".join(result.encoded for result in results))
+        results = [
+            (refused.get(place) or next(applied)).encoded
+            for place in range(len(values))
+        ]
+        return Response(body=b"[%b]" % b",".join(results))
 
     async def _parse_push(self, request: Request) -> list[Any]:
         """Return the JSON values of a push. Raise SyncError if it is malformed."""
-        media_type = request.headers.get("content-type", "").partition(";")[0]
+        content_type = request.headers.get("content-type", "")
+        media_type, _, _ = content_type.partition(";")
         if media_type.strip(" \t").lower() != "application/json":
             raise HTTPError(415, "a push is application/json")
         values = await parse_json_aside(request.body, self.settings)
@@ -4601,7 +4639,8 @@ class SyncEndpoints:
             self.engine.pull, scope, cursor, epoch=epoch, limit=limit
         )
         if not wait or not self.may_wait:
-            return Response(body=(await pull()).encode())
+            page = await pull()
+            return Response(body=page.encode())
         try:
             async with asyncio.timeout(None) as request.wait:
                 page = await pull(wait=wait)
@@ -4620,12 +4659,14 @@ class SyncEndpoints:
     async def snapshot(self, request: Request) -> Response:
         """Return the whole state of a scope."""
         scope, _ = await self.gate.authorize_query(request)
-        return Response(body=(await self.engine.snapshot(scope)).encode())
+        snapshot = await self.engine.snapshot(scope)
+        return Response(body=snapshot.encode())
 
 
 # --- Routes ---------------------------------------------------------------------------
 # One table from path and method to a handler, for our endpoints and the application's
-# alike. 404, 405, OPTIONS and Allow follow from it.
+# alike. 404, 405, OPTIONS and Allow follow from it. Paths are literal: an application
+# that wants patterns has a framework, and puts the engine and the hub under that.
 
 
 class Route(NamedTuple):
@@ -4680,7 +4721,8 @@ class Routes:
 
 
 # --- HTTP server ----------------------------------------------------------------------
-# Connections in, responses out, for a table of routes. Each connection has one task.
+# Connections in, responses out, for a table of routes. Each connection has one task,
+# which reads a request, calls its handler, sends the answer, and begins again.
 # The sweep ends what is late, and a stop ends everything in a fixed order: first accept
 # the clients that have connected, then answer what has arrived, then abort.
 
@@ -4845,7 +4887,8 @@ class HTTPServer:
                 # the readers of the database may need are free.
                 with contextlib.ExitStack() as spare:
                     for _ in range(2 * self.settings.readers + 2):
-                        spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+                        descriptor = os.open(os.devnull, os.O_RDONLY)
+                        spare.callback(os.close, descriptor)
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:
                 if time.monotonic() > logged_at + 60:
@@ -5005,7 +5048,8 @@ def open_listeners(host: str, port: int, reuse_port: bool) -> list[socket.socket
 
 # --- Server ---------------------------------------------------------------------------
 # The wiring of the two halves, and the one arrow between them: the engine notifies the
-# hub of each commit, and the hub sends hints to the sessions.
+# hub of each commit, and the hub sends hints to the sessions. Without that arrow (see
+# on_start) both halves still work, and clients poll.
 
 
 class Server(HTTPServer):
@@ -5055,6 +5099,7 @@ class Server(HTTPServer):
         self._add_routes(page)
 
     def _add_routes(self, page: StrPath | None) -> None:
+        """Add the endpoints of the protocol, and the page if there is one."""
         add = self._routes.add
         add("POST", "/sync/push", Route(self._sync.push, needs_token=True))
         add("GET", "/sync/pull", Route(self._sync.pull, needs_token=True))
@@ -5087,11 +5132,12 @@ class Server(HTTPServer):
             session.subscribe(topic)
 
     def unsubscribe(self, session: Session, topic: str) -> None:
+        """Unsubscribe a session from a topic; it need not have been subscribed."""
         session.unsubscribe(topic)
 
     def stats(self) -> dict[str, Any]:
         """Return numbers for an operator: of the present, and since the start."""
-        answers = {f"answers_{digit}xx": self._answers[digit] for digit in (2, 3, 4, 5)}
+        answers = {f"answers_{n}xx": self._answers[n] for n in (2, 3, 4, 5)}
         return {
             "version": __version__,
             "connections": len(self._connections),
@@ -5219,7 +5265,8 @@ class Server(HTTPServer):
 
 
 # --- Todo -----------------------------------------------------------------------------
-# The demo, as an application would write it: its tables, its apply, its snapshot.
+# The demo, as an application would write it: its tables, its apply, its snapshot. It
+# uses public names alone, so it can be copied as a beginning.
 
 TODO_SCHEMA = """
     CREATE TABLE IF NOT EXISTS todos (
@@ -5267,7 +5314,8 @@ def apply_todo(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
     """
     db.execute(sql, key | new)
     # What every client of the scope will see.
-    return [{"op": "update" if old else "create", "todo": {"id": args["id"]} | new}]
+    todo = {"id": args["id"]} | new
+    return [{"op": "update" if old else "create", "todo": todo}]
 
 
 def check_todo(args: Mapping[str, Any]) -> None:
@@ -5303,7 +5351,9 @@ def require_scope(request: Request, scope: str) -> None:
 
 # --- Command line ---------------------------------------------------------------------
 # python mizusync.py: flags, the log, and the todo demo. What can go wrong at the start
-# is one sentence on stderr.
+# is one sentence on stderr and an exit status: 1 if the program can't run, 2 for a
+# wrong command line. Nobody has to read its output: neither a full pipe nor a paused
+# terminal stops the server.
 
 PAGE = os.path.join(os.path.dirname(__file__), "demo.html")  # need not be there
 
@@ -5327,6 +5377,7 @@ class LogWriter(logging.Handler):
         self.thread: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line; drop it if too many wait."""
         try:
             if self.waiting.qsize() >= LOG_LINES:
                 self.dropped += 1
@@ -5346,6 +5397,7 @@ class LogWriter(logging.Handler):
             written.wait(LOG_FLUSH)
 
     def _write(self) -> None:
+        """Write one line after the other, as long as the process lives."""
         while True:
             line = self.waiting.get()
             if isinstance(line, threading.Event):
@@ -5378,10 +5430,12 @@ def say(line: str) -> None:
     try:
         print(shown, flush=True)
     except OSError:  # its reader has gone; the flush at the exit would fail as well
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, with its help."""
     about = "A durable sync server with instant updates: the todo demo."
     parser = argparse.ArgumentParser(prog="mizusync", description=about)
     add = parser.add_argument
