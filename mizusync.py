@@ -94,10 +94,11 @@ each of these sections, read the comment that opens it and what is named here:
     Writer            Writer._work, Writer._arriving, Writer._commit_steps,
                       Writer._run_alone, Writer._begin, Writer._commit, Writer._answer,
                       Writer._refuse
-    Engine            Engine.push, Engine._run_steps, Engine.pull
-    Hub               Hub.hint, Hub._broadcast
+    Engine            Engine.push, Engine._mutation_steps, Engine._run_steps,
+                      Engine.pull
+    Hub               Hub.notify, Hub.hint, Hub._broadcast
     Session           Session.hint, LiveEndpoint._subscribe
-    Endpoints         SyncEndpoints.push, SyncEndpoints.pull
+    Endpoints         SyncEndpoints.push
     HTTP server       HTTPServer._serve_requests, HTTPServer._handle
     Server            Server.on_start
 
@@ -738,8 +739,9 @@ def check_scope(value: Any) -> str:
 #
 # The fourth needs epochs, because an older copy of the database may be restored and
 # grow again. An epoch is a random name, and the head at which it began. A new log has
-# its first one. A process that opens the log begins one with its first commit, and with
-# the first commit after a restore.
+# its first one. A process that opens the log begins one with its first commit, because
+# an older copy may have been restored before that; and with the first commit after a
+# restore that it notices.
 #
 #     A began at 0     The log grows to 60, and someone makes a backup. It grows to 100;
 #                      a client pulls, and remembers (A, 100).
@@ -1451,8 +1453,8 @@ class SQLiteStore(Store):
             version = self.run_scalar(db, "PRAGMA data_version")
             if version != self._latest_version:
                 self._latest = self.read_position(db)
-                # After a restore, the log has not issued what was seen before. Keep
-                # that: the next commit() compares it, and begins an epoch.
+                # Move on, unless the log has not issued what was seen: an older copy
+                # was restored. Then keep it, so that commit() begins an epoch.
                 if self.has_issued(db, self._seen.epoch, self._seen.head):
                     self._seen = self._latest
                 self._latest_version = version
@@ -2708,7 +2710,8 @@ class Engine:
 # --- Hub ------------------------------------------------------------------------------
 # The accelerator: topics and their subscribers. The hub knows names, numbers and bytes,
 # and stores nothing: a lost hint does no harm, because the next one names a newer
-# cursor, and a client pulls after each reconnect. Hints of a topic merge while they
+# cursor, the newest is sent again after a silence, and a client pulls after each
+# reconnect. Hints of a topic merge while they
 # wait, and its broadcasts are paced, so a burst of pushes costs each subscriber few
 # frames and the event loop a bounded share of its time.
 
