@@ -1935,9 +1935,9 @@ class Job:
 
     def answer(self) -> None:
         """Resolve the future, on the loop that it belongs to."""
-        if self.future.done():  # the caller gave up
-            return
-        if self.refusal:
+        if self.future.done():
+            pass  # the caller gave up
+        elif self.refusal:
             self.future.set_exception(self.refusal)
         else:
             self.future.set_result([step.result for step in self.steps])
@@ -1954,8 +1954,9 @@ class Job:
         # One exception for each job, because raising it changes its traceback.
         refusal = StoreRefused("the database refuses, for now")
         left = [step for step in self.steps if step.result is None]
-        done = [step.result for step in self.steps if step.result]
-        if any(result.ok for result in done):
+        results = [step.result for step in self.steps]
+        # Only a mutation that was applied leaves a trace. (That of a trim is a number.)
+        if any(isinstance(result, Result) and result.ok for result in results):
             for step in left:
                 step.result = Result.refused(refusal)
         elif left:

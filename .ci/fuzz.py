@@ -16,7 +16,9 @@ case alone, as it was sent."""
 from __future__ import annotations
 
 import argparse
+import base64
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -40,7 +42,6 @@ from typing import Any, NamedTuple
 import hostile
 import trial
 from client import (
-    ACCEPT,
     CLOSE,
     PATIENCE,
     PING,
@@ -492,7 +493,7 @@ def judge(case: Case, got: bytearray, whole: bool) -> None:
         status = reply.status
         if status == 100:
             continue
-        judge_reply(reply, no_body)
+        judge_reply(reply, no_body, case.sent)
         over = "close" in reply.headers.get("connection", "")
         number += 1
         if status == 101:
@@ -511,15 +512,25 @@ def judge(case: Case, got: bytearray, whole: bool) -> None:
     check(complete, "only", number, "answers of", wants)
 
 
-def judge_reply(reply: Reply, no_body: bool) -> None:
-    """Raise Fault for a reply that the protocol does not allow."""
+GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
+
+
+def judge_reply(reply: Reply, no_body: bool, sent: bytes) -> None:
+    """Raise Fault for a reply that the protocol does not allow.
+
+    `sent` may have been mutated in the key of a handshake, and still be a good one.
+    """
     status, headers, body = reply
     date = headers["date"]
     age = time.time() - parsedate_to_datetime(date).timestamp()
     check(-5 < age < PATIENCE + 5 and date.endswith(" GMT"), "the date:", date)
     check(headers.get("cache-control") == "no-store", "it might be stored:", headers)
     if status == 101:
-        check(headers["sec-websocket-accept"] == ACCEPT, "the key's answer:", headers)
+        keys = re.findall(rb"(?i)sec-websocket-key:[ \t]*(\S+)", sent)
+        digests = [hashlib.sha1(key + GUID).digest() for key in keys]
+        answers = [base64.b64encode(digest).decode() for digest in digests]
+        is_right = headers["sec-websocket-accept"] in answers
+        check(is_right, "the key's answer:", headers)
     if status in (101, 204):
         check("content-type" not in headers, "a body of none:", headers)
         return
