@@ -600,7 +600,7 @@ def deliver(
         end = sent.find(b"\r\n\r\n")
         cuts += [at for at in range(end - 3, end + 6) if 0 <= at <= len(sent)]
     pause = source.choice((0.0, 0.0005, 0.01))
-    client = RawClient(HOST, port)
+    client = RawClient((HOST, port))
     with suppress(OSError):  # a client that is refused may be cut off while it sends
         for piece in pieces(sent, cuts):
             client.send(piece)
@@ -642,8 +642,8 @@ class Healthy(threading.Thread):
         self.fault = ""
         self.worst = Counter[str]()  # ms, by what took them
         self.log: list[Any] = []
-        self.http = RawClient(HOST, port)
-        self.live = RawClient(HOST, port)
+        self.http = RawClient((HOST, port))
+        self.live = RawClient((HOST, port))
         reply = self.live.upgrade("/ws?scope=healthy")
         check(reply.status == 101, "no upgrade:", reply)
         self.live.send_message("subscribe", {})
@@ -849,7 +849,7 @@ class Fuzz:
             part = source.choice(floods if source.random() < 0.01 else parts)
             size = source.choice((len(part), source.randint(0, len(part))))
             with suppress(OSError):
-                client = RawClient(HOST, self.port)
+                client = RawClient((HOST, self.port))
                 held.append(client)
                 client.sock.settimeout(0.2)
                 client.send(part[:size])
@@ -883,7 +883,7 @@ class Fuzz:
             lines = (proc / "status").read_text().splitlines()
             status = dict(line.split(":\t") for line in lines)
             now = {name: int(status[name].split()[0]) for name in ("VmRSS", "Threads")}
-            with closing(RawClient(HOST, self.port)) as client:
+            with closing(RawClient((HOST, self.port))) as client:
                 now["sessions"] = client.request("GET", "/healthz").json["sessions"]
             now["descriptors"] = len(list((proc / "fd").iterdir()))
             # Its readers and their connections come as they are needed: four of each.
