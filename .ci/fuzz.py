@@ -298,7 +298,7 @@ def refusal(one: hostile.Hostile) -> Want:
     """Return the refusal that must end the connection."""
     any_refusal = one.expected == hostile.REFUSED
     statuses = tuple(CODES) if any_refusal else (int(one.expected),)
-    return Want(statuses, closes=True)
+    return Want(statuses, no_body=one.sent.startswith(b"HEAD "), closes=True)
 
 
 # --- WebSocket ------------------------------------------------------------------------
@@ -447,7 +447,8 @@ def catalogue() -> Iterator[tuple[str, Case]]:
     body, behind = smuggled("catalogue")
     for name, one in hostile.requests(body).items():
         yield name, Case(one.sent + behind, [refusal(one)])
-    for target, status in ENDPOINTS.items():
+    queries = {one.sent.decode(): int(one.expected) for one in hostile.QUERIES.values()}
+    for target, status in (ENDPOINTS | queries).items():
         statuses = (status, 404) if target == "GET /" else (status,)
         want = Want(statuses, no_body="HEAD" in target)
         line = f"{target} HTTP/1.1".encode()
@@ -464,6 +465,9 @@ def catalogue() -> Iterator[tuple[str, Case]]:
     begin = handshake("catalogue")
     for name, one in hostile.FRAMES.items():
         yield name, Case(begin + one.sent, [Want((101,))], [one.expected])
+    for name, one in hostile.NOT_UTF_8.items():
+        sent = begin + hostile.frame(hostile.TEXT, one.sent + b"x")
+        yield name, Case(sent, [Want((101,))], [one.expected])
     for name, one in hostile.MESSAGES.items():
         sent = begin + masked(TEXT, one.sent)
         yield name, Case(sent, [Want((101,))], [one.expected])
