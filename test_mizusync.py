@@ -1,9 +1,10 @@
 """Tests of mizusync, in the order of its sections: each name is a promise, in the
 protocol's words.
 
-What goes over a socket goes through RawClient, which is written from the RFCs and
-imports no parser of ours, so that no mistake cancels itself. Nothing sleeps to wait: a
-condition has a deadline."""
+What goes over a socket goes through RawClient in .ci/client.py, which is written from
+the RFCs and imports no parser of ours, so that no mistake cancels itself. Hostile bytes
+come from the catalogue in .ci/hostile.py: this file has the well-formed ones. Nothing
+sleeps to wait: a condition has a deadline."""
 
 from __future__ import annotations
 
@@ -34,7 +35,6 @@ import signal
 import socket
 import sqlite3
 import ssl
-import struct
 import subprocess
 import sys
 import tempfile
@@ -80,12 +80,33 @@ from mizusync import (
     Unavailable,
 )
 
-PATIENCE = 20.0  # seconds that anything may take which should happen at once
+sys.path.insert(0, str(Path(__file__).resolve().parent / ".ci"))
+try:
+    import hostile
+    from client import (
+        ACCEPT,
+        BINARY,
+        CLOSE,
+        PATIENCE,
+        PING,
+        PONG,
+        TEXT,
+        Frame,
+        RawClient,
+        Reply,
+        chunked,
+        masked,
+        pieces,
+        raw,
+        take_frame,
+    )
+except ModuleNotFoundError as error:
+    pytest.fail(f"the tests need .ci/{error.name}.py of the repository", pytrace=False)
+
 MOMENT = 0.125  # a limit that a test wants to see run out
 
 SMALL = Settings(linger_timeout=1.0, close_timeout=1.0, shutdown_timeout=5.0)
-KEY = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="  # with its answer in RFC 6455 §1.3
-TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+KEY = b"Sec-WebSocket-Key: " + hostile.KEY
 CODES = {  # the protocol's "errors", but for 410, which has two
     400: "invalid_request",
     401: "unauthorized",
@@ -214,216 +235,6 @@ def until(condition: Callable[[], T]) -> T:
     return value
 
 
-def raw(*lines: bytes, body: bytes = b"") -> bytes:
-    """Return the bytes of a request: its lines, an empty one, its body."""
-    return b"\r\n".join((*lines, b"", b"")) + body
-
-
-def chunked(*parts: bytes, trailer: bytes = b"") -> bytes:
-    """Return a body in chunks (RFC 9112 §7.1)."""
-    chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in (*parts, b"")]
-    return b"".join(chunks)[:-2] + trailer + b"\r\n"
-
-
-def masked(opcode: int, payload: bytes, fin: bool = True, rsv: int = 0) -> bytes:
-    """Return the bytes of a client's frame (RFC 6455 §5.2)."""
-    head = bytearray([fin << 7 | rsv << 4 | opcode])
-    if len(payload) < 126:
-        head.append(0x80 | len(payload))
-    elif len(payload) < 2**16:
-        head += b"\xfe" + len(payload).to_bytes(2, "big")
-    else:
-        head += b"\xff" + len(payload).to_bytes(8, "big")
-    key = b"\x37\xfa\x21\x3d"
-    pad = int.from_bytes((key * (len(payload) // 4 + 1))[: len(payload)], "big")
-    return (
-        bytes(head)
-        + key
-        + (int.from_bytes(payload, "big") ^ pad).to_bytes(len(payload), "big")
-    )
-
-
-def pieces(data: bytes, cuts: Iterable[int]) -> list[bytes]:
-    """Cut the bytes at these places."""
-    places = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
-    return [data[start:end] for start, end in itertools.pairwise(places)]
-
-
-class Reply(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body.decode())
-
-
-class Frame(NamedTuple):
-    opcode: int
-    payload: bytes
-    fin: bool = True
-
-
-class RawClient:
-    """A blocking client of HTTP/1.1 and WebSocket that checks what it receives."""
-
-    def __init__(self, address: tuple[str, int], receive_buffer: int = 0) -> None:
-        self.address = address
-        self.buffer = bytearray()
-        self.sock = socket.socket()
-        self.sock.settimeout(PATIENCE)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if receive_buffer:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        try:
-            self.sock.connect(address)
-        except OSError:
-            self.sock.close()
-            raise
-
-    def close(self) -> None:
-        self.sock.close()
-
-    def reset(self) -> None:
-        """Reset the connection, and read nothing of what has arrived."""
-        self.sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-        )
-        self.sock.close()
-
-    def send(self, data: bytes) -> None:
-        self.sock.sendall(data)
-
-    def half_close(self) -> None:
-        self.sock.shutdown(socket.SHUT_WR)
-
-    def take(self, size: int) -> bytes:
-        while len(self.buffer) < size:
-            if not (more := self.sock.recv(65536)):
-                raise EOFError(f"the server closed after {bytes(self.buffer)!r}")
-            self.buffer += more
-        taken = bytes(self.buffer[:size])
-        del self.buffer[:size]
-        return taken
-
-    def line(self) -> bytes:
-        line = bytearray()
-        while not line.endswith(b"\r\n"):
-            line += self.take(1)
-        return bytes(line[:-2])
-
-    def ended(self) -> bool:
-        """Return whether the server closes next, without a reset or another byte."""
-        return not self.buffer and self.sock.recv(1) == b""
-
-    def request(
-        self,
-        method: str,
-        target: str,
-        body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Reply:
-        fields = {"Host": "{}:{}".format(*self.address)} | dict(headers or {})
-        if body is not None:
-            fields = {
-                "Content-Type": "application/json",
-                "Content-Length": str(len(body)),
-            } | fields
-        lines = [
-            f"{method} {target} HTTP/1.1",
-            *(f"{k}: {v}" for k, v in fields.items()),
-        ]
-        self.send(raw(*(line.encode() for line in lines), body=body or b""))
-        return self.response(bodiless=method == "HEAD")
-
-    def response(self, *, bodiless: bool = False) -> Reply:
-        version, status, _ = self.line().split(b" ", 2)
-        assert version == b"HTTP/1.1"
-        headers: dict[str, str] = {}
-        while line := self.line():
-            name, value = line.decode("ascii").split(":", 1)
-            assert re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name), line
-            assert name.lower() not in headers, line
-            headers[name.lower()] = value.strip(" \t")
-        if int(status) < 200 or status in (b"204", b"304"):
-            assert "content-length" not in headers  # RFC 9110 §8.6
-            return Reply(int(status), headers, b"")
-        size = 0 if bodiless else int(headers["content-length"])
-        return Reply(int(status), headers, self.take(size))
-
-    def push(
-        self, *mutations: Any, headers: Mapping[str, str] | None = None
-    ) -> list[Any]:
-        reply = self.request(
-            "POST", "/sync/push", json.dumps(mutations).encode(), headers
-        )
-        assert reply.status == 200, reply
-        results: list[Any] = reply.json
-        return results
-
-    def pull(self, **parameters: Any) -> Any:
-        reply = self.request("GET", "/sync/pull?" + urlencode(parameters))
-        assert reply.status == 200, reply
-        return reply.json
-
-    def upgrade(
-        self, target: str = "/ws", headers: Mapping[str, str] | None = None
-    ) -> Reply:
-        key, value = KEY.decode().split(": ")
-        fields = {
-            "Connection": "Upgrade",
-            "Upgrade": "websocket",
-            "Sec-WebSocket-Version": "13",
-        }
-        return self.request(
-            "GET", target, headers=fields | {key: value} | dict(headers or {})
-        )
-
-    def send_frame(self, opcode: int, payload: bytes, fin: bool = True) -> None:
-        self.send(masked(opcode, payload, fin))
-
-    def read_frame(self) -> Frame:
-        first, second = self.take(2)
-        assert not first & 0x70, "an extension that was never agreed on"
-        assert not second & 0x80, "a server masks nothing (RFC 6455 §5.1)"
-        size, shortest = second, 0
-        if second > 125:
-            shortest = 126 if second == 126 else 2**16
-            size = int.from_bytes(self.take(2 if second == 126 else 8), "big")
-        assert size >= shortest, "a length in more bytes than it needs"
-        return Frame(first & 15, self.take(size), bool(first & 0x80))
-
-    def read_json(self) -> Any:
-        """Return the next message, and answer pings on the way."""
-        while (frame := self.read_frame()).opcode == PING:
-            self.send_frame(PONG, frame.payload)
-        assert frame.opcode == TEXT, frame
-        return json.loads(frame.payload.decode())
-
-    def read_close(self) -> int:
-        """Answer the server's close frame, expect the end, and return the code."""
-        while (frame := self.read_frame()).opcode != CLOSE:
-            pass
-        self.send_frame(CLOSE, frame.payload)
-        assert self.ended()
-        self.close()
-        frame.payload[2:].decode()
-        return int.from_bytes(frame.payload[:2], "big")
-
-    def say(self, topic: str, data: Any = None) -> None:
-        self.send_frame(TEXT, json.dumps({"topic": topic, "data": data}).encode())
-
-    def subscribe(self, **data: Any) -> Any:
-        self.say("subscribe", data)
-        return self.read_json()
-
-    def quiet(self) -> bool:
-        """Return whether the answer to a ping is the next frame."""
-        self.send_frame(PING, b"quiet?")
-        return self.read_frame() == Frame(PONG, b"quiet?")
-
-
 class Records(logging.Handler):
     """The lines of the log, with their tracebacks."""
 
@@ -510,7 +321,7 @@ class Live:
 
     def client(self, receive_buffer: int = 0) -> RawClient:
         return self.clients.enter_context(
-            closing(RawClient(self.address, receive_buffer))
+            closing(RawClient(self.address, receive_buffer=receive_buffer))
         )
 
     def socket(
@@ -924,67 +735,13 @@ def test_any_bytes_are_a_json_value_or_an_invalid_request(
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
 
 
-@table(
-    "data",
-    {
-        # Grammar (RFC 8259 §2 to §5).
-        "nothing": b"",
-        "a blank": b" ",
-        "two blanks": b"  ",
-        "a trailing comma in an array": b"[1,]",
-        "a trailing comma in an object": b'{"a":1,}',
-        "a key without a value": b'{"a"}',
-        "two values": b"[1] 2",
-        "brackets that do not match": b"[}",
-        "a comment": b"1 /* one */",
-        "a no-break space": b"\xc2\xa01",
-        "a cut literal": b"nul",
-        "a literal of Python": b"True",
-        # Numbers (§6).
-        "a leading zero": b"01",
-        "a plus sign": b"+1",
-        "no digit before the point": b".5",
-        "no digit after the point": b"1.",
-        "hexadecimal": b"0x1",
-        "an Arabic digit": "\u0661".encode(),
-        "NaN": b"NaN",
-        "NaN in an array": b"[NaN]",
-        "Infinity": b"Infinity",
-        "-Infinity": b"-Infinity",
-        "1e400": b"1e400",
-        "-1e400": b"-1e400",
-        "1e999 in an object": b'{"a": 1e999}',
-        "310 digits": b"1" * 310,
-        "5,000 digits": b"-" + b"9" * 5000,
-        # Strings (§7).
-        "single quotes": b"{'a': 1}",
-        "a string without its end": b'"',
-        "an escape without its end": b'"\\',
-        "an unknown escape": rb'"\x41"',
-        "a control character": b'"\x01"',
-        "a tab": b'"\t"',
-        "half a surrogate pair, high": rb'"\ud800"',
-        "half a surrogate pair, low": rb'"\udc00"',
-        "half a surrogate pair in a key": rb'{"\ud800": 1}',
-        "two high surrogates": rb'["\ud800\ud800"]',
-        "a surrogate pair in the wrong order": rb'"\udc00\ud800"',
-        # UTF-8 (§8.1).
-        "a surrogate in UTF-8": b'"\xed\xa0\x80"',
-        "an overlong encoding": b'"\xc0\xaf"',
-        "a byte that UTF-8 never has": b'"\xff"',
-        "Latin-1": b'"\xe9"',
-        "a byte order mark": b"\xef\xbb\xbf1",
-        "UTF-16": "[1]".encode("utf-16"),
-        "UTF-16, little-endian": "[1]".encode("utf-16-le"),
-        "UTF-16, big-endian": "[1]".encode("utf-16-be"),
-        "UTF-32": "[1]".encode("utf-32"),
-    },
-)
-def test_bytes_that_are_no_strict_json_in_utf_8_are_an_invalid_request(
-    data: bytes,
+@table("one", hostile.JSON)
+def test_bytes_that_are_no_strict_json_or_too_large_are_refused(
+    one: hostile.Hostile,
 ) -> None:
-    with pytest.raises(mizusync.InvalidRequest):
-        mizusync.parse_json(data)
+    error = mizusync.InvalidRequest if one.expected == 400 else mizusync.TooLarge
+    with pytest.raises(error):
+        mizusync.parse_json(one.sent)
 
 
 @pytest.mark.parametrize("number", [2**63 - 1, -(2**63), 2**53, 0])
@@ -1068,10 +825,7 @@ def test_brackets_and_commas_in_a_string_do_not_count_as_values(text: str) -> No
     assert mizusync.parse_json(encoded.encode()) == json.loads(encoded)
 
 
-HOSTILE_PIECES = rb'" \" "\ [ [" "[ {"a": [] [[] "", 1 \ 1e ] , ",", "[", \\",'.split()
-
-
-@pytest.mark.parametrize("piece", HOSTILE_PIECES)
+@pytest.mark.parametrize("piece", hostile.JSON_PIECES)
 def test_hostile_json_takes_time_linear_in_its_size(piece: bytes) -> None:
     # If the time grew with the square of the size, half a megabyte would take minutes.
     started = time.process_time()
@@ -5096,20 +4850,11 @@ def request_heads(draw: st.DrawFn) -> bytes:
     return raw(*(line.encode() for line in lines))
 
 
-FRAGMENTS_OF_HEADS = [
-    b"\r\n\r\n",
-    b"\r\nContent-Length: 1",
-    b"\r\nTransfer-Encoding: chunked",
-    b"HTTP/1.0",
-    *b"\r|\n|\r\n|\0| |\t|:|,|%|\x0b|\xa0|\xff".split(b"|"),
-]
-
-
 @st.composite
 def spoiled_heads(draw: st.DrawFn) -> bytes:
     """Draw a good request, and write over a few places of it."""
     head = bytearray(draw(request_heads()))
-    stuff = st.sampled_from(FRAGMENTS_OF_HEADS) | st.binary(max_size=3)
+    stuff = st.sampled_from(hostile.FRAGMENTS) | st.binary(max_size=3)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(head)))
         head[at : at + draw(st.integers(0, 3))] = draw(stuff)
@@ -5205,7 +4950,7 @@ class Transcript(NamedTuple):
     """What a client sends, the status that comes back, and whether it may go on."""
 
     sent: bytes
-    status: int
+    status: int | str  # hostile.REFUSED is any from 400 on
     stays_open: bool
 
 
@@ -5230,18 +4975,23 @@ def check_transcript(client: RawClient, transcript: Transcript, size: int) -> No
     for at in range(0, len(everything), size):
         client.send(everything[at : at + size])
     bodiless = sent.startswith(b"HEAD ")
-    reply = client.response(bodiless=bodiless)
-    assert reply.status == status, reply
-    if status >= 400:
-        assert bodiless or refused(reply, status)
+    reply = client.read_reply(bodiless=bodiless)
+    assert status in (reply.status, hostile.REFUSED), reply
+    if status == hostile.REFUSED or reply.status >= 400:
+        code = "cursor_unknown" if reply.status == 410 else ""
+        assert reply.status >= 400
+        assert bodiless or refused(reply, reply.status, code=code)
     elif sent.startswith(b"POST"):
         assert [result["ok"] for result in reply.json] == [True]
+    upgrade = ["Upgrade"] * (reply.status == 426)  # RFC 9110 §7.8
     if stays_open:
-        keep_alive = "keep-alive" if b" HTTP/1.0\r" in sent else None
-        assert reply.headers.get("connection") == keep_alive
-        assert client.response().json["status"] == "ok"
+        keep_alive = ["keep-alive"] * (b" HTTP/1.0\r" in sent)
+        expected = ", ".join(upgrade + keep_alive)
+        assert reply.headers.get("connection", "") == expected
+        assert client.read_reply().json["status"] == "ok"
     else:
-        assert reply.headers["connection"] == "close"  # RFC 9112 §9.6
+        # RFC 9112 §9.6
+        assert reply.headers["connection"] == ", ".join([*upgrade, "close"])
         assert client.ended()
 
 
@@ -5252,169 +5002,11 @@ def coded(
     return post(*lines, line=line, body=body, host=host)
 
 
-MALFORMED_HEADS = {
-    # The request line (RFC 9112 §3).
-    "The request line has no version": raw(b"GET /healthz", HOST),
-    "Two spaces stand before the target": raw(b"GET  /healthz HTTP/1.1", HOST),
-    "A space stands in the target": raw(b"GET /heal thz HTTP/1.1", HOST),
-    "A space stands at the end": raw(b"GET /healthz HTTP/1.1 ", HOST),
-    "A space stands at the start": raw(b" GET /healthz HTTP/1.1", HOST),
-    "Tabs stand where spaces should": raw(b"GET\t/healthz\tHTTP/1.1", HOST),
-    "HTTP is in lower case": raw(b"GET /healthz http/1.1", HOST),
-    "The version has no number": raw(b"GET /healthz HTTP/1.x", HOST),
-    "The version has two digits": raw(b"GET /healthz HTTP/1.11", HOST),
-    "The version has an Arabic digit": raw("GET /healthz HTTP/1.\u0661".encode(), HOST),
-    "The method is no token": raw(b"G(T /healthz HTTP/1.1", HOST),
-    "The method is missing": raw(b" /healthz HTTP/1.1", HOST),
-    "The target is relative": raw(b"GET healthz HTTP/1.1", HOST),
-    "The target has a fragment": get(b"/healthz#top"),
-    "A HEAD request has a fragment": raw(b"HEAD /healthz#part HTTP/1.1", HOST),
-    "The target has a control character": get(b"/heal\x01thz"),
-    "The target has a bare CR": get(b"/heal\rthz"),
-    "The target has a byte beyond ASCII": get(b"/h\xe9althz"),
-    "The client begins a TLS handshake": b"\x16\x03\x01\x02\x00\x01\x00\x01\r\n\r\n",
-    # Host and the absolute form (RFC 9112 §3.2, RFC 9110 §4.2).
-    "The host is missing": raw(b"GET /healthz HTTP/1.1"),
-    "There are two hosts": get(b"/healthz", HOST),
-    "The host is a list": get(b"/healthz", host=b"Host: localhost, localhost"),
-    "The host has a space": get(b"/healthz", host=b"Host: local host"),
-    "The host has a path": get(b"/healthz", host=b"Host: localhost/"),
-    "The host has a user": get(b"/healthz", host=b"Host: me@localhost"),
-    "The port has letters": get(b"/healthz", host=b"Host: localhost:http"),
-    "The host has a lone percent sign": get(b"/healthz", host=b"Host: %zz.localhost"),
-    "The host has half an escape": get(b"/healthz", host=b"Host: localhost%4"),
-    "The host has half a bracket": get(b"/healthz", host=b"Host: [::1"),
-    "The host has no address in its brackets": get(b"/healthz", host=b"Host: [:]"),
-    "The host is a port alone": get(b"/healthz", host=b"Host: :80"),
-    "The absolute form has no host": get(b"http:///healthz"),
-    "The absolute form has a port alone": get(b"http://:80/healthz"),
-    "The absolute form has a user": get(b"http://me@localhost/healthz"),
-    "The absolute form lacks its Host field": raw(b"GET http://localhost/ HTTP/1.1"),
-    "The absolute form has a bad Host field": get(
-        b"http://localhost/", host=b"Host: a b"
-    ),
-    # Fields (RFC 9112 §5, RFC 9110 §5.5).
-    "A space stands before the colon": get(b"/healthz", b"X-A : 1"),
-    "A space stands before the name": get(b"/healthz", host=b" X-A: 1\r\n" + HOST),
-    "A field is folded by a space": get(b"/healthz", b"X-A: 1", b" 2"),
-    "A field is folded by a tab": get(b"/healthz", b"X-A: 1", b"\t2"),
-    "A field has no colon": get(b"/healthz", b"X-A"),
-    "A field has no name": get(b"/healthz", b": 1"),
-    "The name of a field is no token": get(b"/healthz", b"X(A: 1"),
-    "The name of a field is not ASCII": get(b"/healthz", b"X-\xc3\xa9: 1"),
-    "A value has a NUL": get(b"/healthz", b"X-A: 1\x002"),
-    "A value has a bare CR": get(b"/healthz", b"X-A: 1\r2"),
-    "A value has a vertical tab": get(b"/healthz", b"X-A: 1\x0b"),
-    "A value has a DEL": get(b"/healthz", b"X-A: \x7f"),
-    "A field ends in a bare LF": get(b"/healthz", host=HOST + b"\nX-A: 1"),
-    "Every line ends in a bare LF": b"GET /healthz HTTP/1.1\nHost: localhost\n\n",
-    "The head ends in a bare LF": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\n",
-    "There are two versions of WebSocket": get(b"/ws", VERSION, VERSION),
-    # Methods whose target has another form (RFC 9112 §3.2.3, §3.2.4).
-    "The method is CONNECT": raw(b"CONNECT localhost:80 HTTP/1.1", HOST),
-    "The target of GET is an asterisk": get(b"*"),
-}
-
-CODING = b"Transfer-Encoding: "
-AMBIGUOUS_BODIES = {  # RFC 9112 §6
-    "A coding stands behind a length": coded(LENGTH, CHUNKED),
-    "A length stands behind a coding": coded(CHUNKED, LENGTH),
-    "Two lengths differ": post(LENGTH, b"Content-Length: 3"),
-    "Two lengths agree": post(LENGTH, LENGTH),
-    "The length is a list": post(LENGTH + b", 3"),
-    "The length is a list that agrees": post(b"%b, %d" % (LENGTH, len(BODY))),
-    "The length has a sign": post(b"Content-Length: +%d" % len(BODY)),
-    "The length is negative": post(b"Content-Length: -1"),
-    "The length has an underscore": post(b"Content-Length: 2_9"),
-    "The length is hexadecimal": post(b"Content-Length: 0x1d"),
-    "The length is empty": post(b"Content-Length:"),
-    "The length has a fraction": post(b"Content-Length: 29.0"),
-    "The length has an exponent": post(b"Content-Length: 29e0"),
-    "The length has Arabic digits": post("Content-Length: \u0662\u0669".encode()),
-    "The length has a superscript": post("Content-Length: \u00b2".encode()),
-    "The length has a space inside": post(b"Content-Length: 2 9"),
-    "The length has a vertical tab": post(LENGTH + b"\x0b"),
-    "The length has a no-break space": post(LENGTH + b"\xa0"),
-    "The length does not fit 64 bits": post(b"Content-Length: 99999999999999999999"),
-    "A space stands before the length's colon": post(LENGTH.replace(b":", b" :")),
-    "The coding is not chunked": post(CODING + b"gzip"),
-    "The coding stands in two fields": coded(CHUNKED, CHUNKED),
-    "The coding is chunked, but not last": coded(CODING + b"chunked, gzip"),
-    "The coding is identity": coded(CODING + b"identity"),
-    "The coding is chunked and identity": coded(CHUNKED, CODING + b"identity"),
-    "The coding is empty": coded(CODING),
-    "The coding only resembles chunked": coded(CODING + b"xchunked"),
-    "The coding has a parameter": coded(CODING + b"chunked;a=b"),
-    "The coding stands in quotes": coded(CODING + b'"chunked"'),
-    "The coding has a vertical tab": coded(CODING + b"\x0bchunked"),
-    "The coding has a no-break space": coded(CHUNKED + b"\xa0"),
-    "A space stands before the coding's colon": coded(CHUNKED.replace(b":", b" :")),
-    "The coding is folded": coded(CODING, b" chunked"),
-    "The version of a coding is 1.0": coded(CHUNKED, line=b"POST /sync/push HTTP/1.0"),
-}
-
-SIZE = b"%x" % len(BODY)
-LAST_CHUNK = b"\r\n0\r\n\r\n"
-BROKEN_CHUNKS = {  # RFC 9112 §7.1
-    "A space stands behind the size": SIZE + b" \r\n" + BODY + LAST_CHUNK,
-    "An extension has no name": SIZE + b";\r\n" + BODY + LAST_CHUNK,
-    "The size has a sign": b"+" + SIZE + b"\r\n" + BODY + LAST_CHUNK,
-    "The size is negative": b"-1\r\n" + BODY + LAST_CHUNK,
-    "The size has a prefix": b"0x" + SIZE + b"\r\n" + BODY + LAST_CHUNK,
-    "The size has an underscore": b"0_" + SIZE + b"\r\n" + BODY + LAST_CHUNK,
-    "The size is empty": b"\r\n" + BODY + LAST_CHUNK,
-    "The size has a letter beyond f": b"1g\r\n" + BODY + LAST_CHUNK,
-    "The size has an Arabic digit": "\u0661d\r\n".encode() + BODY + LAST_CHUNK,
-    "A space stands before the size": b" " + SIZE + b"\r\n" + BODY + LAST_CHUNK,
-    "A vertical tab stands behind the size": SIZE + b"\x0b\r\n" + BODY + LAST_CHUNK,
-    "The size does not fit 64 bits": b"1" + b"0" * 16 + b"\r\n" + BODY + LAST_CHUNK,
-    "The size has 1,000 zeros": b"0" * 1000 + SIZE + b"\r\n" + BODY + LAST_CHUNK,
-    "The size ends in a bare LF": SIZE + b"\n" + BODY + LAST_CHUNK,
-    "An extension has a bare CR": SIZE + b";a\rb\r\n" + BODY + LAST_CHUNK,
-    "An extension has a bare LF": SIZE + b";a\nb\r\n" + BODY + LAST_CHUNK,
-    "An extension has a NUL": SIZE + b";a\0\r\n" + BODY + LAST_CHUNK,
-    "The data is longer than its size": SIZE + b"\r\n" + BODY + b"!" + LAST_CHUNK,
-    "The data ends in a bare LF": SIZE + b"\r\n" + BODY + LAST_CHUNK[1:],
-    "The data has no end of line": SIZE + b"\r\n" + BODY + LAST_CHUNK[2:],
-    "A space stands before a trailer's colon": chunked(BODY, trailer=b"X-A : 1\r\n"),
-    "A trailer is folded": chunked(BODY, trailer=b"X-A: 1\r\n 2\r\n"),
-    "A trailer has no colon": chunked(BODY, trailer=b"X-A\r\n"),
-    "A trailer ends in a bare LF": chunked(BODY, trailer=b"X-A: 1\n"),
-}
-
 LONGEST = b"/healthz?x=" + b"x" * (8 * 1024 - 11)  # bytes of a target
 LOST, CONTINUE = get(b"/nowhere"), b"Expect: 100-continue"
 GET_1_0, POST_1_0 = b"GET /healthz HTTP/1.0", b"POST /sync/push HTTP/1.0"
 CLOSED = {
-    400: MALFORMED_HEADS
-    | AMBIGUOUS_BODIES
-    | {name: coded(CHUNKED, body=body) for name, body in BROKEN_CHUNKS.items()},
-    501: {
-        "The server lacks the transfer coding": coded(CODING + b"gzip, chunked"),
-        "The coding is chunked twice": coded(CODING + b"chunked, chunked"),
-    },
-    505: {
-        f"The version is {version.decode()}": raw(b"GET /healthz " + version, HOST)
-        for version in (b"HTTP/2.0", b"HTTP/3.1", b"HTTP/0.9")
-    },
     # Limits.
-    414: {
-        "The target is too long": get(LONGEST + b"x"),
-        "The target is endless": b"GET /" + b"x" * 100_000,
-    },
-    431: {
-        "The head has too many bytes": get(b"/healthz", b"X-A: " + b"x" * 64 * 1024),
-        "The head has too many fields": get(b"/healthz", *[b"X-A: 1"] * 100),
-        "The extension of a chunk is endless": coded(
-            CHUNKED, body=SIZE + b";" + b"a" * 200_000
-        ),
-        "A trailer is too long": coded(
-            CHUNKED, body=chunked(BODY, trailer=b"X: " + b"a" * 200_000 + b"\r\n")
-        ),
-        "There are too many trailers": coded(
-            CHUNKED, body=chunked(BODY, trailer=b"X-A: 1\r\n" * 20_000)
-        ),
-    },
     413: {
         "The body is too large": post(
             b"Content-Length: %d" % (3 * 2**20), body=b" " * (3 * 2**20)
@@ -5472,21 +5064,8 @@ LEFT_OPEN = {
         "The head has as many fields as it may": get(b"/healthz", *[b"X-A: 1"] * 99),
         **{f"The query is {it}": get(b"/sync/pull?" + it.encode()) for it in QUERIES},
     },
-    # Methods (RFC 9110 §9.1), paths and content types.
-    405: {
-        "The method is DELETE": raw(b"DELETE /healthz HTTP/1.1", HOST),
-        "The method is in lower case": raw(b"get /healthz HTTP/1.1", HOST),
-        "The method is TRACE": raw(b"TRACE /healthz HTTP/1.1", HOST),
-    },
-    404: {
-        "The method is unknown": raw(b"BREW / HTTP/1.1", HOST),
-        "The path is unknown": get(b"/nowhere"),
-        "The path has a slash too many at its end": get(b"/sync/push/"),
-        "The path is only the beginning of one": get(b"/sync"),
-        "The path begins with two slashes": get(b"//healthz"),
-        "The path is in upper case": get(b"/SYNC/PULL"),
-        "The path climbs to its parent": get(b"/healthz/../x"),
-    },
+    # Methods (RFC 9110 §9.1) and content types.
+    404: {"The method is unknown": raw(b"BREW / HTTP/1.1", HOST)},
     415: {
         "The content type is in a trailer": raw(
             *(PUSH, HOST, CHUNKED), body=chunked(BODY, trailer=JSON + b"\r\n")
@@ -5501,9 +5080,20 @@ LEFT_OPEN = {
 }
 
 
+HOSTILE_REQUESTS = {
+    name: Transcript(one.sent, one.expected, stays_open=False)
+    for name, one in hostile.requests(BODY).items()
+} | {
+    name: Transcript(raw(one.sent + b" HTTP/1.1", HOST), one.expected, stays_open=True)
+    for name, one in (hostile.TARGETS | hostile.QUERIES).items()
+}
+
+
 @table(
     "transcript",
-    transcripts(CLOSED, stays_open=False) | transcripts(LEFT_OPEN, stays_open=True),
+    transcripts(CLOSED, stays_open=False)
+    | transcripts(LEFT_OPEN, stays_open=True)
+    | HOSTILE_REQUESTS,
 )
 def test_a_request_has_its_status_however_its_bytes_arrive(
     visitor: RawClient, transcript: Transcript
@@ -5515,7 +5105,7 @@ def test_a_request_has_its_status_however_its_bytes_arrive(
             check_transcript(other, transcript, 1)
 
 
-EXTENDED = SIZE + b';a=b; c="d e" ;f\r\n' + BODY + b"\r\n0\r\n"
+EXTENDED = b'%x;a=b; c="d e" ;f\r\n' % len(BODY) + BODY + b"\r\n0\r\n"
 IN_THREE = chunked(BODY[:5], BODY[5:6], BODY[6:])
 PUSHES = {
     "The body has a length": post(LENGTH),
@@ -5557,7 +5147,7 @@ def test_a_head_request_behind_an_empty_line_gets_no_body(visitor: RawClient) ->
         # When this is answered, the first byte has arrived.
         assert other.request("GET", "/healthz").status == 200
     visitor.send(b"\n" + raw(b"HEAD /healthz#part HTTP/1.1", HOST))
-    assert visitor.response(bodiless=True).status == 400
+    assert visitor.read_reply(bodiless=True).status == 400
     assert visitor.ended()
 
 
@@ -5572,15 +5162,13 @@ def test_a_head_request_behind_an_empty_line_gets_no_body(visitor: RawClient) ->
 def test_half_a_body_is_not_applied(visitor: RawClient, sent: bytes) -> None:
     visitor.send(sent)
     visitor.half_close()
-    with pytest.raises(EOFError):  # an answer of 400 may come first
-        visitor.take(10_000)
-    assert b"200 OK" not in visitor.buffer
+    assert b"200 OK" not in visitor.read_rest()  # an answer of 400 may come
 
 
 def test_a_client_that_half_closes_still_gets_its_answer(client: RawClient) -> None:
     client.send(post(LENGTH))
     client.half_close()
-    assert client.response().json[0]["ok"]
+    assert client.read_reply().json[0]["ok"]
     assert client.ended()
 
 
@@ -5596,18 +5184,18 @@ def test_a_body_is_asked_for_if_the_client_expects_it(
 ) -> None:
     head, body = case
     client.send(head)
-    assert client.response() == Reply(100, {}, b"")
+    assert client.read_reply() == Reply(100, {}, b"")
     client.send(body)
-    assert client.response().json[0]["ok"]
+    assert client.read_reply().json[0]["ok"]
 
 
 def test_pipelined_requests_are_answered_in_order(client: RawClient) -> None:
     wait = raw(b"GET /sync/pull?scope=other&wait=%f HTTP/1.1" % MOMENT, HOST)
     client.send(wait + post(LENGTH) + get(b"/nowhere") + HEALTHZ)
-    assert client.response().json["changes"] == []
-    assert client.response().json[0]["ok"]
-    assert refused(client.response(), 404)
-    assert client.response().json["status"] == "ok"
+    assert client.read_reply().json["changes"] == []
+    assert client.read_reply().json[0]["ok"]
+    assert refused(client.read_reply(), 404)
+    assert client.read_reply().json["status"] == "ok"
 
 
 def test_a_head_that_comes_byte_by_byte_is_not_parsed_anew_for_each(
@@ -5624,7 +5212,7 @@ def test_a_head_that_comes_byte_by_byte_is_not_parsed_anew_for_each(
     for at in range(len(head)):
         client.send(head[at : at + 1])
         server.call(lambda: None)  # so that it arrives alone
-    assert client.response().status == 200
+    assert client.read_reply().status == 200
     assert len(parsed) <= 2 + head.count(b"\n")
 
 
@@ -5635,14 +5223,14 @@ def test_a_head_that_comes_too_slowly_times_out(start: Start) -> None:
         assert time.monotonic() < started + PATIENCE
         client.send(b"a")  # each byte in time, the head never
     assert time.monotonic() - started > MOMENT * 0.9
-    assert refused(client.response(), 408)
+    assert refused(client.read_reply(), 408)
 
 
 def test_a_body_that_comes_slowly_times_out_and_is_not_applied(start: Start) -> None:
     live = start(body_timeout=MOMENT)
     client = live.client()
     client.send(post(LENGTH, body=BODY[:-1]))
-    assert refused(client.response(), 408)
+    assert refused(client.read_reply(), 408)
     assert client.ended()
     assert live.client().pull()["changes"] == []
 
@@ -5652,14 +5240,13 @@ def test_a_connection_without_a_request_times_out(start: Start) -> None:
     silent, idle = live.client(), live.client()
     assert idle.request("GET", "/healthz").status == 200
     assert idle.ended()
-    with pytest.raises(EOFError):  # an answer of 408 may come first
-        silent.take(10_000)
+    silent.read_rest()  # an answer of 408 may come before the end
 
 
 def test_an_empty_line_after_a_body_begins_no_request(start: Start) -> None:
     client = start(idle_timeout=MOMENT * 3, head_timeout=MOMENT).client()
     client.send(post(LENGTH, body=BODY + b"\r\n"))
-    assert client.response().status == 200
+    assert client.read_reply().status == 200
     client.send(b"\r\n")
     assert client.ended()  # when its idle time is over, without a 408
 
@@ -5733,9 +5320,9 @@ def response_of(*values: Any, **fields: Any) -> Callable[[Any], Any]:
 def test_an_answer_that_may_have_no_content_has_none(start: Start, status: int) -> None:
     client = start(route=response_of(status=status, body=b"content")).client()
     client.send(get(b"/it") + HEALTHZ)
-    reply = client.response()  # RFC 9112 §6.3; it also looks for a Content-Length
+    reply = client.read_reply()  # RFC 9112 §6.3; it also looks for a Content-Length
     assert (reply.status, "date" in reply.headers) == (status, True)
-    assert client.response().json["status"] == "ok"
+    assert client.read_reply().json["status"] == "ok"
 
 
 @pytest.mark.parametrize("origins", [[], ["https://app.example"]])
@@ -5787,66 +5374,27 @@ def push_of(body: bytes) -> bytes:
     return post(b"Content-Length: %d" % len(body), body=body)
 
 
-BAD_BODIES = {  # and whatever else parse_json refuses
-    "nothing": b"",
-    "an open bracket": b"[",
-    "two values": BODY + BODY,
-    "NaN": mutation_with(b"NaN"),
-    "half a surrogate pair": mutation_with(b'"\\ud800"'),
-    "bad UTF-8": mutation_with(b'"\xff"'),
-    "UTF-16": BODY.decode().encode("utf-16-le"),
-    "65 levels": mutation_with(b"[" * 63 + b"]" * 63),
-    "90,000 levels": mutation_with(b"[" * 90_000 + b"]" * 90_000),
-    "levels without an end": b"[" * 90_000,
-    "a number beyond a double": mutation_with(b"1" * 310),
-    "a mutation without its array": BODY[1:-1],
-    "an object": b"{}",
-    "a string": b'"[]"',
-    "null": b"null",
-    "no mutation": b"[]",
-}
-LARGE_BODIES = {
-    "a megabyte of lists": b"[]" * 2**19,
-    "a megabyte of brackets": b"[" * 2**20,
-    "100,001 values in a mutation": mutation_with(b"[0%b]" % (b",0" * 100_000)),
-    "101 mutations": json.dumps([note(f"n{number}") for number in range(101)]).encode(),
-}
-BAD_NUMBERS = (
-    "%2B1 1_0 %D9%A3 %C2%B2 -1 -0 %201 1%20 1%0B +1 0x1 1e1 null nan inf 1.2.3 ."
-)
-BAD_ESCAPES = "%zz % %4 a%FF %ED%A0%80 %C0%AF"
-BAD_SCOPES = ["", "x" * 257, *BAD_ESCAPES.split(), "a&scope=a", "a&%73cope=b"]
-BAD_QUERIES = [
-    *(
-        f"/sync/pull?{name}={value}"
-        for name in ("cursor", "limit", "wait")
-        for value in ["", *BAD_NUMBERS.split()]
-    ),
-    *(f"/sync/pull?cursor={value}" for value in ("1.5", 2**53, "9" * 30, "9" * 5000)),
-    *(f"/sync/pull?limit={value}" for value in ("0", "1.5", "ten")),
-    *(
-        f"/sync/{name}?scope={bad}"
-        for name in ("pull", "snapshot")
-        for bad in BAD_SCOPES
-    ),
-    "/sync/pull?scope=a&cursor=0&scope=b",
-    "/sync/pull?cursor=0&cursor=0",
-    "/sync/pull?limit=1&limit=2",
-    "/sync/pull?wait=0&wait=0",
-    "/sync/pull?epoch=&epoch=",
-]
-REFUSED = {
-    400: {f"The body is {name}": push_of(sent) for name, sent in BAD_BODIES.items()}
-    | {f"The query is {query:.60}": get(query.encode()) for query in BAD_QUERIES},
-    413: {f"The body is {name}": push_of(sent) for name, sent in LARGE_BODIES.items()},
-}
-
-
-@table("transcript", transcripts(REFUSED, stays_open=True))
-def test_an_endpoint_refuses_a_malformed_request_and_goes_on(
-    visitor: RawClient, transcript: Transcript
+@table("one", hostile.JSON)
+def test_hostile_json_is_refused_as_a_push_and_as_args_and_the_connection_goes_on(
+    visitor: RawClient, one: hostile.Hostile
 ) -> None:
-    check_transcript(visitor, transcript, 2**21)
+    for body in (one.sent, mutation_with(one.sent)):
+        if len(body) <= 2**20:
+            transcript = Transcript(push_of(body), one.expected, stays_open=True)
+            check_transcript(visitor, transcript, 2**21)
+
+
+@table("one", hostile.BODIES)
+def test_a_body_that_holds_no_mutation_applies_none_and_the_connection_goes_on(
+    visitor: RawClient, one: hostile.Hostile
+) -> None:
+    if one.expected == 200:
+        reply = visitor.request("POST", "/sync/push", one.sent)
+        assert reply.status == 200
+        assert {result["code"] for result in reply.json} == {"invalid_mutation"}
+    else:
+        transcript = Transcript(push_of(one.sent), one.expected, stays_open=True)
+        check_transcript(visitor, transcript, 2**21)
 
 
 @table(
@@ -5866,7 +5414,7 @@ def test_a_refusal_names_what_is_wrong_and_nothing_else(
 ) -> None:
     sent, named = case
     visitor.send(sent)
-    assert refused(reply := visitor.response(), 400)
+    assert refused(reply := visitor.read_reply(), 400)
     about = r"cursor|limit|transfer-encoding|content-length|http/1\.0"
     assert set(re.findall(about, reply.json["error"].lower())) == named
 
@@ -5880,10 +5428,10 @@ def test_the_limit_of_values_holds_for_push_message_and_route(start: Start) -> N
     for args, status in (([], 200), ([1, 2], 413)):
         body = json.dumps([note("a", args)]).encode()
         assert client.request("POST", "/sync/push", body).status == status
-    session.say("chat", [1, 2, 3, 4])
-    assert session.read_json()["data"]["code"] == "too_large"
-    session.say("chat", [1, 2])
-    assert session.read_json()["data"]["code"] == "unknown_topic"
+    session.send_message("chat", [1, 2, 3, 4])
+    assert session.read_message()["data"]["code"] == "too_large"
+    session.send_message("chat", [1, 2])
+    assert session.read_message()["data"]["code"] == "unknown_topic"
     large = b"[0%b]" % (b",0" * 100_000)
     assert refused(client.request("POST", "/echo", large), 413)
 
@@ -5972,21 +5520,13 @@ def test_an_exception_of_apply_is_an_internal_error_that_shows_nothing(
 
 
 def test_malformed_mutations_among_good_ones_fail_alone(client: RawClient) -> None:
-    bad = [
-        None,
-        1,
-        [note("a")],
-        {},
-        {"name": "note"},
-        note(""),
-        note("x" * 129),
-        {"id": "a"},
-        {"id": None, "name": "note"},
-        {"id": "a", "name": ["note"]},
-        note("a", scope=""),
-    ]
-    before, *failed, after = client.push(note("one"), *bad, note("two"))
-    assert [result["code"] for result in failed] == ["invalid_mutation"] * len(bad)
+    bad = [one.sent for one in hostile.MUTATIONS.values()]
+    good = [json.dumps(note(key)).encode() for key in ("one", "two")]
+    body = b"[%b]" % b",".join([good[0], *bad, good[1]])
+    before, *failed, after = client.request("POST", "/sync/push", body).json
+    expected = {name: one.expected for name, one in hostile.MUTATIONS.items()}
+    codes = [result.get("code") for result in failed]
+    assert dict(zip(hostile.MUTATIONS, codes, strict=True)) == expected
     assert {tuple(result) for result in failed} == {("ok", "code", "error")}
     assert (before["ok"], after["ok"]) == (True, True)
 
@@ -6035,7 +5575,7 @@ def test_a_push_answers_a_pull_that_waits(server: Live, client: RawClient) -> No
     client.send(get(b"/sync/pull?wait=60&scope=s"))
     server.client().push(note("a", scope="other"))
     (result,) = server.client().push(note("b", scope="s"))
-    assert client.response().json["changes"] == result["changes"]
+    assert client.read_reply().json["changes"] == result["changes"]
 
 
 def test_a_pull_does_not_wait_if_there_are_changes(client: RawClient) -> None:
@@ -6138,10 +5678,10 @@ def test_a_push_above_max_pending_pushes_is_unavailable(start: Start) -> None:
         for number, client in enumerate(clients):
             client.send(push_of(json.dumps([note(f"n{number}")]).encode()))
             assert entered.wait(PATIENCE)
-        assert refused(clients[-1].response(), 503)
+        assert refused(clients[-1].read_reply(), 503)
     finally:
         release.set()
-    assert clients[0].response().json[0]["ok"]
+    assert clients[0].read_reply().json[0]["ok"]
     assert "n3" not in fold(live.client().pull()["changes"])
 
 
@@ -6214,11 +5754,9 @@ def test_spoiled_frames_are_frames_or_an_error_however_their_bytes_arrive(
 
 @pytest.mark.parametrize("size", [0, 125, 126, 65535, 65536])
 def test_frames_of_the_server_have_no_mask_and_the_shortest_length(size: int) -> None:
-    sender, receiver = socket.socketpair()
-    with sender, closing(RawClient.__new__(RawClient)) as client:
-        client.sock, client.buffer = receiver, bytearray()
-        sender.sendall(mizusync.encode_frame(BINARY, b"x" * size))
-        assert client.read_frame() == Frame(BINARY, b"x" * size)
+    sent = bytearray(mizusync.encode_frame(BINARY, b"x" * size))
+    assert take_frame(sent) == Frame(BINARY, b"x" * size)
+    assert not sent
 
 
 def test_empty_fragments_take_no_memory() -> None:
@@ -6242,7 +5780,7 @@ def test_the_handshake_answers_the_key(client: RawClient) -> None:
     assert reply.status == 101
     assert reply.headers["upgrade"].lower() == "websocket"
     assert reply.headers["connection"].lower() == "upgrade"
-    assert reply.headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+    assert reply.headers["sec-websocket-accept"] == ACCEPT
     absent = {"sec-websocket-extensions", "content-length", "transfer-encoding"}
     assert not absent & set(reply.headers)
 
@@ -6273,58 +5811,20 @@ def test_a_good_handshake_is_accepted_without_an_extension(
     assert visitor.quiet()
 
 
-@table(
-    "fields",
-    {
-        "no upgrade": {"Upgrade": "", "Connection": "keep-alive"},
-        "another upgrade": {"Upgrade": "h2c"},
-        "another version": {"Sec-WebSocket-Version": "8"},
-    },
-)
-def test_a_websocket_needs_an_upgrade_to_version_13(
-    visitor: RawClient, fields: dict[str, str]
-) -> None:
-    reply = visitor.upgrade(headers=fields)
-    assert refused(reply, 426)
-    assert reply.headers["upgrade"].lower() == "websocket"
-    assert "upgrade" in reply.headers["connection"].lower()  # RFC 9110 §7.8
-    assert reply.headers["sec-websocket-version"] == "13"  # RFC 6455 §4.4
-
-
-def handshake(*lines: bytes, line: bytes = b"GET /ws HTTP/1.1") -> bytes:
-    return raw(line, HOST, *UPGRADE, *lines)
-
-
-REFUSED_HANDSHAKES = {
-    "The request asks for no upgrade": (get(b"/ws"), 426),
-    "The request with a scope asks for no upgrade": (get(b"/ws?scope=s"), 426),
-    "The key is missing": (handshake(), 400),
-    "There are two keys": (handshake(KEY, KEY), 400),
-    "The key is empty": (handshake(b"Sec-WebSocket-Key:"), 400),
-    "The key is short": (handshake(b"Sec-WebSocket-Key: short"), 400),
-    "The key is no Base64": (handshake(b"Sec-WebSocket-Key: " + b"x" * 24), 400),
-    "The key has 10 bytes": (handshake(b"Sec-WebSocket-Key: dGhlIHNhbXBsZQ=="), 400),
-    "The key has a bad letter": (
-        handshake(b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j*Q=="),
-        400,
-    ),
-    "The method is POST": (handshake(KEY, line=b"POST /ws HTTP/1.1"), 405),
-    "The version is HTTP/1.0": (handshake(KEY, line=b"GET /ws HTTP/1.0"), 400),
-    "The scope is empty": (handshake(KEY, line=b"GET /ws?scope= HTTP/1.1"), 400),
-    "There are two scopes": (
-        handshake(KEY, line=b"GET /ws?scope=a&scope=b HTTP/1.1"),
-        400,
-    ),
-}
-
-
-@table("case", REFUSED_HANDSHAKES)
+@table("one", hostile.HANDSHAKES)
 def test_a_handshake_that_breaks_a_rule_is_refused_with_its_status(
-    visitor: RawClient, case: tuple[bytes, int]
+    visitor: RawClient, one: hostile.Hostile
 ) -> None:
-    sent, status = case
-    visitor.send(sent)
-    assert refused(visitor.response(), status)
+    for size in (len(one.sent), 1):
+        with closing(RawClient(visitor.address)) as client:
+            for at in range(0, len(one.sent), size):
+                client.send(one.sent[at : at + size])
+            reply = client.read_reply()
+            assert refused(reply, int(one.expected))
+            if reply.status == 426:
+                assert reply.headers["upgrade"].lower() == "websocket"
+                assert "upgrade" in reply.headers["connection"].lower()  # RFC 9110 §7.8
+                assert reply.headers["sec-websocket-version"] == "13"  # RFC 6455 §4.4
 
 
 @pytest.mark.parametrize(
@@ -6347,7 +5847,7 @@ def test_the_subprotocol_is_one_that_the_client_offered(
 def test_bytes_behind_the_handshake_belong_to_the_websocket(client: RawClient) -> None:
     subscribe = masked(TEXT, b'{"topic": "subscribe", "data": {}}')
     client.send(get(b"/ws", KEY, *UPGRADE) + subscribe + masked(PING, b"!"))
-    assert client.response().status == 101
+    assert client.read_reply().status == 101
     frames = {
         frame.opcode: frame.payload
         for frame in (client.read_frame(), client.read_frame())
@@ -6383,8 +5883,8 @@ def answers(code: int, *sent: bytes, back: Iterable[Frame] = ()) -> Dialogue:
     return Dialogue(b"".join(sent), list(back), code.to_bytes(2, "big"), is_answer=True)
 
 
-def text(payload: bytes, fin: bool = True, rsv: int = 0) -> bytes:
-    return masked(TEXT, payload, fin, rsv)
+def text(payload: bytes, fin: bool = True) -> bytes:
+    return masked(TEXT, payload, fin)
 
 
 def more(payload: bytes, fin: bool = False) -> bytes:
@@ -6517,106 +6017,32 @@ ECHOES = {
     },
 }
 
-LONG_PING = masked(PING, b"x" * 126)
-BROKEN_FRAMES = {
-    "The frame has no mask": b"\x81\x02hi",
-    "The length of 2 has two bytes": b"\x81\xfe\x00\x02abcdhi",
-    "The length of 2 has eight bytes": b"\x81\xff" + bytes(7) + b"\x02abcdhi",
-    "The length does not fit 63 bits": b"\x81\xff\x80" + bytes(7) + b"abcd",
-    # 2.5, 5.1, 5.2: control frames
-    "A ping has 126 bytes": LONG_PING,
-    "A close has 126 bytes": goodbye(1000, b"x" * 124),  # 7.3.6
-    "A ping is in fragments": ping(fin=False) + more(b"", True),
-    "A pong is in fragments": masked(PONG, b"hi", fin=False) + more(b"", True),
-    # 3.*: reserved bits
-    **{
-        f"A text has the reserved bits {rsv:03b}": text(b"hi", rsv=rsv)
-        for rsv in (1, 2, 3, 4)
-    },
-    "A binary message has reserved bits": masked(BINARY, b"hi", rsv=5),
-    "A ping has reserved bits": masked(PING, b"hi", rsv=6),
-    "A close has reserved bits": masked(CLOSE, b"\x03\xe8", rsv=7),
-    # 4.*: reserved opcodes
-    **{
-        f"The opcode {opcode} is reserved, {kind} payload": masked(opcode, payload)
-        + ping()
-        for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)
-        for kind, payload in (("without", b""), ("with", b"hi"))
-    },
-    # 5.9 to 5.18: continuations
-    "A last continuation continues nothing": more(b"hi", True),
-    "A continuation continues nothing": more(b"hi"),
-    "A message begins inside another": text(b"hi", False) + text(b"hi"),
-    "A message in fragments begins inside another": text(b"hi", False) * 2,
-    # 7.3.2, 7.9.*: close frames
-    "A close has one byte": masked(CLOSE, b"\x03"),
-    **{
-        f"A close has the code {code}": goodbye(code)
-        for code in (
-            *(0, 999, 1004, 1005, 1006, 1015, 1016),
-            *(1100, 2000, 2999, 5000, 65535),
-        )
-    },
+# Behind each stands a ping, which nothing may answer.
+HOSTILE_FRAMES = {
+    name: ends(int(one.expected), one.sent, ping())
+    for name, one in hostile.FRAMES.items()
 }
-# 6.*: these bytes stand where a character should.
-INVALID_UTF_8 = {
-    "a first continuation byte": b"\x80",
-    "a last continuation byte": b"\xbf",
-    "all continuation bytes": bytes(range(0x80, 0xC0)),
-    "a byte that begins two": b"\xc3 ",
-    "a byte that begins three": b"\xe0 ",
-    "a byte that begins four": b"\xf0 ",
-    "a character of two without its last byte": b"\xc3",
-    "a character of three without its last byte": b"\xef\xbf",
-    "a character of four without its last byte": b"\xf0\x90\x80",
-    "FE": b"\xfe",
-    "FF": b"\xff",
-    "a slash in two bytes": b"\xc0\xaf",
-    "a slash in three bytes": b"\xe0\x80\xaf",
-    "a slash in four bytes": b"\xf0\x80\x80\xaf",
-    "a slash in five bytes": b"\xf8\x80\x80\x80\xaf",
-    "a slash in six bytes": b"\xfc\x80\x80\x80\x80\xaf",
-    "U+007F in two bytes": b"\xc1\xbf",
-    "U+07FF in three bytes": b"\xe0\x9f\xbf",
-    "U+FFFF in four bytes": b"\xf0\x8f\xbf\xbf",
-    "a NUL in two bytes": b"\xc0\x80",
-    "the first surrogate": b"\xed\xa0\x80",
-    "the last surrogate": b"\xed\xbf\xbf",
-    "a pair of surrogates": b"\xed\xa0\x80\xed\xb0\x80",
-    "U+110000": b"\xf4\x90\x80\x80",
-    "U+1FFFFF": b"\xf7\xbf\xbf\xbf",
-    "a character in five bytes": b"\xf8\x88\x80\x80\x80",
-    "a character in six bytes": b"\xfc\x84\x80\x80\x80\x80",
+BINARY_MESSAGES = {  # only a session refuses them
+    name: HOSTILE_FRAMES.pop(name)
+    for name, one in hostile.FRAMES.items()
+    if one.expected == 1003
 }
 CLOSES = {
-    **{name: ends(1002, sent) for name, sent in BROKEN_FRAMES.items()},
+    **HOSTILE_FRAMES,
     # The text is refused as soon as it is wrong (6.4.*): its last frame does not come.
     **{
-        f"A text has {name}": ends(1007, text(GREEK + sent + b"edited"))
-        for name, sent in INVALID_UTF_8.items()
+        f"A text has {name}": ends(1007, text(GREEK + one.sent + b"edited"), ping())
+        for name, one in hostile.NOT_UTF_8.items()
     },
     **{
-        f"A fragment has {name}": ends(1007, text(GREEK, False), more(sent + b"edited"))
-        for name, sent in INVALID_UTF_8.items()
+        f"A fragment has {name}": ends(
+            1007, text(GREEK, False), more(one.sent + b"edited"), ping()
+        )
+        for name, one in hostile.NOT_UTF_8.items()
     },
-    "A character is wrong over two frames": ends(
-        1007, text(GREEK + b"\xf4", False), more(b"\x90")
-    ),
-    "A text ends inside a character": ends(1007, text(b"\xc3")),
-    "A text in fragments ends inside a character": ends(
-        1007, text(b"\xf0\x90", False), more(b"\x80", True)
-    ),
-    "A close has a reason of bad UTF-8": ends(1007, goodbye(1000, GREEK + b"\xff")),
     # Limits
-    "The length is above the limit": ends(
-        1009, b"\x81\xff" + (MIB + 1).to_bytes(8, "big")
-    ),
-    "The length is huge": ends(1009, b"\x81\xff\x7f" + b"\xff" * 7),
     "A text is above the limit": ends(1009, text(b" " * (MIB + 1))),
     "A text is far above the limit": ends(1009, text(b" " * (8 * MIB))),
-    "Fragments are above the limit": ends(
-        1009, text(b" " * (MIB // 2), False), more(b" " * (MIB // 2)), more(b" ")
-    ),
     # 7.*: the client closes
     **{
         f"A close with the code {code} is answered": answers(code, goodbye(code, GREEK))
@@ -6649,7 +6075,7 @@ CLOSES_OF_ECHO = {
         back=[Frame(BINARY, b"*" * (MIB // 4))],
     ),
     "Reserved bits after a message": ends(
-        1002, GOOD, text(b"hi", rsv=2), ping(), back=[HELLO]
+        1002, GOOD, masked(0x20 | TEXT, b"hi"), ping(), back=[HELLO]
     ),
     "A reserved opcode after a message": ends(
         1002, GOOD, masked(5, b"hi"), ping(), back=[HELLO]
@@ -6676,15 +6102,7 @@ def test_a_websocket_closes_with_the_code_of_the_fault(
         check_dialogue(visitor.address, target, dialogue)
 
 
-@table(
-    "dialogue",
-    {
-        "a message": ends(1003, masked(BINARY, b"{}"), ping()),
-        "a message in fragments": ends(
-            1003, masked(BINARY, b"{}", False), more(b"", True)
-        ),
-    },
-)
+@table("dialogue", BINARY_MESSAGES)
 def test_a_binary_message_closes_a_session_with_1003(
     visitor: RawClient, dialogue: Dialogue
 ) -> None:
@@ -6694,14 +6112,14 @@ def test_a_binary_message_closes_a_session_with_1003(
 def test_a_message_may_come_in_fragments_between_pings(server: Live) -> None:
     client = server.socket()
     message = '{"topic": "subscribe", "data": {"scope": "\u00e9"}}'.encode()
-    first, *others = pieces(message, range(1, 99))  # also inside the é
+    first, *others = pieces(message, range(1, len(message)))  # also inside the é
     client.send_frame(TEXT, first, fin=False)
     for piece in others:
         client.send_frame(0, piece, fin=False)
         client.send_frame(PING, piece)
         assert client.read_frame() == Frame(PONG, piece)
     client.send_frame(0, b"", fin=True)
-    assert client.read_json()["topic"] == "sync:\u00e9"
+    assert client.read_message()["topic"] == "sync:\u00e9"
 
 
 @table(
@@ -6737,8 +6155,8 @@ def test_a_client_that_answers_pings_stays_connected(start: Start) -> None:
         frame = client.read_frame()
         assert frame.opcode == PING
         client.send_frame(PONG, frame.payload)
-    client.say("subscribe", {})
-    assert client.read_json()["data"] == {"cursor": 0}
+    client.send_message("subscribe", {})
+    assert client.read_message()["data"] == {"cursor": 0}
 
 
 def test_a_client_that_answers_no_ping_is_disconnected(start: Start) -> None:
@@ -6746,8 +6164,8 @@ def test_a_client_that_answers_no_ping_is_disconnected(start: Start) -> None:
     client = live.socket()
     assert client.read_frame().opcode == PING
     until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 0)
-    with pytest.raises((EOFError, ConnectionError)):
-        client.take(10_000)
+    with suppress(ConnectionResetError):
+        client.read_rest()
 
 
 def test_a_client_that_reads_no_pongs_is_no_longer_read_from(start: Start) -> None:
@@ -6763,7 +6181,7 @@ def close(session: mizusync.Session, topic: str, data: Any) -> None:
 
 def test_a_long_close_reason_is_cut_between_characters(start: Start) -> None:
     client = start(on_message=close).socket()
-    client.say("close", [4000, "\u00e9" * 200])
+    client.send_message("close", [4000, "\u00e9" * 200])
     # RFC 6455 §5.5
     assert client.read_frame() == Frame(CLOSE, b"\x0f\xa0" + b"\xc3\xa9" * 61)
 
@@ -6772,7 +6190,7 @@ def test_a_forbidden_close_code_is_an_error_of_the_application(start: Start) -> 
     live = start(on_message=close)
     client = live.socket()
     for code in (0, 999, 1004, 1006, 1015, 2000, 5000, 70000):
-        client.say("close", [code, ""])
+        client.send_message("close", [code, ""])
         live.logged("Traceback")  # RFC 6455 §7.4
         assert client.quiet()
 
@@ -6808,7 +6226,7 @@ def test_a_push_is_hinted_and_a_pull_sees_it(server: Live) -> None:
     client = server.socket("/ws?scope=caf%C3%A9")
     client.subscribe()
     (result,) = server.client().push(note("a", scope="caf\u00e9"))
-    assert client.read_json() == hint_of("caf\u00e9", result["cursor"])
+    assert client.read_message() == hint_of("caf\u00e9", result["cursor"])
     assert server.client().pull(scope="caf\u00e9")["changes"] == result["changes"]
 
 
@@ -6817,7 +6235,7 @@ def test_a_session_may_subscribe_to_another_scope(server: Live) -> None:
     assert client.subscribe(scope="two")["topic"] == "sync:two"
     server.client().push(note("a", scope="one"))
     (result,) = server.client().push(note("b", scope="two"))
-    assert client.read_json() == hint_of("two", result["cursor"])
+    assert client.read_message() == hint_of("two", result["cursor"])
 
 
 def test_a_change_in_another_scope_is_hinted_there(server: Live) -> None:
@@ -6825,7 +6243,7 @@ def test_a_change_in_another_scope_is_hinted_there(server: Live) -> None:
     client.subscribe(scope="two")
     share = {"id": "a", "name": "share", "args": ["one", "two", "one"]}
     (result,) = server.client().push(share)
-    assert client.read_json()["data"] == {"cursor": result["cursor"] - 1}
+    assert client.read_message()["data"] == {"cursor": result["cursor"] - 1}
 
 
 def test_a_session_that_unsubscribed_gets_no_more_hints(server: Live) -> None:
@@ -6833,11 +6251,11 @@ def test_a_session_that_unsubscribed_gets_no_more_hints(server: Live) -> None:
     for one in (client, witness):
         one.subscribe()
         one.subscribe(scope="two")
-    client.say("unsubscribe", {})
-    client.say("unsubscribe", {"scope": "two"})
+    client.send_message("unsubscribe", {})
+    client.send_message("unsubscribe", {"scope": "two"})
     assert client.quiet()
     server.client().push(note("a"), note("b", scope="two"))
-    topics = {witness.read_json()["topic"] for _ in range(2)}
+    topics = {witness.read_message()["topic"] for _ in range(2)}
     assert topics == {"sync:_default", "sync:two"}
     assert client.quiet()
 
@@ -6846,7 +6264,7 @@ def test_a_session_that_did_not_subscribe_gets_no_hint(server: Live) -> None:
     client, witness = server.socket(), server.socket()
     witness.subscribe()
     server.client().push(note("a"))
-    witness.read_json()
+    witness.read_message()
     assert client.quiet()
 
 
@@ -6855,13 +6273,13 @@ def test_hints_carry_the_changes_to_a_session_that_asked_for_them(server: Live) 
     plain.subscribe()
     assert client.subscribe(changes=True)["data"]["cursor"] == 0
     (result,) = server.client().push(note("a", {"x": "\u00e9"}))
-    hint = client.read_json()
+    hint = client.read_message()
     assert list(hint) == ["topic", "data"]
     assert list(hint["data"]) == ["cursor", "epoch", "after", "changes"]
     assert hint["data"]["changes"] == result["changes"]
     assert hint["data"]["cursor"] == result["cursor"] > hint["data"]["after"] >= 0
     assert hint["data"]["epoch"] == server.client().pull()["epoch"]
-    assert plain.read_json()["data"] == {"cursor": result["cursor"]}
+    assert plain.read_message()["data"] == {"cursor": result["cursor"]}
 
 
 def test_hints_with_changes_and_pulls_give_the_whole_log(server: Live) -> None:
@@ -6871,7 +6289,7 @@ def test_hints_with_changes_and_pulls_give_the_whole_log(server: Live) -> None:
     for number in range(60):
         (result,) = pusher.push({"id": str(number), "name": "notes", "args": number})
     while cursor < result["cursor"]:
-        hint = client.read_json()["data"]
+        hint = client.read_message()["data"]
         if hint.get("after", 2**53) > cursor or hint["epoch"] != epoch:
             hint = server.client().pull(cursor=cursor, epoch=epoch, limit=1000)
         found += [change for change in hint["changes"] if change["cursor"] > cursor]
@@ -6889,7 +6307,7 @@ def test_a_large_hint_comes_without_changes(server: Live, args: dict[str, Any]) 
     client = server.socket()
     client.subscribe(changes=True)
     (result,) = server.client().push(note("a") | args)
-    assert client.read_json()["data"] == {"cursor": result["cursor"]}
+    assert client.read_message()["data"] == {"cursor": result["cursor"]}
 
 
 def test_the_last_subscribe_decides_whether_hints_carry_changes(server: Live) -> None:
@@ -6897,10 +6315,10 @@ def test_the_last_subscribe_decides_whether_hints_carry_changes(server: Live) ->
     client.subscribe(changes=True)
     client.subscribe(changes=False)
     (result,) = server.client().push(note("a"))
-    assert client.read_json()["data"] == {"cursor": result["cursor"]}
+    assert client.read_message()["data"] == {"cursor": result["cursor"]}
     client.subscribe(changes=True)
     server.client().push(note("b"))
-    assert "changes" in client.read_json()["data"]
+    assert "changes" in client.read_message()["data"]
 
 
 def test_cursors_of_a_topic_never_go_down(server: Live) -> None:
@@ -6908,9 +6326,9 @@ def test_cursors_of_a_topic_never_go_down(server: Live) -> None:
     cursors = [client.subscribe()["data"]["cursor"]]
     for number in range(50):
         (result,) = pusher.push(note(str(number)))
-        client.say("subscribe", {"changes": number % 2 == 0})
+        client.send_message("subscribe", {"changes": number % 2 == 0})
     while cursors[-1] < result["cursor"]:
-        cursors.append(client.read_json()["data"]["cursor"])
+        cursors.append(client.read_message()["data"]["cursor"])
     assert cursors == sorted(cursors)
 
 
@@ -6920,8 +6338,8 @@ def test_a_commit_of_another_process_is_hinted(server: Live, tmp_path: Path) -> 
     waiting.send(get(b"/sync/pull?wait=60"))
     with closing(Engine(tmp_path / "log.db", apply=apply, schema=SCHEMA)) as other:
         (result,) = other.submit([Mutation("a", "note", 7)]).result(PATIENCE)
-    assert session.read_json()["data"]["cursor"] == result.cursor
-    assert waiting.response().json["changes"][0]["data"] == 7
+    assert session.read_message()["data"]["cursor"] == result.cursor
+    assert waiting.read_reply().json["changes"][0]["data"] == 7
 
 
 def test_the_newest_cursor_is_sent_again_after_silence(start: Start) -> None:
@@ -6929,7 +6347,7 @@ def test_the_newest_cursor_is_sent_again_after_silence(start: Start) -> None:
     (result,) = live.client().push(note("a"))
     client, started = live.socket(), time.monotonic()
     hint = client.subscribe()
-    assert client.read_json() == client.read_json() == hint
+    assert client.read_message() == client.read_message() == hint
     assert hint["data"] == {"cursor": result["cursor"]}
     assert time.monotonic() - started > MOMENT * 1.5
 
@@ -6942,11 +6360,11 @@ def test_a_session_that_reads_slowly_gets_the_newest_cursor(start: Start) -> Non
         (result,) = pusher.push(note(str(number), "x" * 12_000))
     size, cursor = 0, 0
     while cursor < result["cursor"]:
-        hint = client.read_json()["data"]
+        hint = client.read_message()["data"]
         size, cursor = size + len(json.dumps(hint)), hint["cursor"]
     assert size < 600_000  # of 1,200,000: hints that it did not read were merged
     (result,) = pusher.push(note("after"))
-    assert client.read_json()["data"]["cursor"] == result["cursor"]
+    assert client.read_message()["data"]["cursor"] == result["cursor"]
 
 
 def subscribers(live: Live) -> int:
@@ -6954,7 +6372,7 @@ def subscribers(live: Live) -> int:
     witness, before = live.socket(), live.server.stats()["hints_sent"]
     witness.subscribe()
     live.client().push(note(f"{uuid.uuid4()}"))
-    witness.read_json()
+    witness.read_message()
     until(lambda: live.server.stats()["hints_sent"] > before)
     return int(live.server.stats()["hints_sent"] - before - 1)
 
@@ -6972,7 +6390,7 @@ def joined(
 
     def join(client: RawClient) -> mizusync.Session:
         number = len(came)
-        client.say("join")
+        client.send_message("join")
         until(lambda: len(came) > number)
         live.call(live.server.subscribe, came[-1], "news")
         return came[-1]
@@ -6985,7 +6403,7 @@ def test_a_topic_of_the_application_reaches_its_subscribers_alone(start: Start) 
     member, guest = live.socket(), live.socket()
     session = join(member)
     live.call(live.server.publish, "news", {"n": [1, "\u00e9"]})
-    assert member.read_json() == {"topic": "news", "data": {"n": [1, "\u00e9"]}}
+    assert member.read_message() == {"topic": "news", "data": {"n": [1, "\u00e9"]}}
     live.call(live.server.unsubscribe, session, "news")
     live.call(live.server.publish, "news", 2)
     assert member.quiet()
@@ -7001,7 +6419,7 @@ def test_a_session_too_slow_for_published_messages_is_closed(start: Start) -> No
     join(quick)
     for number in range(500):
         live.call(live.server.publish, "news", [number, "x" * 2000])
-        assert quick.read_json()["data"][0] == number
+        assert quick.read_message()["data"][0] == number
     assert slow.read_close() == 1013
     until(lambda: live.client().request("GET", "/healthz").json["sessions"] == 1)
 
@@ -7041,7 +6459,7 @@ def test_restoring_an_older_copy_closes_sessions(start: Start, tmp_path: Path) -
         reply = client.request("GET", f"/sync/pull?{query}")
         assert refused(reply, 410, code="cursor_unknown")
         (result,) = client.push(note(key))
-        assert session.read_json()["data"] == {"cursor": result["cursor"]}
+        assert session.read_message()["data"] == {"cursor": result["cursor"]}
 
 
 def test_heartbeats_go_on_if_another_subscriber_fails(start: Start) -> None:
@@ -7065,7 +6483,7 @@ def test_heartbeats_go_on_if_another_subscriber_fails(start: Start) -> None:
     until(lambda: len(broken.messages) > 2)
     live.logged("gone")
     client = live.socket()
-    assert client.subscribe() == client.read_json() == client.read_json()
+    assert client.subscribe() == client.read_message() == client.read_message()
 
 
 def test_a_subscribe_whose_on_auth_fails_ends_the_session_at_once(
@@ -7128,64 +6546,35 @@ def test_the_application_cannot_publish_to_the_topic_of_a_scope(server: Live) ->
         server.call(server.server.publish, "sync:_default", {"cursor": 7})
 
 
-@pytest.mark.parametrize("topic", ["news", "sync:_default", "sync:", "", "Subscribe"])
-def test_a_topic_without_a_handler_is_unknown(visitor: RawClient, topic: str) -> None:
-    assert visitor.upgrade().status == 101
-    visitor.say(topic, {"cursor": 1})
-    answer = visitor.read_json()
-    assert (answer["topic"], answer["data"]["code"]) == ("error", "unknown_topic")
-    assert list(answer["data"]) == ["code", "error"]
-    assert visitor.subscribe()["topic"] == "sync:_default"
-
-
 def test_topics_of_scopes_never_reach_the_application(start: Start) -> None:
     live, join = joined(start)
     client = live.socket()
-    client.say("sync:_default", {"cursor": 1})
-    assert client.read_json()["data"]["code"] == "unknown_topic"
+    client.send_message("sync:_default", {"cursor": 1})
+    assert client.read_message()["data"]["code"] == "unknown_topic"
     join(client)  # it would find the other message first
 
 
-BAD_MESSAGES = {
-    "nothing": b"",
-    "no JSON": b"hello",
-    "a list": b"[]",
-    "a number": b"1",
-    "null": b"null",
-    "no topic": b'{"data": {}}',
-    "a number as a topic": b'{"topic": 1, "data": {}}',
-    "null as a topic": b'{"topic": null}',
-    "NaN": b'{"topic": "x", "data": NaN}',
-    "a number that becomes infinite": b'{"topic": "x", "data": 1e400}',
-    "half a surrogate pair": b'{"topic": "\\ud800", "data": 1}',
-    "65 levels": b'{"topic": "x", "data": ' + b"[" * 64 + b"]" * 64 + b"}",
-    "90,000 levels": b'{"topic": "x", "data": ' + b"[" * 90_000 + b"]" * 90_000 + b"}",
-    "5,000 digits": b'{"topic": "x", "data": ' + b"9" * 5000 + b"}",
-    "an empty scope": b'{"topic": "subscribe", "data": {"scope": ""}}',
-    "a scope of 257 letters": b'{"topic": "subscribe", "data": {"scope": "%b"}}'
-    % (b"x" * 257),
-    "a number as a scope": b'{"topic": "subscribe", "data": {"scope": 7}}',
-    "an empty scope to unsubscribe": b'{"topic": "unsubscribe", "data": {"scope": ""}}',
-}
-
-
-@table("message", BAD_MESSAGES)
-def test_an_invalid_message_is_answered_and_the_session_goes_on(
-    visitor: RawClient, message: bytes
+@table("one", hostile.MESSAGES)
+def test_a_message_that_can_not_be_served_is_answered_and_the_session_goes_on(
+    visitor: RawClient, one: hostile.Hostile
 ) -> None:
     assert visitor.upgrade().status == 101
-    visitor.send_frame(TEXT, message)
-    answer = visitor.read_json()
-    assert list(answer) == ["topic", "data"]
-    assert (answer["topic"], answer["data"]["code"]) == ("error", "invalid_message")
-    assert isinstance(answer["data"]["error"], str)
+    sent = masked(TEXT, one.sent)
+    for size in (len(sent), 1) if len(sent) < 1000 else (len(sent),):
+        for at in range(0, len(sent), size):
+            visitor.send(sent[at : at + size])
+        answer = visitor.read_message()
+        assert list(answer) == ["topic", "data"]
+        assert list(answer["data"]) == ["code", "error"]
+        assert (answer["topic"], answer["data"]["code"]) == ("error", one.expected)
+        assert isinstance(answer["data"]["error"], str)
     assert visitor.subscribe() == {"topic": "sync:_default", "data": {"cursor": 0}}
 
 
 def test_unknown_fields_of_a_message_are_ignored(server: Live) -> None:
     client = server.socket()
     client.send_frame(TEXT, b'{"ref": 1, "topic": "subscribe", "data": {"since": 3}}')
-    assert client.read_json()["topic"] == "sync:_default"
+    assert client.read_message()["topic"] == "sync:_default"
 
 
 def test_more_topics_than_a_session_may_have_are_too_large(start: Start) -> None:
@@ -7195,7 +6584,7 @@ def test_more_topics_than_a_session_may_have_are_too_large(start: Start) -> None
     assert client.subscribe(scope="two")["topic"] == "sync:two"
     assert client.subscribe(scope="three")["data"]["code"] == "too_large"
     assert client.subscribe(scope="two")["topic"] == "sync:two"  # one that it has
-    client.say("unsubscribe", {"scope": "two"})
+    client.send_message("unsubscribe", {"scope": "two"})
     assert client.subscribe(scope="three")["topic"] == "sync:three"
 
 
@@ -7211,9 +6600,12 @@ def test_other_topics_are_handed_to_on_message(start: Start, waits: bool) -> Non
     live = start(on_message=later if waits else at_once)
     client = live.socket("/ws?scope=s")
     for number in range(3):
-        client.say("hello", number)
+        client.send_message("hello", number)
     for number in range(3):
-        assert client.read_json() == {"topic": "answer", "data": ["s", "hello", number]}
+        assert client.read_message() == {
+            "topic": "answer",
+            "data": ["s", "hello", number],
+        }
     assert client.subscribe()["topic"] == "sync:s"
 
 
@@ -7227,11 +6619,11 @@ def test_an_exception_of_on_message_ends_no_session(start: Start, waits: bool) -
 
     live = start(on_message=broken_later if waits else broken)
     client = live.socket()
-    client.say("hello")
-    client.say("subscribe", {})
-    received = [client.read_json()]
+    client.send_message("hello")
+    client.send_message("subscribe", {})
+    received = [client.read_message()]
     if received[0]["topic"] == "error":  # it may say that it failed, but not why
-        received.append(client.read_json())
+        received.append(client.read_message())
     assert "secret" not in str(received)
     assert received[-1]["topic"] == "sync:_default"
     live.logged("a secret of the inside")
@@ -7251,7 +6643,7 @@ def test_a_session_ends_with_its_peer_though_on_message_hangs(start: Start) -> N
         client, before = live.socket(), len(entered)
         client.subscribe()
         for _ in range(20):  # more than is read ahead
-            client.say("hello", "x" * 10_000)
+            client.send_message("hello", "x" * 10_000)
         until(lambda: len(entered) > before)  # noqa: B023
         leave(client)
     until(lambda: live.server.stats()["sessions"] == 0)
@@ -7306,7 +6698,7 @@ def test_a_session_goes_on_if_what_on_message_waits_for_is_cancelled(
     live = start(on_message=on_message)
     client = live.socket()
     for _ in range(2):
-        client.say("hello")
+        client.send_message("hello")
     assert client.subscribe()["topic"] == "sync:_default"
     live.logged("on_message failed")
 
@@ -7368,7 +6760,7 @@ def test_the_application_may_close_a_session(start: Start) -> None:
 
     live = start(on_message=on_message)
     client = live.socket()
-    client.say("hello")
+    client.send_message("hello")
     assert client.read_frame() == Frame(CLOSE, b"\x0f\xa0enough")
 
 
@@ -7494,7 +6886,7 @@ def test_a_raw_websocket_sending_to_a_lost_one_closes_with_1011(start: Start) ->
     until(lambda: len(gone) == 2)
     first.close()
     until(lambda: live.server.stats()["connections"] == 1)
-    second.say("hello")
+    second.send_message("hello")
     assert second.read_close() == 1011
     live.logged("Traceback")
 
@@ -7799,7 +7191,7 @@ ANNOUNCED = b"Content-Length: 1000000"  # of a body that never comes
 def test_without_the_token_a_body_is_not_read(guarded: Live, sent: bytes) -> None:
     client = guarded.client()
     client.send(sent)
-    assert refused(reply := client.response(), 401)
+    assert refused(reply := client.read_reply(), 401)
     assert reply.headers["connection"] == "close"
     assert client.ended()
 
@@ -7938,8 +7330,8 @@ def test_the_value_that_on_auth_returned_is_the_identity(
     (result,) = live.client().push({"id": "a", "name": "who"}, headers=ANN)
     assert result["changes"][0]["data"] == "ann"
     client = live.socket("/ws", ANN)
-    client.say("who?")
-    assert client.read_json() == {"topic": "you", "data": "ann"}
+    client.send_message("who?")
+    assert client.read_message() == {"topic": "you", "data": "ann"}
 
 
 def test_an_exception_of_on_auth_refuses_every_request(start: Start) -> None:
@@ -8046,11 +7438,11 @@ def test_a_scope_without_permission_is_unsubscribed(
     client.subscribe(scope="s")
     client.subscribe(scope="t")
     permits.answers["s"] = no
-    answer = client.read_json()
+    answer = client.read_message()
     assert answer["topic"] == "error"
     assert (answer["data"]["code"], answer["data"]["scope"]) == ("forbidden", "s")
     live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(PATIENCE)
-    assert client.read_json()["topic"] == "sync:t"  # the session goes on
+    assert client.read_message()["topic"] == "sync:t"  # the session goes on
     permits.ask_again()
     assert client.quiet()  # the error comes once
     permits.answers.clear()
@@ -8063,11 +7455,11 @@ def test_a_refused_subscribe_also_unsubscribes(start: Start, permits: Permits) -
     client.subscribe(scope="s")
     client.subscribe(scope="t")
     permits.answers["s"] = mizusync.Forbidden("no more")
-    client.say("subscribe", {"scope": "s"})
-    answer = client.read_json()["data"]
+    client.send_message("subscribe", {"scope": "s"})
+    answer = client.read_message()["data"]
     assert (answer["code"], answer["scope"]) == ("forbidden", "s")
     live.engine.submit([note("a", scope="s"), note("b", scope="t")]).result(PATIENCE)
-    assert client.read_json()["topic"] == "sync:t"
+    assert client.read_message()["topic"] == "sync:t"
     assert client.quiet()
 
 
@@ -8076,11 +7468,11 @@ def test_a_session_may_outlive_its_own_scope(start: Start, permits: Permits) -> 
     client = live.socket("/ws?scope=own")
     client.subscribe(scope="other")
     permits.answers["own"] = mizusync.Forbidden("no more")
-    assert client.read_json()["data"]["scope"] == "own"
+    assert client.read_message()["data"]["scope"] == "own"
     permits.ask_again()
     assert client.quiet()
     permits.answers["other"] = mizusync.Forbidden("no more")
-    assert client.read_json()["data"]["scope"] == "other"
+    assert client.read_message()["data"]["scope"] == "other"
     assert client.read_close() == 1008
 
 
@@ -8111,8 +7503,8 @@ def test_the_own_scope_decides_the_identity(start: Start, permits: Permits) -> N
     client.subscribe(scope="other")
 
     def identity() -> Any:
-        client.say("who?")
-        return client.read_json()["data"]
+        client.send_message("who?")
+        return client.read_message()["data"]
 
     assert identity() == "ann"
     permits.answers |= {"other": "bob", "own": "ann, admin"}
@@ -8158,7 +7550,7 @@ def test_hanging_scopes_do_not_delay_another(start: Start, permits: Permits) -> 
     for scope in (*scopes, "s"):
         client.subscribe(scope=scope)
     permits.answers = dict.fromkeys(scopes, ...) | {"s": mizusync.Forbidden("no more")}
-    assert client.read_json()["data"]["scope"] == "s"
+    assert client.read_message()["data"]["scope"] == "s"
 
 
 @pytest.mark.parametrize("target", ["/ws", "/sync/pull", "subscribe"])
@@ -8171,7 +7563,7 @@ def test_a_reset_while_on_auth_runs_leaves_no_task(start: Start, target: str) ->
     before = live.tasks()
     if target == "subscribe":
         client = live.socket("/ws?scope=quick")
-        client.say("subscribe", {"scope": "another"})
+        client.send_message("subscribe", {"scope": "another"})
     else:
         client = live.client()
         client.send(RUDE_UPGRADE.replace(b"/ws", target.encode()))
@@ -8222,7 +7614,7 @@ def test_head_or_a_repeated_key_does_not_bypass_on_auth(watched: Live) -> None:
     client = watched.socket("/ws?scope=s", ANN)
     subscribe = b'{"topic": "subscribe", "data": {}, "data": {"changes": true'
     client.send_frame(TEXT, subscribe + twice + b"}")
-    assert client.read_json()["data"]["code"] == "forbidden"
+    assert client.read_message()["data"]["code"] == "forbidden"
 
 
 def test_a_pull_that_waits_may_lose_its_permission(start: Start, doors: Doors) -> None:
@@ -8232,7 +7624,7 @@ def test_a_pull_that_waits_may_lose_its_permission(start: Start, doors: Doors) -
     until(lambda: doors.asked)
     doors.shut = True
     live.engine.submit([note("a")]).result(PATIENCE)
-    assert refused(client.response(), 401)
+    assert refused(client.read_reply(), 401)
 
 
 def test_a_preflight_needs_no_token(start: Start) -> None:
@@ -8548,7 +7940,7 @@ def test_stats_count_pushes_by_outcome_commits_pulls_and_answers(start: Start) -
     for target, status in (("/sync/snapshot", 200), ("/nowhere", 404)):
         assert client.request("GET", target).status == status
     client.send(b"nonsense\r\n\r\n")
-    assert client.response().status == 400
+    assert client.read_reply().status == 400
     client.close()
     until(lambda: live.server.stats()["connections"] == 0)
     stats = live.server.stats()
@@ -8603,7 +7995,7 @@ def test_stats_count_hints_sent_and_merged(server: Live) -> None:
 
     server.call(burst)
     for session in sessions:
-        while session.read_json()["data"]["cursor"] < 9:
+        while session.read_message()["data"]["cursor"] < 9:
             pass
 
     def are_counted() -> bool:
@@ -8633,7 +8025,7 @@ ENDS: dict[str, tuple[Callable[[RawClient, Live], Any], str]] = {
         "1003 messages are",
     ),
     "the application closes": (
-        lambda client, live: client.say("enough"),
+        lambda client, live: client.send_message("enough"),
         "1008 not any more",
     ),
     "the client answers no ping": (
@@ -8750,7 +8142,7 @@ def test_more_connections_than_the_limit_are_unavailable(start: Start) -> None:
     first, second, third = live.client(), live.client(), live.client()
     for client in (first, second):
         assert client.request("GET", "/healthz").status == 200
-    assert refused(third.response(), 503)
+    assert refused(third.read_reply(), 503)
     assert third.ended()
     third.close()
     assert first.request("GET", "/healthz").status == 200
@@ -8808,7 +8200,7 @@ def test_above_max_unsent_requests_are_unavailable(start: Start) -> None:
             assert refused(live.client().request("POST", "/sync/push", BODY), 503)
             assert refused(live.client().upgrade(), 503)
             assert session.quiet()  # an open session stays
-            assert slow.response().status == 200
+            assert slow.read_reply().status == 200
             until(lambda: live.client().request("GET", "/it").status == 200)
     until(lambda: live.server.stats()["unsent_bytes"] == 0)
     assert [change["cursor"] for change in client.pull()["changes"]] == [1]
@@ -8827,8 +8219,8 @@ def test_pulls_that_waited_together_are_answered_up_to_max_unsent(
         client.send(get(b"/sync/pull?wait=60", *lines))
     until(lambda: live.server.stats()["pulls_from_memory"] == 8)
     push(live.engine, note("a", "x" * LARGE))
-    statuses = [client.line().split()[1] for client in waiting]  # and no more is read
-    assert sorted(statuses) == [b"200"] + [b"503"] * 7
+    begun = [client.sock.recv(12) for client in waiting]  # and no more is read
+    assert sorted(begun) == [b"HTTP/1.1 200"] + [b"HTTP/1.1 503"] * 7
 
 
 def test_messages_that_a_session_does_not_read_count_as_unsent(start: Start) -> None:
@@ -8846,10 +8238,12 @@ def test_a_stop_closes_sessions_and_answers_pulls_that_wait(server: Live) -> Non
     session, waiting, idle = server.socket(), server.client(), server.client()
     assert idle.request("GET", "/healthz").status == 200
     waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
-    assert waiting.response().json["status"] == "ok"  # so the pull has arrived as well
+    assert (
+        waiting.read_reply().json["status"] == "ok"
+    )  # so the pull has arrived as well
     server.stop()
     assert session.read_close() == 1001
-    assert waiting.response().json["changes"] == []
+    assert waiting.read_reply().json["changes"] == []
     assert waiting.ended()
     assert idle.ended()
     with pytest.raises(ConnectionError):
@@ -8865,7 +8259,7 @@ def test_a_push_in_flight_is_answered_before_the_server_stops(start: Start) -> N
     live.stop()
     assert session.read_close() == 1001
     release.set()
-    assert client.response().json[0]["changes"][0]["data"] == "a"
+    assert client.read_reply().json[0]["changes"][0]["data"] == "a"
     assert client.ended()
 
 
@@ -8880,7 +8274,7 @@ def test_a_stop_does_not_wait_for_half_a_request(start: Start, half: bytes) -> N
     live = start(head_timeout=late, body_timeout=late, shutdown_timeout=late)
     client = live.client()
     client.send(HEALTHZ + half)
-    assert client.response().status == 200  # so the half has arrived as well
+    assert client.read_reply().status == 200  # so the half has arrived as well
     live.stop()
     client.sock.settimeout(SOON)
     while client.sock.recv(65536):  # an answer such as 408, or none
@@ -8935,7 +8329,7 @@ def test_a_half_close_answers_a_pull_that_waits(client: RawClient) -> None:
     client.send(get(b"/sync/pull?wait=60"))
     client.half_close()
     client.sock.settimeout(SOON)
-    assert client.response().json["changes"] == []
+    assert client.read_reply().json["changes"] == []
     assert client.ended()
 
 
@@ -8943,7 +8337,7 @@ def test_a_pull_that_waits_does_not_keep_a_closed_connection(server: Live) -> No
     clients = [server.client() for _ in range(20)]
     for client in clients:
         client.send(HEALTHZ + get(b"/sync/pull?wait=60"))
-        assert client.response().status == 200  # so the pull has arrived as well
+        assert client.read_reply().status == 200  # so the pull has arrived as well
         client.close()
     deadline = time.monotonic() + SOON
     while server.call(server.server.stats)["connections"]:
@@ -8966,7 +8360,7 @@ def test_clients_that_connected_before_a_stop_are_answered(server: Live) -> None
     for client in clients:
         client.send(HEALTHZ)
     release.set()
-    assert [client.response().status for client in clients] == [200] * len(clients)
+    assert [client.read_reply().status for client in clients] == [200] * len(clients)
 
 
 @contextmanager
@@ -9107,7 +8501,7 @@ def test_pipelined_requests_do_not_starve_other_tasks(start: Start) -> None:
     client = start(route=answer).client()
     client.send(get(b"/it") * 500)
     for _ in range(500):
-        assert client.response().status == 200
+        assert client.read_reply().status == 200
     assert answered_before_another_task[0] < 5
 
 
@@ -9159,7 +8553,7 @@ def test_a_refused_client_that_stays_is_closed_after_the_linger(start: Start) ->
     live = start(linger_timeout=MOMENT)
     client = live.client()
     client.send(b"nonsense\r\n\r\n")
-    assert refused(client.response(), 400)
+    assert refused(client.read_reply(), 400)
     until(lambda: live.server.stats()["connections"] == 0)
 
 
@@ -9199,7 +8593,7 @@ def test_pipelined_pulls_that_wait_end_with_their_client(start: Start) -> None:
     live = start(max_pull_wait=MOMENT)
     client = live.client()
     client.send(get(b"/sync/pull?wait=60") * 4000)  # all of them would take minutes
-    assert client.response().status == 200
+    assert client.read_reply().status == 200
     client.close()
     until(lambda: live.server.stats()["connections"] == 0)
 
@@ -9254,7 +8648,7 @@ def test_no_more_readers_read_at_once_than_the_limit(start: Start) -> None:
     # When this is answered, all five requests have arrived.
     assert live.client().request("GET", "/nowhere").status == 404
     release.set()
-    assert [client.response().status for client in clients] == [200] * 5
+    assert [client.read_reply().status for client in clients] == [200] * 5
     assert max(most) == 2
 
 
@@ -9351,7 +8745,7 @@ def test_a_program_without_descriptors_lets_new_clients_wait(tmp_path: Path) -> 
         assert first.push(todo("create", id="2", title="y"))[0]["ok"]
         for client in (*others, first):
             client.close()
-        assert waiting.response().status == 200
+        assert waiting.read_reply().status == 200
         waiting.close()
         status, _, complained = running.end(signal.SIGTERM)
         assert (status, faults(complained).count("\n") <= 1) == (0, True), complained
@@ -9623,11 +9017,11 @@ def test_a_signal_stops_the_program_gracefully(
     session, waiting = running.client(), running.client()
     assert session.upgrade("/ws?scope=list").status == 101
     waiting.send(HEALTHZ + get(b"/sync/pull?wait=60"))
-    assert waiting.response().status == 200
+    assert waiting.read_reply().status == 200
     session.subscribe()
     running.process.send_signal(number)
     assert session.read_close() == 1001
-    assert waiting.response().json["changes"] == []
+    assert waiting.read_reply().json["changes"] == []
     waiting.close()
     stdout, stderr = running.process.communicate(timeout=PATIENCE)
     assert (running.process.returncode, stdout) == (0, "")
@@ -9675,7 +9069,7 @@ def test_a_second_signal_ends_a_program_whose_writer_waits_for_a_lock(
         assert session.upgrade().status == 101
         other.execute("BEGIN IMMEDIATE")
         pusher.send(HEALTHZ + post(LENGTH))
-        assert pusher.response().status == 200  # so the push has arrived as well
+        assert pusher.read_reply().status == 200  # so the push has arrived as well
         running.process.send_signal(number)
         assert session.read_frame().opcode == CLOSE  # the first signal has arrived
         running.process.send_signal(number)
@@ -10287,30 +9681,33 @@ def test_the_board_has_notes_that_last_a_chat_and_who_is_there(tmp_path: Path) -
             (away, "attic"),
         ):
             assert client.upgrade(f"/ws?scope={scope}").status == 101
-        ben.say("say", {"text": "nobody knows me"})
-        assert ben.read_json()["topic"] == "error"
+        ben.send_message("say", {"text": "nobody knows me"})
+        assert ben.read_message()["topic"] == "error"
         for client, name, present, hearers in (
             (ann, "Ann", ["Ann"], [ann]),
             (ben, "Ben", ["Ann", "Ben"], [ann, ben]),
             (again, "Ann", ["Ann", "Ben"], [ann, ben, again]),
             (away, "Cy", ["Cy"], [away]),
         ):
-            client.say("hello", {"name": name})
+            client.send_message("hello", {"name": name})
             for hearer in hearers:
                 where = "attic" if client is away else "hall"
-                assert hearer.read_json() == {"topic": f"here:{where}", "data": present}
-        ben.say("say", {"text": "tea?"})
+                assert hearer.read_message() == {
+                    "topic": f"here:{where}",
+                    "data": present,
+                }
+        ben.send_message("say", {"text": "tea?"})
         for hearer in (ann, again, ben):
             said = {"topic": "chat:hall", "data": {"name": "Ben", "text": "tea?"}}
-            assert hearer.read_json() == said
+            assert hearer.read_message() == said
         assert away.quiet()
         again.close()
-        assert ben.read_json()["data"] == [
+        assert ben.read_message()["data"] == [
             "Ann",
             "Ben",
         ]  # one of her two pages is still open
         ann.reset()
-        assert ben.read_json()["data"] == ["Ben"]
+        assert ben.read_message()["data"] == ["Ben"]
         with closing(RawClient(address)) as client:
             put = {
                 "scope": "hall",
@@ -10392,7 +9789,7 @@ def test_requests_of_flask_push_from_their_threads_and_live_clients_hear_of_it(
             answers = list(pool.map(order, [str(number % 8) for number in range(24)]))
             assert {status for status, _ in answers} == {200}
             assert sum("duplicate" in result for _, result in answers) == 16
-            while session.read_json()["data"]["cursor"] < 8:
+            while session.read_message()["data"]["cursor"] < 8:
                 pass  # hints merge
         for key, dish, status in (("8", "", 409), ("", "soup", 400)):
             answer = order(key, dish)
@@ -10631,11 +10028,12 @@ def test_under_fastapi_a_slow_or_gone_socket_hurts_nobody_and_nothing_is_left_of
         until(lambda: load()[0] == {})
         _, tasks = load()
         slow, gone = (
-            stack.enter_context(closing(RawClient(under_fastapi, 4096))) for _ in "12"
+            stack.enter_context(closing(RawClient(under_fastapi, receive_buffer=4096)))
+            for _ in "12"
         )
         for lazy in (slow, gone):
             assert lazy.upgrade("/ws?scope=demo", offer).status == 101
-            lazy.say("subscribe", {"changes": True})
+            lazy.send_message("subscribe", {"changes": True})
         until(lambda: load()[0] == {"sync:demo": 2})
         with followed(under_fastapi) as (socket, _):
             wishes = [
@@ -10652,7 +10050,7 @@ def test_under_fastapi_a_slow_or_gone_socket_hurts_nobody_and_nothing_is_left_of
                     gone.reset()
             count, cursor = 0, 0
             while cursor < last["cursor"]:
-                cursor, count = slow.read_json()["data"]["cursor"], count + 1
+                cursor, count = slow.read_message()["data"]["cursor"], count + 1
             assert count < 25
             assert load()[0] == {"sync:demo": 2}
         slow.reset()
@@ -11138,7 +10536,7 @@ def test_nginx_passes_on_pushes_pulls_that_wait_and_snapshots(
             lambda: live.engine.counts["pulls_from_memory"] > before
         )  # it found nothing
         (second,) = client.push(note("b", scope="s"))
-        assert waiting.response().json["changes"] == second["changes"]
+        assert waiting.read_reply().json["changes"] == second["changes"]
         assert client.request("GET", "/sync/snapshot?scope=s").json["data"] == [
             None,
             None,
@@ -13944,13 +13342,15 @@ def follow_by_pulls(client: RawClient, count: int) -> list[Any]:
 def follow_by_hints(session: RawClient, puller: RawClient, count: int) -> list[Any]:
     """A client that applies the hints that fit, and pulls for any other that is
     news."""
-    session.say("subscribe", {"changes": True})
+    session.send_message("subscribe", {"changes": True})
     page = puller.pull(scope="list")
     log = list(page["changes"])
     while len(log) < count or page["hasMore"]:
         cursor, epoch = page["cursor"], page["epoch"]
         hint = (
-            {"cursor": cursor + 1} if page["hasMore"] else session.read_json()["data"]
+            {"cursor": cursor + 1}
+            if page["hasMore"]
+            else session.read_message()["data"]
         )
         if hint["cursor"] <= cursor:
             continue
@@ -14000,7 +13400,7 @@ def test_a_hint_of_one_process_is_true_at_the_other(two: Two) -> None:
         ):  # its own commit to another scope, which must not hide the foreign one
             pushers[1 - number % 2].push(create(scope="beside"))
         for at in (0, 1):
-            assert sessions[at].read_json()["data"] == {"cursor": result["cursor"]}
+            assert sessions[at].read_message()["data"] == {"cursor": result["cursor"]}
             page = pushers[1 - at].pull(scope="hinted", cursor=cursor)
             assert page["changes"] == result["changes"]
         cursor = page["cursor"]
@@ -14019,7 +13419,7 @@ def test_two_processes_share_a_port_and_hint_each_others_sessions(
         client = two.client(0)
         assert 0 < client.request("GET", "/healthz").json["sessions"] < len(sessions)
         (result,) = client.push(create())
-        hints = [session.read_json()["data"] for session in sessions]
+        hints = [session.read_message()["data"] for session in sessions]
         assert hints == [{"cursor": result["cursor"]}] * len(sessions)
 
 
@@ -14045,7 +13445,7 @@ def test_kill_9_of_one_process_loses_nothing_and_the_other_goes_on(path: Path) -
             )
             two.programs[0].process.kill()
         for pusher in pushing[:2]:
-            assert isinstance(pusher.exception(), EOFError | OSError)
+            assert isinstance(pusher.exception(), OSError)
         assert [pusher.result() for pusher in pushing[2:]] == [None] * 2
         client = two.client(1)
         for number in range(

@@ -206,7 +206,7 @@ class Server:
 
     def connect(self) -> RawClient:
         """Return a connection to it."""
-        return RawClient(HOST, self.port, PATIENCE)
+        return RawClient((HOST, self.port))
 
     def ask(self, request: bytes, connection: Connection | None = None) -> bytearray:
         """Return the answer to one request.

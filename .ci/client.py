@@ -1,4 +1,4 @@
-"""The client that bench, fuzz and soak share: HTTP/1.1 and WebSocket, from the RFCs.
+"""The client of the tests, bench, fuzz and soak: HTTP/1.1 and WebSocket, from the RFCs.
 
 The functions take bytes and return values: no socket, no clock. RawClient is a blocking
 socket on top of them; the benchmark reads many of them in one loop. Nothing here comes
@@ -14,14 +14,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
 PATIENCE = 20.0  # seconds until an answer counts as never
 READ_SIZE = 1 << 18  # bytes
-TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # with its answer in RFC 6455 §1.3
 ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 
-STATUS_LINE = re.compile(rb"HTTP/1\.1 ([1-5][0-9]{2}) [ -~]+")
+STATUS_LINE = re.compile(rb"HTTP/1\.1 ([1-5][0-9]{2}) [ -~]*")
 FIELD_LINE = re.compile(rb"([A-Za-z0-9-]+): ([!-~]([ -~]*[!-~])?)")
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
 NO_BODY = (101, 204, 304)  # besides 100; a Content-Length would be wrong in them
@@ -59,10 +60,19 @@ def raw(*lines: bytes, body: bytes = b"") -> bytes:
     return b"\r\n".join((*lines, b"", b"")) + body
 
 
+def chunked(*parts: bytes, trailer: bytes = b"") -> bytes:
+    """Return a body in chunks, one for each part (RFC 9112 §7.1)."""
+    chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in (*parts, b"")]
+    return b"".join(chunks)[:-2] + trailer + b"\r\n"
+
+
 def masked(
     opcode: int, payload: bytes, fin: bool = True, key: bytes = b"\x37\xfa\x21\x3d"
 ) -> bytes:
-    """Return a client's frame, its length in the shortest form (RFC 6455 §5.2)."""
+    """Return a client's frame, its length in the shortest form (RFC 6455 §5.2).
+
+    The opcode may have reserved bits above it.
+    """
     size = len(payload)
     head = bytearray([fin << 7 | opcode])
     if size < 126:
@@ -77,8 +87,11 @@ def masked(
 
 
 def pieces(data: bytes, cuts: Iterable[int]) -> list[bytes]:
-    """Return the same bytes, cut at these places; the first and last may be empty."""
-    places = [0, *sorted(set(cuts)), len(data)]
+    """Return the same bytes, cut at these places; the first and last may be empty.
+
+    A place behind the end is counted on from the start.
+    """
+    places = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
     return [data[start:end] for start, end in pairwise(places)]
 
 
@@ -174,11 +187,24 @@ class RawClient:
     read may be tried again: what has come of it stays in `buffer`.
     """
 
-    def __init__(self, host: str, port: int, timeout: float = PATIENCE) -> None:
-        self.host, self.port = host, port
+    def __init__(
+        self,
+        address: tuple[str, int],
+        timeout: float = PATIENCE,
+        receive_buffer: int = 0,
+    ) -> None:
+        self.address = address
         self.buffer = bytearray()
-        self.sock = socket.create_connection((host, port), timeout)
+        self.sock = socket.socket()
+        self.sock.settimeout(timeout)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if receive_buffer:  # in bytes; the connection has to know it when it begins
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        try:
+            self.sock.connect(address)
+        except OSError:
+            self.sock.close()
+            raise
 
     def close(self) -> None:
         """Close the socket; the kernel still sends what was not sent yet."""
@@ -206,6 +232,17 @@ class RawClient:
             raise Ended(f"the server closed after {bytes(self.buffer[:500])!r}")
         self.buffer += data
 
+    def ended(self) -> bool:
+        """Return whether the server closes next, without a reset or another byte."""
+        return not self.buffer and self.sock.recv(1) == b""
+
+    def read_rest(self) -> bytes:
+        """Return everything that comes until the server closes, without a reset."""
+        with suppress(Ended):
+            while True:
+                self.fill()
+        return bytes(self.buffer)
+
     # HTTP
 
     def request(
@@ -227,7 +264,7 @@ class RawClient:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """Send a request, a body as JSON."""
-        fields = {"Host": f"{self.host}:{self.port}"}
+        fields = {"Host": "{}:{}".format(*self.address)}
         if body is not None:
             fields["Content-Type"] = "application/json"
             fields["Content-Length"] = str(len(body))
@@ -242,9 +279,27 @@ class RawClient:
             self.fill()
         return reply
 
+    def push(
+        self, *mutations: Any, headers: Mapping[str, str] | None = None
+    ) -> list[Any]:
+        """Push the mutations, and return the results."""
+        body = json.dumps(mutations).encode()
+        reply = self.request("POST", "/sync/push", body, headers)
+        assert reply.status == 200, reply
+        results: list[Any] = reply.json
+        return results
+
+    def pull(self, **parameters: Any) -> Any:
+        """Pull, and return the page."""
+        reply = self.request("GET", "/sync/pull?" + urlencode(parameters))
+        assert reply.status == 200, reply
+        return reply.json
+
     # WebSocket
 
-    def upgrade(self, target: str) -> Reply:
+    def upgrade(
+        self, target: str = "/ws", headers: Mapping[str, str] | None = None
+    ) -> Reply:
         """Send a handshake, and return the reply, which may be a refusal."""
         fields = {
             "Connection": "Upgrade",
@@ -252,16 +307,23 @@ class RawClient:
             "Sec-WebSocket-Version": "13",
             "Sec-WebSocket-Key": KEY,
         }
+        fields |= headers or {}
         reply = self.request("GET", target, headers=fields)
         if reply.status == 101 and reply.headers.get("sec-websocket-accept") != ACCEPT:
             raise Malformed(f"not the key's answer: {reply.headers}")
         return reply
 
-    def send_frame(self, opcode: int, payload: bytes) -> None:
+    def send_frame(self, opcode: int, payload: bytes, fin: bool = True) -> None:
         """Send one frame."""
-        self.send(masked(opcode, payload))
+        self.send(masked(opcode, payload, fin))
 
-    def send_message(self, topic: str, data: Any) -> None:
+    def read_frame(self) -> Frame:
+        """Return the next frame."""
+        while (frame := take_frame(self.buffer)) is None:
+            self.fill()
+        return frame
+
+    def send_message(self, topic: str, data: Any = None) -> None:
         """Send one message of the protocol."""
         self.send_frame(TEXT, json.dumps({"topic": topic, "data": data}).encode())
 
@@ -271,14 +333,32 @@ class RawClient:
         Raise Ended for a close frame.
         """
         while True:
-            frame = take_frame(self.buffer)
-            if frame is None:
-                self.fill()
-            elif frame.opcode == TEXT:
+            frame = self.read_frame()
+            if frame.opcode == TEXT:
                 return json.loads(frame.payload.decode())
-            elif frame.opcode == PING:
+            if frame.opcode == PING:
                 self.send_frame(PONG, frame.payload)
             elif frame.opcode == CLOSE:
                 raise Ended(f"the server closed with {frame.payload!r}")
             else:
                 raise Malformed(f"no frame of this server: {frame}")
+
+    def subscribe(self, **data: Any) -> Any:
+        """Subscribe, and return the next message."""
+        self.send_message("subscribe", data)
+        return self.read_message()
+
+    def quiet(self) -> bool:
+        """Return whether the answer to a ping is the next frame."""
+        self.send_frame(PING, b"quiet?")
+        return self.read_frame() == Frame(PONG, b"quiet?")
+
+    def read_close(self) -> int:
+        """Answer the server's close frame, expect the end, and return the code."""
+        while (frame := self.read_frame()).opcode != CLOSE:
+            pass
+        self.send_frame(CLOSE, frame.payload)
+        assert self.ended()
+        self.close()
+        frame.payload[2:].decode()
+        return int.from_bytes(frame.payload[:2], "big")

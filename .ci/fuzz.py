@@ -299,7 +299,7 @@ def refusal(one: hostile.Hostile) -> Want:
     """Return the refusal that must end the connection."""
     any_refusal = one.expected == hostile.REFUSED
     statuses = tuple(CODES) if any_refusal else (int(one.expected),)
-    return Want(statuses, closes=True)
+    return Want(statuses, no_body=one.sent.startswith(b"HEAD "), closes=True)
 
 
 # --- WebSocket ------------------------------------------------------------------------
@@ -448,7 +448,8 @@ def catalogue() -> Iterator[tuple[str, Case]]:
     body, behind = smuggled("catalogue")
     for name, one in hostile.requests(body).items():
         yield name, Case(one.sent + behind, [refusal(one)])
-    for target, status in ENDPOINTS.items():
+    queries = {one.sent.decode(): int(one.expected) for one in hostile.QUERIES.values()}
+    for target, status in (ENDPOINTS | queries).items():
         statuses = (status, 404) if target == "GET /" else (status,)
         want = Want(statuses, no_body="HEAD" in target)
         line = f"{target} HTTP/1.1".encode()
@@ -465,6 +466,9 @@ def catalogue() -> Iterator[tuple[str, Case]]:
     begin = handshake("catalogue")
     for name, one in hostile.FRAMES.items():
         yield name, Case(begin + one.sent, [Want((101,))], [one.expected])
+    for name, one in hostile.NOT_UTF_8.items():
+        sent = begin + hostile.frame(hostile.TEXT, one.sent + b"x")
+        yield name, Case(sent, [Want((101,))], [one.expected])
     for name, one in hostile.MESSAGES.items():
         sent = begin + masked(TEXT, one.sent)
         yield name, Case(sent, [Want((101,))], [one.expected])
@@ -611,7 +615,7 @@ def deliver(
         end = sent.find(b"\r\n\r\n")
         cuts += [at for at in range(end - 3, end + 6) if 0 <= at <= len(sent)]
     pause = source.choice((0.0, 0.0005, 0.01))
-    client = RawClient(HOST, port)
+    client = RawClient((HOST, port))
     with suppress(OSError):  # a client that is refused may be cut off while it sends
         for piece in pieces(sent, cuts):
             client.send(piece)
@@ -653,8 +657,8 @@ class Healthy(threading.Thread):
         self.fault = ""
         self.worst = Counter[str]()  # ms, by what took them
         self.log: list[Any] = []
-        self.http = RawClient(HOST, port)
-        self.live = RawClient(HOST, port)
+        self.http = RawClient((HOST, port))
+        self.live = RawClient((HOST, port))
         reply = self.live.upgrade("/ws?scope=healthy")
         check(reply.status == 101, "no upgrade:", reply)
         self.live.send_message("subscribe", {})
@@ -860,7 +864,7 @@ class Fuzz:
             part = source.choice(floods if source.random() < 0.01 else parts)
             size = source.choice((len(part), source.randint(0, len(part))))
             with suppress(OSError):
-                client = RawClient(HOST, self.port)
+                client = RawClient((HOST, self.port))
                 held.append(client)
                 client.sock.settimeout(0.2)
                 client.send(part[:size])
@@ -894,7 +898,7 @@ class Fuzz:
             lines = (proc / "status").read_text().splitlines()
             status = dict(line.split(":\t") for line in lines)
             now = {name: int(status[name].split()[0]) for name in ("VmRSS", "Threads")}
-            with closing(RawClient(HOST, self.port)) as client:
+            with closing(RawClient((HOST, self.port))) as client:
                 now["sessions"] = client.request("GET", "/healthz").json["sessions"]
             now["descriptors"] = len(list((proc / "fd").iterdir()))
             # Its readers and their connections come as they are needed: four of each.

@@ -4,8 +4,7 @@ One table for each place that a hostile client can reach, from the request line 
 a WebSocket's message. A table maps a name to a `Hostile`: the bytes, and the status,
 the close code or the error code that must answer them. The HTTP tables hold parts of a
 request; `requests()` builds them into whole requests, each of them a push that no
-server may apply. The fuzzer takes its seeds from here, and tests can parametrise over a
-table.
+server may apply. The fuzzer takes its seeds from here, and the tests run each table.
 
 This module imports only the standard library, so that any tool and any test can import
 it."""
@@ -59,6 +58,25 @@ def push_lines(body: bytes) -> list[bytes]:
     return [LINE, HOST, JSON_TYPE, b"Content-Length: %d" % len(body)]
 
 
+def fill(sent: bytes, body: bytes) -> bytes:
+    """Return the input with its words replaced.
+
+    BODY is the push's body and CHUNKED the same in one chunk. LENGTH is its size, SIZE
+    the same in hexadecimal; LESS and MORE are beside it.
+    """
+    words = {
+        b"LENGTH": b"%d" % len(body),
+        b"SIZE": b"%x" % len(body),
+        b"LESS": b"%x" % (len(body) - 1),
+        b"MORE": b"%x" % (len(body) + 1),
+        b"CHUNKED": in_one_chunk(body),
+        b"BODY": body,
+    }
+    for word, meaning in words.items():
+        sent = sent.replace(word, meaning)
+    return sent
+
+
 def in_one_chunk(body: bytes) -> bytes:
     """Return the body in chunked coding (RFC 9112 §7.1)."""
     return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
@@ -89,11 +107,13 @@ REQUEST_LINES = expecting(
         "a space at the start": b" POST /sync/push HTTP/1.1",
         "no version": b"POST /sync/push",
         "a method alone": b"POST",
+        "no method": b" /sync/push HTTP/1.1",
         "a NUL alone": b"\0",
         "a body in the place of a line": b"{}",
         "a field in the place of a line": b": /sync/push HTTP/1.1",
         "two spaces": b"POST  /sync/push HTTP/1.1",
         "a tab for a space": b"POST\t/sync/push HTTP/1.1",
+        "a tab for each space": b"POST\t/sync/push\tHTTP/1.1",
         "a space in the target": b"POST /sync /push HTTP/1.1",
         "a NUL in the target": b"POST /sync/push\0 HTTP/1.1",
         "a control character in the target": b"POST /sync/pu\x01sh HTTP/1.1",
@@ -107,6 +127,7 @@ REQUEST_LINES = expecting(
         "http in small letters": b"POST /sync/push http/1.1",
         "a method that is no token": b"P(ST /sync/push HTTP/1.1",
         "a fragment": b"POST /sync/push#x HTTP/1.1",
+        "a fragment of a HEAD request": b"HEAD /healthz#x HTTP/1.1",
         "a relative target": b"POST sync/push HTTP/1.1",
         "an asterisk for a push": b"POST * HTTP/1.1",
         "a wrong escape": b"POST /sync/p%zzsh HTTP/1.1",
@@ -152,6 +173,8 @@ FIELDS = expecting(
         "no name": b":x",
         "a folded line": b" folded",
         "a line folded by a tab": b"\tfold: x",
+        "a field that a space folds": b"X: y\r\n z",
+        "a field that a tab folds": b"X: y\r\n\tz",
         "no colon": b"no colon",
         "a name that is not ASCII": b"X-\xe9: x",
         "a name with a space": b"X Y: z",
@@ -160,6 +183,7 @@ FIELDS = expecting(
         "a NUL in a value": b"X: \0",
         "a bare CR in a value": b"X: a\rb",
         "a DEL in a value": b"X: a\x7fb",
+        "a vertical tab in a value": b"X: a\x0b",
         "an escape sequence in a value": b"X: \x1b[0m",
         "a second length": b"Content-Length: 5",
         "a second length of 0": b"Content-Length: 0",
@@ -167,6 +191,10 @@ FIELDS = expecting(
         "a coding beside a length": b"Transfer-Encoding: chunked",
         "an empty coding beside a length": b"Transfer-Encoding:",
         "a length behind a bare LF": b"X: a\nContent-Length: 0",
+        "a field behind a bare LF": b"X: a\nX-Y: z",
+        "two versions of WebSocket": (
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Version: 13"
+        ),
     },
 )
 FIELDS |= expecting(
@@ -217,21 +245,28 @@ FRAMINGS = expecting(
     400,
     {
         "no digits": b"Content-Length: ",
-        "a sign": b"Content-Length: +5",
+        "a sign": b"Content-Length: +LENGTH",
         "a negative length": b"Content-Length: -1",
-        "a hexadecimal length": b"Content-Length: 0x5",
-        "a list that agrees": b"Content-Length: 5, 5",
-        "a space inside": b"Content-Length: 5 5",
-        "two lengths that agree": b"Content-Length: 5\r\nContent-Length: 5",
+        "a hexadecimal length": b"Content-Length: 0xSIZE",
+        "a list that agrees": b"Content-Length: LENGTH, LENGTH",
+        "a list that differs": b"Content-Length: LENGTH, 3",
+        "a space inside": b"Content-Length: 2 9",
+        "two lengths that agree": b"Content-Length: LENGTH\r\nContent-Length: LENGTH",
         "a superscript": b"Content-Length: \xb2",
+        "a superscript in UTF-8": "Content-Length: \u00b2".encode(),
         "another script's digit": "Content-Length: \u0665".encode(),
+        "two of another script's digits": "Content-Length: \u0662\u0669".encode(),
         "an underscore": b"Content-Length: 2_9",
-        "a fraction": b"Content-Length: 29.0",
-        "an exponent": b"Content-Length: 1e2",
-        "a vertical tab behind the length": b"Content-Length: 5\x0b",
+        "a fraction": b"Content-Length: LENGTH.0",
+        "an exponent": b"Content-Length: LENGTHe0",
+        "a vertical tab behind the length": b"Content-Length: LENGTH\x0b",
+        "a no-break space behind the length": b"Content-Length: LENGTH\xa0",
+        "a space before the length's colon": b"Content-Length : LENGTH",
         "a length past 64 bits": b"Content-Length: %d" % 2**64,
+        "an empty coding": b"Transfer-Encoding: ",
         "identity": b"Transfer-Encoding: identity",
         "chunked, but not last": b"Transfer-Encoding: chunked, identity",
+        "chunked before gzip": b"Transfer-Encoding: chunked, gzip",
         "gzip alone": b"Transfer-Encoding: gzip",
         "a coding like chunked": b"Transfer-Encoding: xchunked",
         "a vertical tab behind chunked": b"Transfer-Encoding: chunked\x0b",
@@ -239,6 +274,9 @@ FRAMINGS = expecting(
         "a vertical tab before chunked": b"Transfer-Encoding: \x0bchunked",
         "chunked in two fields": (
             b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked"
+        ),
+        "chunked and identity in two fields": (
+            b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity"
         ),
         "chunked in quotes": b'Transfer-Encoding: "chunked"',
         "chunked with a parameter": b"Transfer-Encoding: chunked;x=y",
@@ -275,8 +313,7 @@ LINE_ENDS = expecting(
     },
 )
 
-# Whole requests, and the greetings of other protocols. BODY and CHUNKED stand for the
-# push's body; behind a greeting stands nothing.
+# Whole requests, and the greetings of other protocols.
 GREETINGS = expecting(
     400,
     {
@@ -286,6 +323,23 @@ GREETINGS = expecting(
         "a length and a coding in HTTP/1.0": assemble(
             [b"POST /sync/push HTTP/1.0", *push_lines(b"")[1:], CODING], b"CHUNKED"
         ),
+        "an absolute form without its Host field": assemble(
+            [
+                b"POST http://localhost/sync/push HTTP/1.1",
+                JSON_TYPE,
+                b"Content-Length: LENGTH",
+            ],
+            b"BODY",
+        ),
+        "an absolute form with a bad Host field": assemble(
+            [
+                b"POST http://localhost/sync/push HTTP/1.1",
+                b"Host: a b",
+                JSON_TYPE,
+                b"Content-Length: LENGTH",
+            ],
+            b"BODY",
+        ),
         "bare LFs alone": b"POST /sync/push HTTP/1.1\nHost: 127.0.0.1\n\nBODY\r\n\r\n",
         "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
         "SSH": b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
@@ -293,11 +347,11 @@ GREETINGS = expecting(
         "Redis": b"*1\r\n$4\r\nPING\r\n\r\n",
     },
 )
+GREETINGS |= expecting(414, {"a target without an end": b"GET /" + b"x" * 100_000})
 GREETINGS |= expecting(REFUSED, {"HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"})
 
 # --- HTTP: chunked bodies -------------------------------------------------------------
-# BODY is the push's body and SIZE its size in hexadecimal; LESS and MORE are beside it
-# (RFC 9112 §7.1).
+# What stands behind the head of a push (RFC 9112 §7.1).
 
 CHUNKS = expecting(
     400,
@@ -305,22 +359,35 @@ CHUNKS = expecting(
         "a size that is no number": b"g\r\n",
         "no size": b"\r\n",
         "a negative size": b"-1\r\n",
+        "a sign before the size": b"+SIZE\r\nBODY\r\n0\r\n\r\n",
         "a size of 16 digits": b"f" * 16 + b"\r\n",
+        "a size of 2**64": b"1" + b"0" * 16 + b"\r\nBODY\r\n0\r\n\r\n",
+        "an underscore in the size": b"0_SIZE\r\nBODY\r\n0\r\n\r\n",
+        "a letter behind the size": b"SIZEg\r\nBODY\r\n0\r\n\r\n",
+        "another script's digit": "\u0661d\r\nBODY\r\n0\r\n\r\n".encode(),
         "0x before the size": b"0xSIZE\r\nBODY\r\n0\r\n\r\n",
         "a space before the size": b" SIZE\r\nBODY\r\n0\r\n\r\n",
         "a space behind the size": b"SIZE \r\nBODY\r\n0\r\n\r\n",
+        "a vertical tab behind the size": b"SIZE\x0b\r\nBODY\r\n0\r\n\r\n",
         "many zeros before the size": b"0000000SIZE\r\nBODY\r\n0\r\n\r\n",
+        "1,000 zeros before the size": b"0" * 1000 + b"SIZE\r\nBODY\r\n0\r\n\r\n",
         "a bare LF behind the size": b"SIZE\nBODY\r\n0\r\n\r\n",
         "a bare LF behind the chunk": b"SIZE\r\nBODY\n0\r\n\r\n",
         "other bytes behind the chunk": b"SIZE\r\nBODYxx0\r\n\r\n",
         "an empty line behind the chunk": b"SIZE\r\nBODY\r\n\r\n0\r\n\r\n",
+        "no line end behind the chunk": b"SIZE\r\nBODY0\r\n\r\n",
         "a size below the chunk's": b"LESS\r\nBODY\r\n0\r\n\r\n",
         "a size above the chunk's": b"MORE\r\nBODY\r\n0\r\n\r\n",
         "a NUL in an extension": b"SIZE;a=\0\r\nBODY\r\n0\r\n\r\n",
+        "a bare CR in an extension": b"SIZE;a\rb\r\nBODY\r\n0\r\n\r\n",
+        "a bare LF in an extension": b"SIZE;a\nb\r\nBODY\r\n0\r\n\r\n",
         "a DEL in the last extension": b"SIZE\r\nBODY\r\n0;\x7f\r\n\r\n",
         "an extension without a name": b"SIZE;\r\nBODY\r\n0\r\n\r\n",
         "a trailer without a colon": b"SIZE\r\nBODY\r\n0\r\nno colon\r\n\r\n",
+        "a space before a trailer's colon": b"SIZE\r\nBODY\r\n0\r\nX : y\r\n\r\n",
         "a folded trailer": b"SIZE\r\nBODY\r\n0\r\n fold: x\r\n\r\n",
+        "a trailer that a space folds": b"SIZE\r\nBODY\r\n0\r\nX: y\r\n z\r\n\r\n",
+        "a trailer that ends in a bare LF": b"SIZE\r\nBODY\r\n0\r\nX: y\n\r\n",
         "a second trailer part": b"SIZE\r\nBODY\r\n0\r\nA: b\nC: d\r\n\r\n",
         "bare LFs at the end": b"SIZE\r\nBODY\r\n0\n\n",
         "a bare LF in the trailers": b"SIZE\r\nBODY\r\n0\r\n\n\r\n\r\n",
@@ -331,6 +398,11 @@ CHUNKS |= expecting(
     {
         "a long extension": b"SIZE;" + b"x" * 9000 + b"\r\nBODY\r\n0\r\n\r\n",
         "a long trailer": b"SIZE\r\nBODY\r\n0\r\nX: " + b"x" * 9000 + b"\r\n\r\n",
+        "an extension without an end": b"SIZE;" + b"a" * 200_000,
+        "a trailer of 200,000 bytes": (
+            b"SIZE\r\nBODY\r\n0\r\nX: " + b"a" * 200_000 + b"\r\n\r\n"
+        ),
+        "20,000 trailers": b"SIZE\r\nBODY\r\n0\r\n" + b"X: y\r\n" * 20_000 + b"\r\n",
     },
 )
 CHUNKS |= expecting(
@@ -370,9 +442,10 @@ def with_host(sent: bytes, body: bytes) -> bytes:
 
 def with_framing(sent: bytes, body: bytes) -> bytes:
     """Return a push with another field in the place of Content-Length."""
+    plain = body
     if b"Transfer-Encoding" in sent:
         body = in_one_chunk(body)
-    return assemble([LINE, HOST, JSON_TYPE, sent], body)
+    return assemble([LINE, HOST, JSON_TYPE, fill(sent, plain)], body)
 
 
 def with_line_end(sent: bytes, body: bytes, at: int = 1) -> bytes:
@@ -388,16 +461,12 @@ def with_line_end(sent: bytes, body: bytes, at: int = 1) -> bytes:
 
 def with_greeting(sent: bytes, body: bytes) -> bytes:
     """Return a whole request, or a greeting, with the push's body in it."""
-    sent = sent.replace(b"CHUNKED", in_one_chunk(body))
-    return sent.replace(b"BODY", body)
+    return fill(sent, body)
 
 
 def with_chunks(sent: bytes, body: bytes) -> bytes:
     """Return a push in these chunks."""
-    sizes = {b"SIZE": len(body), b"LESS": len(body) - 1, b"MORE": len(body) + 1}
-    for word, size in sizes.items():
-        sent = sent.replace(word, b"%x" % size)
-    return assemble([LINE, HOST, JSON_TYPE, CODING], sent.replace(b"BODY", body))
+    return assemble([LINE, HOST, JSON_TYPE, CODING], fill(sent, body))
 
 
 PLACES: dict[str, tuple[Table, Callable[..., bytes]]] = {
@@ -414,13 +483,26 @@ PLACES: dict[str, tuple[Table, Callable[..., bytes]]] = {
 def requests(body: bytes = SMUGGLED) -> Table:
     """Return whole requests, one for each input of a head and of chunks.
 
-    Each must be refused, must end its connection, and must not apply `body`.
+    A field is behind the request line in one, and behind the length in another; another
+    line end is behind each line. Each request must be refused, must end its connection,
+    and must not apply `body`.
     """
-    return {
-        f"{place}: {name}": Hostile(build(one.sent, body), one.expected)
-        for place, (table, build) in PLACES.items()
-        for name, one in table.items()
-    }
+    found: Table = {}
+    for place, (table, build) in PLACES.items():
+        for name, one in table.items():
+            for number, sent in enumerate(each_way(build, one.sent, body)):
+                key = f"{place}: {name}" + f", {number + 1}" * (number > 0)
+                found[key] = Hostile(sent, one.expected)
+    return found
+
+
+def each_way(build: Callable[..., bytes], sent: bytes, body: bytes) -> list[bytes]:
+    """Return the requests that a builder makes of one input."""
+    if build is with_field:
+        return [with_field(sent, body, at) for at in (1, 4)]
+    if build is with_line_end:
+        return [with_line_end(sent, body, at) for at in range(1, 6)]
+    return [build(sent, body)]
 
 
 # --- HTTP: targets --------------------------------------------------------------------
@@ -452,6 +534,11 @@ TARGETS |= expecting(
         "a NUL in the path": b"GET /%00%F0%9F%92%A7",
         "the longest path": b"PRI /" + b"x" * 8190,
         "a path that climbs": b"GET /../ws",
+        "a path that climbs from another": b"GET /healthz/../x",
+        "two slashes before a path": b"GET //healthz",
+        "a slash too many at the end": b"GET /sync/push/",
+        "the beginning of a path": b"GET /sync",
+        "a path in capital letters": b"GET /SYNC/PULL",
     },
 )
 TARGETS |= expecting(
@@ -460,6 +547,8 @@ TARGETS |= expecting(
         "a push by GET": b"GET /sync/push",
         "a pull by DELETE": b"DELETE /sync/pull",
         "a method in small letters": b"get /healthz",
+        "TRACE": b"TRACE /healthz",
+        "DELETE": b"DELETE /healthz",
         "a WebSocket by POST": b"POST /ws",
     },
 )
@@ -471,7 +560,36 @@ TARGETS |= expecting(
     },
 )
 TARGETS |= expecting(415, {"a push without a type": b"POST /sync/push"})
-TARGETS |= expecting(426, {"no upgrade": b"GET /ws?scope=a"})
+TARGETS |= expecting(
+    426, {"no upgrade": b"GET /ws?scope=a", "no upgrade and no scope": b"GET /ws"}
+)
+
+# Parameters of a target that are malformed, out of their range, or given twice.
+_NUMBERS = "%2B1 1_0 %D9%A3 %C2%B2 -1 -0 %201 1%20 1%0B +1 0x1 1e1 null nan inf 1.2.3 ."
+_ESCAPES = "%zz % %4 a%FF %ED%A0%80 %C0%AF"
+_SCOPES = ["", "x" * 257, *_ESCAPES.split(), "a&scope=a", "a&%73cope=b"]
+_QUERIES = [
+    *(
+        f"/sync/pull?{name}={value}"
+        for name in ("cursor", "limit", "wait")
+        for value in ["", *_NUMBERS.split()]
+    ),
+    *(f"/sync/pull?cursor={value}" for value in ("1.5", 2**53, "9" * 30, "9" * 5000)),
+    *(f"/sync/pull?limit={value}" for value in ("0", "1.5", "ten")),
+    *(
+        f"/sync/{name}?scope={scope}"
+        for name in ("pull", "snapshot")
+        for scope in _SCOPES
+    ),
+    "/sync/pull?scope=a&cursor=0&scope=b",
+    "/sync/pull?cursor=0&cursor=0",
+    "/sync/pull?limit=1&limit=2",
+    "/sync/pull?wait=0&wait=0",
+    "/sync/pull?epoch=&epoch=",
+]
+QUERIES = expecting(
+    400, {query[:60]: f"GET {query}".encode() for query in dict.fromkeys(_QUERIES)}
+)
 
 # --- JSON -----------------------------------------------------------------------------
 # Bytes that a strict parser refuses, as a body and anywhere else (RFC 8259).
@@ -484,10 +602,12 @@ JSON = expecting(
         "a blank": b" ",
         "two blanks": b"  ",
         "an open array": b"[{}",
+        "an open bracket": b"[",
         "a trailing comma in an array": b"[1,]",
         "a trailing comma in an object": b'{"a":1,}',
         "a key without a value": b'{"a"}',
         "two values": b"[1] 2",
+        "two arrays": b"[1][1]",
         "brackets that do not match": b"[}",
         "a comment": b"1 /* one */",
         "a NUL behind the value": b"[{}]\0",
@@ -537,7 +657,7 @@ JSON = expecting(
         "UTF-32": "[1]".encode("utf-32"),
         # Depth: 64 levels are the limit. A recursive parser would exhaust its stack.
         "65 levels": b"[" * 65 + b"]" * 65,
-        "99,999 levels": b"[" * 99_999 + b"]" * 99_999,
+        "99,990 levels": b"[" * 99_990 + b"]" * 99_990,
         "90,000 levels without an end": b"[" * 90_000,
         "32,768 levels of both kinds": b'[{"x":' * 2**15,
         "65,536 arrays side by side": b"[]" * 2**16,
@@ -551,8 +671,14 @@ JSON |= expecting(
         "a mebibyte of lists": b"[]" * 2**19,
         "a mebibyte of both brackets": b'[{"x":' * 2**17,
         "500,001 numbers": b"[" + b"5," * 500_000 + b"5]",
+        "100,001 values": b"[0" + b",0" * 100_000 + b"]",
         "262,144 strings": b'["",",' * 2**17,
     },
+)
+
+# Pieces for a long text, on which a parser may spend the square of its size.
+JSON_PIECES = tuple(
+    rb'" \" "\ [ [" "[ {"a": [] [[] "", 1 \ 1e ] , ",", "[", \\",'.split()
 )
 
 # --- Bodies ---------------------------------------------------------------------------
@@ -594,6 +720,7 @@ MUTATIONS = expecting(
         "a string": b'"x"',
         "an array": b"[]",
         "an empty object": b"{}",
+        "an array of a mutation": b'[{"id":"x","name":"x"}]',
         "no id": b'{"name":"x"}',
         "an id of null": b'{"id":null,"name":"x"}',
         "a number as an id": b'{"id":5,"name":"x"}',
@@ -644,6 +771,7 @@ HANDSHAKES = _instead(
         "a key that is not base64": (KEY, b"dGhlIHNhbXBsZSBub25j*Q=="),
         "a key with bits to spare": (KEY, KEY[:-3] + b"R=="),
         "an empty key": (KEY, b""),
+        "no key": (b"Sec-WebSocket-Key", b"X-Key"),
         "two keys": (KEY, KEY + b"\r\nSec-WebSocket-Key: " + KEY),
         "two versions": (b": 13", b": 13\r\nSec-WebSocket-Version: 13"),
         "HTTP/1.0": (b"HTTP/1.1", b"HTTP/1.0"),
@@ -660,6 +788,9 @@ HANDSHAKES |= _instead(
     {
         "another upgrade": (b"Upgrade: WebSocket", b"Upgrade: h2c"),
         "no upgrade in Connection": (b", Upgrade", b""),
+        "an empty upgrade": (b"Upgrade: WebSocket", b"Upgrade: "),
+        "no upgrade at all": (b"Upgrade: WebSocket", b"X: y"),
+        "an older version": (b": 13", b": 8"),
         "another version": (b": 13", b": 12"),
     },
 )
@@ -677,9 +808,15 @@ FRAMES = expecting(
         "RSV1": frame(0xC1, b"x"),
         "RSV2": frame(0xA1, b"x"),
         "RSV3": frame(0x91, b"x"),
+        "RSV1 and RSV3": frame(0xD1, b"x"),
+        "RSV2 and RSV3": frame(0xB1, b"x"),
+        "RSV1 and RSV3 of a binary message": frame(0xD2, b"x"),
+        "RSV1 and RSV2 of a ping": frame(0xE9, b"x"),
+        "all reserved bits of a close": frame(0xF8, b"\x03\xe8"),
         "no mask": b"\x81\x01x",
         "a ping without a mask": b"\x89\x00",
         "a ping in fragments": frame(0x09),
+        "a pong in fragments": frame(0x0A, b"x"),
         "a close in fragments": frame(0x08),
         "a ping of 126 bytes": frame(PING, bytes(126)),
         "a close of 126 bytes": frame(CLOSE, b"\x03\xe8" + b"x" * 124),
@@ -690,6 +827,7 @@ FRAMES = expecting(
         "the end of no message": frame(LAST, b"x"),
         "the middle of no message": frame(MORE, b"x"),
         "a message inside another": frame(FIRST_TEXT, b"x") + frame(TEXT, b"y"),
+        "fragments inside another message": frame(FIRST_TEXT, b"x") * 2,
         "a binary message inside another": frame(FIRST_TEXT) + frame(BINARY),
         "a close of one byte": frame(CLOSE, b"\x03"),
     },
@@ -697,8 +835,11 @@ FRAMES = expecting(
 FRAMES |= expecting(
     1002,
     {
-        f"the reserved opcode {opcode}": frame(0x80 | opcode)
+        f"the reserved opcode {opcode} {payload.decode()}": frame(
+            0x80 | opcode, payload
+        )
         for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)
+        for payload in (b"", b"x")
     },
 )
 FRAMES |= expecting(
@@ -724,6 +865,9 @@ FRAMES |= expecting(
     {
         "a byte that UTF-8 never has": frame(TEXT, b"\xff"),
         "a cut character": frame(TEXT, b'"\xe2\x82'),
+        "a cut character in fragments": (
+            frame(FIRST_TEXT, b"\xf0\x90") + frame(LAST, b"\x80")
+        ),
         "an overlong character": frame(TEXT, b"\xc0\x80"),
         "a character past U+10FFFF": frame(TEXT, b"\xf4\x90\x80\x80"),
         # These do not wait for the rest of the message.
@@ -731,6 +875,8 @@ FRAMES |= expecting(
         "a surrogate in a first fragment": frame(FIRST_TEXT, b"\xed\xa0\x80"),
         "a wrong byte over a border": frame(FIRST_TEXT, b"\xe2")
         + frame(MORE, b"\x82\xe2"),
+        "a wrong byte behind a border": frame(FIRST_TEXT, b"\xf4")
+        + frame(MORE, b"\x90"),
         "a close whose reason is not UTF-8": frame(CLOSE, b"\x03\xe8\xff"),
     },
 )
@@ -745,6 +891,43 @@ FRAMES |= expecting(
     },
 )
 
+# --- WebSocket: texts that are not UTF-8 ----------------------------------------------
+# Bytes in the middle of a text, and the code that the server closes with. The text is
+# refused as soon as it is wrong (RFC 6455 §8.1).
+
+NOT_UTF_8 = expecting(
+    1007,
+    {
+        "a first continuation byte": b"\x80",
+        "a last continuation byte": b"\xbf",
+        "all continuation bytes": bytes(range(0x80, 0xC0)),
+        "a byte that begins two": b"\xc3 ",
+        "a byte that begins three": b"\xe0 ",
+        "a byte that begins four": b"\xf0 ",
+        "a character of two without its last byte": b"\xc3",
+        "a character of three without its last byte": b"\xef\xbf",
+        "a character of four without its last byte": b"\xf0\x90\x80",
+        "FE": b"\xfe",
+        "FF": b"\xff",
+        "a slash in two bytes": b"\xc0\xaf",
+        "a slash in three bytes": b"\xe0\x80\xaf",
+        "a slash in four bytes": b"\xf0\x80\x80\xaf",
+        "a slash in five bytes": b"\xf8\x80\x80\x80\xaf",
+        "a slash in six bytes": b"\xfc\x80\x80\x80\x80\xaf",
+        "U+007F in two bytes": b"\xc1\xbf",
+        "U+07FF in three bytes": b"\xe0\x9f\xbf",
+        "U+FFFF in four bytes": b"\xf0\x8f\xbf\xbf",
+        "a NUL in two bytes": b"\xc0\x80",
+        "the first surrogate": b"\xed\xa0\x80",
+        "the last surrogate": b"\xed\xbf\xbf",
+        "a pair of surrogates": b"\xed\xa0\x80\xed\xb0\x80",
+        "U+110000": b"\xf4\x90\x80\x80",
+        "U+1FFFFF": b"\xf7\xbf\xbf\xbf",
+        "a character in five bytes": b"\xf8\x88\x80\x80\x80",
+        "a character in six bytes": b"\xfc\x84\x80\x80\x80\x80",
+    },
+)
+
 # --- WebSocket: messages --------------------------------------------------------------
 # The text of a message, and the code of the error that answers it; the session goes on.
 
@@ -754,6 +937,8 @@ MESSAGES = expecting(
         "a topic of the application's": b'{"topic":"chat","data":[1]}',
         "an empty topic": b'{"topic":""}',
         "a topic of the server's": b'{"topic":"sync:a"}',
+        "a topic of no scope": b'{"topic":"sync:"}',
+        "a topic in other letters": b'{"topic":"Subscribe","data":{}}',
     },
 )
 MESSAGES |= expecting(
@@ -794,6 +979,7 @@ MESSAGES |= expecting(
 FRAGMENTS = (
     *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"%", b"\x7f"),
     *(b"\xff\xfe", b"\xc2\x85", b"\r\n\r\n", b"0\r\n\r\n"),
+    *(b",", b"\x0b", b"\xa0", b"\xff", b"HTTP/1.0"),
     *(b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"),
     *(b"9" * 99, b"x" * 8192, b"A: b\r\n" * 101, b"GET / HTTP/1.1\r\n"),
 )

@@ -327,7 +327,7 @@ class Client(threading.Thread):
         method = "POST" if body else "GET"
         try:
             if port not in self.connections:
-                self.connections[port] = RawClient(HOST, port, PATIENCE)
+                self.connections[port] = RawClient((HOST, port), PATIENCE)
             client = self.connections[port]
             client.send_request(method, target, body.encode() if body else None)
             if self.random.random() < unheard:
@@ -541,7 +541,7 @@ class LiveFollower(Follower):
 
     def subscribe(self) -> RawClient:
         """Return a WebSocket that is subscribed, with changes in its hints."""
-        live = RawClient(HOST, self.random.choice(self.ports), PATIENCE)
+        live = RawClient((HOST, self.random.choice(self.ports)), PATIENCE)
         reply = live.upgrade("/ws?" + urlencode({"scope": self.scope}))
         if reply.status == 503:
             live.close()
