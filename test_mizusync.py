@@ -3310,6 +3310,17 @@ def test_an_exit_in_the_callback_of_a_refused_future_ends_no_thread(
         assert result.ok
 
 
+def test_a_trim_that_is_on_disk_is_answered_where_the_jobs_beside_it_are_refused() -> (
+    None
+):
+    """Its result is a number; a push's is a Result. Both may wait in one refusal."""
+    future: Future[list[Any]] = Future()
+    job = mizusync.Job([mizusync.Step(lambda batch: 2, "a trim", 2)], future)
+    job.refuse()
+    job.answer()
+    assert future.result(0) == [2]
+
+
 def test_a_look_at_other_processes_that_fails_refuses_no_push(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -6495,7 +6506,7 @@ def test_a_subscribe_whose_on_auth_fails_ends_the_session_at_once(
 
     live = start(on_auth=on_auth)
     client = live.socket()
-    client.say("subscribe", {"scope": "broken"})
+    client.send_message("subscribe", {"scope": "broken"})
     assert client.read_close() == 1011
     live.logged("no database of users")
 
@@ -6517,7 +6528,7 @@ def test_messages_that_have_arrived_are_handled_after_their_client_left(
     live = start(on_message=on_message, on_close=on_close)
     client = live.socket()
     for number in range(3):
-        client.say("slow", number)
+        client.send_message("slow", number)
     client.send(goodbye(1000))
     until(lambda: "closed" in handled)
     assert handled == [0, 1, 2, "closed"]
@@ -8287,7 +8298,7 @@ def test_bytes_behind_a_pull_that_waits_hide_no_end_of_its_client(
 ) -> None:
     client = server.client()
     client.send(HEALTHZ + get(b"/sync/pull?wait=60"))
-    assert client.response().status == 200  # so the pull has arrived as well
+    assert client.read_reply().status == 200  # so the pull has arrived as well
     client.send(behind)
     client.close()
     until(lambda: not server.server.stats()["connections"])
