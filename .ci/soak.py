@@ -72,9 +72,11 @@ def check_same(told: Iterable[Any], found: Iterable[Any], sentence: str) -> None
     check(told == found, f"{sentence}: {len(told ^ found)} differ,", few)
 
 
-def until(condition: Callable[[], object], *sentence: object) -> None:
+def until(
+    condition: Callable[[], object], *sentence: object, patience: float = PATIENCE
+) -> None:
     """Wait for the condition; raise Fault with the sentence if it never comes true."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while not condition():
         check(time.monotonic() < deadline, *sentence)
         time.sleep(0.02)
@@ -816,6 +818,9 @@ class Soak:
         for process in self.processes:
             process.start()
         ledger = self.ledger
+        if ledger.keep:
+            # Only pushes trim, each some of what is too much: so wait while they go on.
+            until(self.is_trimmed, "too much is kept of a scope", patience=180)
         with ExitStack() as quiet:
             for writer in self.writers:
                 check(
@@ -833,8 +838,6 @@ class Soak:
                 until(one.snapshot, one.name, "gets no snapshot")
             for client in (*self.writers, *self.followers):
                 check(not client.fault, client.fault)
-            if ledger.keep:
-                until(self.is_trimmed, "too much is kept of a scope")
             for copy, making in self.backups.items():
                 check(making.wait(PATIENCE) == 0, copy, "was not made")
                 check_file(ledger, copy)
