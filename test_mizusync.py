@@ -6364,7 +6364,7 @@ def test_the_newest_cursor_is_sent_again_after_silence(start: Start) -> None:
 
 
 def test_a_session_that_reads_slowly_gets_the_newest_cursor(start: Start) -> None:
-    live = start(send_buffer=4096)
+    live = start(send_buffer=4096, heartbeat=600.0)  # which would heal a lost hint
     client, pusher = live.socket(receive_buffer=4096), live.client()
     client.subscribe(changes=True)
     for number in range(100):
