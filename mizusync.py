@@ -67,6 +67,7 @@ can wait for a second reading:
     HTTP requests     bytes to requests
     HTTP responses    responses to bytes
     WebSocket frames  RFC 6455 as pure functions
+    Tasks             callbacks of the application, and work beside a connection
     Connection        a socket, its phases and its deadlines
     WebSocket         frames over a connection
     Gate              access: Host, Origin, token, on_auth
@@ -3557,6 +3558,66 @@ def answer_handshake(request: Request) -> Response:
     return Response(101, headers=headers)
 
 
+# --- Tasks ----------------------------------------------------------------------------
+# What runs beside a connection's own task: callbacks of the application, tasks that the
+# server has to end, and work that would keep the event loop from everybody else. What
+# the application raises is its own failure, and never the server's.
+
+
+async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an application callback, and await its result if it is awaitable.
+
+    Raise what it raises. If what it waited for was cancelled, raise RuntimeError: only
+    a cancellation of the server's own may end the task that calls it.
+    """
+    try:
+        result = function(*arguments)
+        if result is None or not inspect.isawaitable(result):
+            return result
+        return await result
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            raise
+        raise RuntimeError("the application waited for something cancelled") from error
+
+
+async def call_app_safely(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call an application callback; log what it raises."""
+    try:
+        await call_app(function, *arguments)
+    except Exception:
+        name = getattr(function, "__name__", function)
+        log_error(live_log, "%s failed", name)
+
+
+class Tasks:
+    """The running tasks of a server. asyncio itself keeps no reference to a task."""
+
+    def __init__(self) -> None:
+        self.running: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task, and keep it until it is done."""
+        task = asyncio.create_task(work)
+        self.running.add(task)
+        task.add_done_callback(self.running.discard)
+        return task
+
+
+async def parse_json_aside(raw: bytes, settings: Settings) -> Any:
+    """Return strict JSON, as parse_json does; parse a long text in a thread.
+
+    A megabyte takes 0.1 s at worst, for which the event loop must not stop.
+    """
+    parse = functools.partial(
+        parse_json, raw, settings.max_json_depth, settings.max_json_values
+    )
+    if len(raw) < 64 * 1024:
+        return parse()
+    return await asyncio.to_thread(parse)
+
+
 # --- Connection -----------------------------------------------------------------------
 # One socket as asyncio streams. Its task reads, calls the parsers and writes. The
 # connection is always in one phase with one deadline, a number that the server's sweep
@@ -3581,19 +3642,7 @@ READ_SIZE = 64 * 1024  # bytes in one read, and in one write
 PEER_CHECK = 1.0  # seconds between two looks whether a handler's client has left
 
 
-class Phase(enum.Enum):
-    """What a connection waits for."""
-
-    IDLE = enum.auto()
-    HEAD = enum.auto()
-    BODY = enum.auto()
-    HANDLE = enum.auto()
-    SEND = enum.auto()
-    LINGER = enum.auto()
-    OPEN = enum.auto()
-    CLOSING = enum.auto()
-
-
+Phase = enum.Enum("Phase", "IDLE HEAD BODY HANDLE SEND LINGER OPEN CLOSING")
 RECEIVING = (Phase.IDLE, Phase.HEAD, Phase.BODY)
 
 
@@ -4054,33 +4103,6 @@ async def run_handler(
             websocket.close(1011, "the server failed")
 
 
-async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call an application callback, and await its result if it is awaitable.
-
-    Raise what it raises. If what it waited for was cancelled, raise RuntimeError: only
-    a cancellation of the server's own may end the task that calls it.
-    """
-    try:
-        result = function(*arguments)
-        if result is None or not inspect.isawaitable(result):
-            return result
-        return await result
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task and task.cancelling():
-            raise
-        raise RuntimeError("the application waited for something cancelled") from error
-
-
-async def call_app_safely(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call an application callback; log what it raises."""
-    try:
-        await call_app(function, *arguments)
-    except Exception:
-        name = getattr(function, "__name__", function)
-        log_error(live_log, "%s failed", name)
-
-
 # --- Gate -----------------------------------------------------------------------------
 # Access. Host and Origin keep the pages of other sites out; the token and on_auth keep
 # other people out. Each check takes the parsed value that is used afterwards, such as
@@ -4371,33 +4393,6 @@ class Session:
         self.send_error(refusal.code, str(refusal), scope)
 
 
-class Tasks:
-    """The running tasks of a server. asyncio itself keeps no reference to a task."""
-
-    def __init__(self) -> None:
-        self.running: set[asyncio.Task[Any]] = set()
-
-    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start a task, and keep it until it is done."""
-        task = asyncio.create_task(work)
-        self.running.add(task)
-        task.add_done_callback(self.running.discard)
-        return task
-
-
-async def parse_json_aside(raw: bytes, settings: Settings) -> Any:
-    """Return strict JSON, as parse_json does; parse a long text in a thread.
-
-    A megabyte takes 0.1 s at worst, for which the event loop must not stop.
-    """
-    parse = functools.partial(
-        parse_json, raw, settings.max_json_depth, settings.max_json_values
-    )
-    if len(raw) < 64 * 1024:
-        return parse()
-    return await asyncio.to_thread(parse)
-
-
 @dataclasses.dataclass(eq=False)
 class LiveEndpoint:
     """The endpoint /ws, with all sessions that are open.
@@ -4554,12 +4549,6 @@ class LiveEndpoint:
             session.close(1011, "on_auth failed three times in a row")
         else:
             session.asked_at = time.monotonic()
-
-
-def check_topic(topic: str) -> None:
-    """Raise ValueError for a topic of the engine's: on_auth guards those."""
-    if topic.startswith(SYNC):
-        raise ValueError(f"{topic!r}: topics that begin with sync: are the engine's")
 
 
 # --- Endpoints ------------------------------------------------------------------------
@@ -5054,6 +5043,12 @@ def open_listeners(host: str, port: int, reuse_port: bool) -> list[socket.socket
 # The wiring of the two halves, and the one arrow between them: the engine notifies the
 # hub of each commit, and the hub sends hints to the sessions. Without that arrow (see
 # on_start) both halves still work, and clients poll.
+
+
+def check_topic(topic: str) -> None:
+    """Raise ValueError for a topic of the engine's: on_auth guards those."""
+    if topic.startswith(SYNC):
+        raise ValueError(f"{topic!r}: topics that begin with sync: are the engine's")
 
 
 class Server(HTTPServer):
