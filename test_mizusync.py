@@ -6517,19 +6517,17 @@ def test_messages_that_have_arrived_are_handled_after_their_client_left(
     handled: list[Any] = []
 
     async def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
-        try:
-            await asyncio.sleep(3 * MOMENT)
-        finally:
-            handled.append(data)
+        await asyncio.sleep(3 * MOMENT)
+        handled.append(data)
 
     def on_close(session: mizusync.Session, error: Exception | None) -> None:
         handled.append("closed")
 
-    live = start(on_message=on_message, on_close=on_close)
+    live = start(on_message=on_message, on_close=on_close, close_timeout=MOMENT)
     client = live.socket()
     for number in range(3):
         client.send_message("slow", number)
-    client.send(goodbye(1000))
+    client.close()
     until(lambda: "closed" in handled)
     assert handled == [0, 1, 2, "closed"]
 
