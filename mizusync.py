@@ -46,7 +46,7 @@ The life of one change, and the section that does each step:
 
 Contents. A section calls only what stands above it. In each one the heart comes first.
 What stands behind a comment that begins with "against" is about faults and misuse, and
-can wait for a second reading:
+can wait for a second reading, unless the first reading below names it:
 
     Settings          every limit and every timeout
     Errors            what a client may be told; what closes a socket
@@ -977,7 +977,7 @@ OWN_STATEMENT = "/* mizusync */ "
 # What SQLite reports if the disk, the file or another process is in the way
 # (https://sqlite.org/rescode.html). A statement of the application may have one of
 # these codes for another reason: an AUTOINCREMENT at its highest number has that of a
-# full disk. So the writer runs such a mutation again by itself.
+# full disk. So the writer runs such a mutation again, in a transaction of its own.
 REFUSAL_CODES = (
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_CANTOPEN,
@@ -1380,7 +1380,8 @@ class SQLiteStore(Store):
     `schema` is the application's (CREATE TABLE IF NOT EXISTS ...); it runs at each
     opening. `adopt` adds the log to a database that an application already has.
     `busy_timeout` (seconds) limits how long a commit waits for another process. Raise
-    StoreError for a file that is not ours or can't be used, and leave it as it is.
+    StoreError for a file that is not ours or can't be used, and leave it as it is; of a
+    schema that fails, the statements before the mistake may have run.
     """
 
     def __init__(
@@ -1396,13 +1397,13 @@ class SQLiteStore(Store):
         self._open = functools.partial(
             open_database, self._path, schema, adopt, busy_timeout
         )
-        # None after a rollback that failed: the next transaction opens it again.
         db = self._open()
+        # None after a rollback that failed: the next transaction opens it again.
         self._write_db: GuardedConnection | None = db
         self._stat = os.stat(self._path)
         self._closed = False
         self._position_db = GuardedConnection(self._path, "ro", busy_timeout)
-        self._position_lock = threading.Lock()  # from _position_db down to _seen
+        self._position_lock = threading.Lock()  # from _closed down to _seen
         self._latest = NO_POSITION
         self._latest_version: int | None = None  # the data_version that belongs to it
         # The newest position that a client may know from here. (A page from the disk
@@ -1511,8 +1512,9 @@ class SQLiteStore(Store):
         assert db is not None
         with self._position_lock:
             seen = self._seen
-        continues_seen = seen == self._begun  # most often: no other commit came between
-        continues_seen = continues_seen or self.has_issued(db, seen.epoch, seen.head)
+        # Most often no other commit came between, and there is nothing to ask.
+        is_newest = seen == self._begun
+        continues_seen = is_newest or self.has_issued(db, seen.epoch, seen.head)
         if not continues_seen:  # the first commit, or a backup was restored
             sql = """
                 INSERT INTO mizusync_epochs (epoch, start)
@@ -3636,11 +3638,11 @@ async def parse_json_aside(raw: bytes, settings: Settings) -> Any:
 #
 # In IDLE, HEAD and BODY the task waits in `receive`, where the sweep, or a stop of the
 # server, interrupts it. In HANDLE the sweep cancels the task. In all other phases the
-# task waits for the peer, so aborting the transport wakes it.
+# task waits for the peer, so aborting the transport wakes it. (In OPEN it may also wait
+# for the application; then it notices when it reads or writes again.)
 
 READ_SIZE = 64 * 1024  # bytes in one read, and in one write
 PEER_CHECK = 1.0  # seconds between two looks whether a handler's client has left
-
 
 Phase = enum.Enum("Phase", "IDLE HEAD BODY HANDLE SEND LINGER OPEN CLOSING")
 RECEIVING = (Phase.IDLE, Phase.HEAD, Phase.BODY)
@@ -3666,7 +3668,7 @@ class Reader(asyncio.StreamReader):
 
 
 class Unsent:
-    """Counts the bytes of all connections that wait for a peer to read them."""
+    """The bytes of all connections that their peers have yet to read."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -3735,7 +3737,7 @@ class Connection:
 
     @property
     def unsent_size(self) -> int:
-        """How many bytes wait in the transport for the peer to read."""
+        """The bytes in the transport that the peer has yet to read."""
         return int(self.transport.get_write_buffer_size())
 
     @property
