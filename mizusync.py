@@ -655,6 +655,7 @@ class Snapshot(NamedTuple):
     text: str
     cursor: int
     epoch: str
+    database: str  # its name: see Store.read_database
 
     @property
     def data(self) -> Any:
@@ -663,7 +664,8 @@ class Snapshot(NamedTuple):
     def encode(self) -> bytes:
         """Return the body that answers a request for a snapshot."""
         position = f'"cursor":{self.cursor},"epoch":"{self.epoch}"'
-        return f'{{"data":{self.text},{position}}}'.encode()
+        origin = f'"database":"{self.database}"'
+        return f'{{"data":{self.text},{position},{origin}}}'.encode()
 
 
 class Hint(NamedTuple):
@@ -756,6 +758,11 @@ def check_scope(value: Any) -> str:
 # So this history issued (epoch, cursor) if it has the epoch, no later epoch began below
 # the cursor, and the cursor is at most the head. A restart disturbs nobody: the new
 # epoch begins at the head, and no client is above that.
+#
+# The first epoch also names the database (read_database). An older copy keeps the name,
+# and a new log has another: so a client that gets cursor_unknown can tell which of the
+# two the server has now. An operator may rename the database by one UPDATE of that row.
+# Cursors of the first epoch are then unknown, as they are to any other database.
 #
 # The words: `head` is the newest cursor of the log, `current` that of one scope. Three
 # positions of the log are kept:
@@ -876,6 +883,11 @@ class Store:
                 WHERE number > known.number AND start < ?)
         """
         return bool(self.run(db, sql, epoch, cursor))
+
+    def read_database(self, db: Any) -> str:
+        """Return the name of the database: its first epoch, which every copy keeps."""
+        sql = "SELECT epoch FROM mizusync_epochs ORDER BY number LIMIT 1"
+        return str(self.run_scalar(db, sql))
 
     def read_current(self, db: Any, scope: str) -> int:
         """Return the scope's newest cursor, or 0. A trim does not lower it."""
@@ -1188,7 +1200,8 @@ APPLICATION_ID = 0x6D697A75
 #   changes    `first` is the cursor of the first change of the same mutation.
 #   mutations  The dedupe marks.
 #   trims      A scope's highest trimmed cursor; each trim takes the next number.
-#   epochs     `start` is the head at which the epoch began.
+#   epochs     `start` is the head at which the epoch began. The first one names the
+#              database, so it stays.
 #
 # The rows inserted here give every log a head (in sqlite_sequence) and an epoch. The
 # engine numbers the changes itself, from the head. AUTOINCREMENT keeps the highest of
@@ -2586,9 +2599,10 @@ class Engine:
         def read(db: Any) -> Snapshot:
             cursor = self.store.read_current(db, scope)
             epoch = self.store.read_position(db).epoch
+            database = self.store.read_database(db)
             data = take(db, scope)
             text = data.text if isinstance(data, Json) else encode_json(data)
-            return Snapshot(text, cursor, epoch)
+            return Snapshot(text, cursor, epoch, database)
 
         return await self.read(read)
 

@@ -924,7 +924,8 @@ def test_answers_have_their_fields_in_the_order_of_the_protocol(engine: Engine) 
     assert list(applied["changes"][0]) == ["cursor", "scope", "time", "data"]
     assert list(pull(engine)) == ["changes", "cursor", "epoch", "hasMore"]
     encoded_snapshot = ask(engine.snapshot()).encode()
-    assert list(json.loads(encoded_snapshot)) == ["data", "cursor", "epoch"]
+    fields = ["data", "cursor", "epoch", "database"]
+    assert list(json.loads(encoded_snapshot)) == fields
 
 
 def test_a_change_has_the_time_of_its_commit_in_utc(engine: Engine) -> None:
@@ -2465,6 +2466,105 @@ def test_a_failing_mutation_after_another_engines_opening_is_no_restored_backup(
             assert result["code"] == "internal_error"
         assert engine.rewinds == 0
         assert len(whole_log(engine)) == 2
+
+
+# A snapshot names the database. Every copy keeps the name, and a new file has another.
+
+
+def database_of(engine: Engine) -> str:
+    return ask(engine.snapshot()).database
+
+
+def test_each_engine_and_each_opening_give_a_database_the_same_name(path: Path) -> None:
+    with two_engines(path) as (engine, other_engine):
+        name = database_of(engine)
+        push(engine, note("1"))
+        push(other_engine, note("2"))  # it begins an epoch
+        assert database_of(engine) == database_of(other_engine) == name != ""
+    with closing(open_log(path)) as engine:
+        push(engine, note("3"))
+        assert database_of(engine) == name
+        assert pull(engine)["epoch"] != name
+
+
+@table("is_open", {"a new opening": False, "into the open file": True})
+def test_a_restored_backup_keeps_the_name_of_its_database(
+    path: Path, is_open: bool
+) -> None:
+    with closing(open_log(path)) as engine:
+        push(engine, note("1"))
+        backup = back_up(path)
+        push(engine, note("lost"))
+        name = database_of(engine)
+        if is_open:
+            restore(path, backup)
+            push(engine, note("new"))
+            assert database_of(engine) == name
+    backup.replace(path)
+    with closing(open_log(path)) as engine:
+        push(engine, note("newer"))
+        assert database_of(engine) == name
+
+
+@table("adopt", {"a new file": False, "an adopted one": True})
+def test_another_file_is_another_database(path: Path, adopt: bool) -> None:
+    names = set[str]()
+    for name in ("one.db", "other.db"):
+        file = path.with_name(name)
+        if adopt:
+            make_database(file, SCHEMA)
+        with closing(open_log(file, adopt=adopt)) as engine:
+            names.add(database_of(engine))
+        with closing(open_log(file)) as engine:
+            names.add(database_of(engine))
+    assert len(names) == 2
+
+
+def test_a_snapshot_names_the_database_that_its_data_came_from(path: Path) -> None:
+    with closing(open_log(path.with_name("other.db"))) as other_engine:
+        push(other_engine, note("1", "of the other"))
+        other_name = database_of(other_engine)
+    with closing(open_log(path)) as engine:
+        push(engine, note("1", "of the one"))
+        before = ask(engine.snapshot())
+        restore(path, path.with_name("other.db"))
+        after = ask(engine.snapshot())
+    assert (before.data, after.data) == (["of the one"], ["of the other"])
+    assert before.database != after.database == other_name
+
+
+def rename_database(path: Path) -> None:
+    """Run the statement of the README, while engines have the file open."""
+    (statement,) = re.findall(r"^(UPDATE .*);$", readme("Backing up"), re.M)
+    make_database(path, statement)
+
+
+@table("openings", {"in its first epoch": 1, "in a later one": 2})
+def test_a_renamed_database_is_another_one_and_goes_on(
+    path: Path, openings: int
+) -> None:
+    for number in range(openings - 1):
+        with closing(open_log(path)) as engine:
+            push(engine, note(f"old {number}"))
+    with closing(open_log(path)) as engine:
+        first = database_of(engine)
+        push(engine, note("1"))
+        page = pull(engine)
+        rename_database(path)
+        assert database_of(engine) not in ("", first)
+        with pytest.raises(mizusync.CursorUnknown):
+            pull(engine, 1, epoch=first)
+        if page["epoch"] != first:
+            assert pull(engine, page["cursor"], epoch=page["epoch"])["changes"] == []
+        (result,) = push(engine, note("2"))
+        assert result["cursor"] == openings + 1
+        with pytest.raises(mizusync.CursorUnknown):
+            pull(engine, 1, epoch=first)
+        assert len(whole_log(engine)) == openings + 1
+        renamed = database_of(engine)
+    with closing(open_log(path)) as engine:
+        push(engine, note("3"))
+        assert database_of(engine) == renamed
 
 
 # --- Tail -----------------------------------------------------------------------------
@@ -5638,7 +5738,7 @@ def test_a_snapshot_is_the_state_of_its_scope_at_its_cursor(client: RawClient) -
         note("a", 1, scope="s"), note("b", 2, scope="other"), note("c", 3, scope="s")
     )
     taken = client.request("GET", "/sync/snapshot?scope=s").json
-    assert list(taken) == ["data", "cursor", "epoch"]
+    assert list(taken) == ["data", "cursor", "epoch", "database"]
     assert taken["data"] == [1, 3]
     client.push(note("d", 4, scope="s"))
     page = client.pull(scope="s", cursor=taken["cursor"], epoch=taken["epoch"])
@@ -9398,7 +9498,7 @@ def blocks(language: str, heading: str = "") -> list[str]:
 def steady(shown: str) -> str:
     """Without what is another one in each run."""
     shown = re.sub(r'"\d{4}-\d\d-\d\dT[0-9:.]+Z"', '"a time"', shown)
-    return re.sub(r'"epoch":"[^"]+"', '"epoch":"an epoch"', shown).strip()
+    return re.sub(r'"(epoch|database)":"[^"]+"', r'"\1":"a name"', shown).strip()
 
 
 def test_the_commands_of_the_readme_print_what_it_shows(tmp_path: Path) -> None:
@@ -10866,6 +10966,7 @@ STORE_PROMISES: list[Callable[..., None]] = [
     test_another_engines_trim_of_changes_not_in_memory_makes_a_cursor_too_old,
     test_another_engines_trim_of_changes_in_memory_makes_a_cursor_too_old,
     test_reopening_never_makes_a_cursor_unknown,
+    test_each_engine_and_each_opening_give_a_database_the_same_name,
     test_a_cursor_above_the_head_is_unknown,
     test_a_cursor_with_an_epoch_of_another_history_is_unknown,
     test_two_engines_on_one_file_are_one_log,
@@ -10883,6 +10984,25 @@ def test_postgres_keeps_what_a_file_keeps(
                 promise(engine)
         case _:
             promise(path)
+
+
+def test_a_database_in_postgres_keeps_its_name_until_it_is_renamed(
+    on_postgres: Postgres, path: Path
+) -> None:
+    with closing(open_log(path)) as engine:
+        push(engine, note("1"))
+        first = database_of(engine)
+        on_postgres.back_up(path)
+        push(engine, note("lost"))
+        on_postgres.put_back(path)
+        assert database_of(engine) == first
+        rename = "UPDATE mizusync_epochs SET epoch = 'renamed' WHERE number = 1"
+        on_postgres.run(rename, path)
+        assert database_of(engine) == "renamed"
+        with pytest.raises(mizusync.CursorUnknown):
+            pull(engine, 0, epoch=first)
+        push(engine, note("2"))
+        assert fold(whole_log(engine)) == [None, None]
 
 
 def test_clients_converge_whatever_happens_to_postgres(on_postgres: Postgres) -> None:
@@ -13819,6 +13939,7 @@ class Model:
         self.made: dict[str, list[Any]] = {}  # its changes in all scopes
         self.head = 0
         self.epochs: set[str] = {""}
+        self.databases: set[str] = set()  # the names that snapshots gave
 
     def current(self, scope: str) -> int:
         return last_cursor(self.log[scope])
@@ -13995,6 +14116,8 @@ class Convergence(RuleBasedStateMachine):
     def take_snapshot(self, client: Client) -> None:
         taken = ask(self.engine.snapshot(client.scope))
         assert taken.cursor == self.model.current(client.scope)
+        self.model.databases.add(taken.database)
+        assert len(self.model.databases) == 1  # also after a restored backup
         client.state = taken.data
         client.cursor = taken.cursor
         self.finish_read(client, taken.epoch)

@@ -105,6 +105,7 @@ class Ledger:
         # mutations that were refused, but an earlier try may still be at work
         self.doubtful: set[Key] = set()
         self.snapshots: dict[str, Snapshots] = {scope: [] for scope in SCOPES}
+        self.databases: set[str] = set()  # the names that snapshots gave: one
         self.counts: Counter[str] = Counter()
         # the newest snapshot that was judged: its cursor and todos
         self._folded: dict[str, tuple[int, dict[str, Json]]] = {}
@@ -499,6 +500,9 @@ class Follower(Client):
             with self.ledger.lock:
                 shown = cursor, snapshot["data"]["todos"]
                 self.ledger.snapshots[self.scope].append(shown)
+                names = self.ledger.databases
+                names.add(snapshot.get("database", ""))  # none of an older server
+                check(len(names) == 1, "the database has another name:", names)
         return snapshot
 
     def start_over(self) -> None:
