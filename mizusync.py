@@ -72,7 +72,7 @@ can wait for a second reading, unless the first reading below names it:
     WebSocket         frames over a connection
     Gate              access: Host, Origin, token, on_auth
     Session           one live client
-    Endpoints         push, pull, snapshot
+    Endpoints         push, pull, snapshot, and the client for a page
     Routes            from path and method to a handler
     HTTP server       accepting, the life of a request, the sweep, the stop
     Server            the two halves, and the arrow between them
@@ -655,7 +655,7 @@ class Snapshot(NamedTuple):
     text: str
     cursor: int
     epoch: str
-    database: str  # its name: see Store.read_database
+    database: str  # its name, which every copy of it keeps
 
     @property
     def data(self) -> Any:
@@ -663,9 +663,8 @@ class Snapshot(NamedTuple):
 
     def encode(self) -> bytes:
         """Return the body that answers a request for a snapshot."""
-        position = f'"cursor":{self.cursor},"epoch":"{self.epoch}"'
-        origin = f'"database":"{self.database}"'
-        return f'{{"data":{self.text},{position},{origin}}}'.encode()
+        history = f'"epoch":"{self.epoch}","database":"{self.database}"'
+        return f'{{"data":{self.text},"cursor":{self.cursor},{history}}}'.encode()
 
 
 class Hint(NamedTuple):
@@ -3350,7 +3349,8 @@ class Response:
         """Return this response with more header fields; its Vary is extended."""
         headers = {**self.headers, **fields}
         if "Vary" in self.headers and "Vary" in fields:
-            headers["Vary"] = f"{self.headers['Vary']}, {fields['Vary']}"
+            names = f"{self.headers['Vary']}, {fields['Vary']}".split(", ")
+            headers["Vary"] = ", ".join(dict.fromkeys(names))
         return Response(self.status, self.body, headers, self.content_type)
 
     def compress(self) -> Response:
@@ -4572,15 +4572,42 @@ class LiveEndpoint:
 # once; what the engine refuses comes out as a SyncError. The order is always the same:
 # parse, ask for permission, call the engine, encode.
 
+PAGE = os.path.join(os.path.dirname(__file__), "demo.html")  # need not be there
+# The client is part one of the page's script.
+CLIENT = re.compile(rb"(?ms)^// === Part one: [^\n]*\n(.*?)^// === Part two: ")
+
+
+def load_client() -> Response | None:
+    """Return the JavaScript client as an ES module, or None if demo.html is not here.
+
+    A browser keeps the module, and asks before each use whether it has changed.
+    """
+    found = None
+    with contextlib.suppress(OSError), open(PAGE, "rb") as file:
+        found = CLIENT.search(file.read())
+    if found is None:
+        return None
+    notice = f"mizusync {__version__} - Copyright (c) 2026 the mizusync authors. MIT"
+    module = b"// %b License\n%b\n" % (notice.encode(), found[1].strip())
+    headers = {
+        "Cache-Control": "no-cache",
+        # Weak: the same for the compressed module (RFC 9110 §8.8.3.3).
+        "ETag": f'W/"{hashlib.sha256(module).hexdigest()[:32]}"',
+        "Vary": "Accept-Encoding",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(200, module, headers, "text/javascript; charset=utf-8")
+
 
 @dataclasses.dataclass(eq=False)
 class SyncEndpoints:
-    """Push, pull and snapshot."""
+    """Push, pull, snapshot, and the client for a page."""
 
     engine: Engine
     gate: Gate
     settings: Settings
     may_wait: bool = True  # until the server stops
+    client_module: Response | None = dataclasses.field(default_factory=load_client)
 
     async def push(self, request: Request) -> Response:
         """Apply the mutations that are well-formed and allowed; answer all in order."""
@@ -4670,6 +4697,18 @@ class SyncEndpoints:
         scope, _ = await self.gate.authorize_query(request)
         snapshot = await self.engine.snapshot(scope)
         return Response(body=snapshot.encode())
+
+    def client(self, request: Request) -> Response:
+        """Return the JavaScript client, or 304 if the browser has it as it is."""
+        module = self.client_module
+        if module is None:
+            raise NotFound("the client is part of demo.html, which is not here")
+        tag = module.headers["ETag"]
+        # The comparison ignores whether a tag is weak (RFC 9110 §13.1.2).
+        matching = {"*", tag, tag.removeprefix("W/")}
+        if matching.isdisjoint(request.elements("if-none-match")):
+            return module
+        return Response(304, headers=module.headers)
 
 
 # --- Routes ---------------------------------------------------------------------------
@@ -5119,6 +5158,7 @@ class Server(HTTPServer):
         add("POST", "/sync/push", Route(self._sync.push, needs_token=True))
         add("GET", "/sync/pull", Route(self._sync.pull, needs_token=True))
         add("GET", "/sync/snapshot", Route(self._sync.snapshot, needs_token=True))
+        add("GET", "/sync/client.js", Route(self._sync.client))
         add("GET", "/ws", Route(self._live.run_session, is_websocket=True))
         add("GET", "/healthz", Route(self._healthz))
         if page is not None:
@@ -5369,8 +5409,6 @@ def require_scope(request: Request, scope: str) -> None:
 # is one sentence on stderr and an exit status: 1 if the program can't run, 2 for a
 # wrong command line. Nobody has to read its output: neither a full pipe nor a paused
 # terminal stops the server.
-
-PAGE = os.path.join(os.path.dirname(__file__), "demo.html")  # need not be there
 
 LOG_LINES = 1000  # that wait to be written; more are dropped, and counted
 LOG_FLUSH = 1.0  # seconds that an exit waits for them

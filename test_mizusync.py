@@ -5365,7 +5365,7 @@ def test_an_empty_line_after_a_body_begins_no_request(start: Start) -> None:
 HEAD_TARGETS = ["/healthz", "/sync/pull?scope=a", "/sync/snapshot", "/nowhere"]
 
 
-@pytest.mark.parametrize("target", HEAD_TARGETS)
+@pytest.mark.parametrize("target", [*HEAD_TARGETS, "/sync/client.js"])
 def test_head_is_get_without_its_body(visitor: RawClient, target: str) -> None:
     got, head = visitor.request("GET", target), visitor.request("HEAD", target)
     for name in ("content-length", "content-type", "cache-control"):
@@ -5380,6 +5380,7 @@ def test_head_is_get_without_its_body(visitor: RawClient, target: str) -> None:
         "push": ("/sync/push", {"POST", "OPTIONS"}),
         "pull": ("/sync/pull", {"GET", "HEAD", "OPTIONS"}),
         "snapshot": ("/sync/snapshot", {"GET", "HEAD", "OPTIONS"}),
+        "client": ("/sync/client.js", {"GET", "HEAD", "OPTIONS"}),
         "healthz": ("/healthz", {"GET", "HEAD", "OPTIONS"}),
     },
 )
@@ -5456,7 +5457,8 @@ def test_large_answers_are_compressed_if_the_client_accepts_it(start: Start) -> 
     client = start(page=PROGRAM.with_name("demo.html")).client()
     client.push(note("a", "x" * 20_000))
     small = ("/sync/pull?cursor=1", "/healthz")
-    for target in ("/sync/pull", "/sync/snapshot", "/", *small):
+    large = ("/sync/pull", "/sync/snapshot", "/sync/client.js", "/")
+    for target in (*large, *small):
         plain = client.request("GET", target)
         assert "content-encoding" not in plain.headers
         assert (len(plain.body) <= 16 * 1024) == (target in small)
@@ -5765,6 +5767,87 @@ def test_an_exception_of_the_snapshot_function_is_an_internal_error_that_shows_n
     assert b"secret" not in reply.body
     assert client.request("GET", "/healthz").status == 200
     live.logged("a secret of the inside")
+
+
+CLIENT = "/sync/client.js"
+
+
+def test_the_client_is_part_one_of_the_page_as_a_module(visitor: RawClient) -> None:
+    reply = visitor.request("GET", CLIENT)
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "text/javascript; charset=utf-8"
+    assert reply.headers["cache-control"] == "no-cache"
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    notice, _, module = reply.body.decode().partition("\n")
+    assert notice.startswith(f"// mizusync {mizusync.__version__} ")
+    assert "MIT License" in notice
+    _, _, text = part_one().partition("\n")  # without its banner
+    assert module == text.strip() + "\n"
+    assert re.fullmatch(r"export \{ .*SyncClient.* \};", module.splitlines()[-1])
+    assert refused(visitor.request("POST", CLIENT, b""), 405)
+
+
+@table(
+    "case",
+    {
+        "its tag": ("{tag}", 304),
+        "its tag, strong": ("{strong}", 304),
+        "any": ("*", 304),
+        "a list": ('"x", W/"y" ,,{tag}', 304),
+        "a list with the strong tag": ('{strong},"x"', 304),
+        "another tag": ('W/"x"', 200),
+        "a list of others": ('"x", "y"', 200),
+        "the beginning of its tag": ('{strong:.9}"', 200),
+        "its tag without quotes": ("{bare}", 200),
+        "its tag in capital letters": ("{loud}", 200),
+        "no tag": ("", 200),
+    },
+)
+def test_if_none_match_spares_a_client_that_is_the_same(
+    visitor: RawClient, case: tuple[str, int]
+) -> None:
+    condition, status = case
+    got = visitor.request("GET", CLIENT)
+    tag = got.headers["etag"]
+    assert re.fullmatch(r'W/"[0-9a-f]{32}"', tag)  # RFC 9110 §8.8.3
+    strong = tag.removeprefix("W/")
+    forms = {"tag": tag, "strong": strong, "bare": strong[1:-1], "loud": tag.upper()}
+    headers = {"If-None-Match": condition.format(**forms)}
+    for method in ("GET", "HEAD"):
+        reply = visitor.request(method, CLIENT, headers=headers)
+        assert reply.status == status
+        has_body = (method, status) == ("GET", 200)
+        assert reply.body == (got.body if has_body else b"")
+        for name in ("etag", "cache-control", "vary"):  # RFC 9110 §15.4.5
+            assert reply.headers[name] == got.headers[name]
+    assert visitor.request("GET", "/healthz").status == 200
+
+
+def test_if_none_match_may_be_several_fields(visitor: RawClient) -> None:
+    tag = visitor.request("GET", CLIENT).headers["etag"].encode()
+    visitor.send(
+        get(b"/sync/client.js", b'If-None-Match: "x"', b"If-None-Match: " + tag)
+    )
+    assert visitor.read_reply().status == 304
+
+
+@pytest.mark.parametrize("origins", [[], ["https://app.example"]])
+def test_the_client_has_one_tag_whether_it_is_compressed_or_not(
+    start: Start, origins: list[str]
+) -> None:
+    client = start(allow_origin=origins).client()
+    plain = client.request("GET", CLIENT)
+    packed = client.request("GET", CLIENT, headers={"Accept-Encoding": "gzip"})
+    assert packed.headers["content-encoding"] == "gzip"
+    assert gzip.decompress(packed.body) == plain.body
+    known = {"Accept-Encoding": "gzip", "If-None-Match": plain.headers["etag"]}
+    same = client.request("GET", CLIENT, headers=known)
+    assert same.status == 304
+    assert "content-encoding" not in same.headers
+    varies = ["Accept-Encoding"] + ["Origin"] * len(origins)
+    for reply in (plain, packed, same):
+        assert reply.headers["etag"] == plain.headers["etag"]
+        assert reply.headers["vary"].split(", ") == varies
 
 
 def test_healthz_has_its_five_fields_in_order(server: Live, client: RawClient) -> None:
@@ -7096,7 +7179,7 @@ def test_a_loopback_server_refuses_another_host(
     for name in (host, f"{host}:{shared.address[1]}"):
         headers = {"Host": name}
         replies = try_everything(shared, headers)
-        for target in ("/", "/healthz"):
+        for target in ("/", "/healthz", CLIENT):
             replies.append(shared.client().request("GET", target, headers=headers))
         for reply in replies:
             assert refused(reply, 403)
@@ -7184,6 +7267,21 @@ def test_an_allowed_origin_gets_the_headers_that_it_needs(start: Start) -> None:
         assert reply.headers["access-control-allow-origin"] == "https://app.example"
         assert "origin" in reply.headers["vary"].lower()
     assert client.upgrade(headers=APP).status == 101
+
+
+def test_a_page_of_an_allowed_origin_and_no_other_may_import_the_client(
+    start: Start,
+) -> None:
+    client = start(**ALLOWING).client()
+    got = client.request("GET", CLIENT, headers=APP)
+    known = {"If-None-Match": got.headers["etag"]}
+    same = client.request("GET", CLIENT, headers=APP | known)
+    assert (got.status, same.status) == (200, 304)
+    for reply in (got, same):
+        assert reply.headers["access-control-allow-origin"] == "https://app.example"
+    other = client.request("GET", CLIENT, headers={"Origin": "https://evil.example"})
+    assert refused(other, 403)
+    assert "access-control-allow-origin" not in other.headers
 
 
 @pytest.mark.parametrize(
@@ -7736,6 +7834,14 @@ def test_a_pull_that_waits_may_lose_its_permission(start: Start, doors: Doors) -
     assert refused(client.read_reply(), 401)
 
 
+def test_the_client_is_for_everybody(start: Start, doors: Doors) -> None:
+    client = start(token="s3cret", on_auth=doors.later).client()
+    assert client.request("GET", CLIENT).status == 200
+    wrong = {"Authorization": "Bearer wrong"}
+    assert client.request("GET", CLIENT, headers=wrong).status == 200
+    assert doors.asked == []
+
+
 def test_a_preflight_needs_no_token(start: Start) -> None:
     live = start(token="s3cret", **ALLOWING)
     asked = APP | {"Access-Control-Request-Method": "POST"}
@@ -7909,6 +8015,7 @@ def test_a_route_that_reads_json_refuses_other_bodies(
         "the pull": ("GET", "/sync/pull", "GET /sync/pull"),
         "the same in lower case": ("get", "/sync/pull", "GET /sync/pull"),
         "the pull's HEAD": ("HEAD", "/sync/pull", "HEAD /sync/pull"),
+        "the client": ("GET", "/sync/client.js", "GET /sync/client.js"),
         "the sessions": ("GET", "/ws", "GET /ws"),
         "the page": ("GET", "/", "GET /"),
         "a route of the application": ("PUT", "/twice", "PUT /twice"),
@@ -9412,6 +9519,46 @@ def test_the_program_without_its_page_explains_where_it_belongs(
     file = Path(shutil.copy(PROGRAM, tmp_path))
     reply = start_program(file=file).client().request("GET", "/")
     assert (reply.status, b"demo.html" in reply.body) == (200, True)
+
+
+PART = "// === Part {}: something ===\n"
+
+
+@table(
+    "text",
+    {
+        "no page": None,
+        "no parts": "<!doctype html>",
+        "one part": PART.format("one"),
+        "the parts in the wrong order": PART.format("two") + PART.format("one"),
+        "a part that begins inside a line": " "
+        + PART.format("one")
+        + PART.format("two"),
+    },
+)
+def test_without_part_one_beside_the_program_the_client_is_not_found(
+    start_program: StartProgram, tmp_path: Path, text: str | None
+) -> None:
+    file = Path(shutil.copy(PROGRAM, tmp_path))
+    if text is not None:
+        (tmp_path / "demo.html").write_text(text)
+    client = start_program(file=file).client()
+    reply = client.request("GET", CLIENT)
+    assert refused(reply, 404)
+    assert "demo.html" in reply.json["error"]
+    assert client.request("GET", "/sync/pull?scope=s").status == 200
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_the_client_is_cut_from_the_page_beside_the_program(
+    start_program: StartProgram, tmp_path: Path, line_end: str
+) -> None:
+    file = Path(shutil.copy(PROGRAM, tmp_path))
+    lines = ["<script>", "// === Part one: a ===", "", "export { A };  // caf\u00e9"]
+    lines += ["", "// === Part two: b ===", "1;", "// === Part two: c ==="]
+    (tmp_path / "demo.html").write_bytes(line_end.join(lines).encode())
+    body = start_program(file=file).client().request("GET", CLIENT).body.decode()
+    assert body.split("\n")[1:] == ["export { A };  // caf\u00e9", ""]
 
 
 def test_a_bad_host_or_a_busy_port_is_one_sentence(

@@ -110,6 +110,8 @@ class Case(NamedTuple):
 
 ENDPOINTS = {
     "GET /": 200,
+    "GET /sync/client.js": 200,
+    "HEAD /sync/client.js": 200,
     "GET /healthz": 200,
     "HEAD /healthz": 200,
     "GET /sync/snapshot?scope=healthy": 200,
@@ -122,6 +124,8 @@ ENDPOINTS = {
     "OPTIONS /sync/push": 204,
     "OPTIONS /ws": 204,
 }
+# Not found where demo.html is not beside the server.
+FROM_PAGE = {"GET /", "GET /sync/client.js", "HEAD /sync/client.js"}
 ENDPOINTS |= {one.sent.decode(): int(one.expected) for one in hostile.TARGETS.values()}
 ODD_FIELDS = (
     *("X-Odd: \xe9\xff", "X-Odd: again", "X-Empty:", "Cookie: a=b; c"),
@@ -239,7 +243,7 @@ def request(
         line, status = source.choice(list(ENDPOINTS.items()))
         while wild and ("HEAD" in line or "wait" in line):  # who could tell their end?
             line, status = source.choice(list(ENDPOINTS.items()))
-        statuses = (status, 404) if line == "GET /" else (status,)
+        statuses = (status, 404) if line in FROM_PAGE else (status,)
         want = Want(statuses, no_body="HEAD" in line)
         body = b""
         if source.random() < 0.3 and status not in (404, 426) and not wild:
@@ -450,7 +454,7 @@ def catalogue() -> Iterator[tuple[str, Case]]:
         yield name, Case(one.sent + behind, [refusal(one)])
     queries = {one.sent.decode(): int(one.expected) for one in hostile.QUERIES.values()}
     for target, status in (ENDPOINTS | queries).items():
-        statuses = (status, 404) if target == "GET /" else (status,)
+        statuses = (status, 404) if target in FROM_PAGE else (status,)
         want = Want(statuses, no_body="HEAD" in target)
         line = f"{target} HTTP/1.1".encode()
         yield target, Case(hostile.assemble([line, hostile.HOST], b""), [want])
@@ -528,7 +532,9 @@ def judge_reply(reply: Reply, no_body: bool, sent: bytes) -> None:
     date = headers["date"]
     age = time.time() - parsedate_to_datetime(date).timestamp()
     check(-5 < age < PATIENCE + 5 and date.endswith(" GMT"), "the date:", date)
-    check(headers.get("cache-control") == "no-store", "it might be stored:", headers)
+    is_client = "javascript" in headers.get("content-type", "")
+    caching = "no-cache" if is_client else "no-store"
+    check(headers.get("cache-control") == caching, "wrongly stored:", headers)
     if status == 101:
         keys = re.findall(rb"(?i)sec-websocket-key:[ \t]*(\S+)", sent)
         digests = [hashlib.sha1(key + GUID).digest() for key in keys]

@@ -550,6 +550,7 @@ TARGETS |= expecting(
         "TRACE": b"TRACE /healthz",
         "DELETE": b"DELETE /healthz",
         "a WebSocket by POST": b"POST /ws",
+        "the client by PUT": b"PUT /sync/client.js",
     },
 )
 TARGETS |= expecting(
