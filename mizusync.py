@@ -3314,10 +3314,11 @@ class Response:
         return cls(error.status, body, error.headers)
 
     @classmethod
-    def page(cls, html: bytes) -> Response:
-        """Return an HTML page that may run its own scripts and styles, and no others.
+    def page(cls, html: bytes, csp: str | None = None) -> Response:
+        """Return an HTML page that may use its own scripts and styles, and no others.
 
-        The Content-Security-Policy (CSP Level 3) names each by its hash.
+        Its Content-Security-Policy (CSP Level 3) names each by its hash. Scripts and
+        workers may also come from this server's origin. `csp` is another policy.
         """
         # A browser sees no element inside a comment, and LF as the only line end.
         comment = rb"<!--(?:-?>|.*?--!?>)"
@@ -3333,10 +3334,11 @@ class Response:
         policy = (
             "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
             " form-action 'none'; frame-ancestors 'none';"
-            f" script-src{hashes[b'script']}; style-src{hashes[b'style']}"
+            f" worker-src 'self'; script-src 'self'{hashes[b'script']};"
+            f" style-src{hashes[b'style']}"
         )
         headers = {
-            "Content-Security-Policy": policy,
+            "Content-Security-Policy": policy if csp is None else csp,
             "X-Content-Type-Options": "nosniff",
         }
         return cls(200, html, headers, "text/html; charset=utf-8")
@@ -5106,12 +5108,27 @@ def check_topic(topic: str) -> None:
         raise ValueError(f"{topic!r}: topics that begin with sync: are the engine's")
 
 
+def check_policy(csp: str | None, page: StrPath | None) -> None:
+    """Raise TypeError or ValueError for a `csp` that can't be a page's policy."""
+    if csp is None:
+        return
+    if not isinstance(csp, str):
+        raise TypeError(f"csp is a string, not {type(csp).__name__}")
+    if page is None:
+        raise ValueError("csp is the policy of a page: it needs page=")
+    if not (csp and csp.isascii() and csp.isprintable()):
+        rule = "a line of printable ASCII, with a semicolon between its directives"
+        raise ValueError(f"csp={csp!r}: a policy is {rule}")
+
+
 class Server(HTTPServer):
     """HTTP and WebSocket over an engine.
 
     `token`, `allow_origin` and `allow_host` mean what the flags of the command line
     mean; a value that can never match raises ValueError. `page` is an HTML file for
-    `GET /`; an OSError is raised if it can't be read.
+    `GET /`; an OSError is raised if it can't be read. `csp` replaces the page's
+    Content-Security-Policy, which allows the scripts and styles in the page, and
+    scripts and workers of this server's origin.
 
     `on_auth(request, scope)` returns the identity of the client. To refuse it, it
     raises Unauthorized or Forbidden; False means Forbidden, and any other value, None
@@ -5132,8 +5149,10 @@ class Server(HTTPServer):
         on_message: Callable[[Session, str, Any], Any] | None = None,
         on_close: Callable[[Session, Exception | None], Any] | None = None,
         page: StrPath | None = None,
+        csp: str | None = None,
     ) -> None:
         validate_token(token)
+        check_policy(csp, page)
         gate = Gate(
             token=token,
             hosts=validate_names(allow_host, HOST),
@@ -5150,9 +5169,9 @@ class Server(HTTPServer):
             engine, self.hub, gate, self.tasks, self.settings, on_message, on_close
         )
         self.sessions = self._live.sessions
-        self._add_routes(page)
+        self._add_routes(page, csp)
 
-    def _add_routes(self, page: StrPath | None) -> None:
+    def _add_routes(self, page: StrPath | None, csp: str | None) -> None:
         """Add the endpoints of the protocol, and the page if there is one."""
         add = self._routes.add
         add("POST", "/sync/push", Route(self._sync.push, needs_token=True))
@@ -5163,7 +5182,7 @@ class Server(HTTPServer):
         add("GET", "/healthz", Route(self._healthz))
         if page is not None:
             with open(page, "rb") as file:
-                response = Response.page(file.read())
+                response = Response.page(file.read(), csp)
             add("GET", "/", Route(lambda request: response))
 
     # -- for the application

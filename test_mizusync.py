@@ -7849,7 +7849,7 @@ def test_a_preflight_needs_no_token(start: Start) -> None:
     assert (reply.status, "authorization" in str(reply.headers).lower()) == (204, True)
 
 
-def test_the_page_may_run_its_own_script_and_nothing_else(start: Start) -> None:
+def test_the_page_may_run_its_own_script_and_the_servers(start: Start) -> None:
     reply = start(page=PROGRAM.with_name("demo.html")).client().request("GET", "/")
     policy = reply.headers["content-security-policy"].split("; ")
     for tag in ("script", "style"):
@@ -7857,9 +7857,11 @@ def test_the_page_may_run_its_own_script_and_nothing_else(start: Start) -> None:
             reply.body.split(f"<{tag}".encode())[1].split(b">", 1)[1].split(b"</")[0]
         )
         digest = base64.b64encode(hashlib.sha256(inline).digest()).decode()
-        policy.remove(f"{tag}-src 'sha256-{digest}'")
+        also = "'self' " if tag == "script" else ""
+        policy.remove(f"{tag}-src {also}'sha256-{digest}'")
     nothing = [f"{kind} 'none'" for kind in ("base-uri", "default-src", "form-action")]
     more = ["connect-src 'self'", "frame-ancestors 'none'", "img-src data:"]
+    more.append("worker-src 'self'")
     assert sorted(policy) == sorted(nothing + more)
     assert reply.headers["x-content-type-options"] == "nosniff"
 
@@ -7941,6 +7943,40 @@ def test_a_page_may_be_absent_but_not_missing(
     assert refused(client.request("GET", "/"), 404)
     with pytest.raises(OSError, match="nowhere"):
         Server(engine, page=tmp_path / "nowhere.html")
+
+
+def test_a_page_may_have_another_policy(start: Start, tmp_path: Path) -> None:
+    csp = "default-src 'self'; img-src *"
+    page = tmp_path / "page.html"
+    page.write_text("<!doctype html><script>1</script>")
+    reply = start(page=page, csp=csp).client().request("GET", "/")
+    assert reply.headers["content-security-policy"] == csp
+    assert reply.headers["x-content-type-options"] == "nosniff"
+
+
+@table(
+    "case",
+    {
+        "bytes": (b"default-src 'self'", TypeError, "a string, not bytes"),
+        "a list": (["default-src 'self'"], TypeError, "a string, not list"),
+        "nothing": ("", ValueError, "a line of"),
+        "a line break": ("default-src 'self';\n img-src *", ValueError, "a line of"),
+        "CR and LF": ("img-src *\r\nX-A: 1", ValueError, "a line of"),
+        "a letter beyond ASCII": ("img-src caf\u00e9", ValueError, "ASCII"),
+    },
+)
+def test_a_policy_that_no_header_can_hold_is_refused(
+    engine: Engine, tmp_path: Path, case: tuple[Any, type[Exception], str]
+) -> None:
+    csp, error, words = case
+    (tmp_path / "page.html").touch()
+    with pytest.raises(error, match=words):
+        Server(engine, page=tmp_path / "page.html", csp=csp)
+
+
+def test_a_policy_without_a_page_is_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="page="):
+        Server(engine, csp="default-src 'self'")
 
 
 def prepared(server: Server) -> None:
@@ -13262,6 +13298,41 @@ class TestPage:
             "(({ color, margin }) => [color, margin])(getComputedStyle(document.body))"
         )
         assert window.page.evaluate(style) == ["rgb(255, 0, 0)", "7px"]
+
+    def test_a_page_imports_the_client_and_runs_workers_of_its_server(
+        self, windows: Windows, tmp_path: Path
+    ) -> None:
+        page = tmp_path / "page.html"
+        page.write_bytes(
+            b"<!doctype html><link rel=icon href=data:,>"
+            b'<script type=module>import { SyncClient } from "./sync/client.js";'
+            b"self.name = SyncClient.name;</script>"
+        )
+        script = b'postMessage("a worker works");'
+        worker = response_of(body=script, content_type="text/javascript")
+        live = windows.serve(
+            page=page, prepare=lambda server: server.route("GET", "/worker.js")(worker)
+        )
+        window = windows.open(live).page
+        window.wait_for_function("() => self.name === 'SyncClient'")
+        said = """new Promise((resolve) => {
+            new Worker("worker.js").onmessage = ({ data }) => resolve(data);
+        })"""
+        assert window.evaluate(said) == "a worker works"
+
+    def test_a_page_of_an_allowed_origin_imports_the_client_of_another_server(
+        self, windows: Windows, tmp_path: Path
+    ) -> None:
+        page = tmp_path / "page.html"
+        page.write_bytes(b"<!doctype html><link rel=icon href=data:,>")
+        own = windows.serve(page=page, csp="default-src * data:")
+        window = windows.open(own).page
+        windows.may_say = "CORS|ERR_FAILED"  # of the server that does not allow it
+        allowing = windows.serve(allow_origin=["http://{}:{}".format(*own.address)])
+        for live, found in ((allowing, "SyncClient"), (windows.serve(), "refused")):
+            address = "http://{}:{}/sync/client.js".format(*live.address)
+            client = f"import('{address}').then((module) => module.SyncClient.name)"
+            assert window.evaluate(f"{client}.catch(() => 'refused')") == found
 
     def test_the_page_of_the_readme_is_live_and_tells_a_refusal(
         self, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
