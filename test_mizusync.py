@@ -11618,15 +11618,14 @@ function makeForbidden() {
 }
 
 /** A storage of states that answers later, and writes as IndexedDB does: a position, a
- * state, and the changes since. `limits`: `load` and `save` may be "fails", "hangs" or
- * seconds to wait, or a promise; its page may be gone, or `crash` after the next save. */
+ * state, and the changes since. `limits`: `load`, `save` and `remove` may be "fails",
+ * "hangs" or seconds to wait; its page may be gone, or go after the next save. */
 function makeStates(rows = new Map(), limits = {}) {
   const trouble = async (kind) => {
     await track(new Promise(setImmediate));
     if (kind === "fails") fails("QuotaExceededError")();
     if (kind === "hangs") await NEVER;
     if (kind > 0) await sleep(kind);
-    await kind;
     if (limits.gone) await NEVER;
   };
   const states = {
@@ -11652,12 +11651,11 @@ function makeStates(rows = new Map(), limits = {}) {
       const known = row && JSON.parse(row.text);
       const isSame = old?.epoch === position.epoch && old.version === position.version;
       const fresh = tail?.changes.filter((change) => change.cursor > old?.cursor) ?? [];
-      const { changes, since } = known ?? {};
+      const changes = [...known?.changes ?? [], ...fresh];
+      const fits = isSame && old.cursor >= tail?.since && changes.length <= 200;
       const whole = { state, since: cursor, changes: [] };
-      const longer = { state: known?.state, since, changes: [...changes ?? [], ...fresh] };
-      const fits = tail && isSame && old.cursor >= tail.since &&
-        longer.changes.length <= 200;
-      rows.set(key, { position, text: JSON.stringify(fits ? longer : whole) });
+      const content = fits ? { ...known, changes } : whole;
+      rows.set(key, { position, text: JSON.stringify(content) });
       if (limits.crash) limits.gone = true, await NEVER;
       return position;
     },
@@ -11668,11 +11666,19 @@ function makeStates(rows = new Map(), limits = {}) {
   };
   return states;
 }
+const makeKept = () => ({ queue: makeStorage(), storage: makeStates() });
 const json = (value, status = 200, headers = {}) =>
   [JSON.stringify(value), { status, headers }];
 const refuse = (status, code, headers) =>
   json({ code, error: "a reason" }, status, headers);
-const html = (status, headers) => ["<h1>Something on the way</h1>", { status, headers }];
+const html = (status) => ["<h1>Something on the way</h1>", { status }];
+
+/** The actions of all errors that the client's status has from now on. */
+function actionsOf(client) {
+  const actions = new Set(), look = () => actions.add(client.status.error?.action);
+  client.addEventListener("status", look);
+  return actions;
+}
 
 /** What rejects when `signal` says so. */
 function aborted(signal) {
@@ -11729,17 +11735,25 @@ function makeFake() {
     restore(epoch, ...data) {
       fake.epoch = epoch;
       fake.log.length = 0;
+      for (const id in results) delete results[id];
       data.forEach(fake.add);
     },
     all: (path) => fake.calls.filter((call) => call.path === path),
     last: (path) => fake.all(path).at(-1),
+    /** Answer the request that is held, as the server would now. */
+    answer: (path) => fake.last(path).answer(fake[path](fake.last(path))),
+    /** Add a change, and tell of it. */
+    hint(data) {
+      const { cursor, changes } = fake.add(data);
+      fake.socket.say({ cursor, epoch: fake.epoch, after: cursor - 1, changes });
+    },
     get socket() { return fake.sockets.at(-1); },
     async fetch(address, { headers, body, signal }) {
       const url = new URL(address), path = url.pathname.split("/").at(-1);
       const query = Object.fromEntries(url.searchParams), end = aborted(signal);
       const token = headers.Authorization?.replace("Bearer ", "") ?? "";
       const parsed = body && JSON.parse(body);
-      const call = { address, path, query, headers, token, signal, body: parsed, at: now };
+      const call = { address, path, query, headers, token, body: parsed, at: now };
       fake.calls.push(call);
       const answer = new Promise((resolve) => {
         call.answer = (value) => resolve(Array.isArray(value) ? value : json(value));
@@ -11824,7 +11838,7 @@ const FAULTS = {
 };
 
 /** The line and the storages of a tab; those outlive it. */
-function makeLine({ items = new Map(), rows = new Map() } = {}) {
+function makeLine({ items, rows }) {
   const line = { faults: [], lag: 0, isBlocked: false, limits: {} };
   line.queue = makeStorage(items, line.limits);
   line.storage = makeStates(rows, line.limits);
@@ -11903,7 +11917,7 @@ const calls = {
     people.forEach(leave);
     timers.clear(), refused.clear(), repeated.splice(0);
     place = address;
-    const stores = Array.from({ length: 3 }, () => ({ items: new Map(), rows: new Map() }));
+    const stores = [1, 2, 3].map(() => ({ items: new Map(), rows: new Map() }));
     if (isShared) stores[2] = stores[1];
     people = stores.map((kept) => ({ kept, made: [] }));
     people.forEach(open);
@@ -11963,12 +11977,15 @@ const calls = {
     timers.clear(), reports();
     const names = {
       assert, pass, quiet, sleep, json, refuse, html, reports, setGlobal, makePage,
-      makeLocks, makeStorage, makeForbidden, makeStates, webStorage,
-      fake: makeFake(), SyncClient,
+      makeLocks, makeStorage, makeForbidden, makeStates, makeKept,
+      fake: makeFake(), actionsOf, SyncClient, webStorage,
     };
     const Script = calls.script.constructor;
     try {
-      await new Script(...Object.keys(names), text)(...Object.values(names));
+      const script = new Script(...Object.keys(names), text);
+      const late = new Promise((_, reject) =>
+        setTimeout(reject, 20e3, new Error("The script waits for ever.")).unref());
+      await Promise.race([script(...Object.values(names)), late]);
       await quiet();
       assert.deepEqual(reports(), []);
     } finally {
@@ -12059,15 +12076,15 @@ PROMISES = {
         fake.held.add("push").add("pull");
         const queue = makeStorage(), storage = makeStates();
         const client = await fake.start({ queue, storage });
-        fake.last("pull").answer(fake.pull(fake.last("pull")));
+        fake.answer("pull");
         client.mutate("add", "a");
         assert.equal(queue.queue.length, 1);  // before mutate() returned
         await pass(1.1);
-        fake.last("push").answer(fake.push(fake.last("push")));
+        fake.answer("push");
         await quiet();
         assert.deepEqual([client.pending, queue.queue.length, client.state],
           [[], 1, ["a"]]);
-        fake.last("pull").answer(fake.pull(fake.last("pull")));
+        fake.answer("pull");
         await pass(0.9);
         assert.deepEqual([storage.saved.changes, queue.queue.length, client.state],
           [[], 1, ["a"]]);
@@ -12244,7 +12261,7 @@ PROMISES = {
         await pass(1.1);
         assert.deepEqual([storage.saved.cursor, client.state], [0, ["own"]]);
         fake.held.clear();
-        fake.last("pull").answer(fake.pull(fake.last("pull")));
+        fake.answer("pull");
         await quiet();
         assert.deepEqual(client.state, ["of another", "own"]);
     """,
@@ -12273,8 +12290,7 @@ PROMISES = {
           const client = await fake.live({ apply }), seen = [];
           client.addEventListener("status", () => seen.push(client.status.error));
           fake.calls.length = 0;
-          const { cursor, changes } = fake.add("a");
-          fake.socket.say({ cursor, epoch: "1", after: cursor - 1, changes });
+          fake.hint("a");
           await quiet();
           const { action, message } = client.status.error;
           assert.deepEqual([action, client.status.online], ["report", true]);
@@ -12331,8 +12347,7 @@ PROMISES = {
         fake.held.add("pull");
         const { length } = fake.all("pull");
         for (const data of ["a", "b", "c"]) {
-          const { cursor, changes } = fake.add(data);
-          fake.socket.say({ cursor, epoch: "1", after: 0, changes });
+          fake.hint(data);
           if (data === "a") fake.socket.say({ cursor: 99 });
           await quiet();
         }
@@ -12419,7 +12434,7 @@ PROMISES = {
         for (const data of [[], ["a"], ["a", "b"]]) {
           assert.equal(fake.last("pull").query.wait, data.length ? "25" : "0");
           data.slice(-1).forEach(fake.add);
-          fake.last("pull").answer(fake.pull(fake.last("pull")));
+          fake.answer("pull");
           await quiet();
           assert.deepEqual([client.state, fake.all("pull").length],
             [data, data.length + 2]);
@@ -12554,7 +12569,7 @@ PROMISES = {
           assert.equal(client.status.saved, false);
           await quiet();
           fake.held.clear();
-          fake.last("push").answer(fake.push(fake.last("push")));
+          fake.answer("push");
           await pass(2);
           assert.deepEqual([client.state, client.status.waiting, client.status.saved],
             [fake.data, 0, true]);
@@ -12597,7 +12612,7 @@ PROMISES = {
         assert.deepEqual(seen, [true, false, false]);
     """,
     "two tabs without locks lose nothing of each other's queue": """
-        const kept = { queue: makeStorage(), storage: makeStates() }, { queue } = kept;
+        const kept = makeKept(), { queue } = kept;
         const one = fake.make(kept);
         one.mutate("add", 1);
         const two = fake.make(kept);
@@ -12612,7 +12627,7 @@ PROMISES = {
         assert.deepEqual([one.state, two.state], [[1, 2, 3], [1, 2, 3]]);
     """,
     "with locks a tab's queue is its own until it closes": """
-        const locks = makeLocks(), kept = { queue: makeStorage(), storage: makeStates() };
+        const locks = makeLocks(), kept = makeKept();
         const open = (tab) => (locks.tab = tab, fake.make(kept));
         const one = open("one");
         one.mutate("add", 1);
@@ -12731,14 +12746,15 @@ PROMISES = {
         for (const fault of [bad, () => undefined]) {
           const queue = makeStorage();
           fake.make({ queue }).mutate("add", "a");
-          const predict = (state, { args }) => args === "b" ? [...state, args] : fault();
+          const predict = (state, { args }) =>
+            args === "b" ? [...state, args] : fault();
           const client = await fake.start({ queue, predict });
           fake.held.add("push");
           for (const args of ["c", "b"]) client.mutate("add", args);
           assert.deepEqual(client.state, [...fake.data, "b"]);
           await pass(2);
           fake.held.clear();
-          fake.last("push").answer(fake.push(fake.last("push")));
+          fake.answer("push");
           await pass(2);
           assert.deepEqual([client.state, queue.queue], [fake.data, []]);
           const said = reports();
@@ -12814,6 +12830,882 @@ PROMISES = {
         simulated.Date.now = now;
         assert.deepEqual([client.state, fake.sockets[0].closed], [["a"], true]);
         assert.ok(fake.sockets.length > 1);
+    """,
+    "what a crash left in both storages is shown once, and erased": """
+        const kept = makeKept();
+        const one = await fake.start(kept);
+        one.mutate("add", "a");
+        await quiet();
+        kept.storage.limits.crash = true;
+        await pass(1.1);  // saved, but the key is still there
+        kept.storage.limits.crash = kept.storage.limits.gone = false;
+        assert.deepEqual([kept.storage.saved.cursor, kept.queue.queue.length], [1, 1]);
+        const two = await fake.start(kept);
+        await pass(1.1);
+        assert.deepEqual([fake.data, two.state, two.status.waiting], [["a"], ["a"], 0]);
+        assert.deepEqual(kept.queue.queue, []);
+    """,
+    "a key goes also where the answer comes after the state was saved": """
+        fake.instead.push = (call) => {
+          fake.push(call);
+          throw new TypeError("The answer was lost.");
+        };
+        const queue = makeStorage(), storage = makeStates();
+        const client = await fake.live({ queue, storage });
+        client.mutate("add", "a");
+        await quiet();
+        fake.socket.say({ cursor: 1 });
+        fake.instead.push = () => refuse(503, "unavailable", { "Retry-After": "5" });
+        await pass(2);
+        assert.deepEqual([storage.saved.cursor, queue.queue.length], [1, 1]);
+        fake.instead = {};
+        await pass(9);
+        assert.deepEqual([client.pending, queue.queue], [[], []]);
+    """,
+    "an older tab never overwrites a newer state": """
+        for (const make of [makeStates, () => webStorage(makeStorage())]) {
+          fake.restore("1");
+          const storage = make(), old = await fake.start({ storage });
+          await pass(1.1);
+          old.stop();  // it sleeps
+          const young = await fake.start({ storage });
+          ["a", "b"].forEach(fake.add);
+          await pass(40);
+          fake.log.length = 1;
+          old.start();
+          await pass(2);
+          assert.deepEqual(old.state, ["a"]);
+          const load = async () => {
+            const client = fake.make({ storage });
+            await client.ready;
+            client.close();
+            return client.state;
+          };
+          assert.deepEqual(await load(), ["a", "b"]);
+          young.stop(), old.stop();
+          fake.restore("2", "x");
+          young.start();
+          await pass(2);
+          // A later history wins, although its cursor is lower.
+          assert.deepEqual(await load(), ["x"]);
+          young.close(), old.close();
+        }
+    """,
+    "a tab that slept over two histories heals, and goes on saving": """
+        const kept = makeKept();
+        const old = await fake.start(kept), young = await fake.start(kept);
+        ["a", "b", "c"].forEach(fake.add);
+        await pass(40);
+        old.stop();
+        for (const epoch of ["2", "3"]) {
+          fake.restore(epoch, `of ${epoch}`);
+          await pass(40);
+        }
+        assert.equal(kept.storage.saved.generation, 2);
+        young.close();
+        old.start();
+        await pass(2);
+        assert.deepEqual(old.state, ["of 3"]);
+        old.mutate("add", "x");
+        await pass(5);
+        assert.deepEqual([old.state, kept.storage.saved.cursor], [["of 3", "x"], 2]);
+        assert.deepEqual(kept.queue.queue, []);
+        old.stop();
+        fake.restore("4", "of 4");
+        const third = await fake.start(kept);
+        await pass(2);
+        // It knows of the third history alone, when the fourth is stored.
+        fake.restore("3", "of 3", "x");
+        old.start();
+        old.mutate("add", "y");
+        fake.held.add("pull");
+        await pass(2);
+        fake.restore("4", "of 4");
+        fake.held.clear();
+        fake.answer("pull");
+        await pass(60);
+        assert.deepEqual([old.state, third.state], [fake.data, fake.data]);
+        assert.equal(kept.storage.saved.epoch, "4");
+        assert.deepEqual(kept.queue.queue, []);
+    """,
+    "the state is saved at most once a second, and at once when the page is hidden": """
+        const page = makePage(), storage = makeStates();
+        const client = await fake.live({ storage });
+        for (let index = 0; index < 100; index++) {
+          fake.hint(index);
+          await pass(0.1);
+        }
+        const times = storage.saves.map(({ at }) => at);
+        assert.ok(times.length >= 9 && times.length <= 11, times.length);
+        assert.ok(times.slice(1).every((at, index) => at - times[index] >= 1000));
+        for (const leave of [() => page.hide(), () => page.tell("pagehide")]) {
+          await pass(2);
+          fake.hint("last");
+          leave();
+          await quiet();
+          assert.equal(storage.saved.cursor, fake.head);
+        }
+    """,
+    "after the first save only the changes since are written, at most 200": """
+        const storage = makeStates(), client = await fake.live({ storage });
+        const hint = () => {
+          fake.hint("x");
+        };
+        await pass(1.1);
+        assert.equal(storage.saves[0].tail, null);
+        for (const count of [1, 2, 3]) {
+          for (let time = 0; time < count; time++) hint();
+          await pass(1.1);
+          const { since, changes } = storage.saves.at(-1).tail;
+          assert.deepEqual([since, changes.length], [fake.head - count, count]);
+        }
+        assert.deepEqual([storage.saved.since, storage.saved.changes], [0, fake.log]);
+        for (let time = 0; time < 201; time++) hint();
+        await pass(1.1);
+        assert.equal(storage.saves.at(-1).tail, null);
+        assert.equal(storage.saved.changes.length, 0);
+        hint();
+        await pass(1.1);
+        const again = fake.make({ storage });
+        await again.ready;
+        assert.deepEqual([storage.saved.changes.length, again.state], [1, fake.data]);
+        again.close();
+        await quiet();
+        // A save that failed is made up for with the whole state.
+        storage.limits.save = "fails";
+        hint();
+        await pass(1.1);
+        storage.limits.save = 0;
+        hint();
+        await pass(31);
+        assert.equal(storage.saves.at(-1).tail, null);
+        assert.deepEqual([storage.saved.state, reports().length], [fake.data, 1]);
+    """,
+    "what the first edition kept is taken over once": """
+        const key = 'mizusync ["http://fake/","s",""] ', queue = makeStorage();
+        const first = { state: ["a"], cursor: 1, epoch: "1" };
+        const mutation = { id: "i", scope: "s", name: "add", args: "b" };
+        queue.setItem(`${key}base`, JSON.stringify(first));
+        queue.setItem(`${key}queue 1-2 3`, JSON.stringify(mutation));
+        const storage = makeStates(), client = fake.make({ queue, storage });
+        await client.ready;
+        assert.deepEqual([client.state, client.status.loaded], [["a", "b"], true]);
+        fake.add("a");
+        client.start();
+        await pass(2);
+        assert.deepEqual([fake.all("snapshot").length, client.state, queue.items.size],
+          [0, ["a", "b"], 0]);
+        assert.deepEqual([storage.saved.cursor, fake.data], [2, ["a", "b"]]);
+        queue.setItem(`${key}base`, JSON.stringify({ ...first, state: ["old"] }));
+        const again = fake.make({ queue, storage });
+        await again.ready;
+        assert.deepEqual(again.state, ["a", "b"]);
+    """,
+    "what the first edition kept stays until it is saved elsewhere": """
+        const key = 'mizusync ["http://fake/","s",""] base', queue = makeStorage();
+        const storage = makeStates(new Map(), { save: "fails" });
+        fake.add("a");
+        queue.setItem(key, JSON.stringify({ state: ["a"], cursor: 1, epoch: "1" }));
+        const client = await fake.start({ queue, storage });
+        await pass(2);
+        assert.ok(queue.getItem(key));
+        assert.deepEqual([client.status.saved, reports().length], [false, 1]);
+    """,
+    "a storage that hangs at the load is waited for 5 s, and then it works without": """
+        fake.add("a");
+        const storage = makeStates(new Map(), { load: "hangs" });
+        const client = await fake.start({ storage });
+        client.mutate("add", "b");
+        await pass(4.9);
+        assert.deepEqual([client.state, client.status.loaded, fake.calls.length],
+          [["b"], false, 0]);
+        await pass(0.2);
+        assert.deepEqual([client.state, client.status.loaded, fake.data],
+          [["a", "b"], true, ["a", "b"]]);
+        assert.equal(client.status.saved, false);
+        assert.match(reports()[0], /does not answer/);
+        await pass(31);
+        assert.deepEqual([client.status.saved, storage.saved.state],
+          [true, ["a", "b"]]);
+    """,
+    "a storage that holds nonsense is as good as empty": """
+        const values = ["{", "[]", "5", '"x"', "{}", '{"cursor":1}', "null"];
+        for (const value of values) {
+          const items = makeStorage(), key = 'mizusync ["http://fake/","s",""] ';
+          items.setItem(`${key}state`, value);
+          items.setItem(`${key}queue 1-1 1`, "{");
+          items.setItem(`${key}base`, value);
+          const client = fake.make({ queue: items, storage: webStorage(items) });
+          client.addEventListener("change", () => assert.ok(client.state));
+          await pass(1);
+          assert.deepEqual([client.state, client.status.loaded], [[], false]);
+          client.start();
+          client.mutate("add", "a");
+          await pass(2);
+          assert.deepEqual([client.state, client.status.loaded], [fake.data, true]);
+          client.close();
+          reports();
+        }
+        assert.equal(fake.data.filter((data) => data === "a").length, 7);
+    """,
+    "a long queue drains with few pulls and few replays": """
+        let replays = 0;
+        const predict = (state, { args }) => (replays++, state);
+        const apply = (state) => state + 1;
+        fake.instead.snapshot = () => refuse(404, "not_found");
+        const client = await fake.live({ predict, apply, initial: 0 });
+        client.stop();
+        for (let index = 0; index < 5000; index++) client.mutate("add", index);
+        assert.equal(replays, 5000);
+        fake.calls.length = 0;
+        let changes = 0;
+        client.addEventListener("change", () => changes++);
+        const { push } = fake;
+        fake.push = (call) => {
+          const answer = push(call);
+          fake.socket.say({ cursor: fake.head });
+          return answer;
+        };
+        client.start();
+        await quiet();
+        fake.socket.open();
+        await pass(1);
+        assert.deepEqual([client.state, client.pending, fake.head], [5000, [], 5000]);
+        assert.ok(fake.all("push").length <= 51, fake.all("push").length);
+        assert.ok(fake.all("pull").length <= 10, fake.all("pull").length);
+        assert.ok(replays <= 25e3, replays);
+        assert.ok(changes <= 70, changes);
+    """,
+    "loaded is told as soon as there is a state, and ready resolves then": """
+        fake.held.add("snapshot");
+        const kept = makeKept(), seen = [];
+        const client = fake.make({ WebSocket: fake.WebSocket, ...kept });
+        client.ready.then(() => seen.push(client.state));
+        client.addEventListener("status", () => {
+          if (client.status.loaded) seen.push("loaded");
+        });
+        client.start();
+        await quiet();
+        fake.socket.open();
+        await pass(1);
+        assert.deepEqual([client.status.live, client.status.loaded, seen],
+          [true, false, []]);
+        fake.add("a");
+        fake.last("snapshot").answer(fake.snapshot());
+        await quiet();
+        assert.deepEqual([client.status.loaded, seen[0]], [true, "loaded"]);
+        assert.deepEqual(seen.at(-1), ["a"]);
+        await pass(2);
+        client.close();
+        const offline = fake.make(kept);
+        assert.equal(offline.status.loaded, false);
+        await offline.ready;
+        assert.deepEqual([offline.state, offline.status.loaded], [["a"], true]);
+        const closed = fake.make();
+        await quiet();
+        closed.close();
+        await assert.rejects(closed.ready, { code: "closed" });
+    """,
+    "pending is the same array while nothing changes": """
+        const client = await fake.live(), { pending } = client;
+        assert.equal(client.pending, pending);
+        fake.held.add("push");
+        const own = client.mutate("add", 1), after = client.pending;
+        assert.notEqual(after, pending);
+        assert.deepEqual(after, [own]);
+        fake.hint("x");
+        await pass(10);
+        assert.equal(client.pending, after);
+        const { state } = client;
+        await pass(10);
+        assert.equal(client.state, state);
+        fake.held.clear();
+        fake.answer("push");
+        await quiet();
+        assert.notEqual(client.pending, after);
+        assert.equal(after.length, 1);
+    """,
+    "there is one change event for one update": """
+        const client = await fake.live(), seen = [];
+        client.addEventListener("change", () =>
+          seen.push([client.state.length, client.pending.length]));
+        const update = async (act, ...expected) => {
+          seen.length = 0;
+          act();
+          await quiet();
+          assert.deepEqual(seen, expected);
+        };
+        fake.held.add("push").add("pull");
+        await update(() => client.mutate("add", 1), [1, 1]);
+        await update(() => {
+          fake.answer("push");
+        }, [1, 0]);
+        const hint = { cursor: 1, epoch: "1", after: 0, changes: fake.log };
+        await update(() => fake.socket.say(hint), [1, 0]);
+        ["x", "y"].forEach(fake.add);
+        fake.socket.say({ cursor: 3 });
+        await quiet();
+        await update(() => fake.answer("pull"), [3, 0]);
+        await update(() => fake.socket.say({ cursor: 3 }));
+    """,
+    "confirmed resolves when the confirmed state contains the mutation": """
+        fake.held.add("push").add("pull");
+        const queue = makeStorage(), client = fake.make({ queue }), seen = [];
+        const first = client.mutate("add", 1);
+        client.start();
+        await quiet();
+        client.confirmed(first).then(() => seen.push(1));
+        client.confirmed(first.id).then(() => seen.push(2));
+        fake.answer("push");
+        await quiet();
+        assert.deepEqual([client.pending, seen], [[], []]);
+        fake.held.clear();
+        fake.answer("pull");
+        await quiet();
+        assert.deepEqual(seen.sort(), [1, 2]);
+        await client.confirmed(first);  // also afterwards
+        await assert.rejects(client.confirmed("no such"), { code: "unknown" });
+        await assert.rejects(fake.make().confirmed(first),
+          { code: "unknown", mutation: first });
+    """,
+    "confirmed finds a mutation by its id after a reload": """
+        const queue = makeStorage(), { id } = fake.make({ queue }).mutate("add", 1);
+        const client = fake.make({ queue });
+        let isConfirmed = false;
+        client.confirmed(id).then(() => { isConfirmed = true; });
+        await pass(5);
+        assert.equal(isConfirmed, false);
+        client.start();
+        await pass(1);
+        assert.ok(isConfirmed);
+    """,
+    "confirmed rejects what is refused, and what is open when the client closes": """
+        const error = "a reason", refusal = { ok: false, code: "conflict", error };
+        fake.instead.push = () => json([refusal]);
+        const client = await fake.start(), mutation = client.mutate("add", 1);
+        const expected = { name: "Error", code: "conflict", mutation };
+        await assert.rejects(client.confirmed(mutation), expected);
+        await assert.rejects(client.confirmed(mutation),
+          (failure) => failure.error === error || failure.message === error);
+        fake.held.add("push");
+        const other = client.mutate("add", 2), waiting = client.confirmed(other);
+        await quiet();
+        client.close();
+        await assert.rejects(waiting, { code: "closed" });
+        await assert.rejects(client.confirmed(other), { code: "closed" });
+    """,
+    "what apply fails on in a page is reported, and a snapshot follows": """
+        for (const fault of [() => { throw new Error("a fault"); }, () => undefined]) {
+          const storage = makeStates();
+          const client = await fake.start({ storage, apply: () => fault() });
+          await pass(1.1);
+          const seen = actionsOf(client);
+          fake.add("a");
+          await pass(40);
+          assert.deepEqual([client.state, client.status.error], [fake.data, null]);
+          assert.deepEqual([...seen], ["report", undefined]);
+          assert.ok(storage.saves.every(({ state }) => Array.isArray(state)));
+          assert.deepEqual([storage.saved.state, reports().length], [fake.data, 1]);
+          client.close();
+        }
+    """,
+    "what apply fails on at the load is reported, and a snapshot replaces it": """
+        for (const fault of [() => { throw new Error("a fault"); }, () => undefined]) {
+          fake.restore("1");
+          const storage = makeStates(), first = await fake.start({ storage });
+          fake.restore("2", "a");
+          await pass(40);
+          fake.add("b");
+          await pass(40);
+          first.close();
+          await quiet();
+          const { generation, changes } = storage.saved;
+          assert.deepEqual([generation, changes.length], [1, 1]);
+          const client = fake.make({ storage, apply: () => fault() });
+          await pass(1);
+          assert.deepEqual([client.state, client.status.loaded], [[], false]);
+          assert.match(reports()[0], /apply/);
+          client.start();
+          await pass(3);
+          assert.deepEqual([client.state, storage.saved.state, storage.saved.changes],
+            [["a", "b"], ["a", "b"], []]);
+          client.close();
+        }
+    """,
+    "the first 401 asks for the token again, a second stops": """
+        for (const isAsync of [false, true]) {
+          let number = 0;
+          const next = () => `t${++number}`;
+          const token = isAsync ? () => sleep(1).then(next) : next;
+          const strict = (least) => {
+            for (const path of ["push", "pull", "snapshot"]) {
+              fake.instead[path] = (call) => +call.token.slice(1) < least
+                ? refuse(401, "unauthorized") : fake[path](call);
+            }
+          };
+          fake.calls.length = 0;
+          strict(2);
+          const client = await fake.start({ token });
+          await pass(3);
+          assert.deepEqual([client.status.online, client.status.error, number],
+            [true, null, 2]);
+          assert.equal(fake.last("pull").token, "t2");  // it is kept while it is good
+          strict(99);
+          client.mutate("add", "a");
+          await pass(3);
+          const { running, error } = client.status;
+          assert.deepEqual([running, error.action, error.status, number],
+            [false, "token", 401, 3]);
+          const { length } = fake.calls;
+          await pass(100);
+          assert.equal(fake.calls.length, length);
+          fake.instead = {};
+          client.start("fixed");
+          await pass(1);
+          assert.deepEqual([client.pending, fake.last("push").token], [[], "fixed"]);
+          client.close();
+        }
+    """,
+    "two requests that are refused with 401 ask for one token": """
+        let number = 0;
+        const token = async () => (await sleep(0.1), `t${++number}`);
+        const client = await fake.start({ token });
+        await pass(1);
+        fake.held.add("push").add("pull");
+        client.mutate("add", "a");
+        fake.add("b");
+        await pass(40);
+        const push = fake.last("push"), pull = fake.last("pull");
+        assert.deepEqual([push.token, pull.token, number], ["t1", "t1", 1]);
+        fake.held.clear();
+        push.answer(refuse(401, "unauthorized"));
+        pull.answer(refuse(401, "unauthorized"));
+        await pass(1);
+        assert.deepEqual([number, fake.last("push").token, fake.last("pull").token],
+          [2, "t2", "t2"]);
+        assert.deepEqual([client.state, client.pending], [fake.data, []]);
+    """,
+    "a token function that fails is asked again later": """
+        const faults = [() => { throw new Error("a fault"); }, () => Promise.reject(),
+          () => Promise.reject(new Error("a fault"))];
+        for (const fault of faults) {
+          let tries = 0;
+          const token = () => ++tries > 4 ? "good" : fault();
+          const client = fake.make({ token, WebSocket: fake.WebSocket });
+          client.start();
+          await quiet();
+          const { running, error } = client.status;
+          assert.deepEqual([running, error.action], [true, "wait"]);
+          client.mutate("add", "a");
+          await pass(60);
+          assert.deepEqual([client.pending, fake.last("push").token], [[], "good"]);
+          assert.equal(fake.socket.token, "good");
+          client.close();
+        }
+    """,
+    "a token that no header can carry stops it, and asks for another": """
+        for (const token of ["a b", "ä", "a\\nb", "\\u2028"]) {
+          const client = await fake.start({ token });
+          client.mutate("add", "a");
+          await pass(5);
+          const { running, error } = client.status;
+          assert.deepEqual([running, error.action, fake.calls], [false, "token", []]);
+        }
+    """,
+    "a token function that never answers does not outlive its start": """
+        const client = fake.make({ token: () => new Promise(() => {}),
+          WebSocket: fake.WebSocket });
+        client.mutate("add", "a");
+        client.start();
+        await pass(10);
+        assert.deepEqual([fake.calls, fake.sockets], [[], []]);
+        client.stop();
+        client.start("good");
+        await pass(3);
+        assert.deepEqual([client.pending, fake.last("push").token], [[], "good"]);
+        assert.equal(fake.socket.token, "good");
+    """,
+    "a token of an earlier start never stops the new session": """
+        const token = async () => (await sleep(5), "a b");
+        const client = await fake.start({ token, WebSocket: fake.WebSocket });
+        client.stop();
+        client.start("good");
+        client.mutate("add", "a");
+        await pass(20);
+        assert.deepEqual([client.status.running, client.pending], [true, []]);
+        assert.deepEqual(fake.sockets.map((socket) => socket.token),
+          fake.sockets.map(() => "good"));
+    """,
+    "a 4xx without a code of the protocol is tried again, with one it stops": """
+        const codes = { 400: "invalid_request", 403: "forbidden", 404: "not_found",
+          405: "method_not_allowed", 409: "conflict", 414: "uri_too_long",
+          415: "unsupported_media_type", 431: "headers_too_large" };
+        for (const [status, code] of Object.entries(codes)) {
+          for (const path of ["push", "pull", "snapshot"]) {
+            if (path === "snapshot" && status === "404") continue;  // it is allowed to
+            if (path === "push" && status === "400") continue;  // it judges the body
+            fake.calls.length = 0;
+            fake.instead[path] = () => html(+status);
+            const client = fake.make(), seen = actionsOf(client);
+            client.start();
+            await quiet();
+            client.mutate("add", 1);
+            await pass(200);
+            const times = fake.all(path).map(({ at }) => at);
+            const gaps = times.slice(1).map((at, index) => at - times[index]);
+            assert.ok(times.length > 5 && times.length < 20, [path, status]);
+            assert.ok(gaps.at(-1) > 14e3, [path, status]);
+            assert.deepEqual([client.status.running, seen.has("wait"), seen.size],
+              [true, true, 2]);
+            fake.instead[path] = () => refuse(+status, code);
+            await pass(70);
+            const { running, error } = client.status;
+            assert.deepEqual([running, error?.action, error?.code],
+              [false, "start", code], [path, status]);
+            fake.instead = {};
+            client.start();
+            await pass(2);
+            assert.deepEqual([client.state, client.pending], [fake.data, []]);
+            client.close();
+          }
+        }
+        assert.deepEqual(fake.refused, []);
+    """,
+    "a refusal of an earlier start never stops the new session": """
+        for (const path of ["push", "pull", "snapshot"]) {
+          for (const status of [401, 403, 404]) {
+            const code = { 401: "unauthorized", 403: "forbidden", 404: "not_found" };
+            for (const isDeaf of [false, true]) {
+              fake.held.add(path);
+              const answers = [], slow = async (address, { signal, ...options }) => {
+                // It answers although it was told to stop, as some polyfills do.
+                const ours = isDeaf ? new AbortController().signal : signal;
+                return fake.fetch(address, { ...options, signal: ours });
+              };
+              const client = fake.make({ fetch: slow, token: "t" });
+              client.start();
+              client.mutate("add", 1);
+              await quiet();
+              const call = fake.last(path);
+              client.stop();
+              fake.held.clear();
+              client.start();
+              call.answer(refuse(status, code[status]));
+              await pass(5);
+              const { running, online, error } = client.status;
+              assert.deepEqual([running, online, error], [true, true, null],
+                [path, status, isDeaf]);
+              assert.deepEqual([client.state, client.pending], [fake.data, []]);
+              client.close();
+            }
+          }
+        }
+    """,
+    "an answer that is not the server's is tried again, and nothing of it applied": """
+        const page = ["<h1>Log in</h1>", { status: 200 }];
+        const shapes = [page, ["", {}], ['{"changes": [', {}], ["[{", {}],
+          ...[null, [], {}, "text", 5, true, [null], [{}], [{ ok: 1 }], [[]],
+            { cursor: 1 }, { changes: [] }, { changes: {}, cursor: 1 }, { data: [] },
+            { cursor: 1, epoch: "1" }, { changes: [], cursor: 1 },
+            { data: [], cursor: 1 }, { data: [], cursor: "1", epoch: "1" },
+            { changes: [null], cursor: 1, epoch: "1" },
+            [{ ok: true }, { ok: true }],
+          ].map((value) => json(value))];
+        for (const path of ["push", "pull", "snapshot"]) {
+          for (const shape of shapes) {
+            const storage = makeStates(), client = fake.make({ storage });
+            const { id } = client.mutate("add", 1);
+            fake.calls.length = 0;
+            fake.instead[path] = () => shape;
+            const seen = actionsOf(client);
+            client.start();
+            await pass(40);
+            const where = [path, shape[0]];
+            assert.ok(fake.all(path).length > 2, where);
+            assert.ok(fake.all(path).length < 12, where);
+            assert.deepEqual([client.status.running, seen.has("wait"), seen.size],
+              [true, true, 2], where);
+            assert.deepEqual(client.pending.length, +(path === "push"), where);
+            assert.deepEqual(client.state.at(-1), 1, where);
+            assert.equal(client.status.loaded, path !== "snapshot", where);
+            fake.instead = {};
+            await pass(40);
+            assert.deepEqual([client.state, client.pending, client.status.error],
+              [fake.data, [], null], where);
+            assert.ok(storage.saves.every(({ state }) => Array.isArray(state)));
+            client.close();
+          }
+        }
+        assert.deepEqual(fake.refused, []);
+    """,
+    "a snapshot that trickles is read to its end, one that stalls is given up": """
+        ["a", "b"].forEach(fake.add);
+        const text = fake.snapshot()[0], pieces = text.match(/.{1,6}/g);
+        const gap = 300 / pieces.length;
+        fake.instead.snapshot = () => [{ pieces, gap }, {}];
+        const slow = await fake.start();
+        await pass(290);
+        assert.deepEqual([slow.status.loaded, fake.all("snapshot").length], [false, 1]);
+        await pass(20);
+        assert.deepEqual([slow.state, fake.all("snapshot").length], [["a", "b"], 1]);
+        slow.close();
+        fake.calls.length = 0;
+        fake.instead.snapshot = () => [{ pieces: [pieces[0], null], gap: 10 }, {}];
+        const stalled = await fake.start();
+        await pass(69);
+        assert.equal(fake.all("snapshot").length, 1);
+        fake.instead = {};
+        await pass(5);
+        assert.deepEqual([fake.all("snapshot").length, stalled.state], [2, ["a", "b"]]);
+    """,
+    "an upgrade that hangs is given up after 10 s, and pulls go on": """
+        const client = await fake.start({ WebSocket: fake.WebSocket });
+        await pass(9);
+        assert.equal(fake.sockets.length, 1);
+        const hanging = fake.socket;
+        await pass(3);
+        assert.equal(fake.sockets.length, 2);
+        fake.held.add("pull");
+        await pass(31);
+        fake.answer("pull");
+        await quiet();
+        assert.equal(fake.last("pull").query.wait, "25");
+        fake.add("a");
+        fake.held.clear();
+        fake.answer("pull");
+        await quiet();
+        assert.deepEqual([client.state, client.status.live], [["a"], false]);
+        hanging.open();  // too late
+        assert.deepEqual([hanging.closed, client.status.live], [true, false]);
+    """,
+    "a WebSocket that cannot even be made is a reason to poll": """
+        const WebSocket = class {
+          constructor() { throw new DOMException("No.", "SecurityError"); }
+        };
+        fake.held.add("pull");
+        await fake.start({ WebSocket, token: "a=" });
+        fake.answer("pull");
+        await quiet();
+        assert.equal(fake.last("pull").query.wait, "25");
+    """,
+    "a listener that hears of a refusal once may start it again": """
+        const client = await fake.start({ token: "old" });
+        const renew = () => {
+          if (client.status.error?.action !== "token") return;
+          client.removeEventListener("status", renew);
+          client.start("new");
+        };
+        client.addEventListener("status", renew);
+        fake.instead.push = (call) => call.token === "old"
+          ? refuse(401, "unauthorized") : fake.push(call);
+        client.mutate("add", 1);
+        await pass(5);
+        assert.deepEqual([fake.data, client.status.error, client.status.running],
+          [[1], null, true]);
+    """,
+    "the constructor names the argument that is missing or wrong": """
+        const good = { url: "http://fake", scope: "s", initial: [], apply() {},
+          queue: null, storage: null };
+        const bad = {
+          url: [undefined, null, "", "no address", "ftp://fake", "relative/", 5, {}],
+          scope: [undefined, null, "", 5, {}, ["s"], "x".repeat(257), "𝄞".repeat(257)],
+          apply: [undefined, null, "apply", {}],
+          initial: [undefined],
+        };
+        for (const [name, values] of Object.entries(bad)) {
+          for (const value of values) {
+            assert.throws(() => new SyncClient({ ...good, [name]: value }), (error) =>
+              error instanceof TypeError && error.message.includes(`\\`${name}`), name);
+          }
+        }
+        for (const scope of ["s", "x".repeat(256), "𝄞".repeat(256)]) {
+          new SyncClient({ ...good, scope });
+        }
+        for (const initial of [null, 0, "", false]) {
+          assert.equal(new SyncClient({ ...good, initial }).state, initial);
+        }
+        new SyncClient({ ...good, url: new URL("https://fake/app/") });
+    """,
+    "the address may be relative to the page": """
+        setGlobal("location", new URL("https://host/app/index.html?x#y"));
+        const addresses = { ".": "/app/", "./": "/app/", "/": "/", "sub": "/app/sub/",
+          "../other/": "/other/", "https://far/a/?b#c": "/a/" };
+        for (const [url, folder] of Object.entries(addresses)) {
+          const { WebSocket } = fake;
+          const client = await fake.start({ url, WebSocket, scope: "a b" });
+          const pull = new URL(fake.last("pull").address);
+          const socket = new URL(fake.socket.asked[0]);
+          assert.deepEqual([pull.pathname, socket.pathname],
+            [`${folder}sync/pull`, `${folder}ws`]);
+          assert.deepEqual([socket.protocol, socket.search], ["wss:", "?scope=a+b"]);
+          client.close();
+        }
+    """,
+    "a client that is closed saves, and takes nothing any more": """
+        const queue = makeStorage(), storage = makeStates();
+        const client = await fake.live({ queue, storage }), { length } = fake.calls;
+        fake.hint("a");
+        client.close();
+        await quiet();
+        assert.deepEqual([storage.saved.cursor, client.state], [1, ["a"]]);
+        assert.ok(fake.socket.closed);
+        assert.throws(() => client.start(), /closed/);
+        assert.throws(() => client.mutate("add", "b"), /closed/);
+        client.close(), client.stop();
+        await pass(300);
+        assert.deepEqual([fake.calls.length, queue.queue, storage.saves.length],
+          [length, [], 1]);
+        const early = fake.make({ queue, storage });
+        early.close();  // before it has loaded
+        await pass(10);
+        assert.equal(storage.saved.cursor, 1);
+    """,
+    "forget removes every key and the state, also while a save is under way": """
+        const items = makeStorage(), key = 'mizusync ["http://fake/","s",""] ';
+        for (const delay of [0, 3]) {
+          for (const wait of [0, 1.1]) {
+            const storage = makeStates(new Map(), { save: delay });
+            items.setItem("other", "stays");
+            items.setItem(`${key}base`, "{}");
+            items.setItem(`${key}queue another 1`, "{}");
+            const other = fake.make({ queue: items, storage, user: "ben" });
+            other.mutate("add", "of ben");
+            const client = await fake.live({ queue: items, storage });
+            client.mutate("add", "a");
+            await pass(wait);
+            client.mutate("add", "b");
+            const gone = client.forget();
+            await pass(10);
+            await gone;
+            await pass(10);
+            assert.deepEqual(storage.rows.size, 0);
+            assert.deepEqual([...items.items.keys()].filter((name) =>
+              name !== "other" && !name.includes("ben")), []);
+            assert.equal(items.queue.length, 1);
+            assert.throws(() => client.start(), /closed/);
+            other.forget();
+            await quiet();
+          }
+        }
+        assert.equal(items.getItem("other"), "stays");
+    """,
+    "forget removes the state also where it has just begun to load it": """
+        const storage = makeStates(), queue = makeStorage();
+        const first = await fake.start({ storage, queue });
+        await pass(2);
+        first.close();
+        storage.limits.load = 2;
+        const client = fake.make({ storage, queue }), gone = client.forget();
+        await pass(30);
+        await gone;
+        assert.deepEqual([storage.rows.size, queue.items.size], [0, 0]);
+    """,
+    "forget removes the queue also where the storage hangs": """
+        const storage = makeStates(new Map(), { save: "hangs", remove: "hangs" });
+        const queue = makeStorage(), client = await fake.start({ storage, queue });
+        fake.instead.push = () => refuse(503, "unavailable");
+        await pass(2);
+        client.mutate("add", "secret");
+        client.forget();
+        await pass(10);
+        assert.equal(queue.items.size, 0);
+    """,
+    "a state of another version is replaced by a snapshot, and what waits is kept": """
+        const kept = makeKept();
+        fake.add("a");
+        const old = await fake.start({ ...kept, version: 1 });
+        await pass(2);
+        fake.restore("2", "a", "b");
+        await pass(40);
+        old.stop();
+        old.mutate("add", "own");
+        old.close();
+        await quiet();
+        assert.equal(kept.storage.saved.generation, 1);
+        const client = fake.make({ ...kept, version: 2 });
+        await pass(1);
+        assert.deepEqual([client.state, client.status.loaded], [["own"], false]);
+        client.start();
+        await pass(3);
+        assert.deepEqual([client.state, client.pending], [["a", "b", "own"], []]);
+        const { version, state } = kept.storage.saved;
+        assert.deepEqual([version, state, kept.queue.queue], [2, client.state, []]);
+        const again = fake.make({ ...kept, version: 2 });
+        await again.ready;
+        assert.deepEqual(again.state, client.state);
+    """,
+    "migrate changes the state and what waits, once": """
+        const kept = makeKept(), asked = [];
+        const one = await fake.live({ ...kept, version: "old" });
+        await pass(1.1);
+        fake.hint("a");
+        await pass(1.1);
+        assert.equal(kept.storage.saved.changes.length, 1);
+        one.stop();
+        ["b", "c", "d"].forEach((args) => one.mutate("add", args));
+        one.close();
+        const migrate = (state, pending, version) => {
+          asked.push([state, pending.map(({ args }) => args), version]);
+          const [b, , d] = pending;
+          return { state: ["new"], pending: [{ ...b, args: `${b.args}!` }, d] };
+        };
+        const apply = (state, { data }) => [...state, `${data}?`];
+        const options = { ...kept, version: "new", migrate, apply };
+        for (let time = 0; time < 3; time++) {  // offline: nothing is confirmed
+          const client = fake.make(options);
+          assert.deepEqual(client.pending.length, time ? 2 : 3);
+          await client.ready;
+          assert.deepEqual(client.pending.map(({ args }) => args), ["b!", "d"]);
+          assert.deepEqual(client.state, ["new", "b!", "d"]);
+          await quiet();
+          client.close();
+        }
+        assert.deepEqual(asked, [[[], ["b", "c", "d"], "old"]]);
+        const client = await fake.start(options);
+        await pass(2);
+        assert.deepEqual(client.state, ["new", "a?", "b!?", "d?"]);
+        assert.deepEqual(fake.data, ["a", "b!", "d"]);
+        assert.deepEqual(kept.queue.queue, []);
+        assert.equal(kept.storage.saved.version, "new");
+    """,
+    "a migrate that fails is reported, and a snapshot follows": """
+        const faults = [() => { throw new Error("a fault"); }, () => undefined,
+          () => ({}), (state) => ({ state }), (state, pending) => ({ pending })];
+        fake.add("a");
+        for (const migrate of faults) {
+          const kept = makeKept();
+          const old = await fake.start(kept);
+          await pass(2);
+          old.stop();
+          old.mutate("add", "own");
+          old.close();
+          const client = fake.make({ ...kept, version: 2, migrate });
+          await pass(1);
+          assert.deepEqual([client.state, client.status.loaded], [["own"], false]);
+          assert.equal(reports().length, 1);
+          client.start();
+          await pass(3);
+          assert.deepEqual([client.state, client.pending], [fake.data, []]);
+          assert.equal(kept.storage.saved.version, 2);
+          assert.deepEqual(kept.storage.saved.state, fake.data);
+          client.close();
+        }
+    """,
+    "twenty tabs over one storage see the same and lose nothing": """
+        const kept = makeKept();
+        const locks = makeLocks(), tabs = [];
+        for (let tab = 0; tab < 20; tab++) {
+          locks.tab = String(tab);
+          tabs.push(await fake.start(kept));
+        }
+        tabs.forEach((tab, index) => tab.mutate("add", index));
+        await pass(40);
+        assert.deepEqual([...fake.data].sort((one, two) => one - two),
+          tabs.map((_, index) => index));
+        for (const tab of tabs) {
+          assert.deepEqual([tab.state, tab.pending], [fake.data, []]);
+        }
+        assert.deepEqual([kept.queue.queue, kept.storage.saved.cursor], [[], 20]);
     """,
 }
 
