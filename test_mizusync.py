@@ -9752,16 +9752,21 @@ def test_the_backup_of_the_readme_is_a_beginning_of_the_log_while_pushes_go_on(
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_the_application_of_the_readme_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def seats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The application of the README, before its server runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Server, "run", lambda server, host, port: None)
     (application,) = blocks("python", "An application of your own")
     names: dict[str, Any] = {}
     exec(application, names)
-    monkeypatch.undo()
-    with serving(names["engine"]) as live:
+    engine = names["engine"]
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def test_the_application_of_the_readme_works(seats: Engine) -> None:
+    with serving(seats) as live:
         client = live.client()
         wish = {
             "scope": "gala",
@@ -9818,6 +9823,182 @@ def test_the_page_of_the_readme_shows_a_seat_of_any_name_at_once(seat: str) -> N
         command, capture_output=True, text=True, timeout=PATIENCE, check=True
     )
     assert shown.stdout == f"{seat},Ann\n"
+
+
+def run_in_node(folder: Path, script: str, *arguments: str) -> list[str]:
+    """Run a module that has the client where a page has it; return what it prints."""
+    if (node := shutil.which("node")) is None:
+        pytest.skip("no node to run the README's JavaScript with")
+    (folder / "sync").mkdir()
+    (folder / "sync" / "client.js").write_text(part_one(), encoding="utf-8")
+    (folder / "package.json").write_text('{"type": "module"}', encoding="utf-8")
+    (folder / "main.js").write_text(script, encoding="utf-8")
+    done = subprocess.run(
+        [node, "--no-warnings", "main.js", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+# What a page has, and Node has not.
+BROWSER = """
+class WebStorage extends Map {
+  get length() { return this.size; }
+  key(index) { return [...this.keys()][index] ?? null; }
+  getItem(key) { return this.get(key) ?? null; }
+  setItem(key, text) { this.set(key, text); }
+  removeItem(key) { this.delete(key); }
+}
+globalThis.localStorage = new WebStorage();
+globalThis.sessionStorage = new WebStorage();
+globalThis.location = new URL(process.argv[2]);
+"""
+# What the snippets of the README leave to the reader.
+SEATS = """
+const initial = {};
+const apply = (seats, { data }) => ({ ...seats, [data.seat]: data.holder });
+const predict = (seats, { args }) => ({ ...seats, [args.seat]: args.holder });
+"""
+
+
+def test_what_awaits_the_server_in_the_readme_tells_a_yes_and_a_no(
+    seats: Engine, tmp_path: Path
+) -> None:
+    (awaiting,) = blocks("js", "Its page")
+    script = f"""
+        import {{ SyncClient }} from "./sync/client.js";
+        {BROWSER} {SEATS}
+        const client = new SyncClient({{ url: ".", scope: "gala", initial, apply }});
+        client.start();
+        {{ {awaiting} }}
+        {{ {awaiting} }}
+        await client.forget();
+    """
+    with serving(seats) as live:
+        address = "http://{}:{}/".format(*live.address)
+        shown = run_in_node(tmp_path, script, address)
+    assert shown == ["yours", "conflict seat A1 is taken"]
+
+
+# What the version before has kept: a list, and two mutations.
+OLD_VISIT = """
+const key = process.argv[3];
+const state = [{ seat: "A1", holder: "Ann" }];
+const saved = { generation: 0, cursor: 0, epoch: "", database: "", state };
+localStorage.setItem(`${key} state`, JSON.stringify(saved));
+for (const [id, name] of [["1", "seat.hold"], ["2", "seat.take"]]) {
+  const mutation = { id, scope: "gala", name, args: { seat: "B2", holder: "Ann" } };
+  sessionStorage.setItem(`${key} queue tab ${id}`, JSON.stringify(mutation));
+}
+"""
+
+
+def test_what_the_readme_says_of_keys_versions_and_storages_is_so(
+    seats: Engine, tmp_path: Path
+) -> None:
+    options, storage = blocks("js", "What the browser keeps")
+    key = readme("What the browser keeps").partition("`mizusync ")[2]
+    key = "mizusync " + key.partition(" queue ")[0]
+    script = f"""
+        {BROWSER} {SEATS} {OLD_VISIT} {storage} {options}
+        const show = (...values) => console.log(JSON.stringify(values));
+        await client.ready;
+        show(client.state, client.pending.map(({{ id }}) => id));
+        client.start();
+        await client.confirmed("2");
+        client.close();
+        const now = JSON.parse(localStorage.getItem(`${{key}} state`));
+        show(now.version, now.state);
+
+        const other = {{ url: ".", scope: "gala", initial, apply, storage }};
+        const own = new SyncClient(other);
+        own.start();
+        await own.ready;
+        own.close();
+        const next = new SyncClient(other);
+        await next.ready;
+        show(next.state, states.size);
+        await next.forget();
+        show(states.size);
+    """
+    with serving(seats) as live:
+        address = "http://{}:{}/".format(*live.address)
+        for name, value in (("url", address), ("scope", "gala"), ("user", "")):
+            key = key.replace(f"<{name}>", value)
+        shown = run_in_node(tmp_path, script, address, key)
+    taken = {"B2": "Ann"}
+    assert [json.loads(line) for line in shown] == [
+        [{"A1": "Ann", **taken}, ["2"]],
+        [2, taken],
+        [taken, 1],
+        [0],
+    ]
+
+
+MEMBERS = """
+import * as module from "./sync/client.js";
+const { SyncClient } = module;
+const options = { url: "http://a.example/", scope: "a", initial: 0, apply: () => 0 };
+const client = new SyncClient(options);
+console.log(Object.keys(module).join(" "));
+const names = Object.getOwnPropertyNames;
+const own = [...Object.keys(client), ...names(SyncClient.prototype)];
+console.log([...own, ...names(SyncClient)].join(" "));
+console.log(Object.keys(client.status).join(" "));
+client.close();
+"""
+
+
+def test_the_readme_has_every_option_member_status_and_event_of_the_client(
+    tmp_path: Path,
+) -> None:
+    tables = re.findall(
+        r"^\| `?(\w+)`? \| \|\n\| --- \| --- \|\n((?:\|.*\n)+)",
+        readme("SyncClient"),
+        re.M,
+    )
+    shown = {
+        head: set(
+            re.findall(
+                r"`(?:await |SyncClient\.)?(\w+)(?=[(`])",
+                "".join(re.findall(r"^\|(.*?)\|", rows, re.M)),
+            )
+        )
+        for head, rows in tables
+    }
+    exports, members, status = (
+        set(line.split()) for line in run_in_node(tmp_path, MEMBERS)
+    )
+    hidden = {"constructor", "addEventListener", "removeEventListener"}
+    of_functions = {"length", "name", "prototype"}
+    (options,) = re.findall(r"@typedef \{object\} Options\n(.*?)\*/", part_one(), re.S)
+    assert shown == {
+        "option": set(re.findall(r"@property \{.*?\} \[?(\w+)", options, re.S)),
+        "member": members - hidden - of_functions,
+        "status": status,
+        "event": set(re.findall(r'#emit\("(\w+)"', part_one())),
+    }
+    (imported,) = re.findall(r"^`import \{ (.*?) \} from", readme("SyncClient"), re.M)
+    assert set(imported.split(", ")) == exports
+
+
+def test_the_proxy_of_the_readme_passes_on_all_that_the_client_asks_for(
+    tmp_path: Path,
+) -> None:
+    (proxy,) = blocks("js", "React and TypeScript")
+    script = f"const {{ server }} = {{ {proxy} }};"
+    (shown,) = run_in_node(
+        tmp_path, script + "console.log(JSON.stringify(server.proxy));"
+    )
+    target = {"target": "http://127.0.0.1:8080", "changeOrigin": False}
+    assert json.loads(shown) == {"/sync": target, "/ws": {**target, "ws": True}}
+    asked = re.findall(r'(?:request|addressOf)\("([\w/]+)"', part_one())
+    assert {path.partition("/")[0] for path in asked} == {"sync", "ws"}
 
 
 def test_the_contents_are_the_sections_and_no_section_uses_a_lower_one() -> None:
@@ -10469,6 +10650,43 @@ def test_tokens_open_what_is_ones_own_and_shared_as_long_as_they_may(
             db.execute("DELETE FROM members")
         assert session.read_close() == 1008
         assert status("ann/shop", ben) == 403
+
+
+def test_a_page_logs_in_and_its_client_works_until_the_token_ends(
+    tmp_path: Path,
+) -> None:
+    (login,) = blocks("js", "Users and tokens")
+    script = f"""
+        import {{ SyncClient }} from "./sync/client.js";
+        {BROWSER}
+        const send = globalThis.fetch;
+        globalThis.fetch = (path, init) => send(new URL(path, location), init);
+        const user = "ann", password = "pass-a", initial = [];
+        const apply = (items, {{ data }}) => [...items, data], predict = undefined;
+        await fetch("/register",
+          {{ method: "POST", body: JSON.stringify({{ user, password }}) }});
+        {login}
+        await client.confirmed(client.mutate("add", "milk"));
+        console.log(JSON.stringify(client.state));
+        client.stop();
+        const stopped = new Promise((resolve) => {{
+          const look = () => client.status.error && resolve();
+          client.addEventListener("status", look);
+        }});
+        client.mutate("add", "bread");
+        client.start("of yesterday");
+        await stopped;
+        console.log(client.status.error.action, client.pending.length);
+        client.start(token);
+        await client.confirmed(client.pending[0]);
+        console.log(client.state.length);
+        await client.forget();
+    """
+    with recipe(
+        "Users and tokens", tmp_path, signal.SIGTERM, SECRET="a secret" * 4
+    ) as found:
+        shown = run_in_node(tmp_path, script, "http://{}:{}/".format(*found["open"]))
+    assert shown == ['[{"item":"milk","by":"ann"}]', "token 1", "2"]
 
 
 # -- A client in Python
@@ -14420,21 +14638,12 @@ class TestPage:
             assert window.evaluate(f"{client}.catch(() => 'refused')") == found
 
     def test_the_page_of_the_readme_is_live_and_tells_a_refusal(
-        self, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, windows: Windows, seats: Engine, tmp_path: Path
     ) -> None:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(Server, "run", lambda server, host, port: None)
-        names: dict[str, Any] = {}
-        exec(blocks("python", "An application of your own")[0], names)
-        monkeypatch.undo()
-        (page,), client = blocks("html", "Its page"), part_one()
-        place = "// part one of the script in demo.html goes here\n"
-        assert place in page
-        (tmp_path / "seats.html").write_text(
-            page.replace(place, client), encoding="utf-8"
-        )
+        (page,) = blocks("html", "Its page")
+        (tmp_path / "seats.html").write_text(page, encoding="utf-8")
         live = windows.servers.enter_context(
-            serving(names["engine"], page=tmp_path / "seats.html")
+            serving(seats, page=tmp_path / "seats.html")
         )
         windows.may_say = "404"  # it has no icon
         one, other = windows.open(live).page, windows.open(live).page
@@ -14454,6 +14663,43 @@ class TestPage:
         other.locator("input").press("Enter")
         until(lambda: said or other.wait_for_timeout(20))
         assert said == ["seat A1 is taken"]
+
+    def test_with_the_worker_of_the_readme_a_page_opens_without_its_server(
+        self, windows: Windows, seats: Engine, tmp_path: Path
+    ) -> None:
+        (page,) = blocks("html", "Its page")
+        worker, registration = blocks("js", "A page that opens offline")
+        (recipe,) = blocks("python", "A page that opens offline")
+        (application,) = blocks("python", "An application of your own")
+        assert application.splitlines()[-1].startswith("mizusync.Server(engine).run(")
+        (tmp_path / "seats.html").write_text(
+            page.replace("</script>", f"{registration}</script>"), encoding="utf-8"
+        )
+        (tmp_path / "sw.js").write_text(worker, encoding="utf-8")
+        names: dict[str, Any] = {"engine": seats, "mizusync": mizusync}
+        exec(recipe, names)
+        windows.may_say = "404|ERR_CONNECTION_REFUSED"
+        with serving(
+            seats,
+            page=tmp_path / "seats.html",
+            prepare=lambda server: server.route("GET", "/sw.js")(
+                names["service_worker"]
+            ),
+        ) as live:
+            window = windows.open(live)
+            window.page.locator("input").fill("A1")
+            window.page.locator("input").press("Enter")
+            expect(window.page.locator("p")).to_have_text("live, 0 waiting")
+            window.page.evaluate("navigator.serviceWorker.ready.then(() => 0)")
+            window.settles()
+        window.page.reload()
+        window.page.locator("input").fill("B2")
+        window.page.locator("input").press("Enter")
+        later = windows.open(live, "?again#later", beside=window)
+        for shown in (window.page, later.page):
+            expect(shown.get_by_role("listitem")).to_contain_text(["A1: guest"])
+        expect(window.page.get_by_role("listitem")).to_contain_text(["A1", "B2"])
+        expect(window.page.locator("p")).to_have_text("offline, 1 waiting")
 
     def test_what_has_the_focus_is_not_hidden_under_the_form(
         self, windows: Windows, demo: Live
