@@ -9901,7 +9901,8 @@ for (const [id, name] of [["1", "seat.hold"], ["2", "seat.take"]]) {
 def test_what_the_readme_says_of_keys_versions_and_storages_is_so(
     seats: Engine, tmp_path: Path
 ) -> None:
-    options, storage = blocks("js", "What the browser keeps")
+    (options,) = blocks("js", "What the browser keeps")
+    (storage,) = blocks("js", "SyncClient")
     key = readme("What the browser keeps").partition("`mizusync ")[2]
     key = "mizusync " + key.partition(" queue ")[0]
     script = f"""
