@@ -14691,7 +14691,9 @@ class TestPage:
             window.page.locator("input").fill("A1")
             window.page.locator("input").press("Enter")
             expect(window.page.locator("p")).to_have_text("live, 0 waiting")
-            window.page.evaluate("navigator.serviceWorker.ready.then(() => 0)")
+            window.page.wait_for_function(  # unlike `ready`, it has an end
+                "async () => (await navigator.serviceWorker.getRegistration())?.active"
+            )
             window.settles()
         window.page.reload()
         window.page.locator("input").fill("B2")
