@@ -13872,8 +13872,8 @@ PROMISES = {
           await client.ready;
           assert.deepEqual(client.pending.map(({ args }) => args), ["b!", "d"]);
           assert.deepEqual(client.state, ["new", "b!", "d"]);
-          await quiet();
           client.close();
+          await quiet();
         }
         assert.deepEqual(asked, [[[], ["b", "c", "d"], "old"]]);
         const client = await fake.start(options);
@@ -13882,6 +13882,38 @@ PROMISES = {
         assert.deepEqual(fake.data, ["a", "b!", "d"]);
         assert.deepEqual(kept.queue.queue, []);
         assert.equal(kept.storage.saved.version, "new");
+    """,
+    "what waits is migrated once, also where the new state could not be stored": """
+        const kept = makeKept(), asked = [];
+        const migrate = (state, pending) => {
+          asked.push(pending.map(({ args }) => args));
+          const changed = pending.filter(({ args }) => args !== "drop");
+          const longer = ({ args, ...rest }) => ({ ...rest, args: `${args}!` });
+          return { state, pending: changed.map(longer) };
+        };
+        const old = await fake.start(kept);
+        await pass(2);
+        old.stop();
+        old.mutate("add", "a"), old.mutate("add", "drop");
+        old.close();
+        kept.storage.limits.load = 0.5;
+        const closed = fake.make({ ...kept, version: 2, migrate });
+        closed.close();  // before it has loaded
+        await pass(5);
+        assert.deepEqual(asked, []);
+        kept.storage.limits.save = "fails";
+        for (let time = 0; time < 3; time++) {
+          const client = fake.make({ ...kept, version: 2, migrate });
+          await pass(2);
+          assert.deepEqual([asked.pop(), client.state], [["a", "drop"], ["a!"]]);
+          client.close();
+          assert.equal(reports().length, 1);
+        }
+        kept.storage.limits.save = 0;
+        const client = await fake.start({ ...kept, version: 2, migrate });
+        await pass(5);
+        assert.deepEqual([client.state, fake.data], [["a!"], ["a!"]]);
+        assert.deepEqual([kept.storage.saved.version, kept.queue.queue], [2, []]);
     """,
     "a migrate that fails is reported, and a snapshot follows": """
         const faults = [() => { throw new Error("a fault"); }, () => undefined,
