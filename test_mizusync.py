@@ -13954,6 +13954,66 @@ PROMISES = {
         }
         assert.deepEqual([kept.queue.queue, kept.storage.saved.cursor], [[], 20]);
     """,
+    "subscribe() tells of both events, until what it returned is called": """
+        const client = fake.make();
+        let calls = 0;
+        const { subscribe } = client, end = subscribe(() => calls++);
+        await quiet();
+        calls = 0;
+        client.mutate("add", 1);
+        assert.equal(calls, 2);  // a change, and a status
+        client.start();
+        await pass(1);
+        assert.ok(calls > 3);
+        end();
+        calls = 0;
+        client.mutate("add", 2);
+        await pass(1);
+        assert.equal(calls, 0);
+    """,
+    "what is there first is saved at once, and the rest once a second": """
+        fake.add("a");
+        const { queue, storage } = makeKept();
+        const client = await fake.live({ queue, storage });
+        await pass(0.1);
+        assert.deepEqual([storage.saves.length, storage.saved.state], [1, ["a"]]);
+        const { changes } = fake.add("b");
+        fake.socket.say({ cursor: 2, epoch: "1", after: 1, changes });
+        await pass(0.8);
+        assert.deepEqual([storage.saves.length, client.state], [1, ["a", "b"]]);
+        await pass(0.3);
+        assert.equal(storage.saves.length, 2);
+    """,
+    "forget() closes the clients of the same user in other tabs": """
+        const page = makePage(), { queue, storage } = makeKept();
+        const write = queue.setItem;
+        queue.setItem = (key, value) => {  // one of the browser's others hears of it
+          write(key, value);
+          page.dispatchEvent(Object.assign(new Event("storage"), { key }));
+        };
+        const one = await fake.start({ queue, storage, user: "ann" });
+        const other = await fake.start({ queue, storage, user: "ann" });
+        const ben = await fake.start({ queue, storage, user: "ben" });
+        other.mutate("add", 1);
+        await one.forget();
+        await pass(60);
+        assert.throws(() => other.start(), /closed/);
+        assert.equal(ben.status.running, true);
+        const kept = [...queue.items.keys(), ...storage.rows.keys()];
+        assert.ok(kept.every((key) => key.includes('"ben"')), kept.join());
+    """,
+    "with migrate(), what is kept is not shown before it has the new form": """
+        const { queue, storage } = makeKept(), met = [];
+        fake.make({ queue, storage, version: 1 }).mutate("add", "old");
+        const slow = makeStates(new Map(), { load: 2 });
+        const predict = (state, { args }) => (met.push(args), [...state, args]);
+        const migrate = (state, pending) => ({ state, pending });
+        fake.make({ queue, storage: slow, predict, migrate, version: 2 });
+        await pass(1);
+        assert.deepEqual(met, []);
+        await pass(2);
+        assert.deepEqual(met, ["old"]);
+    """,
 }
 
 
