@@ -14195,9 +14195,16 @@ class Window:
         self.offline = page.get_by_role("switch", name="Work offline")
         self.status = page.get_by_role("status")
         self.notice = page.get_by_role("alert")
+        self.trouble = page.locator("#why")
+        self.undo = page.get_by_role("button", name="Undo")
+        self.clear = page.get_by_role("button", name="Clear completed")
+        self.empty = page.locator("#empty")
 
     def title(self, title: str) -> Any:
-        return self.list.get_by_role("button", name=title, exact=True)
+        return self.titles.filter(has_text=re.compile(f"^{re.escape(title)}$"))
+
+    def pencil(self, title: str) -> Any:
+        return self.list.get_by_role("button", name=f"Edit {title}", exact=True)
 
     def box(self, title: str) -> Any:
         return self.list.get_by_role("checkbox", name=f"Done: {title}", exact=True)
@@ -14215,8 +14222,16 @@ class Window:
     def delete(self, title: str) -> None:
         self.list.get_by_role("button", name=f"Delete {title}", exact=True).click()
 
+    def delete_all(self) -> None:
+        self.filter("All").check()
+        for button in self.list.get_by_role("button", name="Delete").all():
+            button.click()
+
+    def filter(self, name: str) -> Any:
+        return self.page.get_by_role("radio", name=name, exact=True)
+
     def shows(self, *titles: str) -> None:
-        expect(self.titles).to_have_text(list(titles))
+        expect(self.titles.filter(visible=True)).to_have_text(list(titles))
 
     def says(self, status: str) -> None:
         expect(self.status).to_have_text(status)
@@ -14340,10 +14355,19 @@ def demo(windows: Windows) -> Live:
     return windows.serve()
 
 
+# How a window is taken offline, and what its status says then.
 OFFLINE = {
-    "the switch": lambda window, yes: window.offline.set_checked(yes),
-    "the network": lambda window, yes: window.page.context.set_offline(yes),
+    "the switch": (lambda window, yes: window.offline.set_checked(yes), "offline"),
+    "the network": (
+        lambda window, yes: window.page.context.set_offline(yes),
+        "no connection",
+    ),
 }
+
+UNREACHABLE = (
+    "The server can't be reached. This page keeps trying. "
+    "What you do meanwhile is kept."
+)
 
 
 def of_demo(name: str, **args: Any) -> dict[str, Any]:
@@ -14376,27 +14400,28 @@ class TestPage:
 
     @table("offline", OFFLINE)
     def test_what_two_windows_did_offline_comes_together(
-        self, windows: Windows, demo: Live, offline: Callable[[Window, bool], None]
+        self, windows: Windows, demo: Live, offline: tuple[Callable[..., None], str]
     ) -> None:
         windows.may_say = "ERR_INTERNET_DISCONNECTED"
+        switch, word = offline
         one, other = both = windows.open(demo), windows.open(demo)
         one.add("a", "b")
         one.settles()
         other.shows("a", "b")
         for window in both:
-            offline(window, True)
-            window.says("offline")
+            switch(window, True)
+            window.says(word)
         one.edit("a", "a of one")
         one.add("c")
         other.edit("a", "a of the other")
         other.delete("b")
         other.add("d")
-        one.says("offline · waiting (2)")
+        one.says(f"{word} · 2 not sent yet")
         one.shows("a of one", "b", "c")
-        other.says("offline · waiting (3)")
+        other.says(f"{word} · 3 not sent yet")
         other.shows("a of the other", "d")
         for window in both:
-            offline(window, False)
+            switch(window, False)
             window.says("in sync · live")
         for window in both:
             window.shows("a of the other", "c", "d")
@@ -14411,7 +14436,7 @@ class TestPage:
         window.page.reload()
         expect(window.offline).to_be_checked()
         window.shows("a", "b")
-        window.says("offline · waiting (2)")
+        window.says("offline · 2 not sent yet")
         assert not windows.pushed
         window.offline.uncheck()
         window.says("in sync · live")
@@ -14470,13 +14495,14 @@ class TestPage:
             one.settles()
             other.shows("before")
             running.process.kill()
-            one.says("offline")
+            one.says("no connection")
             one.add("of one")
             other.edit("before", "after")
             other.delete("after")
             other.add("of the other")
-            one.says("offline · waiting (1)")
-            other.says("offline · waiting (3)")
+            one.says("no connection · 1 not sent yet")
+            other.says("no connection · 3 not sent yet")
+            expect(one.trouble).to_have_text(UNREACHABLE)
         port = str(running.address[1])
         with held(running.address), program(*arguments, "--port", port) as running:
             for window in (one, other):
@@ -14500,7 +14526,7 @@ class TestPage:
             window.shows("old")
             window.says("in sync · live")
             running.process.kill()
-            window.says("offline")
+            window.says("no connection")
             window.add("mine")
         arguments = (
             "--db",
@@ -14528,7 +14554,7 @@ class TestPage:
         demo.client().push(of_demo("delete", id="1"))
         window.offline.uncheck()
         expect(window.notice).to_have_text(
-            "Not accepted: Buy oat milk (this todo is not there)"
+            "Not accepted: “Buy oat milk” (this todo is not there)"
         )
         window.shows("Buy bread")
         window.says("in sync · live")
@@ -14571,20 +14597,20 @@ class TestPage:
         do("a", "Enter", "b", "Enter", "c", "Enter", then="New todo")
         window.shows("a", "b", "c")
         do("Space", at="Done: a")
-        do("Enter", at="a", then="Title")
-        do("x", "Enter", then="x")  # the old text was selected
-        do("Enter", "y", "Escape", then="x")
+        do("Enter", at="Edit a", then="Title")
+        do("x", "Enter", then="Edit x")  # the old text was selected
+        do("Enter", "y", "Escape", then="Edit x")
         window.shows("x", "b", "c")
         expect(window.box("x")).to_be_checked()
-        do("Enter", at="Delete b", then="c")
-        do("Enter", at="Delete c", then="x")
+        do("Enter", at="Delete b", then="Done: c")
+        do("Enter", at="Delete c", then="Done: x")
         do("Enter", at="Delete x", then="New todo")
         window.settles()
         do("Space", at="Work offline")
         window.says("offline")
         do("z", at="New todo", way="Shift+Tab")
         do("Enter", at="Add")
-        window.says("offline · waiting (1)")
+        window.says("offline · 1 not sent yet")
         do("Space", at="Work offline")
         window.says("in sync · live")
         assert titles_at(demo) == ["z"]
@@ -14629,7 +14655,7 @@ class TestPage:
         window.title("b of the other").dblclick()
         window.field.fill("too late")
         client.push(of_demo("delete", id="b"))
-        window.focused("c new")
+        window.focused("Done: c new")
         window.new.fill("half")
         client.push(of_demo("create", id="e", title="e"))
         window.shows("c new", "d", "e")
@@ -14800,12 +14826,12 @@ class TestPage:
         )
         window = windows.open(demo)
         expect(window.titles).to_have_count(40)
-        under = """titles => titles.reverse().filter((title) => {
-            title.focus();
+        under = """pencils => pencils.reverse().filter((pencil) => {
+            pencil.focus();
             const form = document.getElementById("add").getBoundingClientRect();
-            return title.getBoundingClientRect().top < form.bottom;
+            return pencil.getBoundingClientRect().top < form.bottom;
         }).length"""
-        hidden = window.titles.evaluate_all(under)
+        hidden = window.list.locator(".pencil").evaluate_all(under)
         assert hidden == 0
 
     def test_each_scope_is_a_list_of_its_own_and_the_address_names_it(
@@ -14844,7 +14870,7 @@ class TestPage:
         window.add("waits elsewhere")
         window.page.go_back()
         window.shows("waits")
-        window.says("offline · waiting (1)")
+        window.says("offline · 1 not sent yet")
         window.offline.uncheck()
         window.says("in sync · live")
         assert titles_at(demo) == ["waits"]
@@ -14896,7 +14922,7 @@ class TestPage:
             demo.client().push(of_demo("delete", id=str(number)))
         window.offline.uncheck()
         expect(window.notice).to_contain_text("Not accepted")
-        window.title("39").focus()
+        window.pencil("39").focus()
         hidden = """element => {
             const { left, top, width, height } = element.getBoundingClientRect();
             const middle = [left + width / 2, top + height / 2];
@@ -14912,7 +14938,7 @@ class TestPage:
             "401|Authentication|closed before the connection|ERR_FAILED|404"
         )
         window = windows.open(windows.serve(token="s3cret"))
-        asked = window.page.get_by_label("This server wants a token")
+        asked = window.page.get_by_label("Token")
         expect(asked).to_be_visible()
         window.offline.check()
         expect(asked).to_be_hidden()  # it would lead online, past the switch
@@ -14922,36 +14948,34 @@ class TestPage:
         window.says("in sync · live")
         window.page.route("**/sync/*", lambda route: route.abort())
         window.add("a")
-        window.says("offline · waiting (1)")
+        window.says("no connection · 1 not sent yet")
+        expect(window.trouble).to_have_text(UNREACHABLE)
         window.offline.check()  # by oneself, which is no reason for a warning
+        window.says("offline · 1 not sent yet")
+        expect(window.trouble).to_be_empty()
         window.page.unroute("**/sync/*")
         window.offline.uncheck()
         window.says("in sync · live")
-        expect(window.notice).to_be_empty()
-        window.page.route(
-            "**/sync/*", lambda route: route.fulfill(status=404, body="{}")
-        )
-        window.add("b")
-        expect(window.notice).to_contain_text("(What you wrote is kept.)")
-        window.page.unroute("**/sync/*")
-        window.offline.check()
-        window.offline.uncheck()
-        window.says("in sync · live")
-        expect(window.notice).to_be_empty()  # it is over
 
     def test_a_server_with_a_token_is_asked_for_with_it(self, windows: Windows) -> None:
         windows.may_say = "401|Authentication|closed before the connection"
         demo = windows.serve(token="s3cret")
         window = windows.open(demo)
-        asked = window.page.get_by_label("This server wants a token")
-        for token in ("wrong", "s3cret"):
+        asked = window.page.get_by_label("Token")
+        kept = "What you do meanwhile is kept."
+        for token, why in (
+            ("wrong", f"This server asks for a token. {kept}"),
+            ("s3cret", f"The server did not accept this token. {kept}"),
+        ):
             window.add(f"before {token}")
-            expect(window.notice).to_contain_text("(What you wrote is kept.)")
+            expect(window.trouble).to_have_text(why)
+            expect(asked).to_have_accessible_description(why)
             asked.fill(token)
             asked.press("Enter")
         window.says("in sync · live")
         expect(asked).to_be_hidden()
-        expect(window.notice).to_be_empty()
+        window.focused("New todo")
+        expect(window.trouble).to_be_empty()
         window.page.reload()
         window.shows("before wrong", "before s3cret")
         window.says("in sync · live")
@@ -14973,7 +14997,7 @@ class TestPage:
         window = windows.open(windows.serve(apply=slow))
         window.says("in sync · live")
         window.add("a", "b")
-        window.says("waiting (2) · live")
+        window.says("sending 2 · live")
         go.set()
         window.says("in sync · live")
 
@@ -14988,9 +15012,14 @@ class TestPage:
             };
         }""")
         window.add("a")
-        window.says("offline · waiting (1, lost by a reload)")
+        window.says("offline · 1 not sent yet")
+        expect(window.trouble).to_have_text(
+            "This browser's storage is full or blocked: "
+            "a reload would lose what is not sent yet."
+        )
         window.offline.uncheck()
         window.says("in sync · live")
+        expect(window.trouble).to_be_empty()
         assert titles_at(demo) == ["a"]
 
     def test_without_a_socket_the_page_polls(self, windows: Windows) -> None:
@@ -15009,20 +15038,39 @@ class TestPage:
         window.come_back()  # not in 30 s, but now
         window.shows("a", "b")
 
-    def test_axe_finds_no_fault_in_light_or_in_dark(self, windows: Windows) -> None:
+    def test_axe_finds_no_fault_in_light_or_in_dark_or_on_a_phone(
+        self, windows: Windows
+    ) -> None:
         axe = pytest.importorskip(
             "axe_playwright_python.sync_playwright", reason="no axe"
         )
         windows.may_say = "401|Authentication|closed before the connection"
         window = windows.open(windows.serve(token="s3cret"))
+        asked = window.page.get_by_label("Token")
+
+        def judge() -> None:
+            for width, scheme in itertools.product((1000, 390), ("light", "dark")):
+                window.page.set_viewport_size({"width": width, "height": 800})
+                window.page.emulate_media(color_scheme=scheme)
+                found = axe.Axe().run(window.page)
+                assert not found.response["violations"], found.generate_report()
+
+        expect(asked).to_be_visible()
         window.add("a", "b", "c")
         window.box("a").check()
+        window.delete("c")
         window.title("b").dblclick()
-        expect(window.notice).to_contain_text("kept")
-        for scheme in ("light", "dark"):
-            window.page.emulate_media(color_scheme=scheme)
-            found = axe.Axe().run(window.page)
-            assert not found.response["violations"], found.generate_report()
+        judge()  # not loaded, a token asked for, a row edited, a delete offered
+        asked.fill("s3cret")
+        asked.press("Enter")
+        window.says("in sync · live")
+        window.filter("Completed").check()
+        window.clear.click()
+        window.shows()
+        judge()  # a filter with nothing to show
+        window.delete_all()
+        expect(window.empty).to_contain_text("Nothing here yet.")
+        judge()
 
     def test_nothing_is_wider_than_a_small_phone(
         self, windows: Windows, demo: Live
@@ -15031,6 +15079,336 @@ class TestPage:
         window.add("W" * 1000, "with words " * 50, "short")
         window.title("short").dblclick()
         assert window.page.evaluate("document.documentElement.scrollWidth") == 320
+
+    def test_until_the_first_snapshot_the_page_shows_that_it_loads(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        demo.client().push(of_demo("create", id="1", title="a"))
+        page, held = windows.context().new_page(), list[Any]()
+        page.route("**/sync/snapshot*", lambda route: held.append(route))
+        page.goto("http://{}:{}/".format(*demo.address))
+        window = Window(page)
+        window.says("loading")
+        expect(window.empty).to_have_text(
+            re.compile(r"\s*Loading…\s*"), use_inner_text=True
+        )
+        window.add("mine")
+        until(lambda: titles_at(demo) == ["a", "mine"])
+        window.shows("mine")
+        window.says("loading")
+        expect(window.empty).to_be_visible()  # what is there is not all
+        expect(page.get_by_text("left", exact=False)).to_be_hidden()
+        held[0].continue_()
+        window.shows("a", "mine")
+        window.says("in sync · live")
+        expect(window.empty).to_be_hidden()
+
+    def test_an_empty_list_invites_to_a_second_window(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        window = windows.open(demo)
+        expect(window.empty).to_contain_text("Nothing here yet.")
+        expect(window.empty).to_contain_text("concerns only the window")
+        with window.page.expect_popup() as popup:
+            window.empty.get_by_role("link", name="open a second window").click()
+        second = Window(popup.value)
+        window.offline.check()
+        second.says("in sync · live")
+        expect(second.offline).not_to_be_checked()
+        second.add("a")
+        expect(second.empty).to_be_hidden()
+        expect(window.empty).to_be_visible()
+
+    def test_a_list_that_was_never_loaded_is_not_called_empty(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        windows.may_say = "ERR_FAILED"
+        context = windows.context()
+        context.route("**/sync/*", lambda route: route.abort())
+        page = context.new_page()
+        page.goto("http://{}:{}/".format(*demo.address))
+        window = Window(page)
+        expect(window.trouble).to_have_text(UNREACHABLE)
+        window.says("no connection")
+        expect(window.empty).to_contain_text("This list has not been loaded yet.")
+        context.unroute("**/sync/*")
+        page.get_by_role("button", name="Try now").click()
+        window.says("in sync · live")
+        window.focused("New todo")  # the button has gone
+        expect(window.trouble).to_be_empty()
+        expect(window.empty).to_contain_text("Nothing here yet.")
+
+    @table(
+        "answer",
+        {
+            "an error": (
+                (503, ""),
+                "server error · 1 not sent yet",
+                "The server answers with an error (503). This page keeps trying. "
+                "What you do meanwhile is kept.",
+            ),
+            "a refusal": (
+                (403, '{"code": "forbidden", "error": "this list is not yours"}'),
+                "stopped · 1 not sent yet",
+                "The server refused: this list is not yours. "
+                "What you do meanwhile is kept.",
+            ),
+        },
+    )
+    def test_the_page_says_in_words_what_is_wrong_with_the_server(
+        self, windows: Windows, demo: Live, answer: tuple[tuple[int, str], str, str]
+    ) -> None:
+        windows.may_say = "503|403"
+        (status, body), summary, trouble = answer
+        window = windows.open(demo)
+        window.says("in sync · live")
+        window.page.route(
+            "**/sync/*", lambda route: route.fulfill(status=status, body=body)
+        )
+        window.add("a")
+        window.says(summary)
+        expect(window.trouble).to_have_text(trouble)
+        window.page.unroute("**/sync/*")
+        window.page.get_by_role("button", name="Try now").click()
+        window.says("in sync · live")
+        expect(window.trouble).to_be_empty()
+
+    def test_a_pencil_shows_that_a_todo_can_be_edited(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        window = windows.open(demo)
+        window.add("a", "b")
+        window.new.hover()
+        expect(window.pencil("a")).to_have_css("opacity", "0")
+        window.title("a").hover()
+        expect(window.pencil("a")).to_have_css("opacity", "1")
+        expect(window.pencil("b")).to_have_css("opacity", "0")
+        window.new.hover()
+        window.page.keyboard.press("Tab")
+        for name in ("Add", "Done: a", "Edit a"):
+            window.focused(name)
+            window.page.keyboard.press("Tab")
+        expect(window.pencil("a")).to_have_css("opacity", "1")
+        window.pencil("b").click()
+        window.field.fill("c")
+        window.field.press("Enter")
+        window.shows("a", "c")
+        window.focused("Edit c")
+        phone = windows.open(demo, has_touch=True, is_mobile=True)
+        expect(phone.pencil("a")).to_have_css("opacity", "1")
+        phone.title("a").tap()
+        phone.focused("Title")
+
+    def test_the_log_names_what_each_change_did(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        one, other = windows.open(demo), windows.open(demo)
+        one.add("a", "b")
+        one.box("a").check()
+        one.box("a").uncheck()
+        one.edit("b", "c")
+        one.delete("c")
+        for window in (one, other):
+            expect(window.page.locator("#log li")).to_have_text(
+                [
+                    re.compile(rf"no\. {number} +{words} +after \d")
+                    for number, words in (
+                        (6, "deleted: c"),
+                        (5, "renamed: c"),
+                        (4, "reopened: a"),
+                        (3, "done: a"),
+                        (2, "new: b"),
+                        (1, "new: a"),
+                    )
+                ]
+            )
+        story = other.page.locator("#story")
+        expect(story).to_have_text(re.compile(r"change no\. 6", re.IGNORECASE))
+
+    def test_the_scope_has_a_label_that_is_seen(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        window = windows.open(demo)
+        label = window.page.get_by_text("Scope", exact=True)
+        assert label.bounding_box()["width"] > 20
+        label.click()
+        window.focused("Scope")
+
+    def test_a_filter_hides_rows_and_survives_a_reload(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        window = windows.open(demo)
+        window.add("a", "b", "c")
+        window.box("b").check()
+        window.filter("Active").check()
+        window.shows("a", "c")
+        window.settles()
+        window.page.reload()
+        window.shows("a", "c")
+        expect(window.filter("Active")).to_be_checked()
+        demo.client().push(of_demo("create", id="d", title="d"))
+        window.shows("a", "c", "d")
+        window.filter("Completed").check()
+        window.shows("b")
+        window.box("b").uncheck()
+        window.shows()
+        expect(window.empty).to_contain_text("No completed todos.")
+        window.add("e")  # which would not be seen
+        expect(window.filter("All")).to_be_checked()
+        window.shows("a", "b", "c", "d", "e")
+        window.filter("Active").check()
+        window.page.evaluate("location.hash = 'other'")
+        expect(window.empty).to_contain_text("Nothing here yet.")
+        window.add("of the other")
+        expect(window.filter("All")).to_be_checked()  # each list has its own
+        window.page.go_back()
+        window.shows("a", "b", "c", "d", "e")
+        expect(window.filter("Active")).to_be_checked()
+
+    def test_focus_stays_near_a_row_that_a_filter_hides(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        client = demo.client()
+        client.push(*(of_demo("create", id=name, title=name) for name in "abcd"))
+        window = windows.open(demo)
+        window.filter("Active").check()
+        window.shows("a", "b", "c", "d")
+        window.box("b").focus()
+        window.page.keyboard.press("Space")
+        window.shows("a", "c", "d")
+        window.focused("Done: c")
+        client.push(of_demo("update", id="c", completed=True))
+        window.shows("a", "d")
+        window.focused("Done: d")
+        window.pencil("d").click()
+        window.field.fill("half a wor")
+        client.push(of_demo("update", id="d", completed=True))
+        client.push(of_demo("update", id="a", title="a new"))
+        expect(window.title("a new")).to_be_visible()
+        window.focused("Title")  # it is not taken away while it is edited
+        window.page.keyboard.type("d")
+        window.field.press("Enter")
+        window.shows("a new")
+        window.focused("Done: a new")
+        window.filter("Completed").check()
+        window.shows("b", "c", "half a word")
+        window.focused("Completed")
+
+    def test_a_delete_can_be_undone_as_it_was(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        one, other = windows.open(demo), windows.open(demo)
+        one.add("a", "b", "c")
+        one.box("a").check()
+        other.shows("a", "b", "c")
+        one.delete("a")
+        expect(one.page.get_by_text("Deleted “a”.")).to_be_visible()
+        other.shows("b", "c")
+        one.undo.click()
+        for window in (one, other):
+            window.shows("b", "c", "a")
+            expect(window.box("a")).to_be_checked()
+        one.focused("Done: a")
+        expect(one.undo).to_be_hidden()
+        one.delete("b")
+        one.delete("c")
+        one.page.keyboard.press("Control+z")  # the last one
+        one.shows("a", "c")
+        one.focused("Done: c")
+        one.new.fill("x")
+        one.delete("a")
+        one.new.press("Control+z")  # that is the field's own
+        one.shows("c")
+        one.settles()
+        other.shows("c")
+
+    def test_completed_todos_are_cleared_and_put_back_at_once_offline_too(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        window = windows.open(demo)
+        window.add("a", "b", "c")
+        expect(window.clear).to_be_hidden()
+        for title in "ac":
+            window.box(title).check()
+        window.settles()
+        window.offline.check()
+        window.filter("Active").check()
+        window.clear.click()
+        expect(window.page.get_by_text("Deleted 2 todos.")).to_be_visible()
+        window.focused("Undo")  # the other button has gone
+        expect(window.clear).to_be_hidden()
+        window.filter("All").check()
+        window.shows("b")
+        window.undo.click()
+        window.shows("b", "a", "c")
+        for title in "ac":
+            expect(window.box(title)).to_be_checked()
+        window.says("offline · 6 not sent yet")
+        window.page.reload()
+        window.shows("b", "a", "c")
+        window.offline.uncheck()
+        window.says("in sync · live")
+        assert titles_at(demo) == ["b", "a", "c"]
+        expect(window.notice).to_be_empty()
+        window.clear.click()
+        window.shows("b")
+        window.settles()
+        assert titles_at(demo) == ["b"]
+
+    def test_two_who_undo_the_same_delete_get_one_todo(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        both = one, other = windows.open(demo), windows.open(demo)
+        one.add("a")
+        other.shows("a")
+        for window in both:
+            window.offline.check()
+            window.delete("a")
+            window.undo.click()
+            window.shows("a")
+        for window in both:
+            window.offline.uncheck()
+            window.says("in sync · live")
+        for window in both:
+            window.shows("a")
+            expect(window.notice).to_be_empty()
+        assert titles_at(demo) == ["a"]
+
+    def test_the_offer_to_undo_ends_unless_somebody_is_at_it(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        page = windows.context().new_page()
+        page.clock.install()
+        page.goto("http://{}:{}/".format(*demo.address))
+        window = Window(page)
+        window.add("a", "b")
+        window.delete("a")
+        window.undo.hover()
+        page.clock.run_for(25_000)
+        expect(window.undo).to_be_visible()
+        window.new.hover()
+        page.clock.run_for(25_000)
+        expect(window.undo).to_be_hidden()
+        expect(page.locator("#deleted")).to_be_empty()
+
+    def test_a_page_that_would_lose_what_waits_asks_before_it_goes(
+        self, windows: Windows, demo: Live
+    ) -> None:
+        window = windows.open(demo)
+        window.offline.check()
+        window.add("a")
+        window.page.evaluate("""() => {
+            Storage.prototype.setItem = () => {
+              throw new DOMException("", "QuotaExceededError");
+            };
+        }""")
+        may_go = """() => {
+            const event = new Event("beforeunload", { cancelable: true });
+            return dispatchEvent(event);
+        }"""
+        assert window.page.evaluate(may_go)
+        window.add("b")
+        assert not window.page.evaluate(may_go)
 
 
 # --- Two processes --------------------------------------------------------------------
