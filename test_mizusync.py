@@ -14134,8 +14134,18 @@ class Persons(RuleBasedStateMachine):
         self.gone |= set(self.applied()) - self.backup
         self.running.close()
         shutil.copy(self.path.with_name("backup.db"), self.path)
-        self.backup = None
         self.serve("move")
+
+    @rule(who=persons, times=st.integers(1, 2))
+    def sleep_over_restores(self, who: int, times: int) -> None:
+        self.edit(who, "e", ("create", {"title": "x"}))
+        self.wait(0.1)
+        self.node("stop", who)
+        for _ in range(times):
+            self.back_up()
+            self.edit((who + 1) % 3, "d", ("create", {"title": "y"}))
+            self.restore()
+        self.node("start", who)
 
     def teardown(self) -> None:
         if not hasattr(self, "live"):
