@@ -13938,6 +13938,61 @@ PROMISES = {
           client.close();
         }
     """,
+    "migrate is not given what was made while the state was loading": """
+        const kept = makeKept(), old = await fake.start(kept);
+        await pass(2);
+        old.stop();
+        old.mutate("add", "old");
+        old.close();
+        kept.storage.limits.load = 1;
+        const longer = ({ args, ...rest }) => ({ ...rest, args: `${args}!` });
+        const migrate = (state, pending) => ({ state, pending: pending.map(longer) });
+        const client = fake.make({ ...kept, version: 2, migrate });
+        client.mutate("add", "new");
+        await pass(2);
+        assert.deepEqual(client.state, ["old!", "new"]);
+        client.start();
+        await pass(2);
+        assert.deepEqual([fake.data, kept.queue.queue], [["old!", "new"], []]);
+    """,
+    "a logout in one tab ends the others, and none writes the state back": """
+        const page = makePage(), kept = makeKept(), written = [];
+        const setItem = kept.queue.setItem;
+        kept.queue.setItem = (key, value) => (written.push(key), setItem(key, value));
+        const ben = await fake.live({ ...kept, user: "ben" });
+        const one = await fake.live(kept), two = await fake.live(kept);
+        await pass(2);
+        kept.storage.limits.save = 2;
+        fake.hint("a");
+        await pass(1.1);
+        one.forget();
+        await quiet();
+        const tell = (key) =>
+          page.dispatchEvent(Object.assign(new Event("storage"), { key }));
+        tell("another key");
+        assert.ok(two.status.running);
+        written.forEach(tell);
+        await pass(30);
+        assert.throws(() => two.start(), /closed/);
+        assert.ok(ben.status.running);
+        assert.deepEqual([...kept.storage.rows.keys()].filter((key) =>
+          !key.includes("ben")), []);
+        assert.deepEqual([...kept.queue.items.keys()], []);
+    """,
+    "forget removes the state also where an older save takes longer": """
+        const storage = makeStates(), client = await fake.live({ storage });
+        await pass(2);
+        storage.limits.save = 9;
+        fake.hint("a");
+        await pass(1.1);
+        storage.limits.save = 0;
+        fake.hint("b");
+        await pass(1.1);
+        const gone = client.forget();
+        await pass(20);
+        await gone;
+        assert.equal(storage.rows.size, 0);
+    """,
     "twenty tabs over one storage see the same and lose nothing": """
         const kept = makeKept();
         const locks = makeLocks(), tabs = [];
