@@ -2749,43 +2749,34 @@ class Subscriber(Protocol):
 
 
 @dataclasses.dataclass(slots=True)
-class Budget:
-    """A token bucket: the seconds of loop time that a topic may use for broadcasts."""
-
-    updated: float
-    seconds: float = BURST
-
-    def spend(
-        self, seconds: float, now: float, share: float, longest_pause: float
-    ) -> float:
-        """Pay for a broadcast; return for how long to pause before the next one.
-
-        A negative balance is a debt, and the pause is the time that earns it back.
-        """
-        earned = (now - self.updated) * share
-        self.updated = now
-        balance = min(BURST, self.seconds + earned) - seconds
-        # Without this limit, one slow broadcast would silence the topic for a second.
-        self.seconds = max(balance, -longest_pause * share)
-        return max(0.0, -self.seconds / share)
-
-
-@dataclasses.dataclass(slots=True)
 class Topic:
     """The subscribers of a topic, and the hints that they are about to get."""
 
     last_sent: float
-    budget: Budget
     # Each with whether it wants the changes in its hints.
     subscribers: dict[Subscriber, bool] = dataclasses.field(default_factory=dict)
     cursor: int | None = None  # the newest that was sent; it never goes down
     pending: Hint | None = None
     broadcaster: asyncio.Task[None] | None = None  # runs while a hint is pending
+    budget_full_at: float = 0.0  # see spend()
 
     @property
     def wants_changes(self) -> bool:
         """True if some subscriber wants the changes in its hints."""
         return any(self.subscribers.values())
+
+    def spend(self, used: float, now: float, share: float, longest: float) -> float:
+        """Pay for a broadcast; return for how long to pause before the next one.
+
+        The budget is a token bucket. It holds BURST seconds of loop time, and fills
+        with `share` seconds in each second. So one number describes it: the time when
+        it is full again. A broadcast may leave a debt, and the pause earns that back.
+        """
+        full_at = max(self.budget_full_at, now) + used / share
+        # Without this limit, one slow broadcast would silence the topic for a second.
+        latest = now + BURST / share + longest
+        self.budget_full_at = min(full_at, latest)
+        return max(0.0, self.budget_full_at - BURST / share - now)
 
 
 class Hub:
@@ -2805,10 +2796,7 @@ class Hub:
         self, name: str, subscriber: Subscriber, changes: bool = False
     ) -> None:
         """Add a subscriber. With `changes`, its hints carry the changes if they fit."""
-        topic = self.topics.get(name)
-        if topic is None:
-            now = time.monotonic()
-            topic = self.topics[name] = Topic(now, Budget(now))
+        topic = self.topics.setdefault(name, Topic(time.monotonic()))
         topic.subscribers[subscriber] = changes
 
     def unsubscribe(self, name: str, subscriber: Subscriber) -> None:
@@ -2863,7 +2851,7 @@ class Hub:
             used = await self._broadcast(name, topic, hint)
             share = SHARE_WITH_CHANGES if topic.wants_changes else SHARE
             longest = self.settings.hint_gap
-            pause = topic.budget.spend(used, time.monotonic(), share, longest)
+            pause = topic.spend(used, time.monotonic(), share, longest)
             if pause:
                 await asyncio.sleep(pause)
 

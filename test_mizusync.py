@@ -4672,9 +4672,9 @@ async def test_no_pause_is_longer_than_the_hint_gap() -> None:
     hints = [make_hint(1, 1), make_hint(2, 2)]
     subscriber = await burst(hints, False, hint_gap=0.0)
     assert subscriber.cursors == [1, 2]
-    budget = mizusync.Budget(updated=0.0)
-    assert budget.spend(100.0, now=100.0, share=0.1, longest_pause=2.0) == 2.0
-    assert budget.spend(0.0, now=102.0, share=0.1, longest_pause=2.0) == 0.0
+    topic = mizusync.Topic(0.0)
+    assert topic.spend(100.0, now=100.0, share=0.1, longest=2.0) == pytest.approx(2.0)
+    assert topic.spend(0.0, now=102.0, share=0.1, longest=2.0) == pytest.approx(0.0)
 
 
 @given(
@@ -4684,12 +4684,12 @@ async def test_no_pause_is_longer_than_the_hint_gap() -> None:
 def test_broadcasts_use_no_more_than_their_share_of_the_loops_time(
     used: list[float], share: float
 ) -> None:
-    budget, now = mizusync.Budget(updated=0.0), 0.0
+    topic, now = mizusync.Topic(0.0), 0.0
     total = 0.0
     for seconds in used:
         now += seconds
         total += seconds
-        now += budget.spend(seconds, now, share, longest_pause=1e9)
+        now += topic.spend(seconds, now, share, longest=1e9)
         assert total <= mizusync.BURST + now * share + 1e-6
 
 
