@@ -2789,7 +2789,7 @@ class Hub:
     def __init__(self, settings: Settings, encode: Callable[[bytes], bytes]) -> None:
         self.settings = settings
         self.encode = encode
-        self.topics: OrderedDict[str, Topic] = OrderedDict()  # longest silence first
+        self.topics: dict[str, Topic] = {}
         self.counts = Counter(hints_sent=0, hints_merged=0)
 
     def subscribe(
@@ -2858,8 +2858,6 @@ class Hub:
     async def _broadcast(self, name: str, topic: Topic, hint: Hint) -> float:
         """Send a hint to each subscriber; return the seconds of loop time it took."""
         topic.last_sent = time.monotonic()
-        if self.topics.get(name) is topic:
-            self.topics.move_to_end(name)
         cursor = topic.cursor = max(hint.cursor, topic.cursor or 0)
         short = self.encode(encode_message(name, encode_cursor(cursor)))
         long = short
@@ -2899,13 +2897,9 @@ class Hub:
     def send_heartbeats(self, now: float) -> None:
         """Send the newest hint again in each topic that was silent for `heartbeat`."""
         limit = now - self.settings.heartbeat
-        for _ in range(len(self.topics)):
-            name, topic = next(iter(self.topics.items()))
-            if topic.last_sent > limit:
-                return  # the topics behind it were silent for a shorter time
-            topic.last_sent = now
-            self.topics.move_to_end(name)
-            if topic.cursor is not None:
+        for name, topic in list(self.topics.items()):
+            if topic.last_sent <= limit and topic.cursor is not None:
+                topic.last_sent = now
                 self.hint(name, Hint(topic.cursor))
 
     def forget_cursors(self) -> None:
