@@ -4270,16 +4270,15 @@ class Session:
         self.id = secrets.token_urlsafe(9)
         self.scope = scope  # the one that it connected with
         self.identity = identity  # what on_auth returned for that scope
-        self.may_use_scope = True  # until on_auth forbids it
+        self.granted = {scope}  # scopes besides those it is subscribed to
         self.websocket = websocket
         self.hub = hub
         self.settings = websocket.settings
         self.topics: dict[str, int] = {}  # with the newest cursor that each was sent
-        self.asked_at = time.monotonic()  # when on_auth was asked last
-        self.auth_failures = 0
         self.pending_topics: set[str] = set()  # owed their newest cursor
         self._flushing: asyncio.Task[None] | None = None
         self.subscribing: asyncio.Task[None] | None = None  # on_auth is asked
+        self.asking: asyncio.Task[None] | None = None  # it is asked again and again
         # The kernel holds little for the peer, and the transport reports all that it
         # has to hold: so a slow reader shows at once.
         transport = websocket.connection.transport
@@ -4293,10 +4292,7 @@ class Session:
     def scopes(self) -> set[str]:
         """The scopes that it may use, as on_auth last said."""
         topics = [topic for topic in self.topics if topic.startswith(SYNC)]
-        subscribed = {topic.removeprefix(SYNC) for topic in topics}
-        if self.may_use_scope:
-            subscribed.add(self.scope)
-        return subscribed
+        return self.granted.union(topic.removeprefix(SYNC) for topic in topics)
 
     @property
     def label(self) -> str:
@@ -4375,20 +4371,13 @@ class Session:
         """
         for topic in list(self.topics):
             self.unsubscribe(topic)
-        for task in (self._flushing, self.subscribing):
+        for task in (self._flushing, self.subscribing, self.asking):
             if task:
                 task.cancel()
 
-    def allow(self, scope: str, identity: Any) -> None:
-        """Take the identity that on_auth returned for a scope of the session."""
-        if scope == self.scope:
-            self.identity = identity
-            self.may_use_scope = True
-
     def forbid(self, scope: str, refusal: Forbidden) -> None:
         """End the subscription to a scope, and tell the client so."""
-        if scope == self.scope:
-            self.may_use_scope = False
+        self.granted.discard(scope)
         self.unsubscribe(f"{SYNC}{scope}")
         self.send_error(refusal.code, str(refusal), scope)
 
@@ -4418,6 +4407,9 @@ class LiveEndpoint:
         websocket.accept()
         session = Session(websocket, self.hub, scope, identity)
         self.sessions.add(session)
+        interval = self.settings.auth_interval
+        if interval is not None:
+            session.asking = self.tasks.spawn(self._ask_again(session, interval))
         work: asyncio.Task[None] | None = None
         try:
             while True:
@@ -4507,48 +4499,37 @@ class LiveEndpoint:
 
     # -- against permissions that have ended
 
-    def ask_again(self, now: float) -> None:
-        """Ask on_auth again about the sessions that are due."""
-        interval = self.settings.auth_interval
-        if interval is None:
-            return
-        for session in self.sessions:
-            if session.asked_at + interval <= now:
-                session.asked_at = math.inf  # until this question is answered
-                self.tasks.spawn(self._ask_again(session, interval))
-
-    async def _ask_again(self, session: Session, timeout: float) -> None:
-        """Ask on_auth about each scope of a session, and do what it says.
+    async def _ask_again(self, session: Session, interval: float) -> None:
+        """Ask on_auth again and again about each scope of a session; do what it says.
 
         A failure of on_auth changes nothing; after several in a row the session ends.
         """
-        has_failed = False
-        reason = "no scope is left"
-        request = session.websocket.request
-        for scope in session.scopes:
-            if session not in self.sessions:
+        failures = 0
+        while failures < MAX_AUTH_FAILURES:
+            await asyncio.sleep(interval)
+            has_failed = False
+            reason = "no scope is left"
+            for scope in session.scopes:
+                try:
+                    async with asyncio.timeout(interval):
+                        request = session.websocket.request
+                        identity = await self.gate.authorize(request, scope)
+                    if scope == session.scope:
+                        session.identity = identity
+                except Unauthorized as refusal:
+                    session.close(1008, str(refusal))
+                    return
+                except Forbidden as refusal:
+                    session.forbid(scope, refusal)
+                    reason = str(refusal)
+                except Exception:
+                    has_failed = True
+                    log_error(live_log, "on_auth failed for a session of %r", scope)
+            if not session.scopes:
+                session.close(1008, reason)
                 return
-            try:
-                async with asyncio.timeout(timeout):
-                    identity = await self.gate.authorize(request, scope)
-            except Unauthorized as refusal:
-                session.close(1008, str(refusal))  # the session ends
-                return
-            except Forbidden as refusal:
-                session.forbid(scope, refusal)
-                reason = str(refusal)
-            except Exception:
-                has_failed = True
-                log_error(live_log, "on_auth failed for a session of %r", scope)
-            else:
-                session.allow(scope, identity)
-        session.auth_failures = session.auth_failures + 1 if has_failed else 0
-        if not session.scopes:
-            session.close(1008, reason)
-        elif session.auth_failures >= MAX_AUTH_FAILURES:
-            session.close(1011, "on_auth failed three times in a row")
-        else:
-            session.asked_at = time.monotonic()
+            failures = failures + 1 if has_failed else 0
+        session.close(1011, "on_auth failed three times in a row")
 
 
 # --- Endpoints ------------------------------------------------------------------------
@@ -5225,9 +5206,8 @@ class Server(HTTPServer):
             time.sleep(0)
 
     def on_sweep(self, now: float) -> None:
-        """Look at deadlines, permissions and silent topics."""
+        """Look at deadlines and silent topics."""
         super().on_sweep(now)
-        self._live.ask_again(now)
         self.hub.send_heartbeats(now)
         if self._rewinds != self.engine.rewinds:
             self._rewinds = self.engine.rewinds
