@@ -406,12 +406,6 @@ class ProtocolError(Exception):
         self.code = code
 
 
-def log_error(logger: logging.Logger, *message: Any, traceback: bool = True) -> None:
-    """Log an error. Ignore what a logging filter of the application raises."""
-    with contextlib.suppress(Exception):
-        logger.error(*message, exc_info=traceback)
-
-
 # --- JSON -----------------------------------------------------------------------------
 # Strict JSON (RFC 8259), with limits that hold before anything is built in memory:
 # json.loads has a depth limit that differs between versions, no other limit, and it
@@ -1566,7 +1560,7 @@ class SQLiteStore(Store):
             if db.in_transaction:
                 run_own(db, "ROLLBACK")
         except (sqlite3.Error, StoreRefused):
-            log_error(store_log, "a rollback failed: the next transaction reconnects")
+            store_log.exception("a rollback failed: the next transaction reconnects")
             self._write_db = None
             with contextlib.suppress(sqlite3.Error):
                 db.close()
@@ -1920,7 +1914,7 @@ def make_calls(calls: Iterable[Call]) -> None:
         try:
             call()
         except (Exception, SystemExit):  # this must not end the writer's thread
-            log_error(engine_log, "a listener failed")
+            engine_log.exception("a listener failed")
 
 
 # --- Jobs -----------------------------------------------------------------------------
@@ -2030,7 +2024,7 @@ class Batch:
             return Result.refused(refusal)
         except BaseException:
             # SystemExit, too, is the application's error, and must not end this thread.
-            log_error(engine_log, "apply failed on %s", describe(mutation))
+            engine_log.exception("apply failed on %s", describe(mutation))
             return Result.refused(SyncError("the server failed on this mutation"))
         return self._add(mutation, rows)
 
@@ -2310,7 +2304,7 @@ class Writer:
         except BaseException as error:
             self._store.rollback()
             if not isinstance(error, StoreRefused):
-                log_error(engine_log, "a transaction failed: its steps run alone")
+                engine_log.exception("a transaction failed: its steps run alone")
         for step in begun:
             step.result = None  # it is not on disk
         # Those that had not begun follow, in the order of arrival.
@@ -2334,7 +2328,7 @@ class Writer:
             probe = self._begin()
             self._store.probe(probe.db)
             self._commit(probe)
-            log_error(engine_log, "the transaction failed on %s", step.name)
+            engine_log.exception("the transaction failed on %s", step.name)
             failure = SyncError("the server failed on this mutation")
             step.result = Result.refused(failure)
         else:
@@ -2383,7 +2377,7 @@ class Writer:
         is_refusal = isinstance(error, StoreRefused)
         if jobs or not is_refusal:
             reason = error.__cause__ or error
-            log_error(store_log, "pushes failed: %r", reason, traceback=not is_refusal)
+            store_log.error("pushes failed: %r", reason, exc_info=not is_refusal)
         for job in jobs:
             job.refuse()
         self._answer(jobs, {})
@@ -2708,7 +2702,7 @@ class Engine:
         in_time = self._writer.close(timeout)
         self._listeners.end_waits()
         if not in_time:
-            log_error(engine_log, "the writer did not end in time", traceback=False)
+            engine_log.error("the writer did not end in time")
             return
         self._readers.shutdown()
         self.store.close()
@@ -2820,7 +2814,7 @@ class Hub:
             try:
                 subscriber.message(message)
             except Exception:
-                log_error(live_log, "a subscriber of %s failed", name)
+                live_log.exception("a subscriber of %s failed", name)
 
     def notify(self, hints: Mapping[str, Hint]) -> None:
         """Pass on the hints of a commit: `engine.add_listener(hub.notify)`."""
@@ -2878,7 +2872,7 @@ class Hub:
                 try:
                     subscriber.hint(name, cursor, long if changes else short)
                 except Exception:
-                    log_error(live_log, "a subscriber of %s failed", name)
+                    live_log.exception("a subscriber of %s failed", name)
             used += time.monotonic() - began
         self.counts["hints_sent"] += len(subscribers)
         return used
@@ -3588,7 +3582,7 @@ async def call_app_safely(function: Callable[..., Any], *arguments: Any) -> None
         await call_app(function, *arguments)
     except Exception:
         name = getattr(function, "__name__", function)
-        log_error(live_log, "%s failed", name)
+        live_log.exception("%s failed", name)
 
 
 class Tasks:
@@ -4099,7 +4093,7 @@ async def run_handler(
             websocket.closing or websocket.ended or websocket.connection.is_closing
         )
         if not (is_lost and isinstance(error, ConnectionLost)):
-            log_error(live_log, "the %s failed", websocket.label)
+            live_log.exception("the %s failed", websocket.label)
             websocket.close(1011, "the server failed")
 
 
@@ -4494,7 +4488,7 @@ class LiveEndpoint:
             session.send_error(refusal.code, str(refusal))
         except Exception as error:
             session.websocket.error = error
-            log_error(live_log, "on_auth failed for a session of %r", scope)
+            live_log.exception("on_auth failed for a session of %r", scope)
             session.close(1011, "the server failed")
 
     # -- against permissions that have ended
@@ -4524,7 +4518,7 @@ class LiveEndpoint:
                     reason = str(refusal)
                 except Exception:
                     has_failed = True
-                    log_error(live_log, "on_auth failed for a session of %r", scope)
+                    live_log.exception("on_auth failed for a session of %r", scope)
             if not session.scopes:
                 session.close(1008, reason)
                 return
@@ -4864,7 +4858,7 @@ class HTTPServer:
                 live_log.info("refused a WebSocket at %r from %s: %s %s", *details)
             return Response.refusal(refusal)
         except Exception:
-            log_error(http_log, "failed on %s %s", request.method, request.path)
+            http_log.exception("failed on %s %s", request.method, request.path)
             return Response.refusal(SyncError("the server failed on this request"))
 
     async def _encode(
@@ -4905,7 +4899,7 @@ class HTTPServer:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:
                 if time.monotonic() > logged_at + 60:
-                    log_error(http_log, "new clients wait: %s", error, traceback=False)
+                    http_log.error("new clients wait: %s", error)
                     logged_at = time.monotonic()
                 await asyncio.sleep(0.1)
             else:
@@ -4919,7 +4913,7 @@ class HTTPServer:
             try:
                 self.on_sweep(time.monotonic())
             except Exception:  # nobody would start this task again
-                log_error(http_log, "the sweep failed")
+                http_log.exception("the sweep failed")
 
     def on_sweep(self, now: float) -> None:
         """Act on the deadlines that have passed. A subclass adds its own."""

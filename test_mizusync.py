@@ -3471,27 +3471,6 @@ def test_an_application_that_sets_autocommit_stops_no_later_push(path: Path) -> 
     assert [result["ok"] for result in results] == [True, False, True]
 
 
-def test_a_logging_filter_that_raises_blocks_no_answer_and_ends_no_thread(
-    path: Path,
-) -> None:
-    def fail(record: logging.LogRecord) -> bool:
-        # A filter that needs the request of a web framework does this.
-        raise LookupError("outside of a request")
-
-    logger = logging.getLogger("mizusync")
-    handler = logging.NullHandler()
-    handler.handle = fail  # type: ignore[method-assign]
-    with closing(open_log(path, apply=apply_carelessly)) as engine:
-        engine.add_listener(lambda hints: raising(ZeroDivisionError()))
-        logger.addHandler(handler)
-        try:
-            results = push(engine, note("1"), note("SystemExit"), note("2"))
-            assert ask(engine.push([note("3")]))[0].ok
-        finally:
-            logger.removeHandler(handler)
-        assert [result["ok"] for result in results] == [True, False, True]
-
-
 @pytest.mark.parametrize("interval", [1e-9, 1e15])
 def test_an_extreme_watch_interval_does_not_end_the_writer(
     path: Path, interval: float
