@@ -218,8 +218,8 @@ MAY_BE_ZERO = {
     "max_hint_size", "hint_gap", "max_sessions", "shutdown_timeout", "max_commit_time",
     "max_tail_changes", "max_tail_size", "busy_timeout",
 }  # fmt: skip
-# A thread that reads needs descriptors, and SQLite has its timeout as a C integer (ms).
-LARGEST = {"readers": 256, "busy_timeout": 10**6}
+# 11 days. SQLite has its timeout as a C integer (ms), and so has Windows a wait.
+MOST_SECONDS = 10**6
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,7 +289,7 @@ class Settings:
             types = (int,) if is_whole else (int, float)
             if type(value) not in types:  # a bool is none of these
                 raise TypeError(setting)
-            largest = LARGEST.get(field.name, 10**15)
+            largest = 10**15 if is_whole else MOST_SECONDS
             least = "0 or more" if field.name in MAY_BE_ZERO else "above 0"
             is_wrong_zero = value == 0 and least == "above 0"
             if is_wrong_zero or not 0 <= value <= largest:  # NaN is not in any range
@@ -2249,10 +2249,10 @@ class Writer:
 
     def _work(self) -> None:
         """Commit jobs until the writer is closed. No error ends this thread."""
-        interval = min(self._settings.watch_interval, threading.TIMEOUT_MAX)
         # `closed` comes first: once it is true, no job is added that `waiting` misses.
         while not self.closed or self.waiting:
-            jobs = self._take(interval)  # _arriving and _refuse add to this list
+            # _arriving and _refuse add to this list.
+            jobs = self._take(self._settings.watch_interval)
             try:
                 if jobs:
                     hints = self._commit_steps(self._arriving(jobs))
@@ -5261,7 +5261,6 @@ class Server(HTTPServer):
             )
             # At least a second: slow clients may have used up the rest.
             time_left = max(1.0, deadline - time.monotonic())
-            time_left = min(time_left, threading.TIMEOUT_MAX)
         except KeyboardInterrupt:
             time_left = 0.5  # a second signal: do not wait for what is queued
             raise

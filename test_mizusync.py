@@ -660,7 +660,6 @@ def test_a_wrong_setting_is_refused_with_its_name_and_value(name: str) -> None:
         "a keep_changes with a fraction": ("keep_changes", 5.0),
         "an auth_interval of 0": ("auth_interval", 0),
         "a busy_timeout that SQLite takes as 0": ("busy_timeout", 2**31),
-        "more readers than there are descriptors": ("readers", 100_000),
         "no readers": ("readers", 0),
         "a close_timeout of 0": ("close_timeout", 0.0),
     },
@@ -3471,7 +3470,7 @@ def test_an_application_that_sets_autocommit_stops_no_later_push(path: Path) -> 
     assert [result["ok"] for result in results] == [True, False, True]
 
 
-@pytest.mark.parametrize("interval", [1e-9, 1e15])
+@pytest.mark.parametrize("interval", [1e-9, 1e6])
 def test_an_extreme_watch_interval_does_not_end_the_writer(
     path: Path, interval: float
 ) -> None:
