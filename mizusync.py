@@ -1483,13 +1483,8 @@ class SQLiteStore(Store):
                 raise
         try:
             result = db.run_guarded(work)
-        except BaseException as error:
+        except BaseException:
             db.close()  # its state is unknown
-            code = getattr(error, "sqlite_errorcode", 0)
-            if code == sqlite3.SQLITE_READONLY:
-                raise RuntimeError("only apply may write to the database") from error
-            if primary_code(error) == sqlite3.SQLITE_READONLY:  # of another kind
-                raise StoreRefused("the database refuses, for now") from error
             raise
         self._idle.append(db)
         return result
