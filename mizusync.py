@@ -3042,8 +3042,7 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
         raise HTTPError(431, f"the head has more than {most} fields")
     headers = parse_fields(fields)
     host, target = parse_host(target, version, headers)
-    is_path = target.startswith("/") or (method == "OPTIONS" and target == "*")
-    if "#" in target or not is_path:
+    if "#" in target or not target.startswith("/"):
         raise InvalidRequest("the request target has to be a path, without a fragment")
     path = unquote(target.partition("?")[0])
     length = parse_body_length(headers, version)
@@ -4704,14 +4703,11 @@ class Routes:
 
     def find(self, request: Request) -> Route:
         """Return the route of a request. Raise NotFound if its path has none."""
-        if request.path == "*":  # OPTIONS asks about the server (RFC 9110 §9.3.7)
-            methods = {"GET", "HEAD", "POST"}
-        elif request.path in self.table:
-            methods = set(self.table[request.path])
-        else:
+        methods = self.table.get(request.path)
+        if methods is None:
             raise NotFound(f"there is nothing at {request.path[:100]}")
         if request.method in methods:
-            return self.table[request.path][request.method]
+            return methods[request.method]
         allow = {"Allow": ", ".join(sorted({*methods, "OPTIONS"}))}
 
         def answer(request: Request) -> Response:

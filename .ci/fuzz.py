@@ -120,7 +120,6 @@ ENDPOINTS = {
     "GET /sync/pull?scope=gr%C3%B6%C3%9Fer+%F0%9F%92%A7&limit=99999999&cursor=0": 200,
     "GET /sync/pull?scope=nobody&wait=0.2": 200,
     "GET /s%79nc/pull?&&x=%00&scope=+": 200,
-    "OPTIONS *": 204,
     "OPTIONS /sync/push": 204,
     "OPTIONS /ws": 204,
 }
