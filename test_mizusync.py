@@ -7764,7 +7764,7 @@ def test_a_token_that_no_browser_sends_is_refused(engine: Engine, token: str) ->
 
 def test_a_token_that_is_no_string_is_a_type_error(engine: Engine) -> None:
     wrong: Any = b"s3cret"
-    with pytest.raises(TypeError, match="a token is a string"):
+    with pytest.raises(TypeError):
         Server(engine, token=wrong)
 
 
