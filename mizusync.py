@@ -146,6 +146,7 @@ import hashlib
 import hmac
 import http
 import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -5442,10 +5443,10 @@ def log_to_stderr(level: str) -> None:
 
 def say(line: str) -> None:
     """Print a line, whatever characters it has and whoever reads it."""
-    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-    shown = line.encode(encoding, "backslashreplace").decode(encoding)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(shown, flush=True)
+        print(line, flush=True)
     except OSError:  # its reader has gone; the flush at the exit would fail as well
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
