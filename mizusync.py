@@ -1498,6 +1498,8 @@ class SQLiteStore(Store):
         db.retry(run_own, db, "BEGIN IMMEDIATE")
         self._warn_of_others(db)
         self._begun = self.read_position(db)
+        if self._seen != self._begun:
+            self.latest()  # moves what was seen on, if the log has issued it
         return db, self._begun
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
@@ -1508,12 +1510,9 @@ class SQLiteStore(Store):
         """Append to the log and commit. COMMIT returns when the disk has it all."""
         db = self._write_db
         assert db is not None
-        with self._position_lock:
-            seen = self._seen
-        # Most often no other commit came between, and there is nothing to ask.
-        is_newest = seen == self._begun
-        continues_seen = is_newest or self.has_issued(db, seen.epoch, seen.head)
-        if not continues_seen:  # the first commit, or a backup was restored
+        # Where the log has issued what was seen, begin() has moved that on.
+        begins_epoch = self._seen != self._begun
+        if begins_epoch:  # the first commit, or a backup was restored
             sql = """
                 INSERT INTO mizusync_epochs (epoch, start)
                 SELECT hex(randomblob(9)), seq FROM sqlite_sequence
@@ -1531,14 +1530,11 @@ class SQLiteStore(Store):
         position = self.read_position(db)
         run_own(db, "COMMIT")
         with self._position_lock:
-            # Another process may have committed since, and latest() has seen that.
-            newest = position
-            if self._latest.epoch == position.epoch:
-                newest = max(position, self._latest)
             # After a new epoch, what was seen before belongs to another history.
-            # Otherwise it never moves back.
-            if not continues_seen or newest.head > self._seen.head:
-                self._seen = newest
+            # Otherwise it never moves back: another process may have committed since,
+            # and latest() may have seen that.
+            if begins_epoch or position.head > self._seen.head:
+                self._seen = position
         self._limit_wal(db)
         return position
 

@@ -2430,6 +2430,24 @@ def test_a_commit_that_another_process_overtakes_hides_no_restored_backup(
             ask(engine.pull(cursor=known[0].head, epoch=known[0].epoch))
 
 
+def test_a_hint_counts_as_seen_and_a_restore_begins_one_epoch(path: Path) -> None:
+    hints: list[Hint] = []
+    with closing(open_log(path, settings=UNWATCHED)) as engine:
+        push(engine, note("1"))
+        backup = back_up(path)
+        engine.add_listener(lambda changed: hints.append(changed["_default"]))
+        push(engine, note("lost"))
+        until(lambda: len(hints) == 1)
+        restore(path, backup)
+        push(engine, note("another"))
+        with pytest.raises(mizusync.CursorUnknown):
+            ask(engine.pull(cursor=hints[0].cursor, epoch=hints[0].epoch))
+        push(engine, note("3"))
+        until(lambda: len(hints) == 3)
+    lost, *later = [hint.epoch for hint in hints]
+    assert (later[0] != lost, later[0] == later[1]) == (True, True)
+
+
 def test_a_second_backup_restored_over_a_first_one_begins_an_epoch(
     path: Path,
 ) -> None:
