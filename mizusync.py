@@ -4261,9 +4261,8 @@ class Session:
         self.settings = websocket.settings
         self.topics: dict[str, int] = {}  # with the newest cursor that each was sent
         self.pending_topics: set[str] = set()  # owed their newest cursor
+        self.tasks = Tasks()  # they end with the session
         self._flushing: asyncio.Task[None] | None = None
-        self.subscribing: asyncio.Task[None] | None = None  # on_auth is asked
-        self.asking: asyncio.Task[None] | None = None  # it is asked again and again
         # The kernel holds little for the peer, and the transport reports all that it
         # has to hold: so a slow reader shows at once.
         transport = websocket.connection.transport
@@ -4310,7 +4309,7 @@ class Session:
         if self.websocket.connection.unsent_size:
             self.pending_topics.add(topic)
             if self._flushing is None or self._flushing.done():
-                self._flushing = asyncio.create_task(self._flush())
+                self._flushing = self.tasks.spawn(self._flush())
         elif cursor >= self.topics.get(topic, 0):
             self.topics[topic] = cursor
             self.websocket.write(message)
@@ -4356,9 +4355,8 @@ class Session:
         """
         for topic in list(self.topics):
             self.unsubscribe(topic)
-        for task in (self._flushing, self.subscribing, self.asking):
-            if task:
-                task.cancel()
+        for task in self.tasks.running:
+            task.cancel()
 
     def forbid(self, scope: str, refusal: Forbidden) -> None:
         """End the subscription to a scope, and tell the client so."""
@@ -4394,7 +4392,7 @@ class LiveEndpoint:
         self.sessions.add(session)
         interval = self.settings.auth_interval
         if interval is not None:
-            session.asking = self.tasks.spawn(self._ask_again(session, interval))
+            session.tasks.spawn(self._ask_again(session, interval))
         work: asyncio.Task[None] | None = None
         try:
             while True:
@@ -4445,8 +4443,7 @@ class LiveEndpoint:
                 if topic == "subscribe":
                     changes = options.get("changes") is True
                     work = self._subscribe(session, scope, changes)
-                    session.subscribing = self.tasks.spawn(work)
-                    return session.subscribing
+                    return session.tasks.spawn(work)
                 session.unsubscribe(f"{SYNC}{scope}")
             elif self.on_message and not topic.startswith(SYNC):
                 data = message.get("data")
