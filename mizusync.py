@@ -2823,7 +2823,9 @@ class Hub:
         if topic.pending is not None:
             self.counts["hints_merged"] += 1
             hint = merge_hints(topic.pending, hint)
-        if hint.changes and len(hint.changes) > self.settings.max_hint_changes:
+        changes = hint.changes or ()
+        is_long = len(changes) > self.settings.max_hint_changes
+        if is_long or sum(map(len, changes)) > self.settings.max_hint_size:
             hint = hint._replace(changes=None)
         topic.pending = hint
         if topic.broadcaster is None or topic.broadcaster.done():
@@ -2849,10 +2851,8 @@ class Hub:
         cursor = topic.cursor = max(hint.cursor, topic.cursor or 0)
         short = self.encode(encode_message(name, encode_cursor(cursor)))
         long = short
-        size = sum(map(len, hint.changes or ()))
-        fits = 0 < size <= self.settings.max_hint_size
         is_newest = hint.cursor == cursor  # older changes would not lead to the cursor
-        if fits and is_newest and topic.wants_changes:
+        if hint.changes and is_newest and topic.wants_changes:
             long = self.encode(encode_message(name, hint.encode()))
         subscribers = list(topic.subscribers.items())
         used = 0.0
@@ -3879,10 +3879,6 @@ class Connection:
                 self.read_error = reason
             self.task.cancel()
 
-    def has_left(self) -> bool:
-        """Return whether the peer has closed its half of the connection, or all."""
-        return self.reader.has_ended or self.is_closing
-
     def check_deadline(self, now: float) -> None:
         """Act on a deadline that has passed, as the table above says."""
         match self.phase:  # Python 3.9 shows this line: mizusync needs 3.11 or newer
@@ -3893,8 +3889,9 @@ class Connection:
             case Phase.HANDLE:
                 if self.is_closing and not self.task.cancelling():
                     self.task.cancel()
-                elif self.has_left() and self.request and self.request.wait:
-                    self.request.wait.reschedule(0)  # a pull waits: it ends now
+                elif self.reader.has_ended and self.request and self.request.wait:
+                    # The peer has closed its half, and a pull waits: it ends now.
+                    self.request.wait.reschedule(0)
                     self.request.wait = None
                 self.deadline = now + PEER_CHECK
             case Phase.SEND:
@@ -4611,12 +4608,12 @@ class SyncEndpoints:
         """Return a page of changes; with `wait`, wait for the first one."""
         scope, _ = await self.gate.authorize_query(request)
         cursor = int(request.number("cursor", 0))
-        limit = int(request.number("limit", 0))
+        limit = int(request.number("limit", self.engine.settings.pull_limit))
         epoch = request.query.get("epoch", "")
         wait = request.number("wait", 0, r"[0-9]{1,9}(\.[0-9]{1,20})?")
         if cursor > MAX_CURSOR:
             raise InvalidRequest("the cursor has to be below 2**53")
-        if limit < 1 and "limit" in request.query:
+        if limit < 1:
             raise InvalidRequest("the limit has to be 1 or more")
         pull = functools.partial(
             self.engine.pull, scope, cursor, epoch=epoch, limit=limit
