@@ -4556,32 +4556,13 @@ class SyncEndpoints:
     async def push(self, request: Request) -> Response:
         """Apply the mutations that are well-formed and allowed; answer all in order."""
         values = await self._parse_push(request)
-        mutations: list[Mutation] = []
-        refused: dict[int, Result] = {}  # by place in the push
-        # By scope: an identity or a refusal. Permission is asked once for each.
         identities: dict[str, Any] = {}
-        for place, value in enumerate(values):
-            try:
-                mutation = Mutation.parse(value)
-            except InvalidMutation as refusal:
-                refused[place] = Result.refused(refusal)
-                continue
-            scope = mutation.scope
-            if scope not in identities:
-                identities[scope] = await self._identify(request, scope)
-            identity = identities[scope]
-            if isinstance(identity, Forbidden):
-                refused[place] = Result.refused(identity)
-                continue
-            if identity is not None:
-                mutation = dataclasses.replace(mutation, identity=identity)
-            mutations.append(mutation)
+        checked = [await self._check(request, value, identities) for value in values]
+        mutations = [one for one in checked if isinstance(one, Mutation)]
         applied = iter(await self.engine.push(mutations) if mutations else ())
-        results = [
-            (refused.get(place) or next(applied)).encoded
-            for place in range(len(values))
-        ]
-        return Response(body=b"[%b]" % b",".join(results))
+        results = [one if isinstance(one, Result) else next(applied) for one in checked]
+        encoded = b",".join(result.encoded for result in results)
+        return Response(body=b"[%b]" % encoded)
 
     async def _parse_push(self, request: Request) -> list[Any]:
         """Return the JSON values of a push. Raise SyncError if it is malformed."""
@@ -4597,12 +4578,30 @@ class SyncEndpoints:
             raise TooLarge(f"a push has at most {most} mutations")
         return values
 
-    async def _identify(self, request: Request, scope: str) -> Any:
-        """Return the client's identity for a scope, or the Forbidden for it."""
+    async def _check(
+        self, request: Request, value: Any, identities: dict[str, Any]
+    ) -> Mutation | Result:
+        """Return the mutation that a value describes, or the result that refuses it.
+
+        `identities` has an identity, or a Forbidden, for each scope so far: permission
+        is asked once for each.
+        """
         try:
-            return await self.gate.authorize(request, scope)
-        except Forbidden as refusal:
-            return refusal
+            mutation = Mutation.parse(value)
+        except InvalidMutation as refusal:
+            return Result.refused(refusal)
+        scope = mutation.scope
+        if scope not in identities:
+            try:
+                identities[scope] = await self.gate.authorize(request, scope)
+            except Forbidden as refusal:
+                identities[scope] = refusal
+        identity = identities[scope]
+        if identity is None:
+            return mutation
+        if isinstance(identity, Forbidden):
+            return Result.refused(identity)
+        return dataclasses.replace(mutation, identity=identity)
 
     async def pull(self, request: Request) -> Response:
         """Return a page of changes; with `wait`, wait for the first one."""
