@@ -860,9 +860,11 @@ class Store:
         rows = self.run(db, sql, *parameters)
         return rows[0][0] if rows else None
 
-    def has_issued(self, db: Any, epoch: str, cursor: int) -> bool:
-        """Return whether a cursor of an epoch belongs to this history."""
-        position = self.read_position(db)
+    def has_issued(self, db: Any, position: Position, epoch: str, cursor: int) -> bool:
+        """Return whether a cursor of an epoch belongs to the history up to a position.
+
+        The position is that of the log, as the transaction sees it.
+        """
         if cursor > position.head:
             return False
         if epoch == position.epoch:  # most often
@@ -1460,7 +1462,8 @@ class SQLiteStore(Store):
                 self._latest = self.read_position(db)
                 # Move on, unless the log has not issued what was seen: an older copy
                 # was restored. Then keep it, so that commit() begins an epoch.
-                if self.has_issued(db, self._seen.epoch, self._seen.head):
+                seen = self._seen
+                if self.has_issued(db, self._latest, seen.epoch, seen.head):
                     self._seen = self._latest
                 self._latest_version = version
             return self._latest
@@ -1751,10 +1754,8 @@ class Tails:
         """
         # 1. Did this history issue the cursor, and does it have all that comes after?
         position = self._store.read_position(db)
-        is_issued = cursor <= position.head
-        if is_issued and epoch not in ("", position.epoch):
-            is_issued = self._store.has_issued(db, epoch, cursor)
-        if not is_issued:
+        epoch = epoch or position.epoch  # without one, only the head is checked
+        if not self._store.has_issued(db, position, epoch, cursor):
             raise CursorUnknown(
                 f"this history never issued cursor {cursor}: take a snapshot"
             )
@@ -2390,7 +2391,7 @@ class Writer:
         changed = self._store.read_scopes_since(db, known)
         # If the log has not issued what memory knows, another copy was restored, even
         # if it has grown past that since.
-        is_rewound = not self._store.has_issued(db, known.epoch, known.head)
+        is_rewound = not self._store.has_issued(db, position, known.epoch, known.head)
         self._tails.advance(position, None if is_rewound else changed, {})
         hints = {
             scope: Hint(cursor, position.epoch)
