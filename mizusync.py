@@ -4631,11 +4631,6 @@ class SyncEndpoints:
         await self.gate.authorize(request, scope)  # permission may have ended meanwhile
         return Response(body=page.encode())
 
-    def end_waits(self) -> None:
-        """End all waits, and let none begin: the server stops."""
-        self.may_wait = False
-        self.engine.end_waits()
-
     async def snapshot(self, request: Request) -> Response:
         """Return the whole state of a scope."""
         scope, _ = await self.gate.authorize_query(request)
@@ -5200,7 +5195,8 @@ class Server(HTTPServer):
     def on_stop(self) -> None:
         """Part them, and end the pulls that wait."""
         self._remove_listener()
-        self._sync.end_waits()
+        self._sync.may_wait = False
+        self.engine.end_waits()
 
     def _restart_sessions(self) -> None:
         """Send all clients away after an older copy of the log was restored.
