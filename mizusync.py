@@ -5378,27 +5378,20 @@ class LogWriter(logging.Handler):
         self.dropped = 0
         # Garbage collection may log in the middle of a put. A SimpleQueue allows that.
         self.waiting: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
-        self.thread: threading.Thread | None = None
+        threading.Thread(target=self._write, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a line; drop it if too many wait."""
-        try:
-            if self.waiting.qsize() >= LOG_LINES:
-                self.dropped += 1
-                return
+        if self.waiting.qsize() < LOG_LINES:
             self.waiting.put(self.format(record))
-            if self.thread is None:
-                self.thread = threading.Thread(target=self._write, daemon=True)
-                self.thread.start()
-        except Exception:
-            self.handleError(record)
+        else:
+            self.dropped += 1
 
     def flush(self) -> None:
         """Wait, but not for long, until all is written. `logging` calls it at exit."""
-        if self.thread:
-            written = threading.Event()
-            self.waiting.put(written)
-            written.wait(LOG_FLUSH)
+        written = threading.Event()
+        self.waiting.put(written)
+        written.wait(LOG_FLUSH)
 
     def _write(self) -> None:
         """Write one line after the other, as long as the process lives."""
