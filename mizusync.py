@@ -4255,6 +4255,9 @@ class Session:
         self.identity = identity  # what on_auth returned for that scope
         self.granted = {scope}  # scopes besides those it is subscribed to
         self.websocket = websocket
+        peer = websocket.request.peer
+        who = "" if identity is None else f" for {identity!r:.100}"
+        websocket.label = f"session {self.id} of {scope!r}{who} from {peer}"
         self.hub = hub
         self.settings = websocket.settings
         self.topics: dict[str, int] = {}  # with the newest cursor that each was sent
@@ -4275,13 +4278,6 @@ class Session:
         """The scopes that it may use, as on_auth last said."""
         topics = [topic for topic in self.topics if topic.startswith(SYNC)]
         return self.granted.union(topic.removeprefix(SYNC) for topic in topics)
-
-    @property
-    def label(self) -> str:
-        """The session's name in the log."""
-        who = "" if self.identity is None else f" for {self.identity!r:.100}"
-        peer = self.websocket.request.peer
-        return f"session {self.id} of {self.scope!r}{who} from {peer}"
 
     def send(self, topic: str, data: Any) -> None:
         """Send a message of the application's; it is neither merged nor skipped.
@@ -4410,7 +4406,6 @@ class LiveEndpoint:
             session.end()
             if self.on_close:
                 await call_app_safely(self.on_close, session, websocket.error)
-            websocket.label = session.label
 
     async def _finish(self, work: asyncio.Task[None], websocket: WebSocket) -> bool:
         """Wait until a message is handled. Return False if the peer left first."""

@@ -6706,24 +6706,6 @@ def test_messages_that_have_arrived_are_handled_after_their_client_left(
     assert handled == [0, 1, 2, "closed"]
 
 
-class Unprintable:
-    def __repr__(self) -> str:
-        raise RuntimeError("this identity has no name")
-
-
-def test_an_identity_that_has_no_repr_leaves_no_session_behind(start: Start) -> None:
-    closed: list[Any] = []
-    live = start(
-        on_auth=lambda request, scope: Unprintable(),
-        on_close=lambda session, error: closed.append(error),
-    )
-    client = live.socket()
-    client.subscribe()
-    client.close()
-    until(lambda: closed and not live.server.stats()["sessions"])
-    live.logged("this identity has no name")
-
-
 def test_the_application_cannot_publish_to_the_topic_of_a_scope(server: Live) -> None:
     with pytest.raises(ValueError, match="sync:"):
         server.call(server.server.publish, "sync:_default", {"cursor": 7})
