@@ -4056,22 +4056,9 @@ async def run_websocket(
 ) -> None:
     """Run a WebSocket's handler, then the closing handshake.
 
-    Raise what the handler raises before it accepts: that is answered in HTTP.
+    Close with 1000 after the handler, or with 1011 if it fails. Raise what it raises
+    before it accepts: that is answered in HTTP.
     """
-    try:
-        await run_handler(websocket, handler)
-        with contextlib.suppress(RuntimeError):  # a task of the handler's reads already
-            await websocket.receive()  # the peer's close frame
-    finally:
-        if websocket.accepted:
-            reason = websocket.reason or websocket.connection.read_error
-            live_log.info("%s ended: %r", websocket.label, str(reason))
-
-
-async def run_handler(
-    websocket: WebSocket, handler: Callable[[WebSocket], Any]
-) -> None:
-    """Run a WebSocket's handler; close with 1000 after it, or with 1011 if it fails."""
     try:
         await call_app(handler, websocket)
         websocket.close()
@@ -4086,6 +4073,10 @@ async def run_handler(
         if not (is_lost and isinstance(error, ConnectionLost)):
             live_log.exception("the %s failed", websocket.label)
             websocket.close(1011, "the server failed")
+    with contextlib.suppress(RuntimeError):  # a task of the handler's reads already
+        await websocket.receive()  # the peer's close frame
+    reason = websocket.reason or websocket.connection.read_error
+    live_log.info("%s ended: %r", websocket.label, str(reason))
 
 
 # --- Gate -----------------------------------------------------------------------------
