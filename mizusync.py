@@ -2522,8 +2522,9 @@ class Engine:
         """
         limit = min(limit or self.settings.pull_limit, self.settings.max_pull_limit)
         limit = max(1, limit)
+        read_page = functools.partial(self._read_page, scope, cursor, epoch, limit)
         if wait <= 0:
-            return await self._read_page(scope, cursor, epoch, limit)
+            return await read_page()
         changed = asyncio.Event()
 
         def on_commit(hints: Hints) -> None:
@@ -2538,13 +2539,13 @@ class Engine:
         try:
             if self._writer.closed:  # nothing would end the wait
                 raise Unavailable("the engine is closed")
-            page = await self._read_page(scope, cursor, epoch, limit)
+            page = await read_page()
             if page.encoded_changes:
                 return page
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(wait, self.settings.max_pull_wait)):
                     await changed.wait()
-            return await self._read_page(scope, cursor, epoch, limit)
+            return await read_page()
         finally:
             remove_listener()
 
@@ -2836,7 +2837,7 @@ class Hub:
 
     async def _broadcast_pending(self, name: str, topic: Topic) -> None:
         """Send the pending hint, pause, and repeat until no hint is pending."""
-        while topic.pending and topic.subscribers:
+        while topic.pending:
             hint = topic.pending
             topic.pending = None
             used = await self._broadcast(name, topic, hint)
@@ -4402,10 +4403,9 @@ class LiveEndpoint:
         """Wait until a message is handled. Return False if the peer left first."""
         while not work.done():
             await asyncio.wait([work], timeout=self.settings.close_timeout)
-            if not work.done() and websocket.connection.is_closing:
-                return False
-        work.result()
-        return True
+            if websocket.connection.is_closing:
+                break
+        return work.done()
 
     async def _handle(
         self, session: Session, raw: str | bytes
