@@ -3016,11 +3016,11 @@ class Request:
 
     @property
     def keep_alive(self) -> bool:
-        """True if the client may send another request here (RFC 9112 §9.3)."""
-        options = self.tokens("connection")
-        if "close" in options:
-            return False
-        return self.version >= (1, 1) or "keep-alive" in options
+        """True if the client may send another request here (RFC 9112 §9.3).
+
+        In HTTP/1.0 it may not, even if it asks for that.
+        """
+        return self.version >= (1, 1) and "close" not in self.tokens("connection")
 
 
 def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
@@ -4838,8 +4838,6 @@ class HTTPServer:
             with self._unsent.counting(len(response.body)):
                 response = await asyncio.to_thread(response.compress)
         option = "" if keep_alive else "close"
-        if keep_alive and request.version < (1, 1):
-            option = "keep-alive"
         return response.encode(option, head_only=request.method == "HEAD")
 
     # -- accepting, and the sweep
