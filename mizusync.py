@@ -1698,7 +1698,7 @@ class Tails:
         self._store = store
         self._settings = settings
         self._lock = threading.Lock()
-        self._tails: OrderedDict[str, Tail] = OrderedDict()  # least recently used first
+        self._tails = OrderedDict[str, Tail]()  # least recently used first
         self._size = 0
 
     def _believed(self, scope: str) -> Tail | None:
@@ -1971,6 +1971,7 @@ NOT_CHANGES = (str, bytes, Mapping, Change, sqlite3.Cursor)
 Apply = Callable[[Any, Mutation], Iterable[Any] | None]
 
 
+@dataclasses.dataclass(eq=False)
 class Batch:
     """One transaction while it is made.
 
@@ -1978,18 +1979,17 @@ class Batch:
     repeats one of the same batch is looked up here first.
     """
 
-    def __init__(
-        self, store: Store, apply: Apply, settings: Settings, db: Any, head: int
-    ) -> None:
-        self.store = store
-        self.db = db
+    store: Store
+    db: Any
+    start: int  # the head of the log, which does not move before the commit
+    _apply_function: Apply
+    _settings: Settings
+
+    def __post_init__(self) -> None:
         self.rows: list[Row] = []
         self.marks: dict[tuple[str, str], Mark] = {}
         self.added: dict[str, Tail] = {}  # by scope: the new changes, encoded
         self.trimmed: set[str] = set()  # scopes that lose changes
-        self._apply_function = apply
-        self._settings = settings
-        self._start = head  # it does not move before the commit
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._time = now.replace("+00:00", "Z")
 
@@ -2033,7 +2033,7 @@ class Batch:
         if isinstance(made, NOT_CHANGES):
             raise TypeError("apply returns an iterable of changes, such as a list")
         limit = self._settings.max_mutation_changes
-        first = self._start + len(self.rows) + 1
+        first = self.start + len(self.rows) + 1
         rows: list[Row] = []
         try:
             for cursor, change in enumerate(() if made is None else made, first):
@@ -2094,8 +2094,8 @@ class Batch:
         size = sum(map(len, answers))
         if size <= self._settings.max_page_size:
             first = mark.first or mark.last + 1  # without changes, the range is empty
-            if first > self._start:  # rows[0] of this batch is number _start + 1
-                rows = self.rows[first - self._start - 1 : mark.last - self._start]
+            if first > self.start:  # rows[0] of this batch is number start + 1
+                rows = self.rows[first - self.start - 1 : mark.last - self.start]
             else:
                 rows = self.store.read_range(self.db, first, mark.last)
             if len(rows) == mark.last - first + 1:
@@ -2176,32 +2176,27 @@ COUNTERS = (
 )  # fmt: skip
 
 
+@dataclasses.dataclass(eq=False)
 class Writer:
     """The thread that writes.
 
     Any thread may call the methods of the first part; the others run on this thread.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        apply: Apply,
-        tails: Tails,
-        listeners: Listeners,
-        settings: Settings,
-    ) -> None:
-        # True while there is work: the server then yields the GIL once per request.
-        self.busy = False
-        self.closed = False
-        self.rewinds = 0  # restored backups that it has noticed
-        self._store = store
-        self._apply = apply
-        self._tails = tails
-        self._listeners = listeners
+    _store: Store
+    _apply: Apply
+    _tails: Tails
+    _listeners: Listeners
+    _settings: Settings
+    # True while there is work: the server then yields the GIL once per request.
+    busy: bool = False
+    closed: bool = False
+    rewinds: int = 0  # restored backups that it has noticed
+
+    def __post_init__(self) -> None:
         self.counts = Counter(dict.fromkeys(COUNTERS, 0))
-        self._settings = settings
         # In the order of arrival: nothing overtakes in here. A None only wakes it up.
-        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting = queue.SimpleQueue[Job | None]()
         # Over `closed`: no job follows the last one. Reentrant, because the garbage
         # collector may run code that pushes on a thread that holds the lock.
         self._lock = threading.RLock()
@@ -2334,7 +2329,7 @@ class Writer:
         db, position = self._store.begin()
         if position != self._tails.position:
             self._catch_up(db)
-        return Batch(self._store, self._apply, self._settings, db, position.head)
+        return Batch(self._store, db, position.head, self._apply, self._settings)
 
     def _commit(self, batch: Batch) -> Hints:
         """Put a transaction on disk, and then into memory; return its hints."""
@@ -2471,7 +2466,7 @@ class Engine:
     def submit(self, mutations: Mutations) -> Future[list[Result]]:
         """Push from a thread that has no loop: `engine.submit(mutations).result()`."""
         self._check_process()
-        future: Future[list[Result]] = Future()
+        future = Future[list[Result]]()
         future.set_running_or_notify_cancel()  # from here on it can't be cancelled
         self._writer.submit(Job(self._mutation_steps(mutations), future))
         return future
@@ -3654,13 +3649,13 @@ class Reader(asyncio.StreamReader):
         super().feed_eof()
 
 
+@dataclasses.dataclass
 class Unsent:
     """The bytes of all connections that their peers have yet to read."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.answers = 0
-        self.messages = 0  # of WebSockets; the sweep counts them once a second
+    limit: int
+    answers: int = 0
+    messages: int = 0  # of WebSockets; the sweep counts them once a second
 
     @contextlib.contextmanager
     def counting(self, size: int) -> Iterator[None]:
@@ -3677,31 +3672,27 @@ class Unsent:
             raise Unavailable("too many answers wait for their clients to read them")
 
 
+@dataclasses.dataclass(eq=False)
 class Connection:
     """One accepted socket, and the task that serves it."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        writer: asyncio.StreamWriter,
-        settings: Settings,
-        unsent: Unsent,
-    ) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.transport: Any = writer.transport
-        self.settings = settings
-        self.unsent = unsent
-        self.task: Any = asyncio.current_task()
-        host, port, *_ = writer.get_extra_info("peername") or ("?", 0)
-        self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self.request: Request | None = None  # the one that is being handled
+    reader: Reader
+    writer: asyncio.StreamWriter
+    settings: Settings
+    unsent: Unsent
+    request: Request | None = None  # the one that is being handled
+    body_pending: bool = False  # a body that nobody took: nothing can follow it
+    read_error: OSError | None = None  # why nothing more will arrive
+    interruption: Exception | None = None  # what `receive` raises if cancelled
+    ping_sent_at: float = math.inf
+    unsent_at_last_check: int = 0
+
+    def __post_init__(self) -> None:
         self.buffer = bytearray()  # received, and not yet parsed
-        self.body_pending = False  # a body that nobody took: nothing can follow it
-        self.read_error: OSError | None = None  # why nothing more will arrive
-        self.interruption: Exception | None = None  # what `receive` raises if cancelled
-        self.ping_sent_at = math.inf
-        self.unsent_at_last_check = 0
+        self.transport: Any = self.writer.transport
+        self.task: Any = asyncio.current_task()
+        host, port, *_ = self.writer.get_extra_info("peername") or ("?", 0)
+        self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.enter(Phase.HANDLE, PEER_CHECK)
 
     @classmethod
@@ -4711,7 +4702,7 @@ class HTTPServer:
         self._connections: dict[Connection, WebSocket | None] = {}
         self._unsent = Unsent(settings.max_unsent)
         self._next_count = 0.0  # when to count the unsent messages again
-        self._answers: Counter[int] = Counter()  # by the first digit of their status
+        self._answers = Counter[int]()  # by the first digit of their status
         self._stopping = False
 
     def route(self, method: str, path: str) -> Callable[[T], T]:
@@ -5080,7 +5071,7 @@ class Server(HTTPServer):
         self.engine = engine
         self.hub = Hub(self.settings, functools.partial(encode_frame, TEXT))
         self._rewinds = 0  # of the log, as far as the sessions know
-        self._stop: Future[None] = Future()  # run() waits for it
+        self._stop = Future[None]()  # run() waits for it
         self._sync = SyncEndpoints(engine, gate, self.settings)
         self._live = LiveEndpoint(
             engine, self.hub, gate, self.tasks, self.settings, on_message, on_close
@@ -5361,7 +5352,7 @@ class LogWriter(logging.Handler):
         self.descriptor = descriptor
         self.dropped = 0
         # Garbage collection may log in the middle of a put. A SimpleQueue allows that.
-        self.waiting: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self.waiting = queue.SimpleQueue[str | threading.Event]()
         threading.Thread(target=self._write, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
