@@ -609,7 +609,8 @@ class Result(NamedTuple):
         code = refusal.code
         error = str(refusal)
         text = encode_json({"ok": False, "code": code, "error": error})
-        return cls(text.encode(errors="replace"), False, code=code, error=error)
+        encoded = text.encode(errors="replace")
+        return cls(encoded, False, code=code, error=error)
 
     @property
     def changes(self) -> list[Change]:
@@ -1235,8 +1236,9 @@ def open_database(
     except (sqlite3.Error, StoreRefused, OSError) as error:
         cause = error.__cause__ or error
         advice = OPENING_ADVICE.get(primary_code(cause), "")
-        sentence = f"the database {path} can't be used ({cause}){advice}"
-        raise StoreError(sentence) from error
+        raise StoreError(
+            f"the database {path} can't be used ({cause}){advice}"
+        ) from error
     return db
 
 
@@ -1271,8 +1273,7 @@ def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
         reason = str(error)
         if primary_code(error) == sqlite3.SQLITE_AUTH:
             reason = "TEMP tables, views and triggers could shadow the log's"
-        sentence = f"the schema for {db.path} can't be run: {reason}"
-        raise StoreError(sentence) from error
+        raise StoreError(f"the schema for {db.path} can't be run: {reason}") from error
 
 
 def wal_path(path: str) -> str:
@@ -1288,16 +1289,18 @@ def has_log(db: GuardedConnection, adopt: bool) -> bool:
     encoding = run_own(db, "PRAGMA encoding")[0][0]
     if encoding != "UTF-8":
         # In UTF-16, SQLite stores U+FFFE and U+FFFF as U+FFFD: scopes would merge.
-        sentence = f"the database {db.path} is in {encoding}: the log needs UTF-8"
-        raise StoreError(sentence)
+        raise StoreError(
+            f"the database {db.path} is in {encoding}: the log needs UTF-8"
+        )
     # One statement, because another process may be making the log right now.
     sql = "SELECT count(*), max(name = 'mizusync_format') FROM sqlite_master"
     objects, log_exists = run_own(db, sql)[0]
     if log_exists:
         format = run_own(db, "SELECT format FROM mizusync_format")[0][0]
         if format > FORMAT:
-            sentence = f"the database {db.path} has format {format}"
-            raise StoreError(f"{sentence}: use a newer mizusync")
+            raise StoreError(
+                f"the database {db.path} has format {format}: use a newer mizusync"
+            )
         return True
     application_id = run_own(db, "PRAGMA application_id")[0][0]
     is_ours = not objects and application_id in (0, APPLICATION_ID)
@@ -2837,8 +2840,8 @@ class Hub:
             topic.pending = None
             used = await self._broadcast(name, topic, hint)
             share = SHARE_WITH_CHANGES if topic.wants_changes else SHARE
-            longest = self.settings.hint_gap
-            pause = topic.spend(used, time.monotonic(), share, longest)
+            now = time.monotonic()
+            pause = topic.spend(used, now, share, self.settings.hint_gap)
             if pause:
                 await asyncio.sleep(pause)
 
@@ -3034,8 +3037,9 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
     line, *fields = buffer[:end].decode("latin-1").split("\r\n")
     method, target, version = parse_request_line(line, settings)
     if len(fields) > settings.max_head_fields:
-        most = settings.max_head_fields
-        raise HTTPError(431, f"the head has more than {most} fields")
+        raise HTTPError(
+            431, f"the head has more than {settings.max_head_fields} fields"
+        )
     headers = parse_fields(fields)
     host, target = parse_host(target, version, headers)
     if "#" in target or not target.startswith("/"):
@@ -3098,8 +3102,9 @@ def parse_fields(lines: Iterable[str]) -> dict[str, str]:
     for line in lines:
         words = FIELD_LINE.fullmatch(line)
         if words is None:
-            rule = "name, colon, value without control characters"
-            raise InvalidRequest(f"a header line is not: {rule}")
+            raise InvalidRequest(
+                "a header line is not: name, colon, value without control characters"
+            )
         name = words[1].lower()
         value = words[2].strip(" \t")
         if name in fields:
@@ -3532,8 +3537,9 @@ def answer_handshake(request: Request) -> Response:
     if not re.fullmatch("[A-Za-z0-9+/]{21}[AQgw]==", key):
         raise InvalidRequest("the Sec-WebSocket-Key is not 16 bytes in Base64")
     if request.length != 0 or request.version < (1, 1):
-        rule = "a request of HTTP/1.1 without a body"
-        raise InvalidRequest(f"a WebSocket begins with {rule}")
+        raise InvalidRequest(
+            "a WebSocket begins with a request of HTTP/1.1 without a body"
+        )
     digest = hashlib.sha1(key.encode() + GUID).digest()
     accept = base64.b64encode(digest).decode()
     headers = {"Upgrade": "websocket", "Sec-WebSocket-Accept": accept}
@@ -4111,16 +4117,16 @@ class Gate:
             # name, so an IP address is safe.
             name = re.sub(":[0-9]*$", "", host)
             if name not in self.hosts and not is_address(name):
-                advice = "--allow-host can name it"
-                raise Forbidden(f"this server is not {name[:100]!r}: {advice}")
+                raise Forbidden(
+                    f"this server is not {name[:100]!r}: --allow-host can name it"
+                )
         origin = request.headers.get("origin")
         if origin is not None and origin not in self.origins:
             scheme, _, authority = origin.lower().partition("://")
             port = {"http": ":80", "https": ":443"}.get(scheme)
             if not port or host not in (authority, authority + port):
-                advice = "see --allow-origin"
                 raise Forbidden(
-                    f"pages of this origin may not use this server: {advice}"
+                    "pages of this origin may not use this server: see --allow-origin"
                 )
 
     def authenticate(self, request: Request) -> None:
@@ -4174,7 +4180,6 @@ def is_loopback(host: str) -> bool:
     return bool(LOOPBACK.fullmatch(host))
 
 
-@functools.lru_cache(maxsize=100)
 def is_address(host: str) -> bool:
     """Return whether this is an IP address, in brackets or without."""
     try:
@@ -4196,9 +4201,9 @@ def validate_token(token: str | None) -> None:
     if token is None:
         return
     if not re.fullmatch(TOKEN, token):  # the message must not reveal it
-        rule = "1 or more letters, digits and !#$%&'*+-.^_`|~"
         raise ValueError(
-            f"--token, or MIZUSYNC_TOKEN: a token has {rule}, nothing else"
+            "--token, or MIZUSYNC_TOKEN: a token has 1 or more letters, digits and "
+            "!#$%&'*+-.^_`|~, nothing else"
         )
 
 
@@ -4212,10 +4217,10 @@ def validate_names(names: Iterable[str], pattern: re.Pattern[str]) -> frozenset[
     valid = frozenset(name.lower() for name in names)
     for name in valid:
         if not pattern.fullmatch(name):
-            advice = (
-                "--allow-origin takes https://example.org, --allow-host sync.example"
+            raise ValueError(
+                f"{name[:100]!r} can never match: --allow-origin takes "
+                "https://example.org, --allow-host sync.example"
             )
-            raise ValueError(f"{name[:100]!r} can never match: {advice}")
     return valid
 
 
@@ -4425,8 +4430,9 @@ class LiveEndpoint:
                 call = call_app_safely(self.on_message, session, topic, data)
                 return self.tasks.spawn(call)
             else:
-                sentence = f"nothing listens to {topic[:100]!r}"
-                session.send_error("unknown_topic", sentence)
+                session.send_error(
+                    "unknown_topic", f"nothing listens to {topic[:100]!r}"
+                )
         except InvalidRequest as refusal:
             session.send_error("invalid_message", str(refusal))
         except SyncError as refusal:
@@ -4654,8 +4660,10 @@ class Routes:
         """
         method = method.upper()
         if not path.startswith("/") or re.search(r"[{}<>*?#%]|/:", path):
-            rule = "a path is literal: a slash, then no pattern, query or escape"
-            raise ValueError(f"the path {path!r} would never match: {rule}")
+            raise ValueError(
+                f"the path {path!r} would never match: a path is literal, "
+                "a slash and then no pattern, query or escape"
+            )
         methods = self.table.get(path, {})
         if method in methods:
             raise ValueError(f"{method} {path} has a handler already")
@@ -5204,8 +5212,10 @@ class Server(HTTPServer):
         except RuntimeError:
             pass  # as it should be
         else:
-            advice = "async with server.listen(host, port): ..."
-            raise RuntimeError(f"a loop is running here, as in Jupyter: use `{advice}`")
+            raise RuntimeError(
+                "a loop is running here, as in Jupyter: "
+                "use `async with server.listen(host, port): ...`"
+            )
         time_left = None
         try:
             deadline = asyncio.run(
