@@ -1089,8 +1089,7 @@ class GuardedConnection(sqlite3.Connection):
                 if self.in_transaction:
                     run_own(self, "ROLLBACK")
                 code = primary_code(error.__cause__ or error)
-                is_locked = code == sqlite3.SQLITE_BUSY
-                if not is_locked or time.monotonic() > deadline:
+                if code != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                     raise_if_refusal(error)
                     raise
             time.sleep(0.0002)
@@ -2093,8 +2092,7 @@ class Batch:
         mutations, so the changes are left out once the answer is as large as a page.
         """
         shown = None
-        answers = [step.result.encoded for step in push if step.result]
-        size = sum(map(len, answers))
+        size = sum(len(step.result.encoded) for step in push if step.result)
         if size <= self._settings.max_page_size:
             first = mark.first or mark.last + 1  # without changes, the range is empty
             if first > self.start:  # rows[0] of this batch is number start + 1
@@ -2322,8 +2320,9 @@ class Writer:
             self._store.probe(probe.db)
             self._commit(probe)
             engine_log.exception("the transaction failed on %s", step.name)
-            failure = SyncError("the server failed on this mutation")
-            step.result = Result.refused(failure)
+            step.result = Result.refused(
+                SyncError("the server failed on this mutation")
+            )
         else:
             self._listeners.notify(hints, {})
 
@@ -5401,8 +5400,11 @@ def log_to_stderr(level: str) -> None:
         handler = LogWriter(sys.stderr.fileno())
     except (AttributeError, OSError):  # there is none, or it is no file
         handler = logging.StreamHandler()
-    line = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    logging.basicConfig(format=line, level=level.upper(), handlers=[handler])
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        level=level.upper(),
+        handlers=[handler],
+    )
 
 
 def say(line: str) -> None:
@@ -5418,8 +5420,10 @@ def say(line: str) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with its help."""
-    about = "A durable sync server with instant updates: the todo demo."
-    parser = argparse.ArgumentParser(prog="mizusync", description=about)
+    parser = argparse.ArgumentParser(
+        prog="mizusync",
+        description="A durable sync server with instant updates: the todo demo.",
+    )
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=8080, help="port; 0 takes a free one (%(default)s)")
