@@ -3576,8 +3576,7 @@ async def call_app_safely(function: Callable[..., Any], *arguments: Any) -> None
     try:
         await call_app(function, *arguments)
     except Exception:
-        name = getattr(function, "__name__", function)
-        live_log.exception("%s failed", name)
+        live_log.exception("%s failed", getattr(function, "__name__", function))
 
 
 class Tasks:
@@ -4005,10 +4004,7 @@ class WebSocket:
         self.connection.enter(Phase.CLOSING, self.settings.close_timeout)
 
     async def __aiter__(self) -> AsyncIterator[str | bytes]:
-        while True:
-            message = await self.receive()
-            if message is None:
-                return
+        while (message := await self.receive()) is not None:
             yield message
 
     async def receive(self) -> str | bytes | None:
@@ -4835,8 +4831,8 @@ class HTTPServer:
         if len(response.body) > self.settings.min_gzip_size and request.accepts_gzip:
             with self._unsent.counting(len(response.body)):
                 response = await asyncio.to_thread(response.compress)
-        option = "" if keep_alive else "close"
-        return response.encode(option, head_only=request.method == "HEAD")
+        connection = "" if keep_alive else "close"
+        return response.encode(connection, head_only=request.method == "HEAD")
 
     # -- accepting, and the sweep
 
@@ -5188,7 +5184,6 @@ class Server(HTTPServer):
         self.hub.forget_cursors()
         for session in self.sessions:
             session.close(1001, "an older copy of the log was restored: come back")
-        self.engine.end_waits()
 
     # -- start and stop
 
