@@ -662,13 +662,14 @@ class Snapshot(NamedTuple):
 class Hint(NamedTuple):
     """The newest cursor of a scope and, if they are few, the changes above `after`.
 
-    `changes` (encoded) is None for a commit of another process: subscribers must pull.
+    `changes` (encoded) is empty if they are many, or another process's: then the
+    subscribers have to pull.
     """
 
     cursor: int
     epoch: str = ""
     after: int = 0
-    changes: tuple[bytes, ...] | None = None
+    changes: tuple[bytes, ...] = ()
 
     def encode(self) -> bytes:
         """Return the data of a hint that carries its changes."""
@@ -676,7 +677,7 @@ class Hint(NamedTuple):
             self.cursor,
             self.epoch.encode(),
             self.after,
-            b",".join(self.changes or ()),
+            b",".join(self.changes),
         )
 
 
@@ -2822,10 +2823,10 @@ class Hub:
         if topic.pending is not None:
             self.counts["hints_merged"] += 1
             hint = merge_hints(topic.pending, hint)
-        changes = hint.changes or ()
-        is_long = len(changes) > self.settings.max_hint_changes
-        if is_long or sum(map(len, changes)) > self.settings.max_hint_size:
-            hint = hint._replace(changes=None)
+        is_long = len(hint.changes) > self.settings.max_hint_changes
+        size = sum(map(len, hint.changes))
+        if is_long or size > self.settings.max_hint_size:
+            hint = hint._replace(changes=())
         topic.pending = hint
         if topic.broadcaster is None or topic.broadcaster.done():
             # A task, so that the push that caused the hint is answered first.
