@@ -2513,13 +2513,12 @@ class Engine:
     ) -> Page:
         """Return the scope's changes above `cursor`, in order.
 
-        A page holds about `limit` of them, or about `max_page_size` bytes; it never
-        ends inside a mutation. `wait` (seconds) holds an empty page back until there is
-        a change. `epoch` is the one in which the client read the cursor, if it knows.
-        Raise CursorTooOld, CursorUnknown, Unavailable.
+        A page holds about `limit` of them (1 or more), or about `max_page_size` bytes;
+        it never ends inside a mutation. `wait` (seconds) holds an empty page back until
+        there is a change. `epoch` is the one in which the client read the cursor, if it
+        knows. Raise CursorTooOld, CursorUnknown, Unavailable.
         """
         limit = min(limit or self.settings.pull_limit, self.settings.max_pull_limit)
-        limit = max(1, limit)
         read_page = functools.partial(self._read_page, scope, cursor, epoch, limit)
         if wait <= 0:
             return await read_page()
@@ -5445,7 +5444,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if not 0 <= args.port <= 65535:
         parser.error(f"--port {args.port}: a port is a number from 0 to 65535")
     try:
-        Settings(keep_changes=args.keep_changes)
+        args.settings = Settings(keep_changes=args.keep_changes)
         validate_token(args.token)
         validate_names(args.allow_origin, ORIGIN)
         validate_names(args.allow_host, HOST)
@@ -5461,7 +5460,7 @@ def make_todo_server(args: argparse.Namespace) -> Server:
         apply=apply_todo,
         snapshot=snapshot_todos,
         schema=TODO_SCHEMA,
-        settings=Settings(keep_changes=args.keep_changes),
+        settings=args.settings,
     )
     has_page = os.path.exists(PAGE)
     server = Server(
