@@ -2715,9 +2715,9 @@ class Engine:
 # The accelerator: topics and their subscribers. The hub knows names, numbers and bytes,
 # and stores nothing: a lost hint does no harm, because the next one names a newer
 # cursor, the newest is sent again after a silence, and a client pulls after each
-# reconnect. Hints of a topic merge while they
-# wait, and its broadcasts are paced, so a burst of pushes costs each subscriber few
-# frames and the event loop a bounded share of its time.
+# reconnect. Hints of a topic merge while they wait, and its broadcasts are paced, so a
+# burst of pushes costs each subscriber few frames and the event loop a bounded share of
+# its time.
 
 BROADCAST_BATCH = 500  # subscribers between two turns of the event loop: some 5 ms
 BURST = 0.005  # seconds of loop time that a topic may use after a quiet while
