@@ -14418,7 +14418,421 @@ def titles_at(server: Live | Program, scope: str = "demo") -> list[str]:
     return [todo["title"] for todo in state["todos"]]
 
 
-class TestPage:
+STORAGE_PAGE = """<!doctype html><title>Storage</title><link rel=icon href=data:,>
+<script type=module>
+import { SyncClient, indexedDBStorage } from "./sync/client.js";
+
+function put(todos, todo) {
+  if (todos.every(({ id }) => id !== todo.id)) return [...todos, todo];
+  return todos.map((old) => (old.id === todo.id ? todo : old));
+}
+
+function apply({ todos }, { data: { op, id, todo } }) {
+  const gone = () => todos.filter((old) => old.id !== id);
+  return { todos: op === "delete" ? gone() : put(todos, todo) };
+}
+
+const predict = ({ todos }, { args }) => ({ todos: put(todos, args) });
+
+// A storage whose saves wait for release().
+const { promise: opened, resolve: open } = Promise.withResolvers();
+const own = indexedDBStorage();
+let held;
+const slow = { ...own, save: (...args) => held = opened.then(() => own.save(...args)) };
+
+const requested = (request) => new Promise((resolve, reject) => {
+  request.onsuccess = () => resolve(request.result);
+  request.onerror = () => reject(request.error);
+});
+
+const place = `${location.origin}/`;
+const prefix = (user) => `mizusync ${JSON.stringify([place, "demo", user])} `;
+
+Object.assign(self, {
+  make(more = {}, isSlow = false) {
+    const options = { url: ".", scope: "demo", initial: { todos: [] }, apply, predict };
+    const storage = isSlow ? { storage: slow } : {};
+    self.client = new SyncClient({ ...options, ...storage, ...more });
+  },
+  mutate: (name, id, title) => client.mutate(`todo.${name}`, { id, title }),
+  hide: () => dispatchEvent(new Event("pagehide")),
+  release: () => (open(), held),
+  stored: (user = "") => indexedDBStorage().load(prefix(user)),
+  // Every key, and its value, of this origin's databases and of localStorage.
+  async kept() {
+    const found = Object.entries(localStorage);
+    for (const { name } of await indexedDB.databases()) {
+      const database = await requested(indexedDB.open(name));
+      for (const store of database.objectStoreNames) {
+        const all = database.transaction(store).objectStore(store);
+        const [keys, values] = [requested(all.getAllKeys()), requested(all.getAll())];
+        const list = await values;
+        (await keys).forEach((key, index) => found.push([[key].flat(), list[index]]));
+      }
+      database.close();
+    }
+    return found;
+  },
+});
+</script>
+"""
+
+
+class Tab:
+    """A page that imports the client, and has one on the scope `demo`."""
+
+    def __init__(self, page: Any, live: Live) -> None:
+        self.page = page
+        self.context = page.context
+        self.page.goto("http://{}:{}/".format(*live.address))
+
+    def make(self, *, start: bool = True, slow: bool = False, **options: Any) -> Tab:
+        """Make the client. A slow one saves when the test releases it."""
+        self.page.evaluate("([more, slow]) => make(more, slow)", [options, slow])
+        if start:
+            self.page.evaluate("client.start()")
+        return self
+
+    def reload(self, **options: Any) -> Tab:
+        self.page.reload()
+        return self.make(**options)
+
+    def mutate(self, name: str, key: str, title: str | None = None) -> None:
+        words = [name, key, title]
+        self.page.evaluate("(words) => void (self.last = mutate(...words))", words)
+
+    def confirmed(self) -> None:
+        """Wait until the last mutation of mutate() is confirmed."""
+        told = "() => client.confirmed(last).then(() => { last.isConfirmed = true; })"
+        self.page.evaluate(f"void ({told})()")
+        self.page.wait_for_function("last.isConfirmed")
+
+    def shows(self, *titles: str) -> None:
+        """Wait until these todos are shown."""
+        shown = "JSON.stringify(client.state.todos.map(({ title }) => title))"
+        same = f"(titles) => {shown} === JSON.stringify(titles)"
+        self.page.wait_for_function(same, arg=list(titles))
+
+    def has(self, **status: Any) -> None:
+        """Wait until these fields of the status have these values."""
+        same = "([name, value]) => client.status[name] === value"
+        for field in status.items():
+            self.page.wait_for_function(same, arg=list(field))
+
+    def keeps(self, cursor: int) -> None:
+        """Wait until the state at this cursor is stored."""
+        until(lambda: self.stored() == cursor)
+
+    def stored(self, user: str = "") -> int:
+        """The cursor of the stored state; 0 for none."""
+        found = self.page.evaluate("(user) => stored(user)", user)
+        return int(found["cursor"]) if found else 0
+
+    def kept(self) -> list[Any]:
+        return list(self.page.evaluate("kept()"))
+
+    def command(self, name: str, **words: Any) -> None:
+        """Send a command of the browser's own protocol."""
+        self.context.new_cdp_session(self.page).send(name, words)
+
+    def crash(self) -> None:
+        """End the page's process, which runs nothing of the page's any more."""
+        with self.page.expect_event("crash"), suppress(Exception):
+            self.page.goto("chrome://crash")
+        self.page.close()
+
+
+def create_todo(live: Live, title: str) -> int:
+    """Let somebody else create a todo; return the cursor of the change."""
+    (result,) = live.client().push(of_demo("create", id=title, title=title))
+    return int(result["cursor"])
+
+
+@pytest.fixture
+def live(windows: Windows, tmp_path: Path) -> Live:
+    page = tmp_path / "storage.html"
+    page.write_text(STORAGE_PAGE)
+    return windows.serve(page=page)
+
+
+@pytest.fixture
+def tab(windows: Windows, live: Live) -> Tab:
+    return Tab(windows.context().new_page(), live)
+
+
+FORBIDDEN = {
+    "throws": "IDBFactory.prototype.open = () => { throw new Error('forbidden'); };",
+    "fails": """IDBFactory.prototype.open = () => {
+      const request = { error: new Error("forbidden") };
+      setTimeout(() => request.onerror());
+      return request;
+    };""",
+    "and localStorage throws": """
+      IDBFactory.prototype.open = () => { throw new Error("forbidden"); };
+      Object.defineProperty(self, "localStorage", {
+        get() { throw new Error("forbidden"); },
+      });""",
+}
+
+
+class StorageTests:
+    """What a browser keeps: tests of TestPage, the one class that has a browser."""
+
+    def test_a_state_and_what_waits_survive_a_reload_offline(
+        self, windows: Windows, live: Live, tab: Tab
+    ) -> None:
+        windows.may_say = "ERR_INTERNET_DISCONNECTED"
+        cursor = create_todo(live, "a")
+        tab.make().shows("a")
+        tab.keeps(cursor)
+        tab.context.set_offline(True)
+        tab.mutate("create", "b", "b")
+        tab.shows("a", "b")
+        tab.page.evaluate("client.stop()")
+        tab.context.set_offline(False)
+        tab.page.reload()
+        tab.context.set_offline(True)
+        tab.make()
+        tab.shows("a", "b")
+        tab.has(loaded=True, saved=True, online=False, waiting=1)
+        assert titles_at(live) == ["a"]
+        tab.context.set_offline(False)
+        tab.page.evaluate("dispatchEvent(new Event('online'))")
+        tab.has(waiting=0)
+        assert titles_at(live) == ["a", "b"]
+
+    def test_a_frozen_tab_never_overwrites_a_newer_state(
+        self, live: Live, tab: Tab
+    ) -> None:
+        other = Tab(tab.context.new_page(), live).make()
+        tab.make(slow=True)
+        create_todo(live, "a")
+        for each in (tab, other):
+            each.shows("a")
+        tab.page.evaluate("hide()")  # it begins to save, and is frozen there
+        tab.command("Page.setWebLifecycleState", state="frozen")
+        cursor = create_todo(live, "b")
+        other.shows("a", "b")
+        other.keeps(cursor)
+        tab.command("Page.setWebLifecycleState", state="active")
+        tab.page.evaluate("release()")
+        assert other.stored() == cursor
+        tab.shows("a", "b")
+        third = Tab(tab.context.new_page(), live).make(start=False)
+        third.shows("a", "b")
+
+    def test_twenty_tabs_show_a_change_and_store_it_once(
+        self, live: Live, tab: Tab
+    ) -> None:
+        first = create_todo(live, "a")
+        pages = [tab.page, *(tab.context.new_page() for _ in range(19))]
+        tabs = [Tab(page, live).make() for page in pages]
+        for each in tabs:
+            each.shows("a")
+            each.has(live=True)
+        tab.keeps(first)
+        cursor = create_todo(live, "b")
+        for each in tabs:
+            each.shows("a", "b")
+            each.page.evaluate("hide()")
+        tab.keeps(cursor)
+        kept = {tuple(key[1:]): value for key, value in tab.kept()}
+        assert kept.keys() == {("position",), ("state",), ("tail", cursor)}
+        (change,) = kept["tail", cursor]
+        assert change["cursor"] == cursor
+
+    def test_a_full_database_stops_no_client(
+        self, windows: Windows, live: Live, tab: Tab
+    ) -> None:
+        windows.may_say = "the state is not saved"
+        origin = "http://{}:{}".format(*live.address)
+        tab.command("Storage.overrideQuotaForOrigin", origin=origin, quotaSize=1)
+        create_todo(live, "a")
+        tab.make().shows("a")
+        tab.page.evaluate("hide()")
+        tab.has(saved=False, online=True)
+        tab.mutate("create", "b", "b")
+        tab.confirmed()
+        cursor = create_todo(live, "c")
+        tab.shows("a", "b", "c")
+        assert tab.stored() == 0
+        tab.command("Storage.overrideQuotaForOrigin", origin=origin)
+        tab.page.evaluate("hide()")
+        tab.has(saved=True)
+        tab.keeps(cursor)
+        assert len(windows.faults) == 1  # it said so once
+
+    def test_a_full_queue_takes_mutations_and_says_that_they_are_not_saved(
+        self, live: Live, tab: Tab
+    ) -> None:
+        tab.make(start=False)
+        tab.page.evaluate("""() => {
+            for (let size = 2 ** 23; size >= 1; size /= 2) {
+              try {
+                localStorage.setItem(`full ${size}`, "x".repeat(size));
+              } catch {}
+            }
+        }""")
+        tab.mutate("create", "a", "a")
+        tab.shows("a")
+        tab.has(saved=False, waiting=1)
+        tab.page.evaluate("client.start()")
+        tab.confirmed()
+        tab.has(saved=True, waiting=0)
+        assert titles_at(live) == ["a"]
+
+    @table("script", FORBIDDEN)
+    def test_without_a_storage_it_works_and_says_so(
+        self, windows: Windows, live: Live, script: str
+    ) -> None:
+        windows.may_say = "the state is not saved"
+        context = windows.context()
+        context.add_init_script(script)
+        create_todo(live, "a")
+        tab = Tab(context.new_page(), live).make()
+        tab.shows("a")
+        tab.mutate("create", "b", "b")
+        tab.confirmed()
+        create_todo(live, "c")
+        tab.shows("a", "b", "c")
+        tab.page.evaluate("hide()")
+        tab.has(saved=False, online=True, error=None)
+        assert titles_at(live) == ["a", "b", "c"]
+        assert len(windows.faults) == 1  # it said so once
+
+    def test_what_the_first_edition_kept_is_taken_over(
+        self, windows: Windows, live: Live, tab: Tab
+    ) -> None:
+        create_todo(live, "a")
+        with closing(RawClient(live.address)) as client:
+            snapshot = client.request("GET", "/sync/snapshot?scope=demo").json
+        place = "http://{}:{}/".format(*live.address)
+        prefix = "mizusync " + json.dumps([place, "demo", ""], separators=(",", ":"))
+        base = {name: snapshot[name] for name in ("cursor", "epoch")}
+        mutation = of_demo("create", id="b", title="b")
+        first = {
+            f"{prefix} base": base | {"state": snapshot["data"]},
+            f"{prefix} queue 1700000000000-1-2-3-4 1700000000001": mutation,
+        }
+        for key, value in first.items():
+            words = [key, json.dumps(value)]
+            tab.page.evaluate("(words) => localStorage.setItem(...words)", words)
+        asked = list[str]()
+        tab.page.on("request", lambda request: asked.append(request.url))
+        tab.make(start=False).shows("a", "b")
+        tab.has(loaded=True, waiting=1)
+        tab.page.evaluate("client.start()")
+        until(lambda: titles_at(live) == ["a", "b"])
+        cursor = create_todo(live, "c")
+        tab.keeps(cursor)
+        tab.page.wait_for_function("localStorage.length === 0")
+        tab.reload(start=False).shows("a", "b", "c")
+        assert not [url for url in asked if "snapshot" in url]
+
+    def test_what_a_closed_tab_left_is_pushed_by_another(
+        self, windows: Windows, live: Live, tab: Tab
+    ) -> None:
+        tab.make(start=False)
+        tab.mutate("create", "a", "a")
+        other = Tab(tab.context.new_page(), live).make()
+        other.mutate("create", "b", "b")
+        other.confirmed()
+        assert titles_at(live) == ["b"]  # the tab that has "a" is there
+        tab.page.close()
+        other.page.evaluate("dispatchEvent(new Event('online'))")
+        other.shows("b", "a")
+        other.has(waiting=0)
+        assert titles_at(live) == ["b", "a"]
+        assert len(windows.pushed) == len(set(windows.pushed))
+
+    @table(
+        "event",
+        {
+            "pagehide": "dispatchEvent(new Event('pagehide'))",
+            "hidden": """() => {
+                const event = new Event("visibilitychange", { bubbles: true });
+                Object.defineProperty(document, "hidden", { value: true });
+                document.dispatchEvent(event);
+            }""",
+            "closed": "client.close()",
+        },
+    )
+    def test_a_state_is_saved_where_the_page_may_end(
+        self, live: Live, tab: Tab, event: str
+    ) -> None:
+        create_todo(live, "a")
+        # Of its own clock no second passes: a save that waits for one never comes.
+        tab.page.clock.install()
+        tab.page.clock.pause_at(datetime.now(UTC) + timedelta(minutes=1))
+        tab.make().shows("a")
+        cursor = create_todo(live, "b")
+        tab.shows("a", "b")
+        assert tab.stored() == 0
+        tab.page.evaluate(event)
+        tab.keeps(cursor)
+
+    def test_forget_leaves_nothing_of_this_user(
+        self, windows: Windows, live: Live, tab: Tab
+    ) -> None:
+        cursor = create_todo(live, "a")
+        other = Tab(tab.context.new_page(), live).make(user="eve")
+        other.shows("a")
+        other.page.evaluate("hide()")
+        until(lambda: other.stored("eve") == cursor)
+        other.page.close()
+        before = tab.kept()
+        tab.make(user="").shows("a")
+        tab.keeps(cursor)
+        create_todo(live, "b")
+        tab.shows("a", "b")
+        tab.page.evaluate("client.stop()")
+        tab.mutate("create", "c", "c")
+        assert len(tab.kept()) > len(before) > 0
+        tab.page.evaluate("client.forget()")
+        assert tab.kept() == before
+        tab.reload(start=False)
+        tab.has(loaded=False, waiting=0)
+
+    def test_a_state_with_its_tail_is_the_servers_at_any_length(
+        self, live: Live, tab: Tab
+    ) -> None:
+        client = live.client()
+        tab.make().has(live=True)
+        reader = Tab(tab.context.new_page(), live)
+        is_tail = set[bool]()
+        for size in (1, 30, 100, 60, 9, 90, 3):  # a tail has 200 changes at most
+            names = [f"{size} {number}" for number in range(size)]
+            makes = [of_demo("create", id=name, title=name) for name in names]
+            client.push(*makes)
+            done = {"completed": True}
+            changes = [of_demo("update", id=name, **done) for name in names[::7]]
+            changes += [of_demo("delete", id=name) for name in names[3::5]]
+            cursor = client.push(*changes)[-1]["cursor"]
+            tab.shows(*titles_at(live))
+            tab.page.evaluate("hide()")
+            reader.keeps(cursor)
+            is_tail.add(any(key[1] == "tail" for key, _ in reader.kept()))
+            reader.reload(start=False).shows(*titles_at(live))
+            todos = reader.page.evaluate("client.state.todos")
+            snapshot = client.request("GET", "/sync/snapshot?scope=demo").json
+            assert todos == snapshot["data"]["todos"]
+        assert is_tail == {True, False}
+
+    def test_a_crash_loses_no_mutation(self, live: Live, tab: Tab) -> None:
+        tab.make(slow=True).has(live=True)
+        tab.mutate("create", "a", "a")
+        tab.confirmed()  # but not saved
+        tab.page.evaluate("client.stop()")
+        tab.mutate("create", "b", "b")
+        tab.crash()
+        again = Tab(tab.context.new_page(), live).make(start=False)
+        again.shows("a", "b")
+        again.page.evaluate("client.start()")
+        again.has(waiting=0)
+        assert titles_at(live) == ["a", "b"]
+
+
+class TestPage(StorageTests):
     def test_two_windows_show_the_same(self, windows: Windows, demo: Live) -> None:
         one, other = windows.open(demo), windows.open(demo)
         one.add("Buy milk", "Buy bread")
