@@ -14505,7 +14505,7 @@ class Tab:
         """Wait until the last mutation of mutate() is confirmed."""
         told = "() => client.confirmed(last).then(() => { last.isConfirmed = true; })"
         self.page.evaluate(f"void ({told})()")
-        self.page.wait_for_function("last.isConfirmed")
+        self.page.wait_for_function("() => last.isConfirmed")
 
     def shows(self, *titles: str) -> None:
         """Wait until these todos are shown."""
@@ -14725,7 +14725,7 @@ class StorageTests:
         until(lambda: titles_at(live) == ["a", "b"])
         cursor = create_todo(live, "c")
         tab.keeps(cursor)
-        tab.page.wait_for_function("localStorage.length === 0")
+        tab.page.wait_for_function("() => localStorage.length === 0")
         tab.reload(start=False).shows("a", "b", "c")
         assert not [url for url in asked if "snapshot" in url]
 
