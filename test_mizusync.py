@@ -14542,22 +14542,22 @@ class Tab:
         self.page.close()
 
 
-def create_todo(live: Live, title: str) -> int:
+def create_todo(importable: Live, title: str) -> int:
     """Let somebody else create a todo; return the cursor of the change."""
-    (result,) = live.client().push(of_demo("create", id=title, title=title))
+    (result,) = importable.client().push(of_demo("create", id=title, title=title))
     return int(result["cursor"])
 
 
 @pytest.fixture
-def live(windows: Windows, tmp_path: Path) -> Live:
+def importable(windows: Windows, tmp_path: Path) -> Live:
     page = tmp_path / "storage.html"
     page.write_text(STORAGE_PAGE)
     return windows.serve(page=page)
 
 
 @pytest.fixture
-def tab(windows: Windows, live: Live) -> Tab:
-    return Tab(windows.context().new_page(), live)
+def tab(windows: Windows, importable: Live) -> Tab:
+    return Tab(windows.context().new_page(), importable)
 
 
 FORBIDDEN = {
@@ -14579,10 +14579,10 @@ class StorageTests:
     """What a browser keeps: tests of TestPage, the one class that has a browser."""
 
     def test_a_state_and_what_waits_survive_a_reload_offline(
-        self, windows: Windows, live: Live, tab: Tab
+        self, windows: Windows, importable: Live, tab: Tab
     ) -> None:
         windows.may_say = "ERR_INTERNET_DISCONNECTED"
-        cursor = create_todo(live, "a")
+        cursor = create_todo(importable, "a")
         tab.make().shows("a")
         tab.keeps(cursor)
         tab.context.set_offline(True)
@@ -14595,43 +14595,43 @@ class StorageTests:
         tab.make()
         tab.shows("a", "b")
         tab.has(loaded=True, saved=True, online=False, waiting=1)
-        assert titles_at(live) == ["a"]
+        assert titles_at(importable) == ["a"]
         tab.context.set_offline(False)
         tab.page.evaluate("dispatchEvent(new Event('online'))")
         tab.has(waiting=0)
-        assert titles_at(live) == ["a", "b"]
+        assert titles_at(importable) == ["a", "b"]
 
     def test_a_frozen_tab_never_overwrites_a_newer_state(
-        self, live: Live, tab: Tab
+        self, importable: Live, tab: Tab
     ) -> None:
-        other = Tab(tab.context.new_page(), live).make()
+        other = Tab(tab.context.new_page(), importable).make()
         tab.make(slow=True)
-        create_todo(live, "a")
+        create_todo(importable, "a")
         for each in (tab, other):
             each.shows("a")
         tab.page.evaluate("hide()")  # it begins to save, and is frozen there
         tab.command("Page.setWebLifecycleState", state="frozen")
-        cursor = create_todo(live, "b")
+        cursor = create_todo(importable, "b")
         other.shows("a", "b")
         other.keeps(cursor)
         tab.command("Page.setWebLifecycleState", state="active")
         tab.page.evaluate("release()")
         assert other.stored() == cursor
         tab.shows("a", "b")
-        third = Tab(tab.context.new_page(), live).make(start=False)
+        third = Tab(tab.context.new_page(), importable).make(start=False)
         third.shows("a", "b")
 
     def test_twenty_tabs_show_a_change_and_store_it_once(
-        self, live: Live, tab: Tab
+        self, importable: Live, tab: Tab
     ) -> None:
-        first = create_todo(live, "a")
+        first = create_todo(importable, "a")
         pages = [tab.page, *(tab.context.new_page() for _ in range(19))]
-        tabs = [Tab(page, live).make() for page in pages]
+        tabs = [Tab(page, importable).make() for page in pages]
         for each in tabs:
             each.shows("a")
             each.has(live=True)
         tab.keeps(first)
-        cursor = create_todo(live, "b")
+        cursor = create_todo(importable, "b")
         for each in tabs:
             each.shows("a", "b")
             each.page.evaluate("hide()")
@@ -14642,18 +14642,18 @@ class StorageTests:
         assert change["cursor"] == cursor
 
     def test_a_full_database_stops_no_client(
-        self, windows: Windows, live: Live, tab: Tab
+        self, windows: Windows, importable: Live, tab: Tab
     ) -> None:
         windows.may_say = "the state is not saved"
-        origin = "http://{}:{}".format(*live.address)
+        origin = "http://{}:{}".format(*importable.address)
         tab.command("Storage.overrideQuotaForOrigin", origin=origin, quotaSize=1)
-        create_todo(live, "a")
+        create_todo(importable, "a")
         tab.make().shows("a")
         tab.page.evaluate("hide()")
         tab.has(saved=False, online=True)
         tab.mutate("create", "b", "b")
         tab.confirmed()
-        cursor = create_todo(live, "c")
+        cursor = create_todo(importable, "c")
         tab.shows("a", "b", "c")
         assert tab.stored() == 0
         tab.command("Storage.overrideQuotaForOrigin", origin=origin)
@@ -14663,7 +14663,7 @@ class StorageTests:
         assert len(windows.faults) == 1  # it said so once
 
     def test_a_full_queue_takes_mutations_and_says_that_they_are_not_saved(
-        self, live: Live, tab: Tab
+        self, importable: Live, tab: Tab
     ) -> None:
         tab.make(start=False)
         tab.page.evaluate("""() => {
@@ -14679,34 +14679,34 @@ class StorageTests:
         tab.page.evaluate("client.start()")
         tab.confirmed()
         tab.has(saved=True, waiting=0)
-        assert titles_at(live) == ["a"]
+        assert titles_at(importable) == ["a"]
 
     @table("script", FORBIDDEN)
     def test_without_a_storage_it_works_and_says_so(
-        self, windows: Windows, live: Live, script: str
+        self, windows: Windows, importable: Live, script: str
     ) -> None:
         windows.may_say = "the state is not saved"
         context = windows.context()
         context.add_init_script(script)
-        create_todo(live, "a")
-        tab = Tab(context.new_page(), live).make()
+        create_todo(importable, "a")
+        tab = Tab(context.new_page(), importable).make()
         tab.shows("a")
         tab.mutate("create", "b", "b")
         tab.confirmed()
-        create_todo(live, "c")
+        create_todo(importable, "c")
         tab.shows("a", "b", "c")
         tab.page.evaluate("hide()")
         tab.has(saved=False, online=True, error=None)
-        assert titles_at(live) == ["a", "b", "c"]
+        assert titles_at(importable) == ["a", "b", "c"]
         assert len(windows.faults) == 1  # it said so once
 
     def test_what_the_first_edition_kept_is_taken_over(
-        self, windows: Windows, live: Live, tab: Tab
+        self, windows: Windows, importable: Live, tab: Tab
     ) -> None:
-        create_todo(live, "a")
-        with closing(RawClient(live.address)) as client:
+        create_todo(importable, "a")
+        with closing(RawClient(importable.address)) as client:
             snapshot = client.request("GET", "/sync/snapshot?scope=demo").json
-        place = "http://{}:{}/".format(*live.address)
+        place = "http://{}:{}/".format(*importable.address)
         prefix = "mizusync " + json.dumps([place, "demo", ""], separators=(",", ":"))
         base = {name: snapshot[name] for name in ("cursor", "epoch")}
         mutation = of_demo("create", id="b", title="b")
@@ -14722,27 +14722,27 @@ class StorageTests:
         tab.make(start=False).shows("a", "b")
         tab.has(loaded=True, waiting=1)
         tab.page.evaluate("client.start()")
-        until(lambda: titles_at(live) == ["a", "b"])
-        cursor = create_todo(live, "c")
+        until(lambda: titles_at(importable) == ["a", "b"])
+        cursor = create_todo(importable, "c")
         tab.keeps(cursor)
         tab.page.wait_for_function("() => localStorage.length === 0")
         tab.reload(start=False).shows("a", "b", "c")
         assert not [url for url in asked if "snapshot" in url]
 
     def test_what_a_closed_tab_left_is_pushed_by_another(
-        self, windows: Windows, live: Live, tab: Tab
+        self, windows: Windows, importable: Live, tab: Tab
     ) -> None:
         tab.make(start=False)
         tab.mutate("create", "a", "a")
-        other = Tab(tab.context.new_page(), live).make()
+        other = Tab(tab.context.new_page(), importable).make()
         other.mutate("create", "b", "b")
         other.confirmed()
-        assert titles_at(live) == ["b"]  # the tab that has "a" is there
+        assert titles_at(importable) == ["b"]  # the tab that has "a" is there
         tab.page.close()
         other.page.evaluate("dispatchEvent(new Event('online'))")
         other.shows("b", "a")
         other.has(waiting=0)
-        assert titles_at(live) == ["b", "a"]
+        assert titles_at(importable) == ["b", "a"]
         assert len(windows.pushed) == len(set(windows.pushed))
 
     @table(
@@ -14758,24 +14758,24 @@ class StorageTests:
         },
     )
     def test_a_state_is_saved_where_the_page_may_end(
-        self, live: Live, tab: Tab, event: str
+        self, importable: Live, tab: Tab, event: str
     ) -> None:
-        create_todo(live, "a")
+        create_todo(importable, "a")
         # Of its own clock no second passes: a save that waits for one never comes.
         tab.page.clock.install()
         tab.page.clock.pause_at(datetime.now(UTC) + timedelta(minutes=1))
         tab.make().shows("a")
-        cursor = create_todo(live, "b")
+        cursor = create_todo(importable, "b")
         tab.shows("a", "b")
         assert tab.stored() == 0
         tab.page.evaluate(event)
         tab.keeps(cursor)
 
     def test_forget_leaves_nothing_of_this_user(
-        self, windows: Windows, live: Live, tab: Tab
+        self, windows: Windows, importable: Live, tab: Tab
     ) -> None:
-        cursor = create_todo(live, "a")
-        other = Tab(tab.context.new_page(), live).make(user="eve")
+        cursor = create_todo(importable, "a")
+        other = Tab(tab.context.new_page(), importable).make(user="eve")
         other.shows("a")
         other.page.evaluate("hide()")
         until(lambda: other.stored("eve") == cursor)
@@ -14783,7 +14783,7 @@ class StorageTests:
         before = tab.kept()
         tab.make(user="").shows("a")
         tab.keeps(cursor)
-        create_todo(live, "b")
+        create_todo(importable, "b")
         tab.shows("a", "b")
         tab.page.evaluate("client.stop()")
         tab.mutate("create", "c", "c")
@@ -14794,11 +14794,11 @@ class StorageTests:
         tab.has(loaded=False, waiting=0)
 
     def test_a_state_with_its_tail_is_the_servers_at_any_length(
-        self, live: Live, tab: Tab
+        self, importable: Live, tab: Tab
     ) -> None:
-        client = live.client()
+        client = importable.client()
         tab.make().has(live=True)
-        reader = Tab(tab.context.new_page(), live)
+        reader = Tab(tab.context.new_page(), importable)
         is_tail = set[bool]()
         for size in (1, 30, 100, 60, 9, 90, 3):  # a tail has 200 changes at most
             names = [f"{size} {number}" for number in range(size)]
@@ -14808,28 +14808,28 @@ class StorageTests:
             changes = [of_demo("update", id=name, **done) for name in names[::7]]
             changes += [of_demo("delete", id=name) for name in names[3::5]]
             cursor = client.push(*changes)[-1]["cursor"]
-            tab.shows(*titles_at(live))
+            tab.shows(*titles_at(importable))
             tab.page.evaluate("hide()")
             reader.keeps(cursor)
             is_tail.add(any(key[1] == "tail" for key, _ in reader.kept()))
-            reader.reload(start=False).shows(*titles_at(live))
+            reader.reload(start=False).shows(*titles_at(importable))
             todos = reader.page.evaluate("client.state.todos")
             snapshot = client.request("GET", "/sync/snapshot?scope=demo").json
             assert todos == snapshot["data"]["todos"]
         assert is_tail == {True, False}
 
-    def test_a_crash_loses_no_mutation(self, live: Live, tab: Tab) -> None:
+    def test_a_crash_loses_no_mutation(self, importable: Live, tab: Tab) -> None:
         tab.make(slow=True).has(live=True)
         tab.mutate("create", "a", "a")
         tab.confirmed()  # but not saved
         tab.page.evaluate("client.stop()")
         tab.mutate("create", "b", "b")
         tab.crash()
-        again = Tab(tab.context.new_page(), live).make(start=False)
+        again = Tab(tab.context.new_page(), importable).make(start=False)
         again.shows("a", "b")
         again.page.evaluate("client.start()")
         again.has(waiting=0)
-        assert titles_at(live) == ["a", "b"]
+        assert titles_at(importable) == ["a", "b"]
 
 
 class TestPage(StorageTests):
