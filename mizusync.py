@@ -197,11 +197,23 @@ __all__ = [
     "SyncError", "TooLarge",
 ]  # fmt: skip
 
-log = logging.getLogger("mizusync")  # without a handler: the application decides
-store_log = log.getChild("store")
-engine_log = log.getChild("engine")
-http_log = log.getChild("http")
-live_log = log.getChild("live")
+
+class Log(logging.LoggerAdapter[logging.Logger]):
+    """A logger that never raises what a filter or handler of the application raises.
+
+    Many need a request of a web framework, and the writer's thread has none.
+    """
+
+    def log(self, *arguments: Any, **options: Any) -> None:
+        with contextlib.suppress(Exception):
+            super().log(*arguments, **options, stacklevel=2)  # the caller's line
+
+
+log = Log(logging.getLogger("mizusync"))  # without a handler: the application decides
+store_log = Log(logging.getLogger("mizusync.store"))
+engine_log = Log(logging.getLogger("mizusync.engine"))
+http_log = Log(logging.getLogger("mizusync.http"))
+live_log = Log(logging.getLogger("mizusync.live"))
 
 T = TypeVar("T")
 

@@ -3488,6 +3488,55 @@ def test_an_application_that_sets_autocommit_stops_no_later_push(path: Path) -> 
     assert [result["ok"] for result in results] == [True, False, True]
 
 
+@contextmanager
+def failing_log() -> Iterator[None]:
+    """Let every log line of the block fail, as a filter that wants a request does."""
+
+    def fail(record: logging.LogRecord) -> bool:
+        raise LookupError("outside of a request")
+
+    logger, handler = logging.getLogger("mizusync"), logging.NullHandler()
+    handler.handle = fail  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_a_logging_filter_that_raises_blocks_no_answer_and_ends_no_thread(
+    path: Path,
+) -> None:
+    with closing(open_log(path, apply=apply_carelessly)) as engine, failing_log():
+        engine.add_listener(lambda hints: raising(ZeroDivisionError()))
+        results = push(engine, note("1"), note("SystemExit"), note("2"))
+        assert ask(engine.push([note("3")]))[0].ok
+    codes = [result.get("code", "") for result in results]
+    assert codes == ["", "internal_error", ""]
+
+
+def test_a_logging_filter_that_raises_acknowledges_nothing_that_was_rolled_back(
+    path: Path,
+) -> None:
+    def apply_or_roll_back(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.id == "faulty":
+            return roll_back_by_conflict(db)
+        return apply(db, mutation)
+
+    with closing(open_log(path, apply=apply_or_roll_back)) as engine, failing_log():
+        results = push(engine, note("1", "1"), note("faulty"), note("2", "2"))
+        assert [result["ok"] for result in results] == [True, False, True]
+        assert ask(engine.snapshot()).data == ["1", "2"]
+
+
+def test_a_line_of_the_log_names_the_function_that_logs_it(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(open_log(path, apply=apply_carelessly)) as engine:
+        push(engine, note("SystemExit"))
+    assert [record.funcName for record in caplog.records] == ["apply"]
+
+
 @pytest.mark.parametrize("interval", [1e-9, 1e6])
 def test_an_extreme_watch_interval_does_not_end_the_writer(
     path: Path, interval: float
