@@ -4475,7 +4475,8 @@ class LiveEndpoint:
         A failure of on_auth changes nothing; after several in a row the session ends.
         """
         failures = 0
-        while failures < MAX_AUTH_FAILURES:
+        # The end of the session cancels this task, but on_auth may have caught that.
+        while session in self.sessions and failures < MAX_AUTH_FAILURES:
             await asyncio.sleep(interval)
             has_failed = False
             reason = "no scope is left"

@@ -7770,6 +7770,26 @@ def test_a_session_stays_if_on_auth_fails_only_twice_in_a_row(start: Start) -> N
     assert client.quiet()
 
 
+def test_an_on_auth_that_catches_its_cancellation_is_not_asked_about_an_ended_session(
+    start: Start,
+) -> None:
+    asked: list[str] = []
+
+    async def on_auth(request: mizusync.Request, scope: str) -> str:
+        asked.append(scope)
+        if len(asked) > 1:
+            with suppress(BaseException):
+                await asyncio.Event().wait()
+        return "ann"
+
+    live = start(**ASKING, on_auth=on_auth)
+    before = live.tasks()
+    client = live.socket()
+    until(lambda: len(asked) > 1)
+    client.reset()
+    until(lambda: live.tasks() <= before)
+
+
 def test_hanging_scopes_do_not_delay_another(start: Start, permits: Permits) -> None:
     scopes = [*map(str, range(9)), "_default"]
     live = start(**ASKING, on_auth=permits, may_log="on_auth failed")
