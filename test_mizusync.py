@@ -4860,6 +4860,22 @@ async def test_the_newest_hint_of_each_silent_topic_is_sent_again() -> None:
     assert sent == [[1, 2, 2], [1, 1], [1, 1]]
 
 
+def test_a_look_for_silent_topics_makes_no_copy_of_the_others() -> None:
+    hub, subscriber = make_hub(heartbeat=100.0), Recorder()
+    for number in range(5000):
+        hub.subscribe(f"sync:{number}", subscriber)
+        hub.send_current(f"sync:{number}", subscriber, 1)
+        hub.subscribe(f"news {number}", subscriber)  # which never has a hint
+        hub.topics[f"news {number}"].last_sent = -math.inf
+    tracemalloc.start()
+    try:
+        hub.send_heartbeats(time.monotonic())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10_000  # bytes; a list of all has 650,000
+
+
 @in_loop
 async def test_a_topic_that_never_had_a_hint_has_no_heartbeat() -> None:
     hub, subscriber = make_hub(heartbeat=1.0), Recorder()
