@@ -3596,14 +3596,18 @@ async def call_app_safely(function: Callable[..., Any], *arguments: Any) -> None
 
 
 class Tasks:
-    """The running tasks of a server. asyncio itself keeps no reference to a task."""
+    """The running tasks of a server, or those of them that belong to a session.
 
-    def __init__(self) -> None:
+    asyncio itself keeps no reference to a task.
+    """
+
+    def __init__(self, whole: Tasks | None = None) -> None:
         self.running: set[asyncio.Task[Any]] = set()
+        self._start = whole.spawn if whole else asyncio.create_task
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task, and keep it until it is done."""
-        task = asyncio.create_task(work)
+        task = self._start(work)
         self.running.add(task)
         task.add_done_callback(self.running.discard)
         return task
@@ -4247,7 +4251,7 @@ class Session:
     """One client that is connected to /ws: a Subscriber of the hub."""
 
     def __init__(
-        self, websocket: WebSocket, hub: Hub, scope: str, identity: Any
+        self, websocket: WebSocket, hub: Hub, tasks: Tasks, scope: str, identity: Any
     ) -> None:
         self.id = secrets.token_urlsafe(9)
         self.scope = scope  # the one that it connected with
@@ -4261,7 +4265,7 @@ class Session:
         self.settings = websocket.settings
         self.topics: dict[str, int] = {}  # with the newest cursor that each was sent
         self.pending_topics: set[str] = set()  # owed their newest cursor
-        self.tasks = Tasks()  # they end with the session
+        self.tasks = Tasks(tasks)  # they end with the session
         self._flushing: asyncio.Task[None] | None = None
         # The kernel holds little for the peer, and the transport reports all that it
         # has to hold: so a slow reader shows at once.
@@ -4381,7 +4385,7 @@ class LiveEndpoint:
         if len(self.sessions) >= self.settings.max_sessions:
             raise Unavailable("the server has too many sessions")
         websocket.accept()
-        session = Session(websocket, self.hub, scope, identity)
+        session = Session(websocket, self.hub, self.tasks, scope, identity)
         self.sessions.add(session)
         interval = self.settings.auth_interval
         if interval is not None:

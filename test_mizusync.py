@@ -8573,6 +8573,26 @@ def test_a_push_in_flight_is_answered_before_the_server_stops(start: Start) -> N
     assert client.ended()
 
 
+def test_a_stop_waits_until_on_auth_has_cleaned_up(start: Start) -> None:
+    asked: list[str] = []
+    cleaned: list[str] = []
+
+    async def on_auth(request: mizusync.Request, scope: str) -> None:
+        asked.append(scope)
+        if scope == "slow":
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(MOMENT)  # a connection goes back to its pool
+                cleaned.append(scope)
+
+    live = start(on_auth=on_auth, close_timeout=MOMENT)
+    live.socket().send_message("subscribe", {"scope": "slow"})
+    until(lambda: "slow" in asked)
+    live.end()
+    assert cleaned == ["slow"]
+
+
 SOON = 5.0  # seconds: much less than the limits that would end it otherwise
 
 
