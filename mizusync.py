@@ -1596,7 +1596,8 @@ class SQLiteStore(Store):
         lost when the last process closes it.
         """
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(self._path), self._stat):
+            found = os.stat(self._path)
+            if os.path.samestat(found, self._stat):
                 return
         raise StoreRefused(f"{self._path} was removed or replaced: restart the server")
 
@@ -1839,7 +1840,8 @@ class Tails:
         self._tails[scope] = tail
         self._size += tail.size
         # The least recently used go first. One without changes takes some 1,000 bytes.
-        while self._size + 1000 * len(self._tails) > self._settings.max_tail_size:
+        max_size = self._settings.max_tail_size
+        while self._size + 1000 * len(self._tails) > max_size:
             self._remove(next(iter(self._tails)))
 
     def _remove(self, scope: str) -> Tail | None:
@@ -3033,7 +3035,8 @@ class Request:
 
         In HTTP/1.0 it may not, even if it asks for that.
         """
-        return self.version >= (1, 1) and "close" not in self.tokens("connection")
+        will_close = "close" in self.tokens("connection")
+        return self.version >= (1, 1) and not will_close
 
 
 def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
@@ -3812,7 +3815,8 @@ class Connection:
         if size == 0:
             return b""
         check_body_size(size or 0, self.settings)
-        if request.version >= (1, 1) and "100-continue" in request.tokens("expect"):
+        is_waiting = "100-continue" in request.tokens("expect")
+        if is_waiting and request.version >= (1, 1):
             # The client waits for this before it sends the body (RFC 9110 §10.1.1).
             self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.enter(Phase.BODY, self.settings.body_timeout)
