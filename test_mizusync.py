@@ -13980,10 +13980,10 @@ PROMISES = {
         await pass(5);
         assert.deepEqual(asked, []);
         kept.storage.limits.save = "fails";
-        for (let time = 0; time < 3; time++) {
+        for (const pending of [["a", "drop"], [], []]) {
           const client = fake.make({ ...kept, version: 2, migrate });
           await pass(2);
-          assert.deepEqual([asked.pop(), client.state], [["a", "drop"], ["a!"]]);
+          assert.deepEqual([asked.pop(), client.state], [pending, ["a!"]]);
           client.close();
           assert.equal(reports().length, 1);
         }
