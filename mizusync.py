@@ -4357,7 +4357,8 @@ class Session:
         for topic in list(self.topics):
             self.unsubscribe(topic)
         for task in self.tasks.running:
-            task.cancel()
+            if not task.cancelling():  # what cleans up already is left to it
+                task.cancel()
 
     def forbid(self, scope: str, refusal: Forbidden) -> None:
         """End the subscription to a scope, and tell the client so."""

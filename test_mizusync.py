@@ -14147,6 +14147,75 @@ PROMISES = {
         await pass(2);
         assert.deepEqual(met, ["old"]);
     """,
+    "a push that the application's own fetch gives up goes again": """
+        let isFirst = true;
+        const fetch = async (address, options) => {
+          const isPush = address.endsWith("push");
+          if (!isPush || !isFirst) return fake.fetch(address, options);
+          isFirst = false;
+          throw new DOMException("It took too long.", "AbortError");
+        };
+        const client = await fake.start({ fetch });
+        client.mutate("add", "a");
+        await pass(6);
+        assert.deepEqual([isFirst, fake.data, client.pending], [false, ["a"], []]);
+    """,
+    "no hurry uses up the tries of a mutation": """
+        const page = makePage(), client = await fake.live();
+        fake.instead.push = () =>
+          json([{ ok: false, code: "internal_error", error: "a reason" }]);
+        client.mutate("add", "a");
+        for (let wakes = 0; wakes < 10; wakes++) {
+          page.tell("visibilitychange");
+          await pass(0.05);
+        }
+        assert.deepEqual([fake.all("push").length, fake.refused], [1, []]);
+        fake.instead = {};
+        await pass(5);
+        assert.deepEqual([fake.data, client.pending], [["a"], []]);
+    """,
+    "a token that never comes is asked for anew by the next start": """
+        let asks = 0;
+        const token = () => (++asks === 1 ? new Promise(() => {}) : "good");
+        const client = await fake.start({ token });
+        assert.equal(fake.calls.length, 0);
+        client.stop();
+        client.start();
+        await pass(1);
+        assert.deepEqual([asks, client.status.online], [2, true]);
+    """,
+    "a socket that says nothing of its scope is dead after 60 s": """
+        const client = await fake.live(), { socket } = fake;
+        for (let seconds = 0; seconds < 70; seconds += 10) {
+          socket.onmessage?.({ data: JSON.stringify({ topic: "other", data: {} }) });
+          await pass(10);
+        }
+        assert.deepEqual([socket.closed, fake.sockets.length > 1], [true, true]);
+    """,
+    "a repeat without its changes does not wait for the end of a held pull": """
+        const hold = (signal) => new Promise((_, reject) => {
+          signal.addEventListener("abort", () => reject(signal.reason));
+        });
+        const fetch = (address, options) => address.includes("wait=25")
+          ? hold(options.signal) : fake.fetch(address, options);
+        const client = await fake.start({ fetch });
+        await pass(5);
+        fake.add("a");
+        fake.instead.push = () => json([{ ok: true, cursor: 1, duplicate: true }]);
+        const mutation = client.mutate("add", "a");
+        await pass(1);
+        assert.deepEqual([client.state, client.pending], [["a"], []]);
+        await client.confirmed(mutation);
+    """,
+    "whoever hears of a refusal sees the state without it": """
+        fake.instead.push = () =>
+          json([{ ok: false, code: "conflict", error: "a reason" }]);
+        const client = await fake.start(), seen = [];
+        client.addEventListener("refused", () => seen.push(client.state));
+        client.mutate("add", "a");
+        await pass(1);
+        assert.deepEqual(seen, [[]]);
+    """,
 }
 
 
