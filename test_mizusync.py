@@ -8586,7 +8586,7 @@ def test_a_stop_waits_until_on_auth_has_cleaned_up(start: Start) -> None:
                 await asyncio.sleep(MOMENT)  # a connection goes back to its pool
                 cleaned.append(scope)
 
-    live = start(on_auth=on_auth, close_timeout=MOMENT)
+    live = start(on_auth=on_auth, close_timeout=MOMENT, shutdown_timeout=MOMENT)
     live.socket().send_message("subscribe", {"scope": "slow"})
     until(lambda: "slow" in asked)
     live.end()
@@ -14375,7 +14375,7 @@ def test_clients_on_bad_lines_see_the_same_in_the_end_and_lose_nothing(
 ) -> None:
     Persons.node = node
     run_state_machine_as_test(
-        Persons, settings=settings(max_examples=25, stateful_step_count=30)
+        Persons, settings=settings(max_examples=18, stateful_step_count=30)
     )
 
 
