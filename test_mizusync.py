@@ -10749,7 +10749,7 @@ def test_a_page_logs_in_and_its_client_works_until_the_token_ends(
         console.log(JSON.stringify(client.state));
         client.stop();
         const stopped = new Promise((resolve) => {{
-          const look = () => client.status.error && resolve();
+          const look = () => client.status.error?.action === "token" && resolve();
           client.addEventListener("status", look);
         }});
         client.mutate("add", "bread");
