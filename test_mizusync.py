@@ -10568,6 +10568,50 @@ def test_under_fastapi_a_subscriber_hears_the_cursor_at_once_changes_and_a_heart
             assert heard(socket, result["cursor"]) == {"cursor": result["cursor"]}
 
 
+def test_under_fastapi_one_socket_subscribes_to_several_scopes(
+    under_fastapi: tuple[str, int],
+) -> None:
+    with (
+        closing(RawClient(under_fastapi)) as client,
+        followed(under_fastapi) as (socket, _),
+    ):
+
+        def send(topic: str, **data: Any) -> None:
+            socket.send(json.dumps({"topic": topic, "data": data}))
+
+        def receive(topic: str) -> Any:
+            """Return the next message of a topic; others may come before it."""
+            while (message := json.loads(socket.recv(PATIENCE)))["topic"] != topic:
+                pass
+            return message["data"]
+
+        own, topic = "user:ann", "sync:user:ann"
+        (before,) = client.push(create(scope=own), headers=ANN_7)
+        send("subscribe", scope=own, changes=True)
+        assert receive(topic) == {"cursor": before["cursor"]}
+        (result,) = client.push(create(scope=own), headers=ANN_7)
+        while (hint := receive(topic))["cursor"] < result["cursor"]:
+            pass
+        assert hint["changes"] == result["changes"]
+        for name, scope, code in (
+            ("subscribe", "user:ben", "forbidden"),
+            ("subscribe", 7, "invalid_message"),
+            ("unsubscribe", "", "invalid_message"),
+            ("hello", own, "unknown_topic"),
+        ):
+            send(name, scope=scope)
+            error = receive("error")
+            assert error["code"] == code
+            assert error.get("scope") == (scope if code == "forbidden" else None)
+        socket.send("[]")
+        assert receive("error")["code"] == "invalid_message"
+        send("unsubscribe", scope=own)
+        send("hello")
+        receive("error")  # so the message before it was obeyed
+        counts, _ = client.request("GET", "/load", headers=ANN_7).json
+        assert counts == {"sync:demo": 1}
+
+
 def test_under_fastapi_a_slow_or_gone_socket_hurts_nobody_and_nothing_is_left_of_it(
     under_fastapi: tuple[str, int],
 ) -> None:
