@@ -2552,7 +2552,7 @@ def test_a_snapshot_names_the_database_that_its_data_came_from(path: Path) -> No
 
 def rename_database(path: Path) -> None:
     """Run the statement of the README, while engines have the file open."""
-    (statement,) = re.findall(r"^(UPDATE .*);$", readme("Backing up"), re.M)
+    (statement,) = set(re.findall(r"^(UPDATE mizusync_epochs .*);$", readme(), re.M))
     make_database(path, statement)
 
 
