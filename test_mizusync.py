@@ -10154,6 +10154,20 @@ def test_the_readme_has_every_setting_with_its_default() -> None:
     assert shown == asdict(Settings())
 
 
+def test_the_protocol_in_the_readme_names_the_limits_of_the_settings() -> None:
+    limits = Settings()
+    text = " ".join(f"{readme('HTTP')} {readme('WebSocket')}".split())
+    for phrase in (
+        f"array of 1 to {limits.max_push_mutations} mutations",
+        f"(default {limits.pull_limit}, at most {limits.max_pull_limit:,})",
+        f"({limits.max_pull_wait:.0f} at most)",
+        f"after {limits.heartbeat:.0f} s of silence",
+        f"at most {limits.max_hint_changes} changes",
+        f"and {limits.max_hint_size >> 10} KiB",
+    ):
+        assert phrase in text
+
+
 def test_the_readme_has_every_flag_name_and_code() -> None:
     flags = set(re.findall(r"--[a-z-]+", run_to_its_end("--help").stdout)) - {"--help"}
     assert set(re.findall(r"`(--[a-z-]+)`", readme("Command line"))) == flags
