@@ -11425,16 +11425,21 @@ def spoken(function: Callable[[Any, Any], Any], db: Any, argument: Any) -> Any:
     return function(Spoken(db), argument)
 
 
-@contextmanager
-def postgres_server(folder: Path) -> Iterator[None]:
-    """A PostgreSQL of our own in this folder, which refuses to be root."""
+def postgres_programs() -> Path:
+    """Return the folder of PostgreSQL's programs; skip the test if there is none."""
     found = (
         shutil.which("initdb"),
         *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")),
     )
     if not any(found):
         pytest.skip("no PostgreSQL server to run the store on")
-    initdb = Path(str(list(filter(None, found))[-1]))
+    return Path(str(list(filter(None, found))[-1])).parent
+
+
+@contextmanager
+def postgres_server(folder: Path) -> Iterator[None]:
+    """A PostgreSQL of our own in this folder, which refuses to be root."""
+    initdb = postgres_programs() / "initdb"
     user: dict[str, Any] = {"cwd": folder}
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
@@ -11541,6 +11546,38 @@ def test_a_database_in_postgres_keeps_its_name_until_it_is_renamed(
             pull(engine, 0, epoch=first)
         push(engine, note("2"))
         assert fold(whole_log(engine)) == [None, None]
+
+
+def test_a_copy_of_a_postgres_log_takes_over_a_part_of_the_scopes(
+    on_postgres: Postgres, path: Path
+) -> None:
+    with closing(open_log(path)) as engine:
+        push(engine, note("1", scope="stays"), note("2", scope="moves"))
+        page = pull(engine, scope="moves")
+    shard = copy.copy(on_postgres)
+    shard.server = on_postgres.server.replace("dbname=postgres", "dbname=shard")
+    host = on_postgres.server.split()[0].removeprefix("host=")
+    dump = ("pg_dump", "-n", on_postgres.schemas[path], "postgres")
+    restore = ("psql", "-v", "ON_ERROR_STOP=1", "shard")
+    done = b""
+    for name, *options in (("createdb", "shard"), dump, restore):
+        command = [postgres_programs() / name, "-h", host, "-U", "postgres", *options]
+        done = subprocess.run(
+            command, input=done, check=True, capture_output=True, timeout=PATIENCE
+        ).stdout
+    with (
+        closing(on_postgres.open_log(path)) as first,
+        closing(shard.open_log(path)) as second,
+    ):
+        cursor, epoch = page["cursor"], page["epoch"]
+        assert pull(second, cursor, epoch=epoch, scope="moves")["changes"] == []
+        (again,) = push(second, note("2", scope="moves"))
+        assert again["duplicate"]
+        for engine, scope in ((first, "stays"), (second, "moves")):
+            (result,) = push(engine, note("3", scope=scope))
+            changes = pull(engine, 2, epoch=epoch, scope=scope)["changes"]
+            assert changes == result["changes"]
+        assert database_of(first) == database_of(second)
 
 
 def test_clients_converge_whatever_happens_to_postgres(on_postgres: Postgres) -> None:
