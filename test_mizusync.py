@@ -11561,7 +11561,8 @@ def test_a_copy_of_a_postgres_log_takes_over_a_part_of_the_scopes(
     restore = ("psql", "-v", "ON_ERROR_STOP=1", "shard")
     done = b""
     for name, *options in (("createdb", "shard"), dump, restore):
-        command = [postgres_programs() / name, "-h", host, "-U", "postgres", *options]
+        program = str(postgres_programs() / name)
+        command = [program, "-h", host, "-U", "postgres", *options]
         done = subprocess.run(
             command, input=done, check=True, capture_output=True, timeout=PATIENCE
         ).stdout
