@@ -4806,7 +4806,9 @@ class HTTPServer:
                     await asyncio.sleep(0)  # pipelined requests leave others their turn
         except SyncError as refusal:
             # No request was read, so nothing behind this can be read as one.
-            http_log.debug("no request: %r", refusal)
+            # At info, an operator sees a full server, and no port scan.
+            write_line = http_log.info if refusal.status == 503 else http_log.debug
+            write_line("no request from %s: %r", connection.peer, refusal)
             self._answers[refusal.status // 100] += 1
             head_only = connection.buffer.startswith(b"HEAD ")
             answer = Response.refusal(refusal).encode("close", head_only)

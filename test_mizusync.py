@@ -8424,7 +8424,7 @@ def test_port_scans_and_health_checks_log_at_debug(log: Records, start: Start) -
     ):
         live.client().send(garbage)
         live.client().reset()
-    until(lambda: sum("no request: " in text for text in log.texts) >= 4)
+    until(lambda: sum("no request from " in text for text in log.texts) >= 4)
     live.end()
     assert [text for text in log.texts if "GET '/healthz' -> 200" in text]
     assert not [text for text in log.texts if not text.startswith("DEBUG ")]
@@ -8439,21 +8439,29 @@ def test_the_module_installs_no_handler_and_no_level(part: str) -> None:
     assert f"`mizusync{part}`" in readme("Logs")
 
 
-def test_more_sessions_than_the_limit_are_unavailable(start: Start) -> None:
+def test_more_sessions_than_the_limit_are_unavailable(
+    log: Records, start: Start
+) -> None:
     live = start(max_sessions=1)
     first = live.socket()
     assert refused(live.client().upgrade(), 503)
+    assert [text for text in log.texts if "503 the server has too many sess" in text]
     first.close()
     until(lambda: live.client().upgrade().status == 101)
 
 
-def test_more_connections_than_the_limit_are_unavailable(start: Start) -> None:
+def test_more_connections_than_the_limit_are_unavailable(
+    log: Records, start: Start
+) -> None:
     live = start(max_connections=2)
     first, second, third = live.client(), live.client(), live.client()
     for client in (first, second):
         assert client.request("GET", "/healthz").status == 200
     assert refused(third.read_reply(), 503)
     assert third.ended()
+    peer = "{}:{}".format(*third.sock.getsockname())
+    (line,) = [text for text in log.texts if "too many connections" in text]
+    assert line.startswith(f"INFO mizusync.http: no request from {peer}: ")
     third.close()
     assert first.request("GET", "/healthz").status == 200
     second.close()
