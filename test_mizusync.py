@@ -8229,9 +8229,16 @@ def test_stats_count_the_sessions_that_are_open(server: Live) -> None:
     until(lambda: server.call(server.server.stats)["sessions"] == 0)
 
 
+def explained_numbers(since: str = "") -> list[str]:
+    """Return the names that the README's tables have, from one heading on."""
+    tables = readme("Numbers").partition(since)[2] if since else readme("Numbers")
+    rows = re.findall(r"^\|(.*?)\|", tables, re.M)
+    return re.findall(r"`(\w+)`", "".join(rows))
+
+
 def test_stats_have_every_name_that_the_readme_explains(server: Live) -> None:
     stats = server.server.stats()
-    assert re.findall(r"^\| `(\w+)` \|", readme("What to watch"), re.M) == list(stats)
+    assert sorted(explained_numbers()) == sorted(stats)
     assert stats.pop("version") == mizusync.__version__
     assert stats.pop("database_bytes") >= 4096
     assert stats.pop("wal_bytes") > 0
@@ -8436,7 +8443,7 @@ def test_the_module_installs_no_handler_and_no_level(part: str) -> None:
     # Records are handlers of the tests.
     assert all(isinstance(handler, Records) for handler in logger.handlers)
     assert (logger.level, logger.propagate) == (logging.NOTSET, True)
-    assert f"`mizusync{part}`" in readme("Logs")
+    assert f"`mizusync{part}`" in readme("What the log means")
 
 
 def test_more_sessions_than_the_limit_are_unavailable(
@@ -9764,6 +9771,14 @@ def blocks(language: str, heading: str = "") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", readme(heading), re.M | re.S)
 
 
+def fitted(text: str, places: Mapping[str, str]) -> str:
+    """Return a text of the README with other ports or paths in it."""
+    for there, here in places.items():
+        assert text.count(there) == 1, there
+        text = text.replace(there, here)
+    return text
+
+
 def steady(shown: str) -> str:
     """Without what is another one in each run."""
     shown = re.sub(r'"\d{4}-\d\d-\d\dT[0-9:.]+Z"', '"a time"', shown)
@@ -9802,7 +9817,12 @@ def test_the_commands_of_the_readme_print_what_it_shows(tmp_path: Path) -> None:
 def test_the_backup_of_the_readme_is_a_beginning_of_the_log_while_pushes_go_on(
     tmp_path: Path,
 ) -> None:
-    (command,) = re.findall(r"^python (-c .*VACUUM.*)$", "".join(blocks("sh")), re.M)
+    (shell,) = blocks("sh", "A backup")
+    places = {
+        "/var/lib/seats/seats.db": str(tmp_path / "mizusync.db"),
+        "/var/backups/seats.db": str(tmp_path / "backup.db"),
+    }
+    _, *command = shlex.split(fitted(shell, places))
     stop = threading.Event()
     acknowledged: list[Any] = []
 
@@ -9820,9 +9840,7 @@ def test_the_backup_of_the_readme_is_a_beginning_of_the_log_while_pushes_go_on(
         pouring.start()
         until(lambda: len(acknowledged) > 20)
         before = len(acknowledged)
-        subprocess.run(
-            [sys.executable, *shlex.split(command)], cwd=tmp_path, check=True
-        )
+        subprocess.run([sys.executable, *command], cwd=tmp_path, check=True)
         after = len(acknowledged)
         until(lambda: len(acknowledged) > after + 1)
         stop.set()
@@ -11089,7 +11107,296 @@ def test_a_client_in_python_misses_nothing_and_has_nothing_twice(
         until(lambda: len(pusher.said) == 46 and agreed(2))
 
 
-# -- Behind nginx
+# -- An existing SQLite database
+
+
+PRODUCTS = "CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT, price INTEGER)"
+
+
+def test_plain_sql_of_another_program_reaches_the_clients_of_an_adopted_database(
+    tmp_path: Path,
+) -> None:
+    heading, path = "An existing SQLite database", tmp_path / "shop.db"
+    edit = ("asyncio.sleep(0.25)", "asyncio.sleep(0.05)")
+    make_database(path, PRODUCTS, "INSERT INTO products VALUES (1, 'tea', 3)")
+
+    def product(id: int, name: str, price: int) -> dict[str, Any]:
+        return {"id": id, "product": {"name": name, "price": price}}
+
+    with (
+        recipe(heading, tmp_path, signal.SIGTERM, edit) as found,
+        closing(RawClient(found[""])) as client,
+        closing(RawClient(found[""])) as session,
+        closing(sqlite3.connect(path, isolation_level=None)) as cron,
+    ):
+
+        def heard() -> Any:
+            return [one["data"] for one in session.read_message()["data"]["changes"]]
+
+        start = client.request("GET", "/sync/snapshot?scope=shop").json
+        assert start["data"] == {"1": {"name": "tea", "price": 3}}
+        assert client.request("GET", "/sync/snapshot?scope=other").status == 403
+        assert session.upgrade("/ws?scope=shop").status == 101
+        assert session.subscribe(changes=True)["data"] == {"cursor": start["cursor"]}
+        cron.execute("UPDATE products SET price = 4")
+        assert heard() == [product(1, "tea", 4)]
+        cron.execute("INSERT INTO products VALUES (2, 'milk', 1)")
+        assert heard() == [product(2, "milk", 1)]
+        cron.execute("DELETE FROM products WHERE id = 1")
+        assert heard() == [{"id": 1, "product": None}]
+        cron.execute("UPDATE products SET id = 3")
+        gone, moved = sorted(heard(), key=lambda change: int(change["id"]))
+        assert (gone, moved) == ({"id": 2, "product": None}, product(3, "milk", 1))
+        wish = {"scope": "shop", "name": "price", "args": {"id": 3, "price": 2}}
+        drain = {"id": "d", "scope": "shop", "name": "drain"}
+        done, forged = client.push({"id": "p", **wish}, drain)
+        assert [one["data"] for one in done["changes"]] == [product(3, "milk", 2)]
+        assert forged["code"] == "invalid_mutation"
+        assert heard() == [product(3, "milk", 2)]
+        # More than a mutation may change; nothing is pushed while nothing waits.
+        rows = [(number, "x", 1) for number in range(4, 1104)]
+        cron.execute("BEGIN")
+        cron.executemany("INSERT INTO products VALUES (?, ?, ?)", rows)
+        cron.execute("COMMIT")
+        last = done["cursor"] + 1100
+        until(lambda: client.request("GET", "/healthz").json["cursor"] == last)
+        (marks,) = cron.execute("SELECT count(*) FROM mizusync_mutations").fetchone()
+        assert marks == 4 + 1 + 3
+
+
+# -- Which lists am I in
+
+
+LISTS = "Which lists am I in"
+
+
+def lists_program(folder: Path) -> None:
+    """Write the program that other recipes import."""
+    (program,) = blocks("python", LISTS)
+    (folder / "lists.py").write_text(program, encoding="utf-8")
+
+
+def test_a_page_opens_a_client_for_each_list_that_its_user_is_in(
+    tmp_path: Path,
+) -> None:
+    (page,) = blocks("js", LISTS)
+    script = f"""
+        import {{ SyncClient }} from "./sync/client.js";
+        {BROWSER}
+        const apply = (members, {{ data }}) => data.removed
+          ? members.filter((name) => name !== data.removed)
+          : [...new Set([...members, data.added])];
+        function open(user, token) {{
+          {page}
+          return {{ mine, lists }};
+        }}
+        const until = (client, condition) => new Promise((resolve) => {{
+          const look = () => condition() && resolve();
+          client.addEventListener("change", look);
+          look();
+        }});
+        const ann = open("ann", "ann-7"), ben = open("ben", "ben-8");
+        const create = {{ id: "1", title: "Food" }};
+        await ann.mine.confirmed(ann.mine.mutate("list.create", create));
+        const food = ann.lists.get("1");
+        await food.confirmed(food.mutate("member.add", "ben"));
+        await until(ben.mine, () => ben.lists.has("1"));
+        const members = ben.lists.get("1");
+        await until(members, () => members.state.length === 2);
+        console.log(JSON.stringify([ben.mine.state, members.state]));
+        await food.confirmed(food.mutate("member.remove", "ben"));
+        await until(ben.mine, () => !ben.lists.has("1"));
+        console.log(JSON.stringify([ben.mine.state, ann.mine.state, food.state]));
+        process.exit(0);
+    """
+    with (
+        recipe(LISTS, tmp_path) as found,
+        closing(RawClient(found["open"])) as client,
+    ):
+        shown = run_in_node(tmp_path, script, "http://{}:{}/".format(*found["open"]))
+        for scope, token, status in (
+            ("list:1", "ann-7", 200),
+            ("list:1", "ben-8", 403),
+            ("user:ann", "ben-8", 403),
+            ("other", "ann-7", 403),
+            ("user:ann", "x", 401),
+        ):
+            bearer = {"Authorization": f"Bearer {token}"}
+            reply = client.request("GET", f"/sync/pull?scope={scope}", headers=bearer)
+            assert reply.status == status
+    assert [json.loads(line) for line in shown] == [
+        [{"1": "Food"}, ["ann", "ben"]],
+        [{}, {"1": "Food"}, ["ann"]],
+    ]
+
+
+# -- Testing your own functions
+
+
+def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on what stands in a folder, beside this module."""
+    return subprocess.run(
+        [sys.executable, "-X", "dev", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=PATIENCE,
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(PROGRAM.parent),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # it starts in half the time
+        },
+        check=False,
+    )
+
+
+def test_the_tests_of_the_readme_pass_and_find_a_mistake(tmp_path: Path) -> None:
+    lists_program(tmp_path)
+    (tests,) = blocks("python", "Testing your own functions")
+    (tmp_path / "test_lists.py").write_text(tests, encoding="utf-8")
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
+    done = run_python(tmp_path, *command)
+    assert (done.returncode, done.stdout.count("7 passed")) == (0, 1), done.stdout
+    program = tmp_path / "lists.py"
+    text = program.read_text(encoding="utf-8")
+    program.write_text(fitted(text, {"return False": "return user"}))
+    done = run_python(tmp_path, *command)
+    assert "2 failed, 5 passed" in done.stdout
+
+
+# -- A schema migration
+
+
+def test_missing_steps_run_once_and_together_and_no_newer_file_is_opened(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "seats.db"
+    names: dict[str, Any] = {"apply": apply, "snapshot": None}
+    exec(blocks("python", "A schema migration")[0], names)
+    steps: list[str] = names["STEPS"]
+
+    def opened() -> int:
+        """Open the file as the recipe does; return its version."""
+        with closing(names["open_engine"](path)) as engine:
+            assert whole_log(engine) == []
+        return int(query("PRAGMA user_version")[0][0])
+
+    def query(sql: str) -> list[Any]:
+        with closing(sqlite3.connect(path)) as db:
+            return db.execute(sql).fetchall()
+
+    later = steps.pop()
+    assert opened() == 1
+    make_database(path, "INSERT INTO seats VALUES ('gala', 'A1', 'Ann')")
+    steps.append(later)
+    assert [opened(), opened()] == [2, 2]
+    assert query("SELECT * FROM seats") == [("gala", "A1", "Ann", 25)]
+    steps.append("CREATE TABLE events (name TEXT); INSERT INTO nowhere VALUES (1);")
+    with pytest.raises(StoreError, match="nowhere"):
+        opened()
+    assert query("SELECT name FROM sqlite_master WHERE name = 'events'") == []
+    del steps[1:]
+    with pytest.raises(SystemExit, match="newer version"):
+        opened()
+
+
+# -- Background work
+
+
+def test_the_program_releases_what_was_held_for_long(tmp_path: Path) -> None:
+    edits = ("HOLD = 600", "HOLD = 0"), ("asyncio.sleep(1)", "asyncio.sleep(0.1)")
+    held_seat = {"scope": "gala", "name": "hold", "args": "A1"}
+    with (
+        recipe("Background work", tmp_path, signal.SIGTERM, *edits) as found,
+        closing(RawClient(found[""])) as client,
+    ):
+        release = {"id": "r", "scope": "gala", "name": "release", "args": "A1"}
+        done, forged = client.push({"id": "1", **held_seat}, release)
+        assert (done["ok"], forged["code"]) == (True, "invalid_mutation")
+        page = client.pull(scope="gala", cursor=done["cursor"], wait=PATIENCE)
+        released = {"seat": "A1", "held": False}
+        assert [change["data"] for change in page["changes"]] == [released]
+        assert client.push({"id": "2", **held_seat})[0]["ok"]
+
+
+def test_a_program_whose_background_work_fails_ends(tmp_path: Path) -> None:
+    (text,) = blocks("python", "Background work")
+    places = {"8080": "0", "LIMIT 100": "LIMIT nothing"}
+    (tmp_path / "work.py").write_text(fitted(text, places), encoding="utf-8")
+    done = run_python(tmp_path, "work.py")
+    assert done.returncode == 1
+    assert 'near "nothing"' in done.stderr
+
+
+# -- A continuous copy
+
+
+def test_a_copy_by_litestream_is_a_beginning_of_the_log_and_names_the_database(
+    tmp_path: Path,
+) -> None:
+    if (litestream := shutil.which("litestream")) is None:
+        pytest.skip("no litestream to copy with")
+    heading, path = "A continuous copy", tmp_path / "seats.db"
+    places = {
+        "/var/lib/seats/seats.db": str(path),
+        "/backup/seats": str(tmp_path / "copy"),
+    }
+    (config,) = blocks("yaml", heading)
+    (tmp_path / "litestream.yml").write_text(fitted(config, places))
+    (command,) = blocks("sh", heading)
+    copy = tmp_path / "copy.db"
+    places = {"/var/lib/seats/seats.db": str(path), "/var/backups/seats.db": str(copy)}
+    name, *words = shlex.split(fitted(command, places))
+    assert name == "litestream"
+    with closing(open_log(path)) as engine:
+        replicate = [litestream, "replicate", "-config", "litestream.yml"]
+        with subprocess.Popen(replicate, cwd=tmp_path, stdout=subprocess.PIPE) as run:
+            try:
+                for number in range(20):
+                    push(engine, note(f"{number}"))
+
+                def restored() -> bool:
+                    copy.unlink(missing_ok=True)
+                    subprocess.run(
+                        [litestream, *words], cwd=tmp_path, capture_output=True
+                    )
+                    if not copy.exists():
+                        return False
+                    with closing(open_log(copy)) as other:
+                        log = whole_log(other)
+                        assert log == whole_log(engine)[: len(log)]
+                        assert database_of(other) == database_of(engine)
+                        return len(log) == 20
+
+                until(restored)
+            finally:
+                run.kill()
+
+
+# -- Several processes
+
+
+def test_a_script_pushes_beside_the_server_and_its_clients_hear_of_it(
+    tmp_path: Path,
+) -> None:
+    lists_program(tmp_path)
+    (script,) = blocks("python", "Several processes")
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    offer = {"Sec-WebSocket-Protocol": "mizusync, bearer.ann-7"}
+    with (
+        recipe(LISTS, tmp_path) as found,
+        closing(RawClient(found["open"])) as session,
+    ):
+        assert session.upgrade("/ws?scope=user:ann", offer).status == 101
+        assert session.subscribe(changes=True)["data"] == {"cursor": 0}
+        for _ in range(2):
+            done = run_python(tmp_path, "script.py")
+            assert (done.stdout, done.stderr) == ("ok\n", "")
+        hint = session.read_message()["data"]
+        assert hint["cursor"] == 1
+
+
+# -- TLS by nginx
 
 
 class Front(NamedTuple):
@@ -11107,13 +11414,6 @@ class Front(NamedTuple):
         return client
 
 
-def fitted(text: str, places: Mapping[str, str]) -> str:
-    for there, here in places.items():
-        assert text.count(there) == 1, there
-        text = text.replace(there, here)
-    return text
-
-
 @contextmanager
 def nginx(folder: Path, upstream: int) -> Iterator[Front]:
     if (
@@ -11123,7 +11423,7 @@ def nginx(folder: Path, upstream: int) -> Iterator[Front]:
     key, certificate = make_certificate(folder)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    (text,) = blocks("nginx", "Behind nginx")
+    (text,) = blocks("nginx", "TLS by nginx")
     places = {
         "443 ssl": f"127.0.0.1:{port} ssl",
         "127.0.0.1:8080": f"127.0.0.1:{upstream}",
@@ -11295,7 +11595,8 @@ def test_behind_nginx_a_server_may_go_and_come_back(tmp_path: Path) -> None:
 
 
 def test_the_numbers_of_the_recipe_fit_the_settings() -> None:
-    limits, found = Settings(), readme("Behind nginx")
+    limits = Settings()
+    found = readme("TLS by nginx") + readme("A service")
 
     def number(name: str) -> int:
         return int(
@@ -11314,30 +11615,8 @@ def test_the_numbers_of_the_recipe_fit_the_settings() -> None:
     assert number("LimitNOFILE") > limits.max_connections + 100
 
 
-def test_the_service_and_the_container_start_what_there_is(tmp_path: Path) -> None:
-    (unit,), (container,) = (
-        blocks(kind, "Behind nginx") for kind in ("ini", "dockerfile")
-    )
-    (start,) = re.findall(r"^ExecStart=(.+)", unit, re.M)
-    (entry,) = re.findall(r"^ENTRYPOINT (.+)", container, re.M)
-    for _, script, *arguments in (shlex.split(start), json.loads(entry)):
-        assert (script, mizusync.parse_args(arguments).port) == (
-            "/srv/mizusync.py",
-            8080,
-        )
-    assert "EnvironmentFile=/" in unit  # with a "-" a missing file would mean: no token
-    if (analyze := shutil.which("systemd-analyze")) is None:
-        pytest.skip("no systemd-analyze to check the unit with")
-    service = tmp_path / "mizusync.service"
-    service.write_text(fitted(unit, {"/usr/bin/python3": sys.executable}))
-    done = subprocess.run(
-        [analyze, "verify", service], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
-
-
 def test_the_endpoint_for_prometheus_says_what_it_reads(tmp_path: Path) -> None:
-    (recipe,) = blocks("python", "Behind nginx")
+    (recipe,) = blocks("python", "Numbers")
     names: dict[str, Any] = {"mizusync": mizusync}
     with serve(
         tmp_path, prepare=lambda server: exec(recipe, names | {"server": server})
@@ -11357,8 +11636,278 @@ def test_the_endpoint_for_prometheus_says_what_it_reads(tmp_path: Path) -> None:
             name for _, name, total, kind, _ in re.findall(family, text) if total
         ]
         assert counters == [name for name in found if found[name][0] == "counter"]
-        since_the_start = readme("What to watch").partition("since the start")[2]
-        assert counters == re.findall(r"^\| `(\w+)` \|", since_the_start, re.M)
+        assert sorted(counters) == sorted(explained_numbers("since the start"))
+
+
+# -- A service
+
+
+def seats_program(folder: Path) -> str:
+    """Write the application as the service runs it; return its name."""
+    (application,) = blocks("python", "An application of your own")
+    (ending,) = blocks("python", "A service")
+    beginning = application.partition("\nengine = ")[0]
+    (folder / "seats.py").write_text(
+        f"{beginning}\n{ending.replace('8080', '0')}", encoding="utf-8"
+    )
+    return "seats.py"
+
+
+@contextmanager
+def service(folder: Path, token: str = "t") -> Iterator[tuple[str, int]]:
+    """Run the service's program on a database in this folder, until a clean stop."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(PROGRAM.parent),
+        "STATE_DIRECTORY": str(folder),
+        "MIZUSYNC_TOKEN": token,
+    }
+    command = [sys.executable, "-X", "dev", seats_program(folder)]
+    log = folder / "stderr"
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(command, stderr=stderr, cwd=folder, env=environment) as run,
+    ):
+        try:
+            found = until(
+                lambda: (
+                    re.search(r"INFO mizusync: .*http://(.*):(\d+)", log.read_text())
+                    or run.poll() is not None
+                )
+            )
+            assert isinstance(found, re.Match), log.read_text()
+            yield found[1], int(found[2])
+            run.terminate()
+            assert run.wait(PATIENCE) == 0
+        finally:
+            run.kill()
+
+
+BEARER_T = {"Authorization": "Bearer t"}
+
+
+def take(seat: str) -> dict[str, Any]:
+    args = {"seat": seat, "holder": "Ann"}
+    return {"id": seat, "scope": "gala", "name": "seat.take", "args": args}
+
+
+def test_the_service_logs_who_was_refused_and_each_end_and_never_the_token(
+    tmp_path: Path,
+) -> None:
+    with service(tmp_path, "secret-7") as address, ExitStack() as stack:
+        right = {"Sec-WebSocket-Protocol": "mizusync, bearer.secret-7"}
+        wrong = {"Sec-WebSocket-Protocol": "mizusync, bearer.secret-8"}
+        named = {"Host": "sync.example"}
+        for headers, status in (
+            (right | named, 101),
+            (wrong, 401),
+            (right | {"Host": "evil.example"}, 403),
+        ):
+            client = stack.enter_context(closing(RawClient(address)))
+            assert client.upgrade("/ws?scope=gala", headers).status == status
+    lines = (tmp_path / "stderr").read_text()
+    peer = r"127\.0\.0\.1:\d+"
+    shown = (
+        rf"INFO mizusync\.live: refused a WebSocket at '/ws' from {peer}: 401 .*\n"
+        rf"INFO mizusync\.live: refused a WebSocket at '/ws' from {peer}: 403 .*\n"
+        rf"INFO mizusync\.live: session \S+ of 'gala' from {peer} ended: '.*'\n"
+    )
+    assert re.search(shown, lines), lines
+    assert "secret" not in lines
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROGRAM.parent)}
+    done = subprocess.run(
+        [sys.executable, "seats.py"],
+        cwd=tmp_path,
+        env=environment | {"STATE_DIRECTORY": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, "MIZUSYNC_TOKEN" in done.stderr) == (1, True)
+
+
+def test_the_unit_and_the_container_start_what_there_is(
+    tmp_path: Path,
+) -> None:
+    (unit,) = blocks("ini", "A service")
+    (install,) = blocks("sh", "A service")
+    (start,) = re.findall(r"^ExecStart=(.+)", unit, re.M)
+    assert start == "/usr/bin/python3 /srv/seats/seats.py"
+    assert "-t /srv/seats mizusync.py demo.html seats.py\n" in install
+    # With "=-" a missing file would be no error.
+    (secrets,) = re.findall(r"^EnvironmentFile=(/.+)", unit, re.M)
+    assert f"> {secrets})\n" in install
+    (user,) = re.findall(r"^User=(.+)", unit, re.M)
+    assert f"useradd --system --user-group {user}\n" in install
+    (container,) = blocks("dockerfile", "In a container")
+    (entry,) = re.findall(r"^ENTRYPOINT (.+)", container, re.M)
+    _, script, *arguments = json.loads(entry)
+    assert (script, mizusync.parse_args(arguments).port) == ("/srv/mizusync.py", 8080)
+    if (analyze := shutil.which("systemd-analyze")) is None:
+        pytest.skip("no systemd-analyze to check the unit with")
+    (tmp_path / "seats.py").touch()
+    path = tmp_path / "seats.service"
+    places = {"/usr/bin/python3 /srv/seats": f"{sys.executable} {tmp_path}"}
+    path.write_text(fitted(unit, places))
+    done = subprocess.run(
+        [analyze, "verify", path], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_shell_makes_a_token_that_root_alone_can_read(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a token with")
+    (install,) = blocks("sh", "A service")
+    (command,) = re.findall(r"^\(umask.*\)$", install, re.M)
+    file = tmp_path / "seats.env"
+    subprocess.run(["sh", "-c", fitted(command, {"/etc/seats.env": str(file)})])
+    assert file.stat().st_mode & 0o777 == 0o600
+    (token,) = re.findall(r"^MIZUSYNC_TOKEN=(\S+)\n$", file.read_text())
+    mizusync.validate_token(token)
+    assert len(token) == 64
+
+
+# -- A backup, and a restore
+
+
+def run_shell(folder: Path, *headings: str) -> None:
+    """Run the README's commands on the files in a folder, all but systemctl's."""
+    (folder / "backups").mkdir(exist_ok=True)
+    owner = f"-o {os.getuid()} -g {os.getgid()}"
+    for heading in headings:
+        (text,) = blocks("sh", heading)
+        text = re.sub("^systemctl .*\n", "", text, flags=re.M)
+        text = text.replace("-o seats -g seats", owner)
+        text = text.replace("/var/lib/seats", str(folder))
+        text = text.replace("/var/backups", str(folder / "backups"))
+        text = text.replace("python3 ", f"{shlex.quote(sys.executable)} ")
+        subprocess.run(["sh", "-ec", text], check=True, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("stop", ["a clean stop", "a crash"])
+def test_a_restore_by_the_commands_of_the_readme_is_the_backup_again(
+    tmp_path: Path, stop: str
+) -> None:
+    path = tmp_path / "seats.db"
+
+    with service(tmp_path) as address, closing(RawClient(address)) as client:
+        (first,) = client.push(take("A1"), headers=BEARER_T)
+        assert first["ok"]
+        run_shell(tmp_path, "A backup")
+        assert client.push(take("B2"), headers=BEARER_T)[0]["ok"]
+        if stop == "a crash":
+            for suffix in ("", "-wal", "-shm"):
+                shutil.copy(f"{path}{suffix}", f"{path}{suffix}.now")
+    if stop == "a crash":
+        for suffix in ("", "-wal", "-shm"):
+            os.replace(f"{path}{suffix}.now", f"{path}{suffix}")
+    else:
+        assert not path.with_name("seats.db-wal").exists()
+    run_shell(tmp_path, "A restore")
+    assert path.stat().st_mode & 0o777 == 0o600
+    with service(tmp_path) as address, closing(RawClient(address)) as client:
+        reply = client.request("GET", "/sync/snapshot?scope=gala", headers=BEARER_T)
+        assert reply.json["data"] == {"A1": "Ann"}
+        late = f"/sync/pull?scope=gala&cursor={first['cursor'] + 1}"
+        reply = client.request("GET", late, headers=BEARER_T)
+        assert (reply.status, reply.json["code"]) == (410, "cursor_unknown")
+
+
+# -- TLS by a proxy
+
+
+@contextmanager
+def caddy(folder: Path, upstream: int) -> Iterator[Front]:
+    """A Caddy, as the README configures it; but for its port and its certificate."""
+    if (command := shutil.which("caddy")) is None:
+        pytest.skip("no caddy to go through")
+    key, certificate = make_certificate(folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (text,) = blocks("caddyfile", "TLS by a proxy")
+    here = f"https://sync.example:{port}, https://127.0.0.1:{port} {{\n"
+    here += f"    bind 127.0.0.1\n    tls {certificate} {key}"
+    places = {"sync.example {": here, "127.0.0.1:8080": f"127.0.0.1:{upstream}"}
+    # Nothing of this machine is changed, and nobody is asked for a certificate.
+    options = "admin off\n    auto_https off\n    skip_install_trust"
+    text = f"{{\n    {options}\n}}\n{fitted(text, places)}"
+    (folder / "Caddyfile").write_text(text)
+    with (folder / "caddy.log").open("w") as log:
+        process = subprocess.Popen(
+            [command, "run", "--config", "Caddyfile", "--adapter", "caddyfile"],
+            stderr=log,
+            stdout=log,
+            cwd=folder,
+            env={"PATH": os.environ["PATH"], "HOME": str(folder)},
+        )
+    front = Front(port, ssl.create_default_context(cafile=certificate))
+
+    def listens() -> bool:
+        assert process.poll() is None, (folder / "caddy.log").read_text()
+        with suppress(ConnectionRefusedError), closing(front.client()):
+            return True
+        return False
+
+    try:
+        until(listens)
+        yield front
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def test_caddy_passes_on_pushes_pulls_that_wait_sockets_and_refusals(
+    tmp_path: Path,
+) -> None:
+    def prepare(server: Server) -> None:
+        server.route("GET", "/metrics")(lambda request: "for those inside")
+
+    options: Any = {"allow_host": ["sync.example"], "prepare": prepare}
+    with (
+        serve(tmp_path, may_log=".", **options) as live,
+        caddy(tmp_path, live.address[1]) as front,
+        closing(front.client()) as client,
+        closing(front.client()) as waiting,
+        closing(front.client()) as session,
+    ):
+        named = {"Host": f"sync.example:{front.port}"}
+        named["Origin"] = f"https://sync.example:{front.port}"
+        (first,) = client.push(note("a", scope="s"), headers=named)
+        assert session.upgrade("/ws?scope=s", headers=named).status == 101
+        assert session.subscribe()["data"] == {"cursor": first["cursor"]}
+        before = live.engine.counts["pulls_from_memory"]
+        late = f"/sync/pull?scope=s&wait=60&cursor={first['cursor']}"
+        waiting.send_request("GET", late, headers=named)
+        until(lambda: live.engine.counts["pulls_from_memory"] > before)
+        (result,) = client.push(note("b", scope="s"))
+        assert waiting.read_reply().json["changes"] == result["changes"]
+        assert session.read_message()["data"] == {"cursor": result["cursor"]}
+        evil = {**named, "Origin": "https://evil.example"}
+        reply = client.request("GET", "/sync/pull", headers=evil)
+        assert (reply.status, reply.json["code"]) == (403, "forbidden")
+        assert client.request("GET", "/metrics").status == 404
+        session.reset()  # it is gone without a word
+        until(lambda: live.server.stats()["sessions"] == 0)
+
+
+# -- What the log means
+
+
+def test_the_readme_explains_every_warning_and_error_of_the_log() -> None:
+    rows = re.findall(r"^\|(.*?)\|", readme("What the log means"), re.M)
+    explained = set(re.findall(r"`([^`]+)`", "".join(rows)))
+    source = Path(mizusync.__file__).read_text(encoding="utf-8")
+    pattern = r'log\.(?:warning|error|exception)\(\s*"([^"]+)'
+    lines = [re.sub("%[sr]", "...", line) for line in re.findall(pattern, source)]
+    assert len(lines) > 15
+    assert "log lines were dropped" in source
+    explained.remove("log lines were dropped")
+    starts = {
+        next((words for words in explained if line.startswith(words)), line)
+        for line in lines
+    }
+    assert starts == explained
 
 
 # -- PostgreSQL instead of SQLite
