@@ -12568,9 +12568,10 @@ function makeForbidden() {
 }
 
 /** A storage of states that answers later, and writes as IndexedDB does: a position, a
- * state, and the changes since. `limits`: `load`, `save` and `remove` may be "fails",
- * "hangs" or seconds to wait; its page may be gone, or go after the next save. */
-function makeStates(rows = new Map(), limits = {}) {
+ * state, and the changes since; and the mutations that are retained, by key and id.
+ * `limits`: `load`, `save`, `retain` and `remove` may be "fails", "hangs" or seconds to
+ * wait; its page may be gone, or go after the next save. */
+function makeStates(rows = new Map(), limits = {}, memory = new Map()) {
   const trouble = async (kind) => {
     await track(new Promise(setImmediate));
     if (kind === "fails") fails("QuotaExceededError")();
@@ -12580,6 +12581,11 @@ function makeStates(rows = new Map(), limits = {}) {
   };
   const states = {
     rows, limits, saves: [],
+    /** What is retained, of all scopes and users. */
+    get memory() {
+      const texts = [...memory.values()].flatMap((byId) => [...byId.values()]);
+      return texts.map((text) => JSON.parse(text));
+    },
     /** What is stored, with its changes beside it. */
     get saved() {
       const [row] = rows.values();
@@ -12609,14 +12615,50 @@ function makeStates(rows = new Map(), limits = {}) {
       if (limits.crash) limits.gone = true, await NEVER;
       return position;
     },
+    async retained(key) {
+      await trouble(limits.load);
+      return [...memory.get(key)?.values() ?? []].map((text) => JSON.parse(text));
+    },
+    async retain(key, added, removed) {
+      await trouble(limits.retain);
+      const byId = memory.get(key) ?? new Map();
+      memory.set(key, byId);
+      for (const one of added) byId.set(one.mutation.id, JSON.stringify(one));
+      for (const id of removed) byId.delete(id);
+    },
     async remove(key) {
       await trouble(limits.remove);
-      rows.delete(key);
+      rows.delete(key), memory.delete(key);
     },
   };
   return states;
 }
 const makeKept = () => ({ queue: makeStorage(), storage: makeStates() });
+/** A browser whose tabs hear of each other's writes. Each call of the function that it
+ * returns makes a tab. end() is its end without a word: it gives its locks back, and
+ * nothing of it is stored or sent any more. */
+function makeBrowser() {
+  const locks = makeLocks(), maps = [new Map(), new Map(), new Map()], tabs = [];
+  return (fake, options) => {
+    const page = makePage(), tab = tabs.push(page), limits = {};
+    const [items, rows, memory] = maps;
+    const queue = makeStorage(items, limits), { setItem, removeItem } = queue;
+    const tell = (key) => tabs.filter((other) => other !== page).forEach((other) =>
+      other.dispatchEvent(Object.assign(new Event("storage"), { key })));
+    queue.setItem = (key, text) => (setItem(key, text), tell(key));
+    queue.removeItem = (key) => (removeItem(key), tell(key));
+    const storage = makeStates(rows, limits, memory);
+    const fetch = async (...call) => limits.gone ? NEVER : fake.fetch(...call);
+    locks.tab = tab;
+    const client = fake.make({ queue, storage, fetch, ...options });
+    const end = () => {
+      limits.gone = true;
+      locks.end(tab);
+      client.stop();
+    };
+    return Object.assign(client, { page, queue, storage, limits, end });
+  };
+}
 const json = (value, status = 200, headers = {}) =>
   [JSON.stringify(value), { status, headers }];
 const refuse = (status, code, headers) =>
@@ -12658,35 +12700,50 @@ function trickle({ pieces, gap }, signal) {
 
 // --- A server of a few lines, for scripts that say what it answers. Its state is a
 // list.
-function makeFake() {
-  const results = {};  // by id
+function makeFake(SyncClient) {
+  const results = {}, ends = new Map();  // by id; of epochs that are over
   const fake = {
     // `held`: paths of requests that wait for a call.answer(); `instead`: other answers
-    log: [], epoch: "1", calls: [], sockets: [], refused: [],
+    log: [], epoch: "1", database: "d", calls: [], sockets: [], refused: [],
+    healed: [],
     held: new Set(), instead: {},
     get data() { return fake.log.map(({ data }) => data); },
     get head() { return fake.log.length; },
-    add(data) {
-      fake.log.push({ cursor: fake.head + 1, scope: "s", time: "", data });
+    add(data, scope = "s") {
+      if (typeof scope !== "string") scope = "s";  // an index of forEach()
+      fake.log.push({ cursor: fake.head + 1, scope, time: "", data });
       return { ok: true, cursor: fake.head, changes: fake.log.slice(-1) };
     },
-    push: ({ body }) =>
-      json(body.map(({ id, args }) => results[id] ??= fake.add(args))),
-    pull({ query: { cursor, epoch } }) {
-      if (epoch && epoch !== fake.epoch) return refuse(410, "cursor_unknown");
-      const changes = fake.log.filter((change) => change.cursor > cursor);
+    of: (scope = "s") => fake.log.filter((change) => change.scope === scope),
+    apply({ id, args, scope }) {
+      if (results[id]) return { ...results[id], duplicate: true };
+      return results[id] = fake.add(args, scope);
+    },
+    push: ({ body }) => json(body.map(fake.apply)),
+    pull({ query: { scope, cursor, epoch } }) {
+      const isKnown = epoch === fake.epoch || cursor <= ends.get(epoch);
+      if (epoch && !isKnown) return refuse(410, "cursor_unknown");
+      const changes = fake.of(scope).filter((change) => change.cursor > cursor);
       const page = changes.slice(0, 1000), hasMore = page.length < changes.length;
       const newest = hasMore ? page.at(-1).cursor : fake.head;
       return json({ changes: page, cursor: newest, epoch: fake.epoch, hasMore });
     },
-    snapshot: () => json(
-      { data: fake.data, cursor: fake.head, epoch: fake.epoch, database: "d" }),
+    snapshot: ({ query: { scope } } = { query: {} }) => json({
+      data: fake.of(scope).map(({ data }) => data), cursor: fake.head,
+      epoch: fake.epoch, database: fake.database,
+    }),
     /** Go on with another history, of these data. */
     restore(epoch, ...data) {
-      fake.epoch = epoch;
-      fake.log.length = 0;
-      for (const id in results) delete results[id];
+      fake.rewind(epoch, 0);
+      ends.clear();
       data.forEach(fake.add);
+    },
+    /** Go on from a backup that was made at this cursor. */
+    rewind(epoch, cursor) {
+      ends.set(fake.epoch, cursor);
+      fake.epoch = epoch;
+      fake.log.length = Math.min(fake.head, cursor);
+      for (const id in results) if (results[id].cursor > cursor) delete results[id];
     },
     all: (path) => fake.calls.filter((call) => call.path === path),
     last: (path) => fake.all(path).at(-1),
@@ -12713,15 +12770,32 @@ function makeFake() {
       return new Response(text.pieces ? trickle(text, signal) : text, options);
     },
     WebSocket: class {
-      sent = []; readyState = 0; CONNECTING = 0;
+      sent = []; readyState = 0; CONNECTING = 0; welcomed = new Set(["s"]);
       constructor(...asked) { this.asked = asked, fake.sockets.push(this); }
       get token() { return this.asked[1][1]?.replace("bearer.", "") ?? ""; }
-      send(text) { this.sent.push(JSON.parse(text)); }
-      close() { this.closed = true, this.readyState = 3; }
-      open() { this.readyState = 1, this.onopen?.({}), this.say({ cursor: 0 }); }
-      say(data) {
-        this.onmessage?.({ data: JSON.stringify({ topic: "sync:s", data }) });
+      get scope() { return new URL(this.asked[0]).searchParams.get("scope"); }
+      /** The scopes of its messages of this topic. */
+      scopes(topic) {
+        const found = this.sent.filter((message) => message.topic === topic);
+        return found.map(({ data }) => data.scope);
       }
+      send(text) {
+        const { topic, data } = JSON.parse(text), { scope } = data;
+        this.sent.push({ topic, data });
+        if (topic === "unsubscribe") this.welcomed.delete(scope);
+        if (topic !== "subscribe" || this.welcomed.has(scope)) return;
+        this.welcomed.add(scope);
+        queueMicrotask(() => this.say({ cursor: 0 }, scope));
+      }
+      close() { this.closed = true, this.readyState = 3; }
+      open() {
+        const isFirst = this.readyState !== 1;
+        this.readyState = 1;
+        if (isFirst) this.onopen?.({});
+        this.say({ cursor: 0 });
+      }
+      say(data, scope = "s") { this.tell(`sync:${scope}`, data); }
+      tell(topic, data) { this.onmessage?.({ data: JSON.stringify({ topic, data }) }); }
       end(code = 1006) { this.readyState = 3, this.onclose?.({ code }); }
     },
     make(options) {
@@ -12733,6 +12807,7 @@ function makeFake() {
         predict: (state, { args }) => [...state, args], ...options,
       });
       client.addEventListener("refused", ({ detail }) => fake.refused.push(detail));
+      client.addEventListener("healed", ({ detail }) => fake.healed.push(detail));
       return client;
     },
     async start(options) {
@@ -12785,19 +12860,44 @@ const FAULTS = {
   async late(go) { await sleep(20); return go(); },
   async tooLate(go) { later(() => go().catch(() => {}), 90e3); return NEVER; },
   async busy() { return refuse(503, "unavailable", { "Retry-After": "2" }); },
+  /** The server is killed while the request is under way. */
+  async kill(go, { server, moment }) {
+    const answer = go();
+    answer.catch(() => {});
+    await track(new Promise((resolve) => setTimeout(resolve, moment)));
+    process.kill(server, "SIGKILL");
+    return answer;
+  },
+  /** The page ends once the server has the request, and before it hears of it. */
+  async vanish(go, line) {
+    await go();
+    line.limits.gone = true;
+    return NEVER;
+  },
 };
 
+/** Note what the client is told of the mutations that it pushed. */
+function noteResults(address, { body }, [text, { status }]) {
+  if (!address.endsWith("/push") || status !== 200) return;
+  let results = [];
+  try { results = JSON.parse(text); } catch {}  // it was torn
+  JSON.parse(body).forEach(({ id }, index) => results[index]?.ok && told.add(id));
+}
+
 /** The line and the storages of a tab; those outlive it. */
-function makeLine({ items, rows }) {
+function makeLine({ items, rows, memory }) {
   const line = { faults: [], lag: 0, isBlocked: false, limits: {} };
   line.queue = makeStorage(items, line.limits);
-  line.storage = makeStates(rows, line.limits);
+  line.storage = makeStates(rows, line.limits, memory);
   line.fetch = async (address, { signal, ...options }) => {
     if (line.limits.gone) return NEVER;
     const isLong = /wait=[1-9]/.test(address), fault = FAULTS[line.faults.shift()];
     const go = () => (isLong ? hold(address, options) : track(send(address, options)));
-    const answer = await Promise.race([fault ? fault(go) : go(), aborted(signal)]);
-    return line.limits.gone ? NEVER : new Response(...answer);
+    const asked = fault ? fault(go, line) : go();
+    const answer = await Promise.race([asked, aborted(signal)]);
+    if (line.limits.gone) return NEVER;
+    noteResults(address, options, answer);
+    return new Response(...answer);
   };
   line.WebSocket = class {
     due = 0; waiting = [];
@@ -12806,7 +12906,8 @@ function makeLine({ items, rows }) {
       if (line.isBlocked) return void later(() => this.end());
       this.socket = new WebSocket(real(address), protocols);
       this.socket.onopen = () => (this.waiting.shift()?.(), this.onopen?.());
-      this.socket.onclose = () => this.end();
+      // A server that is killed during the upgrade is an error without a close.
+      this.socket.onclose = this.socket.onerror = () => this.end();
       this.socket.onmessage = (message) => {
         if (JSON.parse(message.data).topic === "error") return this.waiting.shift()?.();
         this.due = Math.max(this.due, now + line.lag);  // late, but in order
@@ -12822,7 +12923,11 @@ function makeLine({ items, rows }) {
     close() {
       this.socket?.close(), this.waiting.splice(0).forEach((resolve) => resolve());
     }
-    end() { this.close(), this.onclose?.({ code: 1006 }); }
+    end() {
+      if (this.isOver) return;
+      this.isOver = true;
+      this.close(), this.onclose?.({ code: 1006 });
+    }
   };
   return line;
 }
@@ -12845,9 +12950,15 @@ function predict(state, { name, args }) {
   return known ? put(state, { ...known, ...args }) : state;
 }
 
-let people = [];  // {client, line, kept: {items, rows}, made: ids of mutations}
-const refused = new Set(), repeated = [];  // ids; cursors that apply() met twice
-function open(person) {
+/** The module, as another page has it: nothing of one is shared with another's. */
+const importClient = () => import(`./client.mjs?${++number}`);
+
+let people = [];  // {client, line, kept, made: ids of mutations}
+// Ids that a client was told ok, and refused; cursors that apply() met twice; what each
+// event "healed" said.
+const told = new Set(), refused = new Set(), repeated = [], healings = [];
+async function open(person) {
+  const { SyncClient } = await importClient();
   person.line = makeLine(person.kept);
   person.client = new SyncClient({
     url: "http://there", scope: "_default", initial: { todos: [] }, apply, predict,
@@ -12855,6 +12966,7 @@ function open(person) {
   });
   person.client.addEventListener("refused", ({ detail }) =>
     refused.add(detail.mutation.id));
+  person.client.addEventListener("healed", ({ detail }) => healings.push(detail));
   person.client.start();
 }
 function leave({ client, line }) {
@@ -12863,18 +12975,26 @@ function leave({ client, line }) {
 }
 
 const calls = {
-  begin(address, isShared) {
+  async begin(address, isShared) {
     people.forEach(leave);
-    timers.clear(), refused.clear(), repeated.splice(0);
+    for (const each of [timers, told, refused]) each.clear();
+    repeated.length = healings.length = 0;
     place = address;
-    const stores = [1, 2, 3].map(() => ({ items: new Map(), rows: new Map() }));
+    const names = ["items", "rows", "memory"];
+    const stores = [1, 2, 3].map(() =>
+      Object.fromEntries(names.map((name) => [name, new Map()])));
     if (isShared) stores[2] = stores[1];
     people = stores.map((kept) => ({ kept, made: [] }));
-    people.forEach(open);
+    for (const person of people) await open(person);
   },
+  /** Return the id of the mutation; null where the page has gone meanwhile. */
   edit(who, name, args) {
-    people[who].made.push(people[who].client.mutate(name, args).id);
+    if (people[who].line.limits.gone) return null;
+    const { id } = people[who].client.mutate(name, args);
+    people[who].made.push(id);
+    return id;
   },
+  look(who) { return people[who].client.state.todos; },
   fault(who, ...kinds) { people[who].line.faults.push(...kinds); },
   line(who, change) { Object.assign(people[who].line, change); },
   /** From now on, "fails", "hangs" or seconds: what a storage of states does. */
@@ -12883,16 +13003,21 @@ const calls = {
   mute(who) { if (people[who].line.socket) people[who].line.socket.isMute = true; },
   stop(who) { people[who].client.stop(); },
   start(who) { people[who].client.start(); },
-  reload(who) {
-    leave(people[who]);
+  vanish(who) { leave(people[who]); },
+  close(who) { people[who].client.close(); },
+  open(who) {
     now += 10;
-    open(people[who]);
+    return open(people[who]);
+  },
+  reload(who) {
+    calls.vanish(who);
+    return calls.open(who);
   },
   /** End between the next save and what it erases, if there is one soon. */
   async crash(who) {
     people[who].line.limits.crash = true;
     await pass(1.1);
-    calls.reload(who);
+    await calls.reload(who);
   },
   move(address) { place = address, people.forEach((_, who) => calls.drop(who)); },
   async pass(seconds) {
@@ -12900,35 +13025,37 @@ const calls = {
     people.forEach(({ line }) => line.socket?.hear());
     await quiet();
   },
-  /** Without faults: until all see the same and wait for nothing, or for `most`
-   * seconds. */
-  async converge(most) {
+  /** Without faults, for `least` seconds; then until all see the same and wait for
+   * nothing, or for `most` more. */
+  async converge(most, least = 40) {
     for (const { client, line } of people) {
       Object.assign(line, { faults: [], lag: 0, isBlocked: false });
       Object.assign(line.limits, { load: 0, save: 0 });
       client.start();
     }
-    const end = now + 1000 * most;
+    const end = now + 1000 * (least + most);
     const seen = ({ client }) => JSON.stringify(client.state.todos);
     const differs = (one) =>
       one.line.queue.queue.length || seen(one) !== seen(people[0]);
     // Until then one may wait who has not heard of the newest server.
-    await calls.pass(40);
+    await calls.pass(least);
     while (now < end && people.some(differs)) await calls.pass(1);
     return {
       states: people.map(({ client }) => client.state.todos),
       made: people.map(({ made }) => made),
       waiting: people.map(({ client, line }) =>
         client.pending.length + line.queue.queue.length),
-      refused: [...refused], repeated,
+      told: [...told], refused: [...refused], repeated, healings,
+      statuses: people.map(({ client }) => client.status),
     };
   },
   async script(text) {
     timers.clear(), reports();
+    const { SyncClient, webStorage } = await importClient();
     const names = {
       assert, pass, quiet, sleep, json, refuse, html, reports, setGlobal, makePage,
-      makeLocks, makeStorage, makeForbidden, makeStates, makeKept,
-      fake: makeFake(), actionsOf, SyncClient, webStorage,
+      makeLocks, makeStorage, makeForbidden, makeStates, makeKept, makeBrowser,
+      fake: makeFake(SyncClient), actionsOf, SyncClient, webStorage,
     };
     const Script = calls.script.constructor;
     try {
@@ -12944,7 +13071,6 @@ const calls = {
   },
 };
 
-const { SyncClient, webStorage } = await import("./client.mjs");
 for await (const line of createInterface({ input: process.stdin })) {
   const [name, ...rest] = JSON.parse(line);
   const failed = (error) => ({ error: String(error?.stack ?? error) });
@@ -13113,7 +13239,8 @@ PROMISES = {
           fake.calls.length = 0;
           client.mutate("add", fake.head);
           await pass(300);
-          const times = fake.all("push").map(({ at }) => at);
+          // Without any answer, a pull finds out first whose server is there now.
+          const times = fake.all(status ? "push" : "pull").map(({ at }) => at);
           const [first, second, ...gaps] =
             times.slice(1).map((at, index) => at - times[index]);
           assert.ok(first < 1500 && second > 900);
@@ -13274,7 +13401,7 @@ PROMISES = {
     "a hint with changes that fits is applied without a pull": """
         const client = await fake.live();
         assert.deepEqual(fake.socket.sent,
-          [{ topic: "subscribe", data: { changes: true } }]);
+          [{ topic: "subscribe", data: { scope: "s", changes: true } }]);
         ["a", "b"].forEach(fake.add);
         const { length } = fake.calls;
         const hint = { epoch: "1", after: 0 };
@@ -13586,10 +13713,9 @@ PROMISES = {
         assert.deepEqual([one.state, one.status.waiting], [[1], 1]);
         const two = open("two");
         await quiet();
-        assert.deepEqual([two.state, two.status.waiting], [[], 0]);
         two.start();
         await pass(10);
-        assert.deepEqual([two.state, two.status.waiting], [[], 0]);
+        assert.deepEqual([fake.data, fake.all("push")], [[], []]);
         locks.end("one");
         await pass(10);
         assert.deepEqual([two.state, fake.data, kept.queue.queue], [[1], [1], []]);
@@ -13659,13 +13785,13 @@ PROMISES = {
         one.mutate("add", 1);
         await quiet();
         const two = fake.make({ queue }), other = fake.make({ queue, user: "ben" });
-        await quiet();
-        assert.deepEqual([two.state, other.state], [[], []]);
+        two.start();
+        await pass(10);
+        assert.deepEqual([fake.data, other.state], [[], []]);
         one.close();
         await quiet();
         assert.equal(one.status.running, false);
-        two.start();
-        await pass(2);
+        await pass(6);
         assert.deepEqual([two.state, other.state], [[1], []]);
         assert.deepEqual([fake.data, queue.queue], [[1], []]);
     """,
@@ -13748,9 +13874,11 @@ PROMISES = {
         assert.ok([...seen].every((state) => state.includes("a")), [...seen]);
     """,
     "a repeat without its changes is shown until a pull begun after it has ended": """
-        fake.held.add("push").add("pull");
         const queue = makeStorage(), storage = makeStates(), seen = [];
         const client = await fake.start({ queue, storage });
+        fake.held.add("push").add("pull");
+        const { length } = fake.all("pull");
+        while (fake.all("pull").length === length) await pass(1);
         client.addEventListener("change", () => seen.push(client.state.join()));
         const before = fake.last("pull");
         client.mutate("add", "a");
@@ -13842,7 +13970,7 @@ PROMISES = {
         }
     """,
     "a tab that slept over two histories heals, and goes on saving": """
-        const kept = makeKept();
+        const kept = { ...makeKept(), keep: 0 };
         const old = await fake.start(kept), young = await fake.start(kept);
         ["a", "b", "c"].forEach(fake.add);
         await pass(40);
@@ -14868,6 +14996,815 @@ PROMISES = {
         client.mutate("add", "a");
         await pass(1);
         assert.deepEqual(seen, [[]]);
+    """,
+    "what is confirmed is retained, and counted": """
+        const kept = makeKept(), client = await fake.start(kept);
+        client.mutate("add", "a"), client.mutate("add", "b");
+        assert.equal(client.status.retained, 0);
+        await pass(2);
+        assert.deepEqual(kept.storage.memory.map(({ mutation, cursor, database }) =>
+          [mutation.args, cursor, database]), [["a", 1, "d"], ["b", 2, "d"]]);
+        const age = simulated.Date.now() - kept.storage.memory[0].time;
+        assert.ok(age > 1e3 && age <= 2e3, age);
+        assert.equal(client.status.retained, 2);
+        client.close();
+        const again = fake.make(kept);
+        await again.ready;
+        await quiet();
+        assert.equal(again.status.retained, 2);
+    """,
+    "nothing is retained without a storage that can, and with keep: 0": """
+        const without = [{ keep: 0 }, { storage: null },
+          { storage: webStorage(makeStorage()) }];
+        for (const [index, options] of without.entries()) {
+          const kept = makeKept(), client = await fake.start({ ...kept, ...options });
+          client.mutate("add", "a");
+          await pass(2);
+          assert.deepEqual([client.status.retained, kept.storage.memory], [0, []]);
+          assert.deepEqual([client.pending, kept.queue.queue], [[], []]);
+          fake.rewind(`after ${index}`, 0);
+          await pass(40);
+          assert.deepEqual([fake.data, client.state, fake.healed], [[], [], []]);
+          client.close();
+        }
+    """,
+    "at most 1,000 mutations are retained, and the oldest go first": """
+        const kept = makeKept(), client = await fake.start(kept);
+        for (let index = 0; index < 1010; index++) client.mutate("add", index);
+        await pass(60);
+        const numbers = kept.storage.memory.map(({ mutation }) => mutation.args);
+        assert.deepEqual([numbers.length, Math.min(...numbers)], [1000, 10]);
+        assert.equal(client.status.retained, 1000);
+        client.mutate("add", "one more");
+        await pass(2);
+        const { memory } = kept.storage;
+        assert.deepEqual([memory.length, client.status.retained], [1000, 1000]);
+        assert.ok(!memory.some(({ mutation }) => mutation.args === 10));
+    """,
+    "at most 4 MiB of mutations are retained": """
+        const kept = makeKept(), client = await fake.start(kept);
+        for (const letter of "abcdef") {
+          client.mutate("add", letter.repeat(1e6));
+          await pass(2);
+        }
+        const letters = kept.storage.memory.map(({ mutation }) => mutation.args[0]);
+        assert.deepEqual(letters.sort(), ["c", "d", "e", "f"]);
+        assert.equal(client.status.retained, 4);
+        client.close();
+        const again = await fake.start(kept);  // it knows their size
+        again.mutate("add", "g".repeat(1e6));
+        await pass(2);
+        assert.deepEqual([kept.storage.memory.length, again.status.retained], [4, 4]);
+    """,
+    "a mutation is retained for 7 days, or as long as the application says": """
+        const day = 24 * 3600;
+        for (const [keep, limit] of [[undefined, 7 * day], [60e3, 60]]) {
+          const kept = makeKept(), client = await fake.start({ ...kept, keep });
+          const mutate = async (data, wait) => {
+            client.stop();
+            await pass(wait);
+            client.start();
+            client.mutate("add", data);
+            await pass(4);
+          };
+          const retained = () => kept.storage.memory.map(({ mutation }) =>
+            mutation.args).sort();
+          await mutate("a", 0);
+          await mutate("b", limit - 20);
+          assert.deepEqual(retained(), ["a", "b"]);
+          await mutate("c", 30);
+          assert.deepEqual([retained(), client.status.retained], [["b", "c"], 2]);
+          client.close();
+        }
+    """,
+    "a key is erased only once its mutation is retained": """
+        const kept = makeKept(), client = await fake.start(kept);
+        await pass(2);
+        kept.storage.limits.retain = 5;
+        client.mutate("add", "a");
+        await pass(4);
+        assert.deepEqual([client.pending, kept.storage.saved.cursor], [[], 1]);
+        assert.equal(kept.queue.queue.length, 1);
+        await pass(5);
+        assert.deepEqual([kept.queue.queue, kept.storage.memory.length], [[], 1]);
+    """,
+    "what a crash kept from being retained is retained by the next visit": """
+        makeLocks();
+        const open = makeBrowser(), one = open(fake);
+        one.start();
+        await pass(2);
+        one.limits.retain = "hangs";
+        one.mutate("add", "a");
+        await pass(3);
+        assert.deepEqual([one.storage.saved.cursor, one.storage.memory], [1, []]);
+        one.end();
+        const two = open(fake);
+        two.start();
+        await pass(5);
+        assert.deepEqual([fake.data, two.state, two.pending], [["a"], ["a"], []]);
+        assert.equal(two.storage.memory.length, 1);
+        assert.deepEqual(two.queue.queue, []);
+    """,
+    "a restored server gets what it lost, in order, and then what waits": """
+        const client = await fake.start();
+        for (const data of ["a", "b", "c", "d"]) {
+          client.mutate("add", data);
+          await pass(1);
+        }
+        client.stop();
+        client.mutate("add", "e");
+        fake.calls.length = 0;
+        fake.rewind("2", 2);
+        client.start();
+        await pass(5);
+        assert.deepEqual(fake.data, ["a", "b", "c", "d", "e"]);
+        assert.deepEqual([client.state, client.pending], [fake.data, []]);
+        const pushes = fake.all("push").map(({ body }) => body.map(({ args }) => args));
+        assert.deepEqual(pushes, [["a", "b", "c", "d"], ["e"]]);
+        assert.deepEqual(fake.healed, [{ sent: 4, lost: 2 }]);
+        assert.deepEqual([fake.refused, client.status.retained], [[], 5]);
+    """,
+    "a thousand are brought back in batches, and what had reached the backup stays": """
+        const client = await fake.start();
+        const many = Array.from({ length: 1000 }, (_, index) => index);
+        many.forEach((index) => client.mutate("add", index));
+        await pass(60);
+        fake.rewind("2", 550);
+        fake.calls.length = 0;
+        await pass(60);
+        assert.deepEqual([fake.data, client.state], [many, many]);
+        assert.ok(fake.all("push").every(({ body }) => body.length <= 100));
+        assert.deepEqual(fake.healed, [{ sent: 1000, lost: 450 }]);
+    """,
+    "a server that is restored once more is healed once more": """
+        const client = await fake.start();
+        for (const data of ["a", "b", "c"]) client.mutate("add", data);
+        await pass(5);
+        for (const [epoch, cursor] of [["2", 1], ["3", 2], ["4", 0]]) {
+          fake.rewind(epoch, cursor);
+          await pass(60);
+          assert.deepEqual([fake.data, client.state], [["a", "b", "c"], client.state]);
+        }
+        const lost = fake.healed.map((detail) => detail.lost);
+        assert.deepEqual(lost, [2, 1, 3]);
+    """,
+    "what the server may have lost is known without a 410, too": """
+        const client = await fake.start();
+        client.mutate("add", "a");
+        await pass(5);
+        client.stop();
+        fake.add("b");  // of another; a copy that knows our cursor is restored
+        fake.held.add("pull");
+        client.start();
+        client.mutate("add", "c");
+        await pass(5);
+        fake.held.clear();
+        fake.answer("pull");
+        await pass(5);
+        assert.deepEqual(client.state, ["a", "b", "c"]);
+        fake.held.add("pull");
+        client.mutate("add", "d");  // it is told ok, and does not see it
+        await pass(2);
+        fake.rewind("2", 3);
+        fake.held.clear();
+        fake.answer("pull");
+        await pass(60);
+        assert.deepEqual([fake.data, client.state], [["a", "b", "c", "d"], fake.data]);
+    """,
+    "what is brought back is neither pending nor predicted": """
+        const client = await fake.start();
+        client.mutate("add", "a");
+        await pass(5);
+        fake.rewind("2", 0);
+        fake.held.add("push");
+        await pass(40);
+        assert.equal(fake.last("push").body[0].args, "a");
+        assert.deepEqual([client.state, client.pending], [[], []]);
+        assert.deepEqual([client.status.waiting, fake.healed], [0, []]);
+        client.mutate("add", "b");  // waits behind it
+        await pass(5);
+        assert.deepEqual([client.state, fake.all("push").length], [["b"], 2]);
+        fake.held.clear();
+        fake.answer("push");
+        await pass(5);
+        assert.deepEqual([fake.data, client.state], [["a", "b"], ["a", "b"]]);
+    """,
+    "of a replaced server what waits is pushed, and nothing else": """
+        const kept = makeKept(), client = await fake.start(kept), seen = [];
+        client.addEventListener("replaced", ({ detail }) =>
+          seen.push([detail, client.state]));
+        client.mutate("add", "a");
+        await pass(5);
+        client.stop();
+        client.mutate("add", "b");
+        fake.restore("2", "x");
+        fake.database = "other";
+        client.start();
+        await pass(5);
+        assert.deepEqual([fake.data, client.state], [["x", "b"], ["x", "b"]]);
+        assert.deepEqual(seen.map(([detail]) => detail),
+          [{ database: "other", before: "d" }]);
+        assert.ok(!seen[0][1].includes("a"));
+        const texts = kept.storage.memory.map(({ mutation }) => mutation.args);
+        assert.deepEqual([texts, client.status.retained, fake.healed], [["b"], 1, []]);
+        assert.deepEqual([fake.refused, kept.storage.saved.database], [[], "other"]);
+    """,
+    "what the old server had only just acknowledged is dropped with it": """
+        const kept = makeKept(), client = await fake.start(kept);
+        fake.held.add("pull");
+        const mutation = client.mutate("add", "a");
+        await quiet();
+        assert.deepEqual(client.pending, []);
+        fake.restore("2");
+        fake.database = "other";
+        fake.held.clear();
+        fake.answer("pull");
+        await pass(60);
+        assert.deepEqual([fake.data, client.state], [[], []]);
+        assert.deepEqual([kept.queue.queue, kept.storage.memory], [[], []]);
+        assert.equal(client.status.retained, 0);
+    """,
+    "a refusal while it heals is told when 10 s, 1 and 10 minutes did not help": """
+        const client = await fake.start();
+        client.mutate("add", "a"), client.mutate("add", "bad");
+        await pass(5);
+        fake.instead.push = ({ body }) => json(body.map((mutation) =>
+          mutation.args === "bad" ? { ok: false, code: "not_found", error: "a reason" }
+            : fake.apply(mutation)));
+        fake.rewind("2", 0);
+        fake.calls.length = 0;
+        await pass(900);
+        const times = fake.all("push").filter(({ body }) =>
+          body.some(({ args }) => args === "bad")).map(({ at }) => at);
+        const gaps = times.slice(1).map((at, index) => at - times[index]);
+        assert.equal(gaps.length, 3, gaps);
+        for (const [index, least] of [10e3, 60e3, 600e3].entries()) {
+          assert.ok(gaps[index] >= least && gaps[index] < least + 6e3, gaps);
+        }
+        assert.deepEqual(fake.healed, [{ sent: 1, lost: 1 }]);
+        assert.deepEqual(fake.refused.map(({ mutation, code }) =>
+          [mutation.args, code]), [["bad", "not_found"]]);
+        assert.deepEqual([fake.data, client.state], [["a"], ["a"]]);
+    """,
+    "each later round in which something is accepted is told": """
+        let isThere = false;
+        const client = await fake.start();
+        client.mutate("add", "a"), client.mutate("add", "b");
+        await pass(5);
+        fake.instead.push = ({ body }) => json(body.map((mutation) =>
+          mutation.args === "b" && !isThere
+            ? { ok: false, code: "not_found", error: "a reason" }
+            : fake.apply(mutation)));
+        fake.rewind("2", 0);
+        await pass(40);
+        assert.deepEqual(fake.healed, [{ sent: 1, lost: 1 }]);
+        isThere = true;
+        await pass(80);
+        assert.deepEqual(fake.healed, [{ sent: 1, lost: 1 }, { sent: 1, lost: 1 }]);
+        assert.deepEqual([fake.data, client.state, fake.refused],
+          [["a", "b"], ["a", "b"], []]);
+    """,
+    "what waited when the history changed is not refused at once, a later one is": """
+        let isThere = false;
+        const client = await fake.start();
+        client.mutate("add", "a");
+        await pass(5);
+        client.stop();
+        client.mutate("add", "early");
+        fake.instead.push = ({ body }) => json(body.map((mutation) =>
+          mutation.args !== "a" && !isThere
+            ? { ok: false, code: "not_found", error: "a reason" }
+            : fake.apply(mutation)));
+        fake.rewind("2", 0);
+        client.start();
+        await pass(5);
+        assert.deepEqual([client.state, client.status.waiting], [["a", "early"], 1]);
+        client.mutate("add", "late");
+        await pass(2);
+        assert.deepEqual(fake.refused.map(({ mutation }) => mutation.args), ["late"]);
+        isThere = true;
+        await pass(20);
+        assert.deepEqual([fake.data, client.pending], [["a", "early"], []]);
+        assert.equal(fake.refused.length, 1);
+    """,
+    "what waits for others to heal is asked at once of a server restored again": """
+        let isThere = false;
+        const client = await fake.start();
+        client.mutate("add", "a");
+        await pass(5);
+        client.stop();
+        client.mutate("add", "b");
+        fake.instead.push = ({ body }) => json(body.map((mutation) =>
+          isThere ? fake.apply(mutation)
+            : { ok: false, code: "not_found", error: "a reason" }));
+        fake.rewind("2", 0);
+        client.start();
+        await pass(200);  // now both wait for 10 minutes
+        fake.add("x");
+        await pass(40);
+        assert.deepEqual(client.state, ["x", "b"]);
+        isThere = true;
+        fake.rewind("3", 0);
+        await pass(40);
+        assert.deepEqual([fake.data, client.state, fake.refused],
+          [["a", "b"], ["a", "b"], []]);
+    """,
+    "no event tells of a healing where there was nothing to send": """
+        const client = await fake.start();
+        fake.add("of another");
+        await pass(40);
+        for (const epoch of ["2", "3"]) {
+          fake.rewind(epoch, 0);
+          await pass(60);
+        }
+        assert.deepEqual([client.state, fake.healed, client.status.retained],
+          [[], [], 0]);
+        assert.equal(fake.all("push").length, 0);
+    """,
+    "the new history is not saved before the healing is over": """
+        const kept = makeKept(), client = await fake.start(kept);
+        client.mutate("add", "a");
+        await pass(5);
+        fake.rewind("2", 0);
+        fake.held.add("push");
+        await pass(50);
+        assert.deepEqual([kept.storage.saved.epoch, kept.storage.saved.cursor],
+          ["1", 1]);
+        fake.held.clear();
+        fake.answer("push");
+        await pass(5);
+        assert.deepEqual([kept.storage.saved.epoch, client.state], ["2", ["a"]]);
+    """,
+    "a crash while it heals begins the healing again, and nothing is applied twice": """
+        for (const isApplied of [false, true]) {
+          const open = makeBrowser(), one = open(fake);
+          one.start();
+          for (const data of ["a", "b"]) one.mutate("add", data);
+          await pass(5);
+          one.stop();
+          one.mutate("add", "c");
+          fake.rewind(`after ${fake.epoch}`, 0);
+          fake.held.add("push");
+          one.start();
+          await pass(5);
+          if (isApplied) fake.push(fake.last("push"));
+          one.end();
+          fake.held.clear();
+          const two = open(fake);
+          two.start();
+          await pass(5);
+          assert.deepEqual([fake.data, two.state], [["a", "b", "c"], fake.data]);
+          assert.deepEqual(fake.healed.pop(), { sent: 2, lost: isApplied ? 0 : 2 });
+          two.close();
+          fake.restore(`before ${fake.epoch}`);
+        }
+    """,
+    "what another tab has to bring back comes back with this one": """
+        const open = makeBrowser(), one = open(fake), two = open(fake);
+        one.start(), two.start();
+        await pass(2);
+        one.mutate("add", "a");
+        await pass(40);
+        two.mutate("add", "b");
+        await pass(40);
+        one.stop(), two.stop();
+        one.end();
+        fake.rewind("2", 0);
+        two.start();
+        await pass(5);
+        assert.deepEqual([fake.data, two.state], [["a", "b"], ["a", "b"]]);
+    """,
+    "a storage that fails while it heals loses nothing": """
+        for (const trouble of ["fails", 20, "hangs"]) {
+          const { queue, storage } = makeKept();
+          const client = await fake.start({ queue, storage });
+          client.mutate("add", trouble);
+          await pass(5);
+          storage.limits.load = trouble;
+          fake.rewind(`after ${trouble}`, 0);
+          await pass(60);
+          storage.limits.load = 0;
+          client.close();
+          await pass(5);
+          const again = await fake.start({ queue, storage });
+          await pass(60);
+          assert.deepEqual([fake.data, again.state], [[trouble], [trouble]]);
+          again.close();
+          reports();
+          fake.restore(`before ${trouble}`);
+        }
+    """,
+    "after an interruption nothing is pushed before a pull has ended": """
+        const page = makePage(), kept = makeKept();
+        const client = await fake.live(kept);
+        await pass(2);
+        const cut = {
+          start: () => (client.stop(), client.start()),
+          socket: () => fake.socket.end(),
+          wake: () => page.tell("online"),
+          request() {
+            fake.instead.push = () => { throw new TypeError("It was lost."); };
+            client.mutate("add", "lost");
+          },
+        };
+        for (const [name, interrupt] of Object.entries(cut)) {
+          fake.held.add("pull");
+          fake.calls.length = 0;
+          interrupt();
+          await quiet();
+          fake.instead = {};
+          client.mutate("add", name);
+          await pass(4);
+          if (fake.socket.readyState === 0) fake.socket.open();
+          await pass(1);
+          const isPushed = ({ body }) => body.some(({ args }) => args === name);
+          assert.ok(!fake.all("push").some(isPushed), name);
+          assert.ok(fake.all("pull").length > 0, name);
+          fake.held.clear();
+          fake.answer("pull");
+          await pass(5);
+          assert.deepEqual([fake.data.at(-1), client.pending], [name, []]);
+        }
+    """,
+    "what was never loaded does not keep a mutation back": """
+        fake.held.add("snapshot").add("pull");
+        const client = fake.make();
+        client.mutate("add", "a");
+        client.start();
+        await pass(5);
+        assert.deepEqual([fake.data, client.status.loaded], [["a"], false]);
+    """,
+    "a mutation waits for a server that is away without asking it again and again": """
+        const client = await fake.start();
+        await pass(2);
+        fake.instead.pull = () => refuse(503, "unavailable");
+        client.stop(), client.start();
+        fake.calls.length = 0;
+        client.mutate("add", "a");
+        await pass(300);
+        const { length } = fake.calls;
+        assert.ok(length > 5 && length < 30, length);
+        fake.instead = {};
+        await pass(40);
+        assert.deepEqual([fake.data, client.pending], [["a"], []]);
+    """,
+    "three scopes of a page share one connection": """
+        const { WebSocket } = fake, open = (scope) => fake.start({ WebSocket, scope });
+        const [a, b, c] = [await open("a"), await open("b"), await open("c")];
+        fake.socket.open();
+        await quiet();
+        assert.deepEqual([fake.sockets.length, fake.socket.scope], [1, "a"]);
+        assert.deepEqual(fake.socket.sent, ["a", "b", "c"].map((scope) =>
+          ({ topic: "subscribe", data: { scope, changes: true } })));
+        assert.ok([a, b, c].every(({ status }) => status.live));
+        fake.calls.length = 0;
+        const { cursor, changes } = fake.add("x", "b");
+        fake.socket.say({ cursor, epoch: "1", after: 0, changes }, "b");
+        await quiet();
+        assert.deepEqual([a.state, b.state, c.state], [[], ["x"], []]);
+        assert.equal(fake.calls.length, 0);
+        const d = await open("d");  // the socket is there
+        await pass(1);
+        assert.deepEqual([fake.sockets.length, d.status.live], [1, true]);
+        assert.deepEqual(fake.socket.scopes("subscribe"), ["a", "b", "c", "d"]);
+    """,
+    "a client that stops unsubscribes, and the last one closes the socket": """
+        const { WebSocket } = fake, open = (scope) => fake.start({ WebSocket, scope });
+        const [a, b, twin] = [await open("a"), await open("b"), await open("b")];
+        fake.socket.open();
+        await pass(1);
+        assert.ok(twin.status.live);
+        const { socket } = fake;
+        twin.stop();
+        assert.deepEqual(socket.scopes("unsubscribe"), []);  // "b" has another client
+        b.stop();
+        assert.deepEqual([socket.scopes("unsubscribe"), b.status.live], [["b"], false]);
+        assert.ok(a.status.live && !socket.closed);
+        b.start();
+        await pass(1);
+        assert.deepEqual([fake.sockets.length, b.status.live], [1, true]);
+        b.close();
+        assert.deepEqual(socket.scopes("unsubscribe"), ["b", "b"]);
+        assert.ok(!socket.closed);
+        a.stop();
+        await quiet();
+        assert.ok(socket.closed);
+        a.start();
+        await pass(1);
+        assert.equal(fake.sockets.length, 2);
+    """,
+    "a scope that is not allowed any more disturbs no other": """
+        const { WebSocket } = fake, open = (scope) => fake.start({ WebSocket, scope });
+        const [a, b, c] = [await open("a"), await open("b"), await open("c")];
+        fake.socket.open();
+        await pass(1);
+        fake.calls.length = 0;
+        const error = { code: "forbidden", error: "a reason" };
+        fake.socket.tell("error", error);  // of no scope: it concerns nobody
+        await quiet();
+        assert.deepEqual([fake.calls, b.status.live], [[], true]);
+        for (const path of ["pull", "snapshot"]) {
+          fake.instead[path] = (call) => call.query.scope === "b"
+            ? refuse(403, "forbidden") : fake[path](call);
+        }
+        fake.socket.tell("error", { ...error, scope: "b" });
+        await quiet();
+        const { status } = b;
+        assert.deepEqual([status.live, status.running, status.error.action],
+          [false, false, "start"]);
+        assert.deepEqual(fake.calls.map(({ query }) => query.scope), ["b"]);
+        await pass(300);
+        assert.ok([a, c].every((client) => client.status.running));
+        fake.hint("of nobody");
+        fake.instead = {};
+        b.start();
+        await pass(10);
+        assert.ok(b.status.online);
+    """,
+    "a scope that is forbidden at the start keeps no other from the socket": """
+        for (const path of ["pull", "snapshot"]) {
+          fake.instead[path] = (call) => call.query.scope === "a"
+            ? refuse(403, "forbidden") : fake[path](call);
+        }
+        const { WebSocket } = fake;
+        const make = (scope) => fake.make({ WebSocket, scope });
+        const [a, b, c] = ["a", "b", "c"].map(make);
+        for (const client of [a, b, c]) client.start();
+        await quiet();
+        for (let seconds = 0; seconds < 60; seconds += 3) {
+          // The server upgrades no request for "a".
+          if (fake.socket.scope === "a") fake.socket.end();
+          else if (fake.socket.readyState === 0) fake.socket.open();
+          await pass(3);
+        }
+        assert.deepEqual([a.status.running, a.status.error.action], [false, "start"]);
+        assert.deepEqual([b.status.live, c.status.live], [true, true]);
+        assert.ok(fake.sockets.length <= 3, fake.sockets.length);
+    """,
+    "a topic that is silent for 60 s is subscribed anew, and the socket stays": """
+        const { WebSocket } = fake, open = (scope) => fake.start({ WebSocket, scope });
+        const [a, b] = [await open("a"), await open("b")];
+        fake.socket.open();
+        await quiet();
+        for (let seconds = 0; seconds < 100; seconds += 10) {
+          fake.socket.say({ cursor: 0 }, "a");
+          await pass(10);
+        }
+        assert.deepEqual([fake.sockets.length, fake.socket.closed], [1, undefined]);
+        assert.deepEqual(fake.socket.scopes("subscribe"), ["a", "b", "b"]);
+        assert.deepEqual([a.status.live, b.status.live], [true, false]);
+        fake.socket.say({ cursor: 0 }, "b");
+        assert.ok(b.status.live);
+    """,
+    "a socket that lives by one scope is dead when all of them are silent": """
+        const { WebSocket } = fake, open = (scope) => fake.start({ WebSocket, scope });
+        await open("a"), await open("b");
+        fake.socket.open();
+        const [first] = fake.sockets;
+        await pass(75);
+        assert.deepEqual([first.closed, fake.sockets.length], [true, 2]);
+    """,
+    "what has another user, token, address or WebSocket has a socket of its own": """
+        const token = () => "t", other = class extends fake.WebSocket {};
+        const shared = { WebSocket: fake.WebSocket, user: "ann", token, scope: "a" };
+        const differences = [{}, { user: "ben" }, { token: () => "t" }, { token: "t" },
+          { url: "http://fake/sub/" }, { WebSocket: other }];
+        for (const difference of differences) {
+          await fake.start({ ...shared, ...difference });
+        }
+        assert.equal(fake.sockets.length, differences.length);
+        for (const difference of differences) {
+          await fake.start({ ...shared, ...difference, scope: "b" });
+        }
+        assert.equal(fake.sockets.length, differences.length);
+    """,
+    "a client that is started with a new token moves to a socket of that token": """
+        const options = { WebSocket: fake.WebSocket, token: "old" };
+        const a = await fake.start({ ...options, scope: "a" });
+        const b = await fake.start({ ...options, scope: "b" });
+        fake.socket.open();
+        await pass(1);
+        a.start("new");
+        await pass(1);
+        assert.deepEqual(fake.sockets.map(({ token }) => token), ["old", "new"]);
+        const [old, fresh] = fake.sockets;
+        fresh.open();
+        await pass(1);
+        assert.deepEqual([a.status.live, b.status.live, old.closed],
+          [true, true, undefined]);
+        assert.deepEqual([old.scopes("unsubscribe"), fresh.scopes("subscribe")],
+          [["a"], ["a"]]);
+        b.start("new");
+        await pass(1);
+        assert.deepEqual([fake.sockets.length, old.closed, b.status.live],
+          [2, true, true]);
+        assert.deepEqual(fresh.scopes("subscribe"), ["a", "b"]);
+    """,
+    "a close with 1008 that concerns the token is answered once for all scopes": """
+        let number = 0;
+        const token = () => `t${++number}`, { WebSocket } = fake;
+        for (const scope of ["a", "b"]) await fake.start({ WebSocket, token, scope });
+        fake.socket.open();
+        await pass(1);
+        fake.socket.end(1008);
+        await pass(3);
+        assert.equal(fake.sockets.length, 2);
+        fake.socket.end(1008);
+        await pass(300);
+        assert.equal(fake.sockets.length, 2);
+    """,
+    "at most four pulls of a page are held, and a push finds a connection": """
+        // A browser has six connections to a server; the server holds empty pulls.
+        const open = new Set(), queue = [];
+        let most = 0;
+        const held = () => [...open].filter((address) => /wait=[1-9]/.test(address));
+        const next = () => {
+          if (open.size < 6) queue.shift()?.();
+        };
+        const fetch = async (address, options) => {
+          const call = Object(address);
+          if (open.size >= 6) await new Promise((resolve) => queue.push(resolve));
+          open.add(call);
+          most = Math.max(most, held().length);
+          try {
+            const answer = await fake.fetch(address, options);
+            const { searchParams: query } = new URL(address);
+            const end = sleep(query.get("wait"));
+            const isEmpty = () => !fake.of(query.get("scope")).some(({ cursor }) =>
+              cursor > query.get("cursor"));
+            while (address.includes("pull") && isEmpty() && query.get("wait") > 0) {
+              const more = sleep(0.5);
+              const over = new Promise((_, reject) => options.signal.addEventListener(
+                "abort", () => reject(options.signal.reason)));
+              if (await Promise.race([end.then(() => true), more, over])) return answer;
+            }
+            return query.get("wait") > 0 ? fake.fetch(address, options) : answer;
+          } finally {
+            open.delete(call);
+            next();
+          }
+        };
+        const clients = [];
+        for (const scope of "abcdefgh") {
+          clients.push(await fake.start({ fetch, scope }));
+        }
+        await pass(100);
+        assert.deepEqual([most, held().length], [4, 4]);
+        for (const client of clients) {
+          const mutation = client.mutate("add", client.scope);
+          await pass(0.4);
+          assert.ok(fake.of(client.scope).length, client.scope);
+          await pass(7);
+          assert.deepEqual([client.state, client.pending], [[client.scope], []]);
+        }
+        for (const client of clients) fake.add("of another", client.scope);
+        await pass(7);
+        for (const { state, scope } of clients) assert.equal(state.length, 2, scope);
+        clients.slice(0, 7).forEach((client) => client.stop());
+        await pass(40);
+        assert.equal(held().length, 1);  // the last may hold one now
+    """,
+    "offline, a tab shows what waits in the others": """
+        const open = makeBrowser(), one = open(fake), two = open(fake);
+        one.start(), two.start();
+        await pass(2);
+        one.stop(), two.stop();
+        one.mutate("add", "a");
+        await pass(0.2);
+        assert.deepEqual([two.state, two.status.waiting], [["a"], 1]);
+        assert.deepEqual(two.pending, one.pending);
+        two.mutate("add", "b");
+        await pass(0.2);
+        assert.deepEqual([one.state, two.state], [["a", "b"], ["a", "b"]]);
+        const three = open(fake);  // it finds them there
+        await pass(2);
+        assert.deepEqual([three.state, three.status.waiting], [["a", "b"], 2]);
+        const ben = open(fake, { user: "ben" });
+        await pass(2);
+        assert.deepEqual([ben.state, ben.status.waiting], [[], 0]);
+    """,
+    "a tab that loses the server shows what waits in the others": """
+        const open = makeBrowser(), one = open(fake), two = open(fake);
+        one.start(), two.start();
+        await pass(2);
+        for (const path of ["push", "pull"]) {
+          fake.instead[path] = () => { throw new TypeError("There is no network."); };
+        }
+        one.mutate("add", "a");
+        await pass(40);
+        assert.deepEqual([two.status.online, two.state], [false, ["a"]]);
+        fake.instead = {};
+        await pass(60);
+        assert.deepEqual([fake.data, one.state, two.state], [["a"], ["a"], ["a"]]);
+        assert.deepEqual([one.pending, two.pending], [[], []]);
+        const ids = fake.all("push").flatMap(({ body }) => body.map(({ id }) => id));
+        assert.equal(new Set(ids).size, 1);
+    """,
+    "another tab's mutations are not pushed while it lives": """
+        const open = makeBrowser(), one = open(fake), two = open(fake);
+        one.mutate("add", "a"), two.mutate("add", "b");
+        await pass(2);
+        two.start();
+        await pass(60);
+        assert.deepEqual([fake.data, one.status.waiting > 0], [["b"], true]);
+        assert.deepEqual(fake.all("push").map(({ body }) => body[0].args), ["b"]);
+        one.start();
+        await pass(40);
+        assert.deepEqual([fake.data, one.state, two.state],
+          [["b", "a"], ["b", "a"], ["b", "a"]]);
+        assert.deepEqual([one.pending, two.pending, one.queue.queue], [[], [], []]);
+    """,
+    "what another tab has pushed or lost is shown until the state tells of it": """
+        const open = makeBrowser(), seen = [];
+        const predict = (state, { args }) => [...new Set([...state, args])];
+        const one = open(fake, { predict }), two = open(fake, { predict });
+        two.start(), one.start();
+        await pass(2);
+        one.stop(), two.stop();
+        one.mutate("add", "a");
+        await pass(1);
+        assert.deepEqual(two.state, ["a"]);
+        two.addEventListener("change", () => seen.push(two.state.join()));
+        fake.held.add("pull");
+        two.start();
+        one.start();
+        await pass(2);
+        fake.held.clear();
+        for (const call of fake.all("pull")) call.answer(fake.pull(call));
+        await pass(5);
+        assert.deepEqual([fake.data, two.state, two.pending], [["a"], ["a"], []]);
+        assert.deepEqual([...new Set(seen)], seen.slice(0, 1));
+        assert.equal(seen.at(-1) ?? "a", "a");
+        assert.deepEqual([one.state, one.queue.queue], [["a"], []]);
+    """,
+    "another tab's mutation that was refused is shown no longer": """
+        for (const isLive of [true, false]) {
+          const open = makeBrowser(), WebSocket = isLive ? fake.WebSocket : null;
+          const one = open(fake), two = open(fake, { WebSocket });
+          await pass(2);
+          one.mutate("add", "a");
+          await pass(1);
+          assert.deepEqual(two.state, ["a"]);
+          two.start();
+          await quiet();
+          if (isLive) fake.socket.open();
+          await pass(2);
+          fake.instead.push = () =>
+            json([{ ok: false, code: "conflict", error: "a reason" }]);
+          one.start();
+          await pass(9);
+          assert.deepEqual([one.state, two.state, two.pending], [[], [], []]);
+          assert.equal(fake.refused.length, 1);  // its own tab alone tells of it
+          fake.instead = {}, fake.refused.length = 0;
+          one.close(), two.close();
+        }
+    """,
+    "what a crashed tab left is taken over within 5 s": """
+        const open = makeBrowser(), one = open(fake), two = open(fake);
+        two.start();
+        await pass(2);
+        one.mutate("add", "a");
+        await pass(2);
+        one.end();
+        await pass(6);
+        assert.deepEqual([fake.data, two.state, two.pending], [["a"], ["a"], []]);
+        assert.deepEqual(two.queue.queue, []);
+    """,
+    "a frozen tab's queue is taken over, and is not pushed again when it wakes": """
+        const endings = { freeze: "resume", pagehide: "pageshow" };
+        for (const [sleep, wake] of Object.entries(endings)) {
+          const open = makeBrowser(), one = open(fake), two = open(fake);
+          two.start();
+          await pass(2);
+          one.mutate("add", sleep);
+          await pass(2);
+          one.page.tell(sleep);
+          await pass(6);
+          assert.deepEqual([fake.data.at(-1), two.pending], [sleep, []]);
+          one.page.tell(wake);
+          fake.calls.length = 0;
+          one.start();
+          await pass(5);
+          assert.deepEqual([one.state, one.pending], [fake.data, []]);
+          assert.equal(fake.all("push").length, 0);
+          one.mutate("add", wake);  // it works as before
+          await pass(40);
+          assert.deepEqual([two.state, one.pending], [fake.data, []]);
+          assert.equal(fake.data.at(-1), wake);
+          one.close(), two.close();
+        }
+    """,
+    "a tab that was frozen and woken before anybody came pushes what it has": """
+        const open = makeBrowser(), one = open(fake);
+        one.mutate("add", "a");
+        await pass(2);
+        one.page.tell("freeze");
+        await pass(60);
+        one.page.tell("resume");
+        one.start();
+        await pass(5);
+        assert.deepEqual([fake.data, one.state, one.pending], [["a"], ["a"], []]);
+        assert.deepEqual(one.queue.queue, []);
     """,
 }
 
