@@ -15969,6 +15969,194 @@ def test_clients_on_bad_lines_see_the_same_in_the_end_and_lose_nothing(
     )
 
 
+class Ask(NamedTuple):
+    """A mutation that a client made."""
+
+    who: int
+    name: str
+    args: dict[str, Any]
+
+
+class Outage:
+    """Three clients, and a server that is killed and put back to its backup.
+
+    The history is drawn by a seed; what the threads and processes of this machine make
+    of it is not. Each todo has an id and a title of its own, so that the end tells
+    which mutations are in it."""
+
+    def __init__(self, node: Node, folder: Path, seed: int) -> None:
+        self.node, self.path = node, folder / "todos.db"
+        self.chance = random.Random(seed)
+        self.asks = dict[str, Ask]()  # by the id of the mutation
+        self.open, self.closed = {0, 1, 2}, set[int]()
+        self.running = ExitStack()
+        self.start("0")
+        is_shared = self.chance.random() < 0.3  # two are tabs of one browser
+        self.do("begin", "{}:{}".format(*self.program.address), is_shared)
+
+    def do(self, *call: Any) -> Any:
+        print(*call)  # pytest shows it where the test fails
+        return self.node(*call)
+
+    def start(self, port: str) -> None:
+        self.program = self.running.enter_context(
+            program("--db", str(self.path), "--port", port)
+        )
+
+    def edit(self) -> None:
+        """Let somebody edit what that client shows."""
+        who = self.chance.choice(sorted(self.open))
+        shown = [todo["id"] for todo in self.do("look", who)]
+        kinds = ["create", "create", "title", "title", "done", "undone", "delete"]
+        kind = self.chance.choice(kinds) if shown else "create"
+        number = len(self.asks)
+        key = f"todo {number}" if kind == "create" else self.chance.choice(shown)
+        args = {"id": key}
+        if kind in ("create", "title"):
+            args["title"] = f"title {number}"
+        elif kind in ("done", "undone"):
+            args["completed"] = kind == "done"
+        name = f"todo.{kind if kind in ('create', 'delete') else 'update'}"
+        if made := self.do("edit", who, name, args):
+            self.asks[made] = Ask(who, name, args)
+
+    def live(self, moments: int) -> None:
+        """Let clients edit, wait, and come and go."""
+        for _ in range(moments):
+            match self.chance.choices(["edit", "wait", "stop", "start"], [6, 3, 1, 2]):
+                case ["edit"]:
+                    self.edit()
+                case ["wait"]:
+                    self.do("pass", self.chance.choice([0, 0.1, 1.2, 5]))
+                case [word]:
+                    self.do(word, self.chance.choice(sorted(self.open)))
+
+    def end(self, who: int, word: str) -> None:
+        """Close the client, or end its page without a word."""
+        self.do(word, who)
+        self.open.discard(who)
+        self.closed.add(who)
+
+    def come_back(self, who: int) -> None:
+        if who in self.closed:
+            self.do("open", who)
+            self.closed.discard(who)
+            self.open.add(who)
+        else:
+            self.do("start", who)
+
+    def kill(self) -> None:
+        """Kill the server, at times while it has a request."""
+        process = self.program.process
+        if self.chance.random() < 0.6:
+            who = self.chance.choice(sorted(self.open))
+            moment = self.chance.uniform(0, 6)  # ms
+            self.do("line", who, {"server": process.pid, "moment": moment})
+            self.do("start", who)
+            self.do("fault", who, "kill")
+            self.edit()
+            self.do("pass", self.chance.choice([0, 0.1, 40]))
+        process.kill()
+        process.wait(PATIENCE)
+
+    def restore(self, backup: Path) -> None:
+        for suffix in ("-wal", "-shm"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        shutil.copy(backup, self.path)
+
+    def go_down_and_up(self, backup: Path | None) -> None:
+        """Kill the server, restore the backup, and let the clients come back."""
+        address = self.program.address
+        self.kill()
+        for who in sorted(self.open):
+            fate = self.chance.choice(["stay", "stop", "close", "vanish"])
+            if fate == "stop":
+                self.do("stop", who)
+            elif fate != "stay" and len(self.open) > 1:
+                self.end(who, fate)
+        self.live(3)
+        if backup:
+            self.restore(backup)
+        with held(address):
+            self.start(str(address[1]))
+        order = [0, 1, 2]
+        self.chance.shuffle(order)
+        for who in order:
+            self.do("pass", self.chance.choice([0, 0.3, 8, 45]))
+            may_vanish = self.chance.random() < 0.3
+            self.come_back(who)
+            if may_vanish:  # in the middle of the healing
+                self.do("fault", who, *["slow"] * self.chance.randrange(4), "vanish")
+            self.live(self.chance.randrange(4))
+            if may_vanish:
+                self.do("pass", self.chance.choice([0, 0.3, 8, 45]))
+                self.do("reload", who)
+
+    def run(self) -> None:
+        """Go through one history, and judge its end."""
+        self.live(15)
+        backup = back_up(self.path)
+        self.live(15)
+        self.go_down_and_up(backup)
+        again = self.chance.choice(["no", "killed", "restored"])
+        if again != "no":
+            self.go_down_and_up(backup if again == "restored" else None)
+        for who in sorted(self.closed):
+            self.come_back(who)
+        self.judge(self.do("converge", 300, 700))
+
+    def judge(self, seen: Any) -> None:
+        answer = self.program.client().request("GET", "/sync/snapshot")
+        data = answer.json["data"]
+        with closing(sqlite3.connect(self.path)) as db:
+            marks = db.execute("SELECT id FROM mizusync_mutations").fetchall()
+            (changes,) = db.execute("SELECT count(*) FROM mizusync_changes").fetchone()
+        applied = {key for (key,) in marks}
+        told, refused = set(seen["told"]), set(seen["refused"])
+        print(*seen["statuses"], sep="\n")
+        shown = {todo["id"]: todo for todo in data["todos"]}
+
+        # All agree, and nothing waits any more.
+        assert seen["states"] == 3 * [data["todos"]]
+        assert (seen["waiting"], seen["repeated"]) == ([0, 0, 0], [])
+        # Nothing is applied twice: each mutation makes one change.
+        assert changes == len(applied)
+        # What was told ok is there, and each mutation has one outcome.
+        assert not self.named(told - refused - applied)
+        assert not self.named(self.asks.keys() - applied - refused)
+        assert not self.named(applied & refused)
+        # A refusal concerns what somebody has deleted, and lost nothing.
+        lost = [ask for ask in self.named(refused) if ask.name == "todo.create"]
+        lost += [ask for ask in self.named(refused) if ask.args["id"] in shown]
+        assert not lost
+        # Each todo is there, unless somebody deleted it: then it stays deleted.
+        asks = self.named(applied)
+        deleted = {args["id"] for _, name, args in asks if name == "todo.delete"}
+        created = {args["id"] for _, name, args in asks if name == "todo.create"}
+        assert shown.keys() == created - deleted
+        # What one client alone wrote has its last value.
+        for key, todo in shown.items():
+            for field in ("title", "completed"):
+                of_this = [ask for ask in asks if ask.args["id"] == key]
+                writes = [ask for ask in of_this if field in ask.args]
+                if len({ask.who for ask in of_this}) == 1 and writes:
+                    assert todo[field] == writes[-1].args[field]
+
+    def named(self, keys: Iterable[str]) -> list[Ask]:
+        """Return these mutations, in the order in which they were made."""
+        return [ask for key, ask in self.asks.items() if key in set(keys)]
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("HEALINGS", "4"))))
+def test_clients_bring_back_what_a_restored_server_has_lost(
+    node: Node, tmp_path: Path, seed: int
+) -> None:
+    """HEALINGS=100 in the environment tries a hundred histories instead of a few."""
+    outage = Outage(node, tmp_path, seed)
+    with outage.running:
+        outage.run()
+
+
 # --- Page -----------------------------------------------------------------------------
 # The page in a real browser, where things are found as a screen reader finds them: by
 # role and name. One class, at whose end the browser goes: while there is Playwright,
