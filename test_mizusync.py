@@ -15287,6 +15287,29 @@ PROMISES = {
         assert.deepEqual([fake.data, client.pending], [["a", "early"], []]);
         assert.equal(fake.refused.length, 1);
     """,
+    "a reload does not end the patience with what waited when the history changed": """
+        let isThere = false;
+        const kept = makeKept(), client = await fake.start(kept);
+        client.mutate("add", "a");
+        await pass(5);
+        client.stop();
+        client.mutate("add", "b");
+        fake.instead.push = ({ body }) => json(body.map((mutation) =>
+          mutation.args === "b" && !isThere
+            ? { ok: false, code: "not_found", error: "a reason" }
+            : fake.apply(mutation)));
+        fake.rewind("2", 0);
+        client.start();
+        await pass(5);
+        client.close();
+        const again = await fake.start(kept);
+        await pass(5);
+        assert.deepEqual([again.state, again.status.waiting], [["a", "b"], 1]);
+        isThere = true;
+        await pass(80);
+        assert.deepEqual([fake.data, again.state], [["a", "b"], ["a", "b"]]);
+        assert.deepEqual(fake.refused, []);
+    """,
     "what waits for others to heal is asked at once of a server restored again": """
         let isThere = false;
         const client = await fake.start();
@@ -16489,6 +16512,19 @@ class Tab:
         """Send a command of the browser's own protocol."""
         self.context.new_cdp_session(self.page).send(name, words)
 
+    def freeze(self) -> None:
+        """Stop the page's script after its event, as a browser does with a page that
+        nobody sees. Playwright shows every page: no browser's command freezes it."""
+        self.page.evaluate("void document.dispatchEvent(new Event('freeze'))")
+        self.debugger = self.context.new_cdp_session(self.page)
+        self.debugger.send("Debugger.enable")
+        self.debugger.send("Debugger.pause")
+
+    def resume(self) -> None:
+        self.debugger.send("Debugger.disable")
+        self.debugger.detach()
+        self.page.evaluate("void document.dispatchEvent(new Event('resume'))")
+
     def crash(self) -> None:
         """End the page's process, which runs nothing of the page's any more."""
         with self.page.expect_event("crash"), suppress(Exception):
@@ -16564,11 +16600,11 @@ class StorageTests:
         for each in (tab, other):
             each.shows("a")
         tab.page.evaluate("hide()")  # it begins to save, and is frozen there
-        tab.command("Page.setWebLifecycleState", state="frozen")
+        tab.freeze()
         cursor = create_todo(importable, "b")
         other.shows("a", "b")
         other.keeps(cursor)
-        tab.command("Page.setWebLifecycleState", state="active")
+        tab.resume()
         tab.page.evaluate("release()")
         assert other.stored() == cursor
         tab.shows("a", "b")
@@ -16785,6 +16821,63 @@ class StorageTests:
         again.has(waiting=0)
         assert titles_at(importable) == ["a", "b"]
 
+    def test_tabs_show_each_others_waiting_mutations_offline(
+        self, windows: Windows, importable: Live, tab: Tab
+    ) -> None:
+        windows.may_say = "ERR_INTERNET_DISCONNECTED"
+        create_todo(importable, "a")
+        other = Tab(tab.context.new_page(), importable)
+        for each in (tab, other):
+            each.make().shows("a")
+            each.has(live=True)
+        tab.context.set_offline(True)
+        for each in (tab, other):
+            each.page.evaluate("dispatchEvent(new Event('offline'))")
+            each.has(online=False)
+        tab.mutate("create", "b", "b")
+        other.shows("a", "b")
+        other.mutate("create", "c", "c")
+        for each in (tab, other):
+            each.shows("a", "b", "c")
+            each.has(waiting=2)
+        assert not windows.pushed
+        tab.context.set_offline(False)
+        for each in (tab, other):
+            each.page.evaluate("dispatchEvent(new Event('online'))")
+        for each in (tab, other):
+            each.has(waiting=0, online=True)
+        assert sorted(titles_at(importable)) == ["a", "b", "c"]
+        for each in (tab, other):
+            each.shows(*titles_at(importable))
+        # The event may cut a push that has begun: then it comes again.
+        assert len(set(windows.pushed)) == 2
+
+    @table("end", {"crashed": Tab.crash, "frozen": Tab.freeze})
+    def test_the_queue_of_a_tab_that_stands_still_is_taken_over(
+        self, windows: Windows, importable: Live, tab: Tab, end: Callable[[Tab], None]
+    ) -> None:
+        tab.make(start=False)
+        tab.mutate("create", "a", "a")
+        other = Tab(tab.context.new_page(), importable).make()
+        other.mutate("create", "b", "b")
+        other.confirmed()
+        assert titles_at(importable) == ["b"]  # the tab that has "a" lives
+        end(tab)
+        until(lambda: titles_at(importable) == ["b", "a"])  # within some seconds
+        other.shows("b", "a")
+        other.has(waiting=0)
+        assert len(windows.pushed) == len(set(windows.pushed)) == 2
+        if tab.page.is_closed():
+            return
+        tab.resume()
+        tab.page.evaluate("client.start()")
+        tab.shows("b", "a")
+        tab.has(waiting=0)
+        tab.mutate("create", "c", "c")
+        tab.confirmed()
+        other.shows("b", "a", "c")
+        assert len(windows.pushed) == len(set(windows.pushed)) == 3
+
 
 class TestPage(StorageTests):
     def test_two_windows_show_the_same(self, windows: Windows, demo: Live) -> None:
@@ -16945,6 +17038,38 @@ class TestPage(StorageTests):
             window.says("in sync · live")
             until(lambda: sorted(titles_at(running)) == ["mine", "new"])
             window.shows(*titles_at(running))
+
+    def test_what_a_restored_server_has_lost_comes_back_with_the_next_visit(
+        self, windows: Windows, tmp_path: Path
+    ) -> None:
+        windows.may_say = (
+            "ERR_CONNECTION_|ERR_EMPTY_RESPONSE|closed before the connection|410"
+        )
+        path = tmp_path / "todos.db"
+        with program("--db", str(path)) as running:
+            window = windows.open(running)
+            window.add("a")
+            window.settles()
+            backup = back_up(path)
+            window.add("b", "c")
+            window.delete("a")
+            window.settles()
+            window.shows("b", "c")
+            port = str(running.address[1])
+            running.process.kill()
+            window.says("no connection")
+            window.add("d")
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        shutil.copy(backup, path)
+        arguments = ("--db", str(path), "--port", port)
+        with held(running.address), program(*arguments) as running:
+            assert titles_at(running) == ["a"]
+            again = windows.open(running, beside=window)
+            window.page.close()
+            again.shows("b", "c", "d")
+            again.says("in sync · live")
+            assert titles_at(running) == ["b", "c", "d"]
 
     def test_a_refused_mutation_is_undone_and_told(
         self, windows: Windows, demo: Live
