@@ -13039,7 +13039,7 @@ const calls = {
       one.line.queue.queue.length || seen(one) !== seen(people[0]);
     // Until then one may wait who has not heard of the newest server.
     await calls.pass(least);
-    while (now < end && people.some(differs)) await calls.pass(1);
+    while (now < end && people.some(differs)) await calls.pass(5);
     return {
       states: people.map(({ client }) => client.state.todos),
       made: people.map(({ made }) => made),
@@ -15137,16 +15137,21 @@ PROMISES = {
         assert.deepEqual(fake.healed, [{ sent: 1000, lost: 450 }]);
     """,
     "a server that is restored once more is healed once more": """
-        const client = await fake.start();
+        const storage = makeStates(), client = await fake.start({ storage });
         for (const data of ["a", "b", "c"]) client.mutate("add", data);
         await pass(5);
         for (const [epoch, cursor] of [["2", 1], ["3", 2], ["4", 0]]) {
           fake.rewind(epoch, cursor);
+          if (epoch === "2") fake.add("of another");
           await pass(60);
-          assert.deepEqual([fake.data, client.state], [["a", "b", "c"], client.state]);
+          assert.deepEqual(client.state, fake.data);
+          // What is retained has the cursors of the new history.
+          for (const { mutation, cursor } of storage.memory) {
+            assert.equal(fake.log[cursor - 1].data, mutation.args);
+          }
         }
-        const lost = fake.healed.map((detail) => detail.lost);
-        assert.deepEqual(lost, [2, 1, 3]);
+        assert.deepEqual(fake.data, ["a", "b", "c"]);
+        assert.deepEqual(fake.healed.map(({ lost }) => lost), [2, 2, 3]);
     """,
     "what the server may have lost is known without a 410, too": """
         const client = await fake.start();
@@ -15966,7 +15971,8 @@ class Persons(RuleBasedStateMachine):
         if not hasattr(self, "live"):
             return
         with self.stack:
-            seen = self.node("converge", 200)
+            # A refusal by a restored server is told after some 11 minutes.
+            seen = self.node("converge", 900)
             data = json.loads(self.live.call(self.live.engine.snapshot).encode())[
                 "data"
             ]
@@ -16162,7 +16168,7 @@ class Outage:
             for field in ("title", "completed"):
                 of_this = [ask for ask in asks if ask.args["id"] == key]
                 writes = [ask for ask in of_this if field in ask.args]
-                if len({ask.who for ask in of_this}) == 1 and writes:
+                if len({ask.who for ask in writes}) == 1:
                     assert todo[field] == writes[-1].args[field]
 
     def named(self, keys: Iterable[str]) -> list[Ask]:
@@ -16470,6 +16476,18 @@ class Tab:
             self.page.evaluate("client.start()")
         return self
 
+    def make_all(self, scopes: str, **options: Any) -> None:
+        """Make and start a client of each scope; the page has them in `all`."""
+        script = """([scopes, options]) => {
+            self.all = {};
+            for (const scope of scopes) {
+              make({ ...options, scope });
+              all[scope] = client;
+              client.start();
+            }
+        }"""
+        self.page.evaluate(script, [scopes, options])
+
     def reload(self, **options: Any) -> Tab:
         self.page.reload()
         return self.make(**options)
@@ -16621,11 +16639,14 @@ class StorageTests:
             each.shows("a")
             each.has(live=True)
         tab.keeps(first)
+        asked = list[str]()
+        tab.context.on("request", lambda request: asked.append(request.url))
         cursor = create_todo(importable, "b")
         for each in tabs:
             each.shows("a", "b")
             each.page.evaluate("hide()")
         tab.keeps(cursor)
+        assert not asked  # each tab had the change from its hint
         kept = {tuple(key[1:]): value for key, value in tab.kept()}
         assert kept.keys() == {("position",), ("state",), ("tail",)}
         (change,) = kept["tail",]
@@ -16851,6 +16872,51 @@ class StorageTests:
             each.shows(*titles_at(importable))
         # The event may cut a push that has begun: then it comes again.
         assert len(set(windows.pushed)) == 2
+
+    @table("first", {"allowed": "abc", "forbidden": "bac"})
+    def test_scopes_share_a_socket_and_a_forbidden_one_disturbs_no_other(
+        self, windows: Windows, tmp_path: Path, first: str
+    ) -> None:
+        windows.may_say = "403|WebSocket connection to"
+        page = tmp_path / "storage.html"
+        page.write_text(STORAGE_PAGE)
+        live = windows.serve(page=page, on_auth=lambda request, scope: scope != "b")
+        tab, sockets = Tab(windows.context().new_page(), live), list[Any]()
+        tab.page.on("websocket", lambda socket: sockets.append(socket))
+        tab.make_all(first)
+        for scope in "ac":
+            tab.page.wait_for_function("(scope) => all[scope].status.live", arg=scope)
+        tab.page.wait_for_function("() => all.b.status.error?.action === 'start'")
+        for scope in "ca":
+            live.client().push(todo("create", id="1", title=scope) | {"scope": scope})
+            tab.page.wait_for_function(
+                "(scope) => all[scope].state.todos[0]?.title === scope", arg=scope
+            )
+        assert [socket.is_closed() for socket in sockets].count(False) == 1
+
+    def test_where_no_socket_gets_through_four_pulls_are_held_and_a_push_finds_a_line(
+        self, importable: Live, tab: Tab
+    ) -> None:
+        tab.page.evaluate("""() => {
+            const { fetch } = self;
+            Object.assign(self, { held: 0, most: 0 });
+            self.fetch = async (address, options) => {
+              const isHeld = Number(address.includes("wait=25"));
+              held += isHeld;
+              most = Math.max(most, held);
+              return fetch(address, options).finally(() => { held -= isHeld; });
+            };
+        }""")
+        tab.make_all("abcdefgh", WebSocket=None)
+        tab.page.wait_for_function("() => held === 4")
+        for scope in "ah":
+            began = time.monotonic()
+            tab.page.evaluate("(scope) => void (self.client = all[scope])", scope)
+            tab.mutate("create", "1", scope)
+            tab.confirmed()
+            # The server holds a pull for 25 s.
+            assert time.monotonic() - began < PATIENCE / 2
+        assert tab.page.evaluate("most") == 4
 
     @table("end", {"crashed": Tab.crash, "frozen": Tab.freeze})
     def test_the_queue_of_a_tab_that_stands_still_is_taken_over(
