@@ -2569,10 +2569,9 @@ def test_a_renamed_database_is_another_one_and_goes_on(
         page = pull(engine)
         rename_database(path)
         assert database_of(engine) not in ("", first)
-        with pytest.raises(mizusync.CursorUnknown):
-            pull(engine, 1, epoch=first)
-        if page["epoch"] != first:
-            assert pull(engine, page["cursor"], epoch=page["epoch"])["changes"] == []
+        for epoch in (first, page["epoch"]):
+            with pytest.raises(mizusync.CursorUnknown):
+                pull(engine, 1, epoch=epoch)
         (result,) = push(engine, note("2"))
         assert result["cursor"] == openings + 1
         with pytest.raises(mizusync.CursorUnknown):
@@ -11776,7 +11775,7 @@ def run_shell(folder: Path, *headings: str) -> None:
     (folder / "backups").mkdir(exist_ok=True)
     owner = f"-o {os.getuid()} -g {os.getgid()}"
     for heading in headings:
-        (text,) = blocks("sh", heading)
+        text = "".join(blocks("sh", heading))
         text = re.sub("^systemctl .*\n", "", text, flags=re.M)
         text = text.replace("-o seats -g seats", owner)
         text = text.replace("/var/lib/seats", str(folder))
