@@ -12642,8 +12642,11 @@ function makeBrowser() {
     const page = makePage(), tab = tabs.push(page), limits = {};
     const [items, rows, memory] = maps;
     const queue = makeStorage(items, limits), { setItem, removeItem } = queue;
-    const tell = (key) => tabs.filter((other) => other !== page).forEach((other) =>
-      other.dispatchEvent(Object.assign(new Event("storage"), { key })));
+    const tell = (key) => {
+      const others = tabs.filter((other) => other !== page && !other.isFrozen);
+      const event = () => Object.assign(new Event("storage"), { key });
+      others.forEach((other) => other.dispatchEvent(event()));
+    };
     queue.setItem = (key, text) => (setItem(key, text), tell(key));
     queue.removeItem = (key) => (removeItem(key), tell(key));
     const storage = makeStates(rows, limits, memory);
@@ -15806,8 +15809,10 @@ PROMISES = {
           one.mutate("add", sleep);
           await pass(2);
           one.page.tell(sleep);
+          one.page.isFrozen = true;
           await pass(6);
           assert.deepEqual([fake.data.at(-1), two.pending], [sleep, []]);
+          one.page.isFrozen = false;
           one.page.tell(wake);
           fake.calls.length = 0;
           one.start();
@@ -15828,6 +15833,11 @@ PROMISES = {
         one.page.tell("freeze");
         await pass(60);
         one.page.tell("resume");
+        await quiet();
+        const two = open(fake);
+        two.start();
+        await pass(20);
+        assert.deepEqual(fake.data, []);  // it lives, and has it
         one.start();
         await pass(5);
         assert.deepEqual([fake.data, one.state, one.pending], [["a"], ["a"], []]);
