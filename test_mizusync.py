@@ -16188,7 +16188,7 @@ class Outage:
         return [ask for key, ask in self.asks.items() if key in set(keys)]
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("HEALINGS", "4"))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("HEALINGS", "3"))))
 def test_clients_bring_back_what_a_restored_server_has_lost(
     node: Node, tmp_path: Path, seed: int
 ) -> None:
