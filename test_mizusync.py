@@ -15548,6 +15548,21 @@ PROMISES = {
         await pass(10);
         assert.ok(b.status.online);
     """,
+    "a scope that is allowed again is subscribed again within 5 s": """
+        const { WebSocket } = fake, open = (scope) => fake.start({ WebSocket, scope });
+        const [a, b] = [await open("a"), await open("b")];
+        fake.socket.open();
+        await pass(1);
+        fake.socket.tell("error", { code: "forbidden", error: "a reason", scope: "b" });
+        await quiet();
+        assert.deepEqual([a.status.live, b.status.live], [true, false]);
+        assert.ok(b.status.running);  // its pulls succeed
+        await pass(6);
+        assert.deepEqual(fake.socket.scopes("subscribe"), ["a", "b", "b"]);
+        fake.socket.say({ cursor: 0 }, "b");
+        assert.ok(b.status.live);
+        assert.equal(fake.sockets.length, 1);
+    """,
     "a scope that is forbidden at the start keeps no other from the socket": """
         for (const path of ["pull", "snapshot"]) {
           fake.instead[path] = (call) => call.query.scope === "a"
