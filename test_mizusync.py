@@ -9821,7 +9821,7 @@ def test_the_backup_of_the_readme_is_a_beginning_of_the_log_while_pushes_go_on(
         "/var/lib/seats/seats.db": str(tmp_path / "mizusync.db"),
         "/var/backups/seats.db": str(tmp_path / "backup.db"),
     }
-    _, *command = shlex.split(fitted(shell, places))
+    shell = fitted(shell, places | {"python3 ": f"{shlex.quote(sys.executable)} "})
     stop = threading.Event()
     acknowledged: list[Any] = []
 
@@ -9839,7 +9839,7 @@ def test_the_backup_of_the_readme_is_a_beginning_of_the_log_while_pushes_go_on(
         pouring.start()
         until(lambda: len(acknowledged) > 20)
         before = len(acknowledged)
-        subprocess.run([sys.executable, *command], cwd=tmp_path, check=True)
+        subprocess.run(["sh", "-ec", shell], cwd=tmp_path, check=True)
         after = len(acknowledged)
         until(lambda: len(acknowledged) > after + 1)
         stop.set()
@@ -11622,7 +11622,10 @@ def test_the_endpoint_for_prometheus_says_what_it_reads(tmp_path: Path) -> None:
         assert reply.headers["content-type"] == "text/plain; version=0.0.4"
         # https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
         family = r"# TYPE (mizusync_(\w+?)(_total)?) (counter|gauge)\n\1 (\d+)\n"
-        assert re.sub(family, "", text := reply.body.decode()) == ""
+        about = f"""mizusync_info{{version="{mizusync.__version__}"}} 1\n"""
+        kind, line, text = reply.body.decode().partition(about)
+        assert (kind, line) == ("# TYPE mizusync_info gauge\n", about)
+        assert re.sub(family, "", text) == ""
         found = {
             name: (kind, int(n)) for _, name, _, kind, n in re.findall(family, text)
         }
