@@ -16408,6 +16408,9 @@ def browser() -> Iterator[Any]:
         pytest.skip(f"no browser to open the page in: none of {', '.join(names)}")
     quiet = ("background-networking", "component-update", "sync", "quic", "gpu")
     flags = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    # Two pages of the address line, in each window: half of what the windows take.
+    # (Of this switch the last counts: Playwright's own names give way.)
+    flags.append("--disable-features=WebUIOmniboxPopup,WebUIOmniboxAimPopup")
     playwright.expect.set_options(timeout=1000 * PATIENCE)
     with playwright.sync_playwright() as running:
         asyncio.get_running_loop().set_debug(False)  # it takes as long as all the rest
