@@ -15921,6 +15921,7 @@ class Persons(RuleBasedStateMachine):
             settings=replace(SMALL, hint_gap=0),
         )
         self.live = self.running.enter_context(serving(engine))
+        self.live.loop.set_debug(False)  # else it takes half of the time
         self.node(call, "{}:{}".format(*self.live.address), *arguments)
 
     def applied(self) -> list[str]:
