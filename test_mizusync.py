@@ -16404,7 +16404,7 @@ def expect(locator: Any) -> Any:
 @pytest.fixture(scope="class")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
-    names = ("chromium", "chromium-browser", "google-chrome")
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
     if (path := next(filter(None, map(shutil.which, names)), None)) is None:
         pytest.skip(f"no browser to open the page in: none of {', '.join(names)}")
     quiet = ("background-networking", "component-update", "sync", "quic", "gpu")
