@@ -10,7 +10,7 @@ FILE` compares another mizusync.py with this one, and counts the instructions of
 in some 4 minutes. `--count` only counts instructions, under valgrind (`apt-get install
 valgrind`): numbers that stay the same to 1 % on a busy machine. `--peers` adds what one
 would write instead, bench_peers.py beside this file, for a Python that has the
-packages: `python -m venv lab && lab/bin/pip install aiohttp fastapi
+packages: `python -m venv lab && lab/bin/pip install aiohttp fastapi msgspec
 'uvicorn[standard]'`, and then `lab/bin/python .ci/bench.py --peers`. Linux only.
 
 Of the times, trust "CPU us" most: the server's user and system time by the operation,
@@ -1057,7 +1057,7 @@ def about(folder: Path, peers: bool) -> Iterator[str]:
     yield f"{time.strftime('%Y-%m-%d')}, {cores}, Linux {platform.release()}"
     versions = f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
     yield f"{versions}; one core a server"
-    for package in ("aiohttp", "fastapi", "uvicorn") if peers else ():
+    for package in PACKAGES if peers else ():
         yield f"{package} {importlib.metadata.version(package)}"
     median, _ = half_and_most(list(time_syncs(folder)), 1e6)
     yield f"fdatasync of 4 KiB in {folder.parent}: p50 {median:.0f} us"
@@ -1075,7 +1075,8 @@ def time_syncs(folder: Path) -> Iterator[float]:
 
 HERE = Path(__file__).resolve().parent
 CORES = sorted(os.sched_getaffinity(0))
-PEERS = ("aiohttp", "FastAPI")
+PEERS = ("aiohttp", "FastAPI", "Starlette")
+PACKAGES = ("aiohttp", "fastapi", "starlette", "uvicorn", "uvloop", "msgspec")
 SCENARIOS = (
     *("requests", "steady", "hints", "memory", "growth", "fairness", "snapshots"),
     "count",
@@ -1223,7 +1224,7 @@ def parse_arguments() -> argparse.Namespace:
     beside = str(HERE.parent / "mizusync.py")
     add("--server", default=beside, help="the mizusync.py to measure (%(default)s)")
     add("--old", metavar="FILE", help="another one, to compare it with")
-    add("--peers", action="store_true", help="measure aiohttp and FastAPI, too")
+    add("--peers", action="store_true", help="measure bench_peers.py, too")
     add("--quick", action="store_true", help="measure less; --old does so, too")
     add(
         "--only",

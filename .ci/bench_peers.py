@@ -1,43 +1,57 @@
-"""The benchmark's peers: the same service as one would write it with aiohttp, or with
-FastAPI.
+"""The benchmark's peers: the same service as one would write it with aiohttp, with
+FastAPI, or with what is fastest today: Starlette with msgspec.
 
 Push, pull and live hints over SQLite: WAL, synchronous=FULL, one thread for the
 database, one transaction a push; one task tells the subscribers, and merges what they
-have not been told yet. No snapshots, no epochs, no changes in hints. bench.py starts
-it: `bench_peers.py aiohttp --db FILE`."""
+have not been told yet. No snapshots, no epochs, no changes in hints. Their `apply` is
+the demo's own, so they check what it checks. bench.py starts it: `bench_peers.py
+aiohttp --db FILE`."""
 
 import argparse
 import asyncio
 import json
 import socket
 import sqlite3
+import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mizusync import TODO_SCHEMA, SyncError, apply_todo
 
 Json = dict[str, Any]
 Send = Callable[[str], Awaitable[None]]
 
-SCHEMA = """
+SCHEMA = (
+    TODO_SCHEMA
+    + """
     CREATE TABLE IF NOT EXISTS changes (cursor INTEGER PRIMARY KEY AUTOINCREMENT,
         scope TEXT NOT NULL, time TEXT NOT NULL, data TEXT NOT NULL);
     CREATE INDEX IF NOT EXISTS changes_of_scope ON changes (scope, cursor);
     CREATE TABLE IF NOT EXISTS mutations (scope TEXT NOT NULL, id TEXT NOT NULL,
         cursor INTEGER NOT NULL, PRIMARY KEY (scope, id)) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS todos (scope TEXT NOT NULL, id TEXT NOT NULL,\
- title TEXT NOT NULL,
-        completed INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (scope, id)) WITHOUT ROWID;
 """
+)
 
 
 class Store:
     """The change log. It blocks, so it has a thread of its own: call it through
     `run`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(
+        self,
+        path: str,
+        encode: Callable[[Any], str] = json.dumps,
+        decode: Callable[[str], Any] = json.loads,
+    ) -> None:
+        self.encode, self.decode = encode, decode  # of a change's data
         self.thread = ThreadPoolExecutor(1)
         self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self.db.execute("PRAGMA journal_mode = WAL")
@@ -53,38 +67,29 @@ class Store:
         sql = "SELECT coalesce(max(cursor), 0) FROM changes WHERE scope = ?"
         return int(self.db.execute(sql, (scope,)).fetchone()[0])
 
-    def push(self, mutations: list[Json]) -> list[Json]:
+    def push(self, mutations: list[Any]) -> list[Json]:
+        """Apply mutations: objects with the fields that `apply` reads."""
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         with self.db:  # commits, or rolls back
             self.db.execute("BEGIN IMMEDIATE")
-            return [self._apply(mutation, now) for mutation in mutations]
+            return [self._push_one(mutation, now) for mutation in mutations]
 
-    def _apply(self, mutation: Json, now: str) -> Json:
-        scope, key, args = mutation["scope"], mutation["id"], mutation["args"]
+    def _push_one(self, mutation: Any, now: str) -> Json:
+        scope, key = mutation.scope, mutation.id
         sql = """
             SELECT cursor, time, data FROM mutations JOIN changes USING (cursor)
             WHERE mutations.scope = ? AND id = ?
         """
         if seen := self.db.execute(sql, (scope, key)).fetchone():
-            return applied(scope, seen[0], seen[1], json.loads(seen[2])) | {
-                "duplicate": True
-            }
-        match mutation["name"], args:
-            case "todo.create", {"id": str(todo), "title": str(title)}:
-                data = {
-                    "op": "create",
-                    "todo": {"id": todo, "title": title, "completed": False},
-                }
-            case _:
-                return {
-                    "ok": False,
-                    "code": "invalid_mutation",
-                    "error": "only todo.create",
-                }
-        sql = "INSERT OR REPLACE INTO todos (scope, id, title) VALUES (?, ?, ?)"
-        self.db.execute(sql, (scope, todo, title))
+            result = applied(scope, seen[0], seen[1], self.decode(seen[2]))
+            return result | {"duplicate": True}
+        try:
+            # It checks before it writes, so a refusal has nothing to undo.
+            (data,) = apply_todo(self.db, mutation)
+        except SyncError as refusal:
+            return {"ok": False, "code": refusal.code, "error": str(refusal)}
         sql = "INSERT INTO changes (scope, time, data) VALUES (?, ?, ?)"
-        cursor = self.db.execute(sql, (scope, now, json.dumps(data))).lastrowid
+        cursor = self.db.execute(sql, (scope, now, self.encode(data))).lastrowid
         self.db.execute("INSERT INTO mutations VALUES (?, ?, ?)", (scope, key, cursor))
         return applied(scope, cursor, now, data)
 
@@ -95,7 +100,7 @@ class Store:
         """
         rows = self.db.execute(sql, (scope, cursor, limit + 1)).fetchall()
         changes = [
-            {"cursor": at, "scope": scope, "time": time, "data": json.loads(data)}
+            {"cursor": at, "scope": scope, "time": time, "data": self.decode(data)}
             for at, time, data in rows[:limit]
         ]
         head = changes[-1]["cursor"] if changes else cursor
@@ -148,24 +153,25 @@ def run_aiohttp(path: str, listener: socket.socket) -> None:
 
     store, live = Store(path), Live()
 
-    def is_name(value: Any, longest: int) -> bool:
-        return isinstance(value, str) and 1 <= len(value) <= longest
+    @dataclass
+    class Mutation:
+        id: str
+        name: str
+        scope: str = "_default"
+        args: Any = None
 
-    def checked(value: Any) -> Json:
-        given = value if isinstance(value, dict) else {}
-        mutation = {"scope": "_default", "args": None} | given
-        limits = ("id", 128), ("name", 128), ("scope", 256)
-        if not all(is_name(mutation.get(field), longest) for field, longest in limits):
-            raise ValueError("a mutation has an id and a name")
-        return mutation
+        def __post_init__(self) -> None:
+            for value, longest in ((self.id, 128), (self.name, 128), (self.scope, 256)):
+                if not isinstance(value, str) or not 1 <= len(value) <= longest:
+                    raise ValueError("a mutation has an id and a name")
 
     async def push(request: web.Request) -> web.Response:
         try:
             body = await request.json()
             if not isinstance(body, list) or not 1 <= len(body) <= 100:
                 raise ValueError("1 to 100 mutations")
-            mutations = [checked(value) for value in body]
-        except ValueError as error:
+            mutations = [Mutation(**value) for value in body]
+        except (TypeError, ValueError) as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         results = await store.run(store.push, mutations)
         live.publish(results)
@@ -234,9 +240,7 @@ def run_fastapi(path: str, listener: socket.socket) -> None:
     async def push(
         mutations: Annotated[list[Mutation], Body(min_length=1, max_length=100)],
     ) -> JSONResponse:
-        results = await store.run(
-            store.push, [mutation.model_dump() for mutation in mutations]
-        )
+        results = await store.run(store.push, mutations)
         live.publish(results)
         return JSONResponse(results)
 
@@ -279,9 +283,104 @@ def run_fastapi(path: str, listener: socket.socket) -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
+# --- Starlette, msgspec ---------------------------------------------------------------
+# uvicorn with uvloop and httptools. JSON goes from bytes to checked structs in one
+# step, and stored JSON goes out as it is.
+
+
+def run_starlette(path: str, listener: socket.socket) -> None:
+    import msgspec
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route, WebSocketRoute
+    from starlette.websockets import WebSocket, WebSocketDisconnect
+
+    encoder = msgspec.json.Encoder()
+    store = Store(
+        path,
+        encode=lambda data: encoder.encode(data).decode(),
+        decode=lambda text: msgspec.Raw(text.encode()),
+    )
+    live = Live()
+    Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    Scope = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+    class Mutation(msgspec.Struct, gc=False):
+        id: Name
+        name: Name
+        scope: Scope = "_default"
+        args: Any = None
+
+    Push = Annotated[list[Mutation], msgspec.Meta(min_length=1, max_length=100)]
+    decoder = msgspec.json.Decoder(Push)
+
+    def answer(value: Any) -> Response:
+        return Response(encoder.encode(value), media_type="application/json")
+
+    async def push(request: Request) -> Response:
+        try:
+            mutations = decoder.decode(await request.body())
+        except msgspec.ValidationError as error:
+            return Response(str(error), 400)
+        results = await store.run(store.push, mutations)
+        live.publish(results)
+        return answer(results)
+
+    async def pull(request: Request) -> Response:
+        query = request.query_params
+        try:
+            cursor = int(query.get("cursor", 0))
+            limit = int(query.get("limit", 100))
+        except ValueError:
+            cursor = limit = -1
+        if cursor < 0 or limit < 1:
+            return Response("cursor and limit are numbers", 400)
+        scope = query.get("scope", "_default")
+        return answer(await store.run(store.pull, scope, cursor, min(limit, 1000)))
+
+    async def websocket(socket: WebSocket) -> None:
+        await socket.accept()
+        scope = socket.query_params.get("scope", "_default")
+        send = socket.send_text  # one object: a bound method is made anew each time
+        try:
+            while True:
+                message = await socket.receive_json()
+                if message.get("topic") == "subscribe":
+                    live.followers[scope].add(send)
+                    await send(hint(scope, await store.run(store.head, scope)))
+                else:
+                    await socket.send_json({"topic": "error", "data": {}})
+        except WebSocketDisconnect:
+            pass
+        finally:
+            live.followers[scope].discard(send)
+
+    @asynccontextmanager
+    async def life(app: Starlette) -> AsyncIterator[None]:
+        task = asyncio.create_task(live.run())
+        yield
+        task.cancel()
+
+    routes = [
+        Route("/sync/push", push, methods=["POST"]),
+        Route("/sync/pull", pull),
+        WebSocketRoute("/ws", websocket),
+    ]
+    app = Starlette(routes=routes, lifespan=life)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, loop="uvloop", http="httptools"
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+PEERS = {"aiohttp": run_aiohttp, "FastAPI": run_fastapi, "Starlette": run_starlette}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A peer of the benchmark.")
-    parser.add_argument("peer", choices=["aiohttp", "FastAPI"])
+    parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--db", default="peer.db")
     args = parser.parse_args()
@@ -292,8 +391,7 @@ def main() -> None:
     # IPPROTO_TCP; without it each answer of uvicorn's would wait 40 ms for an ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-    run = {"aiohttp": run_aiohttp, "FastAPI": run_fastapi}[args.peer]
-    run(args.db, listener)
+    PEERS[args.peer](args.db, listener)
 
 
 if __name__ == "__main__":
