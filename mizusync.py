@@ -37,7 +37,7 @@ The life of one change, and the section that does each step:
     bytes -> Request                HTTP requests   refused if two parsers could differ
     Request -> [Mutation, ...]      Endpoints       checked once, at the door
     -> a Job in the queue           Jobs            in the order of arrival
-    -> rows, a mark, a result       Batch           each mutation under a savepoint
+    -> rows, a mark, a result       Batch           one that fails leaves no trace
     -> one transaction              Writer          one fsync for all jobs that wait
     -> Change 42 in the log         SQLite          a number that is never issued again
     -> the answer, and the hint     Listeners       one hop from the writer to the loop
@@ -989,6 +989,12 @@ class Store:
 # it has prepared. If the engine's COMMIT and an application's were the same text, the
 # application's would come from the cache, unasked. So the engine's own statements begin
 # with a comment that no application uses.
+#
+# A mutation that fails leaves no trace. A savepoint for each one would cost a tenth of
+# a push, and most need none: they only write rows, and check before they write. So at
+# first there is none. Once a mutation fails after it wrote, or does more than read and
+# write rows, the transaction is given up (the writer then runs each of its mutations
+# alone), and from there on each mutation of this connection has a savepoint.
 
 OWN_STATEMENT = "/* mizusync */ "
 
@@ -1025,7 +1031,7 @@ def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
 
 
 class GuardedConnection(sqlite3.Connection):
-    """A connection that runs application code under a savepoint, and restricts it."""
+    """A connection that runs application code, undoes what fails, and restricts it."""
 
     def __init__(self, path: str, mode: str, timeout: float = 5.0) -> None:
         """Open the file; `mode` is "ro", or "rwc", which writes and may create it."""
@@ -1042,7 +1048,9 @@ class GuardedConnection(sqlite3.Connection):
         self.has_created_log = False
         self._timeout = timeout
         self._guarded = False  # application code has the connection
-        self._cursors = weakref.WeakSet[sqlite3.Cursor]()  # of the application
+        self._needs_savepoints = False  # see above
+        # Of the application. (A WeakSet does in Python what this does in C.)
+        self._cursors: set[weakref.ref[GuardedCursor]] = set()
         super().set_authorizer(self._authorize)
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
@@ -1052,36 +1060,52 @@ class GuardedConnection(sqlite3.Connection):
         moment (https://sqlite.org/lang_savepoint.html). Raise StoreRefused if the
         transaction did not survive, or if `work` ended with a refusal of SQLite's.
         """
-        run_own(self, "SAVEPOINT mizusync_guard")
+        has_savepoint = self._needs_savepoints or not self.in_transaction
+        if has_savepoint:
+            run_own(self, "SAVEPOINT mizusync_guard")
+        changes = self.total_changes
         self._guarded = True
         try:
             result = work(self)
         except BaseException as error:
-            self._end_guard("ROLLBACK TO mizusync_guard", "RELEASE mizusync_guard")
+            self._end_guard(has_savepoint, undo_from=changes)
             raise_if_refusal(error)
             if primary_code(error) == sqlite3.SQLITE_AUTH:
                 error.add_note(GUARD_NOTE)
             raise
-        self._end_guard("RELEASE mizusync_guard")
+        self._end_guard(has_savepoint)
         return result
 
-    def _end_guard(self, *statements: str) -> None:
+    def _end_guard(
+        self,
+        has_savepoint: bool,
+        undo_from: int | None = None,
+    ) -> None:
         """Close the application's cursors, undo its settings, and end the savepoint.
 
-        A half-read INSERT ... RETURNING makes a later COMMIT fail, and a half-read
-        SELECT keeps an old state of the file in use.
+        `undo_from` is the number of changes before an application that has failed. A
+        half-read INSERT ... RETURNING makes a later COMMIT fail, and a half-read SELECT
+        keeps an old state of the file in use.
         """
         self._guarded = False
         self.row_factory = None
         self.text_factory = str
         try:
-            if self._cursors:  # it is faster to ask than to go through none
-                for cursor in list(self._cursors):
+            for reference in list(self._cursors):
+                cursor = reference()
+                if cursor is not None:
                     with contextlib.suppress(sqlite3.Error):  # a thread may be using it
                         cursor.close()
-                self._cursors.clear()
-            for statement in statements:
-                run_own(self, statement)
+            self._cursors.clear()
+            if has_savepoint:
+                if undo_from is not None:
+                    run_own(self, "ROLLBACK TO mizusync_guard")
+                run_own(self, "RELEASE mizusync_guard")
+            else:
+                if undo_from not in (None, self.total_changes):
+                    self._needs_savepoints = True
+                if self._needs_savepoints or not self.in_transaction:
+                    raise sqlite3.OperationalError("there is nothing to go back to")
         except Exception as error:
             # The savepoint is gone, because SQLite or the application rolled everything
             # back; or something else leaves the transaction in doubt.
@@ -1109,8 +1133,9 @@ class GuardedConnection(sqlite3.Connection):
 
     def cursor(self, factory: Any = None) -> Any:
         """Return a cursor of the one kind that there is, whatever the factory."""
-        cursor = super().cursor(GuardedCursor)
-        self._cursors.add(cursor)
+        cursor = sqlite3.Connection.cursor(self, GuardedCursor)
+        reference = weakref.ref(cursor, self._cursors.discard)
+        self._cursors.add(reference)
         return cursor
 
     def execute(self, *statement: Any) -> Any:
@@ -1142,6 +1167,8 @@ class GuardedConnection(sqlite3.Connection):
             return sqlite3.SQLITE_OK
         if not self.in_transaction:  # as in check_transaction
             return sqlite3.SQLITE_DENY
+        if action not in _ROWS:  # a table, a savepoint: total_changes does not show it
+            self._needs_savepoints = True
         # Without a value, a PRAGMA only reads. Full-text search uses such ones.
         is_reading = action == sqlite3.SQLITE_PRAGMA and names[1] is None
         if action in _CONTROL and not is_reading:
@@ -1169,7 +1196,7 @@ class GuardedCursor(sqlite3.Cursor):
 
     def execute(self, *statement: Any) -> Any:
         self.connection.check_transaction()
-        return super().execute(*statement)
+        return sqlite3.Cursor.execute(self, *statement)
 
     def executemany(self, *statement: Any) -> Any:
         self.connection.check_transaction()
@@ -1181,6 +1208,12 @@ class GuardedCursor(sqlite3.Cursor):
 _CONTROL = (
     sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_PRAGMA,
     sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH,
+)  # fmt: skip
+# What only reads and writes rows. (A PRAGMA that writes is refused.)
+_ROWS = (
+    sqlite3.SQLITE_SELECT, sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE,
+    sqlite3.SQLITE_DELETE, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE,
+    sqlite3.SQLITE_PRAGMA,
 )  # fmt: skip
 _OWN_NAMES = ("mizusync_", "sqlite_sequence")  # prefixes; the sequence holds the head
 GUARD_NOTE = (
@@ -2175,9 +2208,9 @@ def apply_retention(batch: Batch, keep: int) -> None:
 # --- Writer ---------------------------------------------------------------------------
 # One thread owns the connection that writes. It takes one job after the other and, for
 # up to max_commit_time, commits them as one transaction (group commit): one fsync
-# serves them all. The disk needs as long for a hundred pushes as for one. Each mutation
-# runs under a savepoint, so one that fails leaves no trace. Memory follows the commit,
-# and then answers and hints.
+# serves them all. The disk needs as long for a hundred pushes as for one. A mutation
+# that fails leaves no trace (see Guard). Memory follows the commit, and then answers
+# and hints.
 #
 # There is one rule for a transaction that fails: each of its steps runs again, in a
 # transaction of its own. If a step succeeds alone, another one had made the transaction

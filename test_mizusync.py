@@ -1455,6 +1455,135 @@ def test_an_application_may_use_virtual_tables_also_after_a_restart(
             assert ask(engine.snapshot()).data == 1
 
 
+# A mutation that fails leaves no trace, whatever it did before. Its neighbours do.
+
+TRACES_SCHEMA = """
+    PRAGMA foreign_keys = ON;
+    CREATE TABLE IF NOT EXISTS words (word TEXT);
+    CREATE TABLE IF NOT EXISTS keys (key INTEGER PRIMARY KEY, size INTEGER UNIQUE);
+    CREATE TABLE IF NOT EXISTS doors (key INTEGER REFERENCES keys ON DELETE CASCADE);
+    CREATE TABLE IF NOT EXISTS history (word TEXT);
+    CREATE TRIGGER IF NOT EXISTS remember AFTER DELETE ON words
+        BEGIN INSERT INTO history VALUES (old.word); END;
+    CREATE VIEW IF NOT EXISTS shouts AS SELECT word FROM words;
+    CREATE TRIGGER IF NOT EXISTS shout INSTEAD OF INSERT ON shouts
+        BEGIN INSERT INTO words VALUES (upper(new.word)); END;
+"""
+TRACES = {
+    "a row": "INSERT INTO words VALUES ('one')",
+    "rows": "INSERT INTO words SELECT word || '.' FROM words LIMIT 3",
+    "an update": "UPDATE words SET word = word || '+'",
+    "a deletion, with a trigger": "DELETE FROM words WHERE length(word) < 6",
+    "all rows": "DELETE FROM history",
+    "a view": "INSERT INTO shouts VALUES ('two')",
+    "a key": "INSERT INTO keys VALUES (1, (SELECT count(*) FROM words))",
+    "another key": "INSERT OR REPLACE INTO keys VALUES (2, 2)",
+    "an upsert": "INSERT INTO keys VALUES (2, 5) ON CONFLICT DO UPDATE SET size = 7",
+    "a key or nothing": "INSERT OR IGNORE INTO keys VALUES (1, 1)",
+    "a foreign key": "INSERT INTO doors VALUES (2)",
+    "a cascade": "DELETE FROM keys WHERE key = 2",
+    "a table": "CREATE TABLE IF NOT EXISTS more (n)",
+    "no table": "DROP TABLE IF EXISTS more",
+    "a savepoint": "SAVEPOINT one",
+    "a rollback to it": "ROLLBACK TO one",
+    "its release": "RELEASE one",
+    "a half-read query": "SELECT word FROM words UNION ALL VALUES (1), (2)",
+    "half-read rows": "INSERT INTO words VALUES ('r'), ('s') RETURNING word",
+    "a mistake": "INSERT INTO nowhere VALUES (1)",
+}
+
+
+def leave_traces(db: sqlite3.Connection, names: list[str]) -> None:
+    """Run some statements of TRACES. "?" suppresses an error of the one behind it."""
+    held = []
+    for before, name in itertools.pairwise(["", *names]):
+        if name != "?":
+            with suppress(*[sqlite3.Error] * (before == "?")):
+                held.append(db.execute(TRACES[name]))
+                held[-1].fetchone()
+
+
+def traces(path: Path) -> list[str]:
+    """Return the application's tables as SQL."""
+    with closing(sqlite3.connect(path)) as db:
+        lines = list(db.iterdump())
+    return [line for line in lines if "mizusync" not in line and "sequence" not in line]
+
+
+trace_names = st.lists(st.sampled_from([*TRACES, "?"]), max_size=5)
+
+
+@pytest.mark.skipif(sqlite3.sqlite_version_info < (3, 35), reason="needs RETURNING")
+@settings(max_examples=25)
+@given(
+    pushes=st.lists(
+        st.lists(st.tuples(trace_names, st.sampled_from(["", "conflict", "bug"]))),
+        max_size=3,
+    )
+)
+def test_a_push_writes_what_its_mutations_write_that_succeed_one_by_one(
+    pushes: list[list[tuple[list[str], str]]],
+) -> None:
+    def apply_traces(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        names, end = mutation.args
+        leave_traces(db, names)
+        if end:
+            raise mizusync.Conflict if end == "conflict" else RuntimeError
+        return list(names)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, model = Path(folder) / "log.db", Path(folder) / "model.db"
+        make_database(model)
+        expected = []
+        with closing(sqlite3.connect(model, isolation_level=None)) as db:
+            db.executescript(TRACES_SCHEMA)
+            for names, end in itertools.chain(*pushes):
+                db.execute("SAVEPOINT mutation")
+                try:
+                    leave_traces(db, names)
+                except sqlite3.Error:
+                    end = "bug"
+                if end:
+                    db.execute("ROLLBACK TO mutation")
+                db.execute("RELEASE mutation")
+                codes = {"": None, "conflict": "conflict", "bug": "internal_error"}
+                expected.append(codes[end])
+        options: dict[str, Any] = {"apply": apply_traces, "schema": TRACES_SCHEMA}
+        with closing(open_log(path, **options)) as engine:
+            keys = itertools.count()
+            results = [
+                push(engine, *(note(str(next(keys)), args) for args in mutations))
+                for mutations in pushes
+            ]
+        assert [one.get("code") for one in itertools.chain(*results)] == expected
+        assert traces(path) == traces(model)
+
+
+def test_a_mutation_that_fails_after_it_wrote_costs_one_transaction_of_many(
+    path: Path,
+) -> None:
+    def write_or_fail(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        if mutation.args == "refuse":
+            raise mizusync.Conflict
+        db.execute("INSERT INTO notes VALUES ('', '')")
+        if mutation.args == "write and refuse":
+            raise mizusync.Conflict
+        return [1]
+
+    def commits(*args: str) -> int:
+        before = engine.stats()["commits"]
+        results = push(engine, *(note(str(next(keys)), one) for one in args))
+        assert [one["ok"] for one in results] == [one == "" for one in args]
+        return engine.stats()["commits"] - before
+
+    keys = itertools.count()
+    with closing(open_log(path, apply=write_or_fail)) as engine:
+        assert commits("", "refuse", "") == 1  # nothing is there to undo
+        assert commits("", "write and refuse", "") == 3
+        assert commits("", "write and refuse", "") == 1  # there is a savepoint now
+        assert commits("write and refuse", "refuse") == 1
+
+
 # Each call of `apply` or `snapshot` leaves the connection as it found it.
 
 
