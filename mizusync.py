@@ -525,7 +525,7 @@ class Json:
             raise TypeError(f"Json takes JSON text, not {self.text!r}")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Mutation:
     """A client's request to change the data. Within its scope, an `id` applies once.
 
@@ -544,6 +544,10 @@ class Mutation:
                 raise InvalidMutation(
                     f"the {field} has to be a string of 1 to {longest} characters"
                 )
+
+    def __str__(self) -> str:
+        """Return what a log may say of it: not its args, which may be private."""
+        return f"{self.name!r}, id {self.id!r} in scope {self.scope!r}"
 
     @classmethod
     def parse(cls, value: Any) -> Mutation:
@@ -1140,7 +1144,8 @@ class GuardedConnection(sqlite3.Connection):
 
     def execute(self, *statement: Any) -> Any:
         # sqlite3.Connection's own does not call cursor(). Nor does its executemany().
-        return self.cursor().execute(*statement)
+        self.check_transaction()
+        return sqlite3.Cursor.execute(self.cursor(), *statement)
 
     def executemany(self, *statement: Any) -> Any:
         return self.cursor().executemany(*statement)
@@ -1961,12 +1966,12 @@ def make_calls(calls: Iterable[Call]) -> None:
 # waits for. A step of it is the unit that can be run again in a transaction of its own.
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Step:
     """One mutation of a push, or a trim."""
 
     run: Callable[[Any], Any]  # takes the transaction's Batch
-    name: str  # for the log
+    name: object  # for the log
     # What `run` returned: a Result, or how many changes a trim removed. None if it has
     # not run, or if its transaction has failed.
     result: Any = None
@@ -2017,7 +2022,7 @@ class Job:
 # lives on the writer's thread, and is dropped if its transaction fails.
 
 # Not an iterable of changes, although Python can iterate over them.
-NOT_CHANGES = (str, bytes, Mapping, Change, sqlite3.Cursor)
+NOT_CHANGES = (str, bytes, dict, Change, sqlite3.Cursor)
 Apply = Callable[[Any, Mutation], Iterable[Any] | None]
 
 
@@ -2053,7 +2058,7 @@ class Batch:
         mark = self.marks.get(key) or self.store.find_mark(self.db, *key)
         if mark:
             return self._repeat(mark, push)
-        # Each run gets a copy of the args, because `apply` may change them.
+        # Each run gets a copy, because `apply` may change it.
         mutation = Mutation(  # dataclasses.replace would take 1 us more
             mutation.id,
             mutation.name,
@@ -2069,9 +2074,9 @@ class Batch:
             return Result.refused(refusal)
         except BaseException:
             # SystemExit, too, is the application's error, and must not end this thread.
-            engine_log.exception("apply failed on %s", describe(mutation))
+            engine_log.exception("apply failed on %s", mutation)
             return Result.refused(SyncError("the server failed on this mutation"))
-        return self._add(mutation, rows)
+        return self._add(key, rows)
 
     def _make_rows(self, db: Any, mutation: Mutation) -> list[Row]:
         """Call the application, and return the changes that it makes as numbered rows.
@@ -2079,6 +2084,7 @@ class Batch:
         They are not in the batch yet. `db` is for the application. Raise TypeError or
         ValueError for what is no change, and InvalidMutation for too many changes.
         """
+        scope = mutation.scope  # `apply` may change the mutation
         made = self._apply_function(db, mutation)
         if isinstance(made, NOT_CHANGES):
             raise TypeError("apply returns an iterable of changes, such as a list")
@@ -2091,8 +2097,8 @@ class Batch:
                     raise InvalidMutation(f"the mutation makes over {limit} changes")
                 # Encode it before the next one is made: a generator may change one
                 # object again and again.
-                scope, text = encode_data(change, mutation.scope)
-                rows.append(Row(cursor, first, scope, self._time, text))
+                row_scope, text = encode_data(change, scope)
+                rows.append(Row(cursor, first, row_scope, self._time, text))
         finally:
             # A generator that is not exhausted ends here, while what it does at its end
             # can still be undone; also one inside of a map, which has no close().
@@ -2102,18 +2108,18 @@ class Batch:
             del made
         return rows
 
-    def _add(self, mutation: Mutation, rows: Sequence[Row]) -> Result:
+    def _add(self, key: tuple[str, str], rows: Sequence[Row]) -> Result:
         """Append the changes of a mutation, and mark it as applied."""
+        scope, id = key
         shown = []
         for row in rows:
             encoded = self._tail(row.scope).add(row)
-            if row.scope == mutation.scope:
+            if row.scope == scope:
                 shown.append(encoded)
         self.rows += rows
         first = rows[0].cursor if rows else None
-        last = rows[-1].cursor if rows else self._tail(mutation.scope).current
-        key = (mutation.scope, mutation.id)
-        self.marks[key] = Mark(*key, first, last)
+        last = rows[-1].cursor if rows else self._tail(scope).current
+        self.marks[key] = Mark(scope, id, first, last)
         return Result.applied(last, shown)
 
     def _tail(self, scope: str) -> Tail:
@@ -2167,11 +2173,6 @@ def encode_data(change: Any, scope: str) -> tuple[str, str]:
     text = data.text if isinstance(data, Json) else encode_json(data)
     text.encode()  # a lone surrogate fails here, where it can be undone
     return scope, text
-
-
-def describe(mutation: Mutation) -> str:
-    """Return what a log may say of a mutation: not its args, which may be private."""
-    return f"{mutation.name!r}, id {mutation.id!r} in scope {mutation.scope!r}"
 
 
 # --- Retention ------------------------------------------------------------------------
@@ -2531,7 +2532,7 @@ class Engine:
             run = functools.partial(
                 Batch.apply, mutation=mutation, args=args, push=steps
             )
-            steps.append(Step(run, describe(mutation)))
+            steps.append(Step(run, mutation))
         return steps
 
     async def _run_steps(self, steps: list[Step]) -> list[Any]:
