@@ -577,6 +577,10 @@ class Change:
     time: str = ""
 
 
+# A change as every client of its scope gets it. Python fills this in, and SQLite can.
+CHANGE = '{"cursor":%d,"scope":%s,"time":"%s","data":%s}'
+
+
 class Row(NamedTuple):
     """A change as the log keeps it. `first` is the first cursor of its mutation."""
 
@@ -588,8 +592,9 @@ class Row(NamedTuple):
 
     def encode(self) -> bytes:
         """Return the change as every client of its scope gets it."""
-        place = f'"cursor":{self.cursor},"scope":{encode_name(self.scope)}'
-        return f'{{{place},"time":"{self.time}","data":{self.data}}}'.encode()
+        scope = encode_name(self.scope)
+        values = (self.cursor, scope, self.time, self.data)
+        return (CHANGE % values).encode()
 
 
 class Result(NamedTuple):
@@ -638,14 +643,15 @@ class Result(NamedTuple):
 class Page(NamedTuple):
     """Some changes of one scope, in order. The next page begins after `cursor`."""
 
-    encoded_changes: Sequence[bytes]
+    encoded_changes: Sequence[bytes]  # each one change, or several with commas between
     cursor: int
     epoch: str
     has_more: bool = False
 
     @property
     def changes(self) -> list[Change]:
-        return [Change(**json.loads(change)) for change in self.encoded_changes]
+        text = b"[%b]" % b",".join(self.encoded_changes)
+        return [Change(**change) for change in json.loads(text)]
 
     def encode(self) -> bytes:
         """Return the body that answers a pull."""
@@ -870,6 +876,21 @@ class Store:
     ) -> Generator[Row, None, None]:
         """Yield the scope's changes above a cursor, in order, as they are taken."""
         raise NotImplementedError
+
+    def read_full_page(
+        self,
+        db: Any,
+        scope: str,
+        after: int,
+        limit: int,
+        max_size: int,
+    ) -> tuple[int, bytes] | None:
+        """Return the last cursor and the encoded changes of a page that is not the end.
+
+        This is for a database that can write JSON. None sends the caller to
+        read_changes, as at the log's end, and for a page that may be too large.
+        """
+        return None
 
     # From here on the SQL is the same everywhere.
 
@@ -1501,6 +1522,43 @@ class SQLiteStore(Store):
         rows = sqlite3.Connection.execute(db, OWN_STATEMENT + sql, (scope, after))
         yield from map(Row._make, rows)
 
+    def read_full_page(
+        self,
+        db: Any,
+        scope: str,
+        after: int,
+        limit: int,
+        max_size: int,
+    ) -> tuple[int, bytes] | None:
+        """Let SQLite join the page. For each single row, it would wait for the GIL."""
+        # The page ends before the first row of another mutation behind its last row.
+        sql = """
+            WITH page AS (
+                SELECT cursor, length(CAST(data AS BLOB)) AS size
+                FROM mizusync_changes
+                WHERE scope = ? AND cursor > ? ORDER BY cursor LIMIT ?
+            ), total AS (SELECT max(cursor) AS last, sum(size) AS size FROM page)
+            SELECT size, (
+                SELECT cursor FROM mizusync_changes
+                WHERE scope = ? AND cursor > last AND first > last
+                ORDER BY cursor LIMIT 1
+            ) FROM total
+        """
+        rows = run_own(db, sql, scope, after, limit, scope)
+        size, end = rows[0]
+        if end is None or size > max_size:
+            return None
+        sql = """
+            SELECT max(cursor),
+                   CAST(group_concat(printf(?, cursor, ?, time, data)) AS BLOB)
+            FROM (SELECT * FROM mizusync_changes
+                  WHERE scope = ? AND cursor > ? AND cursor < ? ORDER BY cursor)
+        """
+        parameters = (CHANGE, encode_name(scope), scope, after, end)
+        rows = run_own(db, sql, *parameters)
+        last, changes = rows[0]
+        return last, changes
+
     def latest(self) -> Position:
         """Return the position after the newest commit, whichever process made it."""
         with self._position_lock:
@@ -1816,12 +1874,15 @@ class Tails:
         if cursor < self._store.read_trimmed(db, scope):
             raise CursorTooOld(f"changes above {cursor} were trimmed: take a snapshot")
         # 2. Read until the page is full, and then to the end of a mutation.
+        max_size = self._settings.max_page_size
+        full_page = self._store.read_full_page(db, scope, cursor, limit, max_size)
+        if full_page:
+            last, changes = full_page
+            return Page([changes], last, position.epoch, has_more=True)
         tail = Tail(cursor)
         first = 0  # the first cursor of the mutation that the last row belongs to
         for row in self._store.read_changes(db, scope, cursor):
-            is_full = (
-                len(tail.cursors) >= limit or tail.size > self._settings.max_page_size
-            )
+            is_full = len(tail.cursors) >= limit or tail.size > max_size
             if is_full and row.first != first:
                 return Page(tail.changes, tail.current, position.epoch, has_more=True)
             tail.add(row)

@@ -2865,6 +2865,33 @@ def test_small_tails_of_many_scopes_lose_no_changes(path: Path) -> None:
             assert fold(whole_log(engine, scope, limit=3)) == expected
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+@pytest.mark.parametrize("scope", ["a", 'quote " and \\', "雨 %d %s"])
+def test_sqlite_joins_a_page_as_python_does(
+    path: Path, monkeypatch: pytest.MonkeyPatch, scope: str, limit: int
+) -> None:
+    texts = ["[1,  2.50]", '{"a": "%s %d"}', '"雨"', "null", '"\\u0000"', "not json"]
+
+    def write(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        changes: list[Any] = [Json(texts[number]) for number in mutation.args]
+        return [Change(0, scope="between"), *changes, Change("after", scope="between")]
+
+    with closing(open_log(path, apply=write)) as engine:
+        for number, places in enumerate([[0], [1, 2, 3], [], [4, 5], [0, 1], [2]]):
+            engine.submit([note(str(number), places, scope=scope)]).result(PATIENCE)
+        position = engine.store.latest()
+
+        def every_page(db: sqlite3.Connection) -> list[bytes]:
+            load = functools.partial(engine._tails.load_page, db, scope)
+            cursors = range(position.head + 1)
+            return [load(at, limit, position.epoch).encode() for at in cursors]
+
+        joined = engine.store.read(every_page)
+        by_rows = mizusync.Store.read_full_page
+        monkeypatch.setattr(mizusync.SQLiteStore, "read_full_page", by_rows)
+        assert joined == engine.store.read(every_page)
+
+
 # --- Listeners ------------------------------------------------------------------------
 # The garbage collector may close an abandoned pull, and so remove its listener, on any
 # thread and at any moment.
