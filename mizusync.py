@@ -2169,7 +2169,11 @@ class Batch:
             del made
         return rows
 
-    def _add(self, key: tuple[str, str], rows: Sequence[Row]) -> Result:
+    def _add(
+        self,
+        key: tuple[str, str],
+        rows: Sequence[Row],
+    ) -> Result:
         """Append the changes of a mutation, and mark it as applied."""
         scope, id = key
         shown = []
