@@ -15580,6 +15580,119 @@ PROMISES = {
           fake.restore(`before ${trouble}`);
         }
     """,
+    "what was confirmed and not saved yet is retained as the new history has it": """
+        const kept = makeKept(), client = await fake.start(kept);
+        await pass(2);
+        client.mutate("add", "a");
+        await quiet();
+        assert.deepEqual([client.state, kept.storage.memory], [["a"], []]);
+        fake.rewind("2", 0);
+        fake.add("of another");
+        client.stop(), client.start();
+        await pass(5);
+        assert.deepEqual([fake.data, client.state], [["of another", "a"], fake.data]);
+        assert.deepEqual(kept.storage.memory.map(({ cursor }) => cursor), [2]);
+        assert.deepEqual(fake.healed, [{ sent: 1, lost: 1 }]);
+        assert.deepEqual(kept.queue.queue, []);
+    """,
+    "what was brought back is brought back again, also without a 410": """
+        const client = await fake.start();
+        client.mutate("add", "a"), client.mutate("add", "b");
+        await pass(5);
+        fake.instead.snapshot = (call) => {
+          fake.held.add("pull");
+          return fake.snapshot(call);
+        };
+        fake.rewind("2", 0);
+        await pass(40);
+        assert.deepEqual([fake.data, client.state], [["a", "b"], []]);
+        fake.rewind("3", 0);  // it knows the position of a client that has seen nothing
+        fake.held.clear();
+        fake.answer("pull");
+        await pass(40);
+        assert.deepEqual([fake.data, client.state], [["a", "b"], ["a", "b"]]);
+        assert.deepEqual(fake.healed, [{ sent: 2, lost: 2 }, { sent: 2, lost: 2 }]);
+    """,
+    "what is told of a healing counts each mutation once": """
+        const client = await fake.start();
+        client.mutate("add", "a"), client.mutate("add", "b");
+        await pass(5);
+        fake.instead.snapshot = (call) => {
+          fake.held.add("pull");
+          return fake.snapshot(call);
+        };
+        fake.rewind("2", 0);
+        await pass(40);
+        fake.rewind("3", 2);  // nothing is lost
+        fake.held.clear();
+        fake.answer("pull");
+        await pass(40);
+        assert.deepEqual([fake.data, client.state], [["a", "b"], ["a", "b"]]);
+        assert.deepEqual(fake.healed, [{ sent: 2, lost: 2 }]);
+    """,
+    "a state of another version does not keep a restored server from being healed": """
+        const migrate = () => { throw new Error("It can't be read."); };
+        for (const options of [{ version: 2 }, { version: 2, migrate }]) {
+          const kept = makeKept(), old = await fake.start({ ...kept, version: 1 });
+          old.mutate("add", "a");
+          await pass(5);
+          old.close();
+          fake.rewind(`after ${fake.epoch}`, 0);
+          const client = fake.make({ ...kept, ...options });
+          client.mutate("add", "b");
+          client.start();
+          await pass(5);
+          assert.deepEqual([fake.data, client.state], [["a", "b"], ["a", "b"]]);
+          assert.deepEqual([fake.healed.pop(), client.pending],
+            [{ sent: 1, lost: 1 }, []]);
+          client.close();
+          fake.restore(`before ${fake.epoch}`);
+        }
+        assert.equal(reports().length, 1);  // of migrate()
+    """,
+    "a state of another version still tells that the server was replaced": """
+        const kept = makeKept(), old = await fake.start({ ...kept, version: 1 });
+        const seen = [];
+        old.mutate("add", "a");
+        await pass(5);
+        old.close();
+        fake.restore("2");
+        fake.database = "other";
+        const client = fake.make({ ...kept, version: 2 });
+        client.addEventListener("replaced", ({ detail }) => seen.push(detail));
+        client.start();
+        await pass(5);
+        assert.deepEqual(seen, [{ database: "other", before: "d" }]);
+        assert.deepEqual([fake.data, kept.storage.memory], [[], []]);
+        assert.equal(client.status.retained, 0);
+    """,
+    "what the storage failed to retain is offered to it again": """
+        const kept = makeKept(), client = await fake.start(kept);
+        await pass(2);
+        kept.storage.limits.retain = "fails";
+        client.mutate("add", "a");
+        await pass(3);
+        assert.deepEqual([kept.storage.memory, client.status.saved], [[], false]);
+        kept.storage.limits.retain = 0;
+        client.mutate("add", "b");
+        await pass(40);
+        assert.deepEqual(kept.storage.memory.map(({ mutation }) => mutation.args),
+          ["a", "b"]);
+        assert.deepEqual([client.status.retained, client.status.saved], [2, true]);
+        assert.equal(reports().length, 1);
+    """,
+    "a server whose snapshot has gone is not taken for another": """
+        const kept = makeKept(), client = await fake.start(kept), seen = [];
+        client.addEventListener("replaced", ({ detail }) => seen.push(detail));
+        client.mutate("add", "a");
+        await pass(5);
+        fake.rewind("2", 0);
+        fake.instead.snapshot = () => refuse(404, "not_found");
+        await pass(60);
+        assert.deepEqual([seen, client.status.retained], [[], 1]);
+        assert.deepEqual(kept.storage.memory.map(({ mutation, database }) =>
+          [mutation.args, database]), [["a", "d"]]);
+    """,
     "after an interruption nothing is pushed before a pull has ended": """
         const page = makePage(), kept = makeKept();
         const client = await fake.live(kept);
@@ -15633,6 +15746,34 @@ PROMISES = {
         fake.instead = {};
         await pass(40);
         assert.deepEqual([fake.data, client.pending], [["a"], []]);
+    """,
+    "the first pull after a wake is not held": """
+        const page = makePage(), client = await fake.start();
+        fake.instead.pull = (call) => {
+          if (call.query.wait === "0") fake.held.add("pull");  // the next one
+          return fake.pull(call);
+        };
+        await pass(50);
+        assert.equal(fake.last("pull").query.wait, "25");
+        fake.calls.length = 0;
+        fake.held.clear();
+        page.hide(false);  // it is shown
+        await quiet();
+        const waits = fake.all("pull").map(({ query }) => query.wait);
+        assert.deepEqual(waits, ["0", "25"]);
+        assert.ok(client.status.online);
+    """,
+    "a socket that is lost makes no client pull before the next one opens": """
+        const client = await fake.live();
+        await pass(2);
+        fake.calls.length = 0;
+        fake.socket.end();
+        await pass(9);
+        assert.deepEqual([fake.sockets.length, fake.calls], [2, []]);
+        fake.socket.open();
+        await quiet();
+        assert.deepEqual(fake.calls.map(({ path }) => path), ["pull"]);
+        assert.ok(client.status.live);
     """,
     "three scopes of a page share one connection": """
         const { WebSocket } = fake, open = (scope) => fake.start({ WebSocket, scope });
@@ -16009,6 +16150,49 @@ PROMISES = {
         await pass(5);
         assert.deepEqual([fake.data, one.state, one.pending], [["a"], ["a"], []]);
         assert.deepEqual(one.queue.queue, []);
+    """,
+    "what another tab had confirmed is retained by that tab alone": """
+        const open = makeBrowser(), one = open(fake), two = open(fake);
+        fake.add("x");
+        await pass(2);
+        one.mutate("add", "a");
+        await pass(1);
+        assert.deepEqual(two.pending, one.pending);
+        one.start();
+        await pass(3);
+        assert.deepEqual([fake.data, one.queue.queue], [["x", "a"], []]);
+        two.page.tell("freeze");  // it waits for a pull that tells of "a"
+        two.page.tell("resume");
+        two.start();
+        await pass(5);
+        assert.deepEqual([two.state, two.pending], [["x", "a"], []]);
+        assert.deepEqual(two.storage.memory.map(({ cursor }) => cursor), [2]);
+        assert.equal(fake.all("push").length, 1);
+    """,
+    "nobody waits for ever for a mutation that another tab took over": """
+        const conflict = () =>
+          json([{ ok: false, code: "conflict", error: "a reason" }]);
+        for (const push of [fake.push, conflict]) {
+          fake.instead.push = push;
+          const open = makeBrowser(), one = open(fake), two = open(fake);
+          two.start();
+          await pass(2);
+          const outcome = assert.rejects(one.confirmed(one.mutate("add", "a")),
+            { code: "unknown" });
+          await pass(2);
+          one.page.tell("freeze");
+          one.page.isFrozen = true;
+          await pass(8);
+          assert.deepEqual(two.queue.queue, []);
+          one.page.isFrozen = false;
+          one.page.tell("resume");
+          one.start();
+          await pass(5);
+          assert.deepEqual([one.state, one.pending], [two.state, []]);
+          await outcome;
+          one.close(), two.close();
+        }
+        assert.deepEqual([fake.data, fake.refused.length], [["a"], 1]);
     """,
 }
 
