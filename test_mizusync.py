@@ -15913,6 +15913,27 @@ PROMISES = {
         await pass(10);
         assert.ok(b.status.online);
     """,
+    "a scope that was refused does not keep the others from a socket": """
+        const { WebSocket } = fake, open = (scope) => fake.start({ WebSocket, scope });
+        const a = fake.make({ WebSocket, scope: "a" }), calls = [];
+        fake.instead.pull = (call) => call.query.scope === "a"
+          ? [{ pieces: [null], gap: 1 }, {}] : fake.pull(call);  // a slow one
+        a.start();
+        await quiet();
+        const b = await open("b");
+        for (let round = 0; round < 3; round++) {
+          const { socket } = fake;
+          assert.equal(socket.scope, "a");
+          socket.end(1008);
+          await pass(3);
+          if (socket === fake.socket) break;
+        }
+        a.stop();
+        await pass(5);
+        fake.socket.open();
+        await pass(1);
+        assert.deepEqual([fake.socket.scope, b.status.live], ["b", true]);
+    """,
     "a scope that is allowed again is subscribed again within 5 s": """
         const { WebSocket } = fake, open = (scope) => fake.start({ WebSocket, scope });
         const [a, b] = [await open("a"), await open("b")];
@@ -16294,6 +16315,31 @@ PROMISES = {
         assert.deepEqual([fake.data, one.state], [["a", "b"], ["a", "b"]]);
         assert.deepEqual(fake.healed, [{ sent: 1, lost: 1 }]);
     """,
+    "what a tab takes over is as patiently pushed as what it had": """
+        let isThere = false;
+        const open = makeBrowser(), one = open(fake), two = open(fake);
+        two.start();
+        await pass(2);
+        two.mutate("add", "a");
+        await pass(5);
+        one.mutate("add", "b");
+        await pass(1);
+        two.stop();
+        fake.instead.push = ({ body }) => json(body.map((mutation) =>
+          mutation.args === "b" && !isThere
+            ? { ok: false, code: "not_found", error: "a reason" }
+            : fake.apply(mutation)));
+        fake.rewind("2", 0);
+        two.start();
+        await pass(2);
+        assert.deepEqual(fake.data, ["a"]);
+        one.end();
+        await pass(10);
+        assert.deepEqual([fake.refused, two.status.waiting], [[], 1]);
+        isThere = true;
+        await pass(30);
+        assert.deepEqual([fake.data, two.state], [["a", "b"], ["a", "b"]]);
+    """,
 }
 
 
@@ -16619,12 +16665,13 @@ class Outage:
         assert not self.named(self.asks.keys() - applied - refused)
         assert not self.named(applied & refused)
         # A refusal concerns what somebody has deleted, and lost nothing. A page that
-        # vanishes in the second before it saves what it has seen does not know at its
-        # next visit that this was lost: what waited there is then refused at once.
+        # vanishes in the second before it saves what it has seen, or was told, does not
+        # know at its next visit that this was lost: what it finds in its queue is then
+        # refused at once.
         for key in refused:
             ask = self.asks[key]
             is_lost = ask.name == "todo.create" or ask.args["id"] in shown
-            assert not is_lost or (key not in told and ask.who in self.vanished), ask
+            assert not is_lost or ask.who in self.vanished, ask
         # Each todo is there, unless somebody deleted it: then it stays deleted.
         asks = self.named(applied)
         deleted = {args["id"] for _, name, args in asks if name == "todo.delete"}
