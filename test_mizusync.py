@@ -4321,16 +4321,23 @@ for number in range(20):
 """
 
 
+def faults(stderr: str) -> str:
+    """Return the lines that are not warnings of asyncio about a slow machine."""
+    slow = r"^(?:.* WARNING asyncio )?Executing <.* took [0-9.]+ seconds\n"
+    return re.sub(slow, "", stderr, flags=re.M)
+
+
 def test_pulls_while_the_engine_closes_are_answered_or_unavailable(path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CLOSER, str(path)],
         env=os.environ | {"PYTHONPATH": str(Path(mizusync.__file__).parent)},
         capture_output=True,
+        text=True,
         timeout=PATIENCE * 4,
         check=False,
     )
     assert done.returncode == 0
-    assert done.stderr == b""
+    assert faults(done.stderr) == ""
 
 
 # -- follow
@@ -9355,12 +9362,6 @@ def test_a_bad_todo_is_refused_with_its_code(todos: RawClient) -> None:
 # The program as a user starts it, in a process of its own.
 
 PROGRAM = Path(mizusync.__file__)
-
-
-def faults(stderr: str) -> str:
-    """Return the lines that are not warnings of asyncio about a slow machine."""
-    slow = r"^(?:.* WARNING asyncio )?Executing <.* took [0-9.]+ seconds\n"
-    return re.sub(slow, "", stderr, flags=re.M)
 
 
 @contextmanager
