@@ -11553,8 +11553,7 @@ def test_a_script_pushes_beside_the_server_and_its_clients_hear_of_it(
 
 
 class Front(NamedTuple):
-    """An nginx, as the README configures it; only the ports and the paths are
-    others."""
+    """A proxy, as the README configures it; only the ports and the paths are others."""
 
     port: int
     trusting: ssl.SSLContext
@@ -11565,6 +11564,26 @@ class Front(NamedTuple):
             client.sock, server_hostname="127.0.0.1"
         )
         return client
+
+
+@contextmanager
+def listening(
+    process: subprocess.Popen[bytes], front: Front, log: Path
+) -> Iterator[None]:
+    """Wait until a proxy listens; end it after the block."""
+
+    def listens() -> bool:
+        assert process.poll() is None, log.read_text()
+        with suppress(ConnectionRefusedError), closing(front.client()):
+            return True
+        return False
+
+    try:
+        until(listens)
+        yield
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
 
 
 @contextmanager
@@ -11602,19 +11621,8 @@ def nginx(folder: Path, upstream: int) -> Iterator[Front]:
         stderr=subprocess.DEVNULL,
     )
     front = Front(port, ssl.create_default_context(cafile=certificate))
-
-    def listens() -> bool:
-        assert process.poll() is None, errors.read_text()
-        with suppress(ConnectionRefusedError), closing(front.client()):
-            return True
-        return False
-
-    try:
-        until(listens)
+    with listening(process, front, errors):
         yield front
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
 
 
 NAMED = {"Host": "sync.example"}
@@ -11998,19 +12006,8 @@ def caddy(folder: Path, upstream: int) -> Iterator[Front]:
             env={"PATH": os.environ["PATH"], "HOME": str(folder)},
         )
     front = Front(port, ssl.create_default_context(cafile=certificate))
-
-    def listens() -> bool:
-        assert process.poll() is None, (folder / "caddy.log").read_text()
-        with suppress(ConnectionRefusedError), closing(front.client()):
-            return True
-        return False
-
-    try:
-        until(listens)
+    with listening(process, front, folder / "caddy.log"):
         yield front
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
 
 
 def test_caddy_passes_on_pushes_pulls_that_wait_sockets_and_refusals(
