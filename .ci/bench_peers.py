@@ -220,12 +220,47 @@ def run_aiohttp(path: str, listener: socket.socket) -> None:
     web.run_app(app, sock=listener, access_log=None, print=None, backlog=1024)
 
 
+# --- Starlette's sockets, which are FastAPI's too -------------------------------------
+
+
+async def follow(socket: Any, scope: str, store: Store, live: Live) -> None:
+    """Serve a WebSocket until it ends: subscribe it when it asks."""
+    from starlette.websockets import WebSocketDisconnect
+
+    await socket.accept()
+    send = socket.send_text  # one object: a bound method is made anew each time
+    try:
+        while True:
+            message = await socket.receive_json()
+            if message.get("topic") == "subscribe":
+                live.followers[scope].add(send)
+                await send(hint(scope, await store.run(store.head, scope)))
+            else:
+                await socket.send_json({"topic": "error", "data": {}})
+    except WebSocketDisconnect:
+        pass
+    finally:
+        live.followers[scope].discard(send)
+
+
+def lifespan_of(live: Live) -> Any:
+    """Return what runs the task of the hints as long as the application."""
+
+    @asynccontextmanager
+    async def life(app: Any) -> AsyncIterator[None]:
+        task = asyncio.create_task(live.run())
+        yield
+        task.cancel()
+
+    return life
+
+
 # --- FastAPI --------------------------------------------------------------------------
 
 
 def run_fastapi(path: str, listener: socket.socket) -> None:
     import uvicorn
-    from fastapi import Body, FastAPI, Query, WebSocket, WebSocketDisconnect
+    from fastapi import Body, FastAPI, Query, WebSocket
     from fastapi.responses import JSONResponse
     from pydantic import BaseModel, Field
 
@@ -254,28 +289,9 @@ def run_fastapi(path: str, listener: socket.socket) -> None:
         )
 
     async def websocket(socket: WebSocket, scope: str = "_default") -> None:
-        await socket.accept()
-        send = socket.send_text  # one object: a bound method is made anew each time
-        try:
-            while True:
-                message = await socket.receive_json()
-                if message.get("topic") == "subscribe":
-                    live.followers[scope].add(send)
-                    await send(hint(scope, await store.run(store.head, scope)))
-                else:
-                    await socket.send_json({"topic": "error", "data": {}})
-        except WebSocketDisconnect:
-            pass
-        finally:
-            live.followers[scope].discard(send)
+        await follow(socket, scope, store, live)
 
-    @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
-        task = asyncio.create_task(live.run())
-        yield
-        task.cancel()
-
-    app = FastAPI(lifespan=life)
+    app = FastAPI(lifespan=lifespan_of(live))
     app.post("/sync/push")(push)
     app.get("/sync/pull", response_model=None)(pull)
     app.websocket("/ws")(websocket)
@@ -295,7 +311,7 @@ def run_starlette(path: str, listener: socket.socket) -> None:
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.routing import Route, WebSocketRoute
-    from starlette.websockets import WebSocket, WebSocketDisconnect
+    from starlette.websockets import WebSocket
 
     encoder = msgspec.json.Encoder()
     store = Store(
@@ -341,34 +357,15 @@ def run_starlette(path: str, listener: socket.socket) -> None:
         return answer(await store.run(store.pull, scope, cursor, min(limit, 1000)))
 
     async def websocket(socket: WebSocket) -> None:
-        await socket.accept()
         scope = socket.query_params.get("scope", "_default")
-        send = socket.send_text  # one object: a bound method is made anew each time
-        try:
-            while True:
-                message = await socket.receive_json()
-                if message.get("topic") == "subscribe":
-                    live.followers[scope].add(send)
-                    await send(hint(scope, await store.run(store.head, scope)))
-                else:
-                    await socket.send_json({"topic": "error", "data": {}})
-        except WebSocketDisconnect:
-            pass
-        finally:
-            live.followers[scope].discard(send)
-
-    @asynccontextmanager
-    async def life(app: Starlette) -> AsyncIterator[None]:
-        task = asyncio.create_task(live.run())
-        yield
-        task.cancel()
+        await follow(socket, scope, store, live)
 
     routes = [
         Route("/sync/push", push, methods=["POST"]),
         Route("/sync/pull", pull),
         WebSocketRoute("/ws", websocket),
     ]
-    app = Starlette(routes=routes, lifespan=life)
+    app = Starlette(routes=routes, lifespan=lifespan_of(live))
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, loop="uvloop", http="httptools"
     )
