@@ -963,11 +963,14 @@ class Store:
         """
         return dict(self.run(db, sql, position.head, position.trims))
 
-    def find_mark(self, db: Any, scope: str, id: str) -> Mark | None:
-        """Return the dedupe mark of a mutation, or None if it was never applied."""
-        sql = "SELECT * FROM mizusync_mutations WHERE scope = ? AND id = ?"
-        rows = self.run(db, sql, scope, id)
-        return Mark(*rows[0]) if rows else None
+    def find_marks(self, db: Any, scope: str, ids: Sequence[str]) -> list[Mark]:
+        """Return the dedupe marks of those mutations that were applied before."""
+        places = ", ".join("?" * len(ids))
+        sql = f"""
+            SELECT * FROM mizusync_mutations WHERE scope = ? AND id IN ({places})
+        """
+        rows = self.run(db, sql, scope, *ids)
+        return [Mark(*row) for row in rows]
 
     def trim(self, db: Any, scope: str, before: int, limit: int) -> int:
         """Remove the oldest changes below `before`, about `limit`; return how many.
@@ -1059,6 +1062,28 @@ def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
         raise
 
 
+def insert_own(
+    db: sqlite3.Connection, table: str, rows: Sequence[Sequence[Any]]
+) -> None:
+    """Insert rows into a table of the engine's own. Raise StoreRefused.
+
+    Many rows in one statement take less than half the time.
+    """
+    start = 0
+    for size in (50, 5, 1):  # few sizes, so that few statements are prepared
+        while start + size <= len(rows):
+            values = itertools.chain.from_iterable(rows[start : start + size])
+            run_own(db, insert_statement(table, size, len(rows[0])), *values)
+            start += size
+
+
+@functools.cache
+def insert_statement(table: str, rows: int, columns: int) -> str:
+    """Return a statement that inserts so many rows."""
+    row = f"({', '.join('?' * columns)})"
+    return f"INSERT INTO {table} VALUES {', '.join([row] * rows)}"
+
+
 class GuardedConnection(sqlite3.Connection):
     """A connection that runs application code, undoes what fails, and restricts it."""
 
@@ -1078,8 +1103,7 @@ class GuardedConnection(sqlite3.Connection):
         self._timeout = timeout
         self._guarded = False  # application code has the connection
         self._needs_savepoints = False  # see above
-        # Of the application. (A WeakSet does in Python what this does in C.)
-        self._cursors: set[weakref.ref[GuardedCursor]] = set()
+        self._cursors: list[weakref.ref[GuardedCursor]] = []  # of the application
         super().set_authorizer(self._authorize)
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
@@ -1120,7 +1144,7 @@ class GuardedConnection(sqlite3.Connection):
         self.row_factory = None
         self.text_factory = str
         try:
-            for reference in list(self._cursors):
+            for reference in self._cursors:
                 cursor = reference()
                 if cursor is not None:
                     with contextlib.suppress(sqlite3.Error):  # a thread may be using it
@@ -1163,8 +1187,7 @@ class GuardedConnection(sqlite3.Connection):
     def cursor(self, factory: Any = None) -> Any:
         """Return a cursor of the one kind that there is, whatever the factory."""
         cursor = sqlite3.Connection.cursor(self, GuardedCursor)
-        reference = weakref.ref(cursor, self._cursors.discard)
-        self._cursors.add(reference)
+        self._cursors.append(weakref.ref(cursor))
         return cursor
 
     def execute(self, *statement: Any) -> Any:
@@ -1493,12 +1516,12 @@ class SQLiteStore(Store):
         # may be ahead of it, for a watch_interval at most.) If the log has not issued
         # it, the next commit begins an epoch: see Store.
         self._seen = self.read_position(db) if db.has_created_log else NO_POSITION
-        self._begun = NO_POSITION  # the position of begin()
+        self._begun = NO_POSITION  # that of begin()
+        self._write_version: int | None = None  # the data_version that belongs to it
         self._idle: list[GuardedConnection] = []  # connections of readers
         self._read_barrier = threading.Lock()  # while it is held, no read begins
         self._wal_limit = MAX_WAL
         self._next_wal_check = 0.0
-        self._write_version: int | None = None  # the writer's data_version
         self._warns_of_others = has_wal_reset_bug(sqlite3.sqlite_version_info)
 
     # -- reading
@@ -1611,11 +1634,14 @@ class SQLiteStore(Store):
         self._check_file()
         if self._write_db is None:
             self._write_db = self._open()
-            self._write_version = None
         db = self._write_db
         db.retry(run_own, db, "BEGIN IMMEDIATE")
-        self._warn_of_others(db)
-        self._begun = self.read_position(db)
+        # Only a commit of another connection changes it: see latest().
+        version = self.run_scalar(db, "PRAGMA data_version")
+        if version != self._write_version:
+            self._warn_of_others()
+            self._write_version = version
+            self._begun = self.read_position(db)
         if self._seen != self._begun:
             self.latest()  # moves what was seen on, if the log has issued it
         return db, self._begun
@@ -1637,15 +1663,8 @@ class SQLiteStore(Store):
                 WHERE name = 'mizusync_changes'
             """
             run_own(db, sql)  # before the rows: it starts at the head of begin()
-        try:
-            sql = "INSERT INTO mizusync_changes VALUES (?, ?, ?, ?, ?)"
-            # SQLite binds the values of a plain tuple fastest.
-            sqlite3.Connection.executemany(db, OWN_STATEMENT + sql, map(tuple, rows))
-            sql = "INSERT INTO mizusync_mutations VALUES (?, ?, ?, ?)"
-            sqlite3.Connection.executemany(db, OWN_STATEMENT + sql, map(tuple, marks))
-        except sqlite3.Error as error:
-            raise_if_refusal(error)
-            raise
+        insert_own(db, "mizusync_changes", rows)
+        insert_own(db, "mizusync_mutations", marks)
         position = self.read_position(db)
         run_own(db, "COMMIT")
         with self._position_lock:
@@ -1654,11 +1673,13 @@ class SQLiteStore(Store):
             # and latest() may have seen that.
             if begins_epoch or position.head > self._seen.head:
                 self._seen = position
+        self._begun = position  # of the next transaction, if no other one comes between
         self._limit_wal(db)
         return position
 
     def rollback(self) -> None:
         """End the transaction, if there is one. What can't be rolled back is closed."""
+        self._write_version = None
         db = self._write_db
         if db is None:
             return
@@ -1731,13 +1752,9 @@ class SQLiteStore(Store):
 
     # -- against other processes
 
-    def _warn_of_others(self, db: GuardedConnection) -> None:
+    def _warn_of_others(self) -> None:
         """Warn once of other processes that write, if that may lose a commit."""
-        if not self._warns_of_others:
-            return
-        # A connection's own commits do not change the version that it reads.
-        version = self.run_scalar(db, "PRAGMA data_version")
-        if self._write_version not in (None, version):
+        if self._warns_of_others and self._write_version is not None:
             self._warns_of_others = False
             store_log.warning(
                 "another process writes to %s, and SQLite %s may lose a commit then: "
@@ -1745,7 +1762,6 @@ class SQLiteStore(Store):
                 self._path,
                 sqlite3.sqlite_version,
             )
-        self._write_version = version
 
 
 NO_POSITION = Position(0, "", 0)  # no log has issued it: no epoch has an empty name
@@ -2090,6 +2106,7 @@ class Job:
 
 # Not an iterable of changes, although Python can iterate over them.
 NOT_CHANGES = (str, bytes, dict, Change, sqlite3.Cursor)
+LOOK_AHEAD = 100  # mutations of a push that are looked up at once
 Apply = Callable[[Any, Mutation], Iterable[Any] | None]
 
 
@@ -2098,7 +2115,7 @@ class Batch:
     """One transaction while it is made.
 
     The database does not have its rows and marks before the commit, so a mutation that
-    repeats one of the same batch is looked up here first.
+    repeats one of the same batch is found here.
     """
 
     store: Store
@@ -2109,20 +2126,26 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.rows: list[Row] = []
-        self.marks: dict[tuple[str, str], Mark] = {}
+        self.marks: list[Mark] = []
+        # By scope and id, as far as they were looked up; None was never applied.
+        self._known: dict[tuple[str, str], Mark | None] = {}
         self.added: dict[str, Tail] = {}  # by scope: the new changes, encoded
         self.trimmed: set[str] = set()  # scopes that lose changes
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._time = now.replace("+00:00", "Z")
 
-    def apply(self, mutation: Mutation, args: bytes, push: Sequence[Step]) -> Result:
+    def apply(
+        self, mutation: Mutation, args: bytes, push: Sequence[Step], place: int
+    ) -> Result:
         """Apply a mutation; repeat the first answer if it was applied before.
 
-        `args` is a copy of its args. `push` has the steps of its push, and so the size
-        of the answer. Raise StoreRefused if the whole transaction has failed.
+        `args` is a copy of its args; its own step is `push[place]`. Raise StoreRefused
+        if the whole transaction has failed.
         """
         key = (mutation.scope, mutation.id)
-        mark = self.marks.get(key) or self.store.find_mark(self.db, *key)
+        if key not in self._known:
+            self._look_up(mutation.scope, push[place : place + LOOK_AHEAD])
+        mark = self._known[key]
         if mark:
             return self._repeat(mark, push)
         # Each run gets a copy, because `apply` may change it.
@@ -2144,6 +2167,18 @@ class Batch:
             engine_log.exception("apply failed on %s", mutation)
             return Result.refused(SyncError("the server failed on this mutation"))
         return self._add(key, rows)
+
+    def _look_up(self, scope: str, steps: Sequence[Step]) -> None:
+        """Learn which mutations of a scope were applied before.
+
+        For a hundred, one statement takes a tenth of the time that a hundred take.
+        """
+        mutations = [step.arguments[0] for step in steps]
+        ids = [mutation.id for mutation in mutations if mutation.scope == scope]
+        for id in ids:
+            self._known.setdefault((scope, id))  # this batch may have applied it
+        for mark in self.store.find_marks(self.db, scope, ids):
+            self._known[scope, mark.id] = mark
 
     def _make_rows(self, db: Any, mutation: Mutation) -> list[Row]:
         """Call the application, and return the changes that it makes as numbered rows.
@@ -2190,7 +2225,9 @@ class Batch:
         self.rows += rows
         first = rows[0].cursor if rows else None
         last = rows[-1].cursor if rows else self._tail(scope).current
-        self.marks[key] = Mark(scope, id, first, last)
+        mark = Mark(scope, id, first, last)
+        self.marks.append(mark)
+        self._known[key] = mark
         return Result.applied(last, shown)
 
     def _tail(self, scope: str) -> Tail:
@@ -2457,8 +2494,7 @@ class Writer:
         """Put a transaction on disk, and then into memory; return its hints."""
         if self._settings.keep_changes:
             apply_retention(batch, self._settings.keep_changes)
-        marks = list(batch.marks.values())
-        position = self._store.commit(batch.rows, marks)
+        position = self._store.commit(batch.rows, batch.marks)
         self._tails.advance(position, batch.trimmed, batch.added)
         self.counts["commits"] += 1
         return batch.hints(position.epoch)
@@ -2596,10 +2632,10 @@ class Engine:
     def _mutation_steps(self, values: Mutations) -> list[Step]:
         """Return a step for each mutation, with a copy of its args."""
         steps: list[Step] = []
-        for value in values:
+        for place, value in enumerate(values):
             mutation = value if isinstance(value, Mutation) else Mutation.parse(value)
             args = marshal.dumps(mutation.args)  # five times as fast as deepcopy
-            steps.append(Step(Batch.apply, (mutation, args, steps), mutation))
+            steps.append(Step(Batch.apply, (mutation, args, steps, place), mutation))
         return steps
 
     async def _run_steps(self, steps: list[Step]) -> list[Any]:
