@@ -1281,8 +1281,8 @@ GUARD_NOTE = (
 
 
 # --- Database file --------------------------------------------------------------------
-# How a file becomes a log, and how it is opened. A file that is not ours, or that can't
-# keep what it takes, is refused with one sentence before anything is written into it.
+# How a file becomes a log, and how it is opened. A file that is not ours, or that may
+# lose what is written, is refused with one sentence before anything is written into it.
 
 FORMAT = 1  # of the tables below; a file with a higher one is refused
 # "mizu" (https://sqlite.org/pragma.html#pragma_application_id)
@@ -3620,7 +3620,7 @@ class Assembler:
     def __init__(self, max_size: int) -> None:
         self.room = max_size  # bytes that may still be added to the current message
         self._check_utf8 = codecs.getincrementaldecoder("utf-8")().decode
-        self._opcode = CONTINUATION  # of the message; as it is here, none has begun
+        self._opcode = CONTINUATION  # of the message; this one means none has begun
         # One buffer: a list of small frames would take 40 times the memory.
         self._data = bytearray()
 
@@ -3658,7 +3658,7 @@ def parse_close(payload: bytes) -> tuple[int, str]:
     """Return the code and the reason of a close frame (§5.5.1). Raise ProtocolError."""
     if not payload:
         return NO_CODE, ""
-    code = int.from_bytes(payload[:2], "big")  # of a single byte: below 256
+    code = int.from_bytes(payload[:2], "big")  # a single byte is no valid code
     if not is_close_code(code):
         raise ProtocolError(1002, "the close code is not one to be sent")
     try:
@@ -4221,8 +4221,8 @@ async def run_websocket(
     except Exception as error:
         if not websocket.accepted:
             raise
-        # The loss of its own peer ends a handler normally. That of another one's peer,
-        # to which this handler sends, is a failure.
+        # A handler that has lost its own peer ends normally. One that sends to another
+        # WebSocket, and finds the peer of that one gone, has failed.
         is_lost = (
             websocket.closing or websocket.ended or websocket.connection.is_closing
         )
@@ -5340,7 +5340,7 @@ class Server(HTTPServer):
             log.warning("without token and on_auth the server is open to anybody")
 
     def on_stop(self) -> None:
-        """Part them, and end the pulls that wait."""
+        """Separate the two halves, and end the pulls that wait."""
         self._remove_listener()
         self._sync.may_wait = False
         self.engine.end_waits()
