@@ -1191,6 +1191,8 @@ class GuardedConnection(sqlite3.Connection):
         """Return a cursor of the one kind that there is, whatever the factory."""
         cursor = sqlite3.Connection.cursor(self, GuardedCursor)
         self._cursors.append(weakref.ref(cursor))
+        if len(self._cursors) % 1000 == 0:  # most of them are gone
+            self._cursors = [each for each in self._cursors if each() is not None]
         return cursor
 
     def execute(self, *statement: Any) -> Any:

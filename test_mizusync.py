@@ -1633,6 +1633,29 @@ def test_a_snapshot_function_that_misuses_its_connection_fails_alone(
         assert push(engine, note("2"))[0]["ok"]
 
 
+def test_the_memory_for_a_mutation_does_not_grow_with_its_statements(
+    path: Path,
+) -> None:
+    def run_many(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        half_read = db.execute("VALUES (1), (2)")
+        half_read.fetchone()
+        tracemalloc.start()
+        try:
+            for _ in range(30_000):
+                db.execute("SELECT 1")
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        KEPT.append(half_read)
+
+    peaks: list[int] = []
+    with closing(open_log(path, apply=run_many)) as engine:
+        assert push(engine, note("1"))[0]["ok"]
+        assert peaks[0] < 500_000
+        with pytest.raises(sqlite3.ProgrammingError, match="closed cursor"):
+            KEPT.pop().fetchone()
+
+
 # --- Database file --------------------------------------------------------------------
 # A file that can't hold a log is refused, and stays as it is. Opening a log runs the
 # application's schema, and writes nothing else.
