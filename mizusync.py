@@ -2132,6 +2132,7 @@ class Batch:
     def __post_init__(self) -> None:
         self.rows: list[Row] = []
         self.marks: list[Mark] = []
+        self.look_ahead = LOOK_AHEAD
         # By scope and id, as far as they were looked up; None was never applied.
         self._known: dict[tuple[str, str], Mark | None] = {}
         self.added: dict[str, Tail] = {}  # by scope: the new changes, encoded
@@ -2149,7 +2150,7 @@ class Batch:
         """
         key = (mutation.scope, mutation.id)
         if key not in self._known:
-            self._look_up(mutation.scope, push[place : place + LOOK_AHEAD])
+            self._look_up(mutation.scope, push[place : place + self.look_ahead])
         mark = self._known[key]
         if mark:
             return self._repeat(mark, push)
@@ -2472,6 +2473,7 @@ class Writer:
         fault: then a write of the engine's own fails as well.
         """
         batch = self._begin()
+        batch.look_ahead = 1  # an id that can't be looked up fails no other mutation
         try:
             step.result = step.run(batch, *step.arguments)
             hints = self._commit(batch)

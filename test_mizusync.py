@@ -3808,6 +3808,23 @@ def test_a_constraint_that_fails_at_the_commit_fails_its_mutation_alone(
         assert ask(engine.snapshot()).data == ["1", "2", "3", "4"]
 
 
+class StoreWithoutNUL(mizusync.SQLiteStore):
+    """A store of a database whose text can't hold a NUL."""
+
+    def run(self, db: Any, sql: str, *parameters: Any) -> list[Any]:
+        if any(isinstance(value, str) and "\0" in value for value in parameters):
+            raise ValueError("a NUL")
+        return super().run(db, sql, *parameters)
+
+
+def test_a_mutation_whose_id_the_store_cant_look_up_fails_alone(path: Path) -> None:
+    with closing(Engine(StoreWithoutNUL(path, SCHEMA), apply=apply)) as engine:
+        results = push(engine, *(note(key, key) for key in ("1", "2", "\0", "3")))
+        codes = [result.get("code") for result in results]
+        assert codes == [None, None, "internal_error", None]
+        assert fold(whole_log(engine)) == ["1", "2", "3"]
+
+
 @table(
     "statement",
     {
