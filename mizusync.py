@@ -1521,8 +1521,8 @@ class SQLiteStore(Store):
         # may be ahead of it, for a watch_interval at most.) If the log has not issued
         # it, the next commit begins an epoch: see Store.
         self._seen = self.read_position(db) if db.has_created_log else NO_POSITION
-        self._begun = NO_POSITION  # that of begin()
-        self._write_version: int | None = None  # the data_version that belongs to it
+        self._begun = NO_POSITION  # that of begin(); unknown after a rollback
+        self._write_version: int | None = None  # the writer's data_version
         self._idle: list[GuardedConnection] = []  # connections of readers
         self._read_barrier = threading.Lock()  # while it is held, no read begins
         self._wal_limit = MAX_WAL
@@ -1639,6 +1639,7 @@ class SQLiteStore(Store):
         self._check_file()
         if self._write_db is None:
             self._write_db = self._open()
+            self._write_version = None
         db = self._write_db
         db.retry(run_own, db, "BEGIN IMMEDIATE")
         # Only a commit of another connection changes it: see latest().
@@ -1646,6 +1647,8 @@ class SQLiteStore(Store):
         if version != self._write_version:
             self._warn_of_others()
             self._write_version = version
+            self._begun = NO_POSITION
+        if self._begun == NO_POSITION:
             self._begun = self.read_position(db)
         if self._seen != self._begun:
             self.latest()  # moves what was seen on, if the log has issued it
@@ -1684,7 +1687,7 @@ class SQLiteStore(Store):
 
     def rollback(self) -> None:
         """End the transaction, if there is one. What can't be rolled back is closed."""
-        self._write_version = None
+        self._begun = NO_POSITION
         db = self._write_db
         if db is None:
             return

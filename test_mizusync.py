@@ -2273,6 +2273,26 @@ def test_each_of_two_writers_warns_once_of_a_version_that_loses_commits(
         assert len(warnings) == (2 if loses_commits else 0)
 
 
+def test_a_writer_that_waited_in_vain_for_another_one_warns_of_it_as_well(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 31, 0))
+    impatient = Settings(busy_timeout=MOMENT)
+    with (
+        recorded() as records,
+        closing(open_log(path, settings=impatient)) as engine,
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+    ):
+        push(engine, note("1"))
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("INSERT INTO notes VALUES ('n', '1')")
+        with pytest.raises(Unavailable):
+            push(engine, note("2"))
+        other.execute("COMMIT")
+        push(engine, note("2"))
+        assert "walresetbug" in records.texts[-1]
+
+
 # The log in its file: cursors that are never issued again, and files that are removed,
 # replaced or overwritten under a running engine.
 
