@@ -161,6 +161,7 @@ import secrets
 import signal
 import socket
 import sqlite3
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -1480,6 +1481,7 @@ def is_mount_point(path: str) -> bool:
 # connection writes, one only reads the position, and each concurrent read has its own.
 
 MAX_WAL = 64 * MIB  # SQLite keeps the WAL near 4 MiB, unless reads overlap
+PROBE_SIZE = MIB  # if the disk has less room, a mutation that failed may be too large
 # Seconds between two checks of the WAL. On Linux 6.13 and newer, a stat of a file makes
 # the next write update its timestamp exactly, and the sync has to write that as well:
 # with a stat of the WAL at each commit, commits took 80 us longer. (_check_file stats
@@ -1698,6 +1700,21 @@ class SQLiteStore(Store):
             self._write_db = None
             with contextlib.suppress(sqlite3.Error):
                 db.close()
+
+    def probe(self, db: Any) -> None:
+        """Write into the database, and PROBE_SIZE bytes into a file beside it.
+
+        Where a large mutation finds no room, a small write of SQLite's still succeeds:
+        in the WAL, it overwrites what was rolled back.
+        """
+        super().probe(db)
+        folder = os.path.dirname(wal_path(self._path))
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                # Random bytes, because some file systems compress zeros.
+                file.write(secrets.token_bytes(PROBE_SIZE))
+        except OSError as error:
+            raise StoreRefused("the disk is nearly full") from error
 
     def close(self) -> None:
         """Close every connection. The last one writes the WAL into the file."""

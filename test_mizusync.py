@@ -3905,12 +3905,12 @@ needs_file_size_limit = pytest.mark.skipif(
 
 
 @contextmanager
-def full_disk(path: Path) -> Iterator[None]:
-    """Keep this database's WAL from growing while the block lasts."""
+def full_disk(path: Path, room: int = 100) -> Iterator[None]:
+    """Keep files from growing much beyond this database's WAL while the block lasts."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = path.with_name(f"{path.name}-wal").stat().st_size
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, old[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, old[1]))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -4009,6 +4009,24 @@ def test_a_full_disk_makes_pushes_unavailable_until_it_has_room_again(
     assert len(page.changes) == 1
     assert "duplicate" not in push(engine, note("2", data))[0]
     assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 2
+
+
+@needs_file_size_limit
+@table("size", {"at the commit": 2**19, "within apply": 2**22})
+def test_on_a_nearly_full_disk_a_large_mutation_is_unavailable_until_it_has_room(
+    engine: Engine, path: Path, size: int
+) -> None:
+    push(engine, note("0"))
+    large = note("large", "x" * size)
+    with full_disk(path, room=2**17):
+        for key in ("1", "2", "3"):  # a small one fits each time
+            results = push(engine, note(key), large)
+            assert [result.get("code") for result in results] == [None, "unavailable"]
+        assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 4
+    (sent_again,) = push(engine, large)
+    assert sent_again["ok"]
+    assert "duplicate" not in sent_again
+    assert len(whole_log(engine)) == len(ask(engine.snapshot()).data) == 5
 
 
 @needs_file_size_limit
