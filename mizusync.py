@@ -5214,6 +5214,32 @@ def open_listeners(host: str, port: int, reuse_port: bool) -> list[socket.socket
 # on_start) both halves still work, and clients poll.
 
 
+@contextlib.contextmanager
+def stopping_at_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` at a SIGTERM or SIGINT; let a second one end the process at once.
+
+    A KeyboardInterrupt would not do that: if it is raised in the loop's own code, a
+    task may never be woken again, and asyncio.run waits for all tasks. Nor would it end
+    a thread that reads the database.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def on_signal(*_: object) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        stop()
+
+    old = {}
+    with contextlib.suppress(ValueError):  # only the first thread may set a handler
+        for number in numbers:
+            old[number] = signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was in C
+
+
 def check_topic(topic: str) -> None:
     """Raise ValueError for a topic of the engine's: on_auth guards those."""
     if topic.startswith(SYNC):
@@ -5399,7 +5425,7 @@ class Server(HTTPServer):
         """Serve until SIGTERM, SIGINT or `stop`; then finish, and close the engine.
 
         Call `announce` with a sentence that has the address. A second signal ends the
-        program at once. Raise OSError if it can't listen there, and RuntimeError where
+        process at once. Raise OSError if it can't listen there, and RuntimeError where
         a loop is running already.
         """
         try:
@@ -5412,37 +5438,25 @@ class Server(HTTPServer):
                 "use `async with server.listen(host, port): ...`"
             )
         time_left = None
-        try:
-            deadline = asyncio.run(
-                self._run_until_stopped(host, port, announce, reuse_port)
-            )
-            # At least a second: slow clients may have used up the rest.
-            time_left = max(1.0, deadline - time.monotonic())
-        except KeyboardInterrupt:
-            time_left = 0.5  # a second signal: do not wait for what is queued
-            raise
-        finally:
-            self.engine.close(time_left)
+        with stopping_at_signals(self.stop):
+            try:
+                deadline = asyncio.run(
+                    self._run_until_stopped(host, port, announce, reuse_port)
+                )
+                # At least a second: slow clients may have used up the rest.
+                time_left = max(1.0, deadline - time.monotonic())
+            finally:
+                self.engine.close(time_left)
 
     async def _run_until_stopped(
         self, host: str, port: int, announce: Callable[[str], None], reuse_port: bool
     ) -> float:
-        """Serve until a signal or `stop`; return the deadline of the stop."""
-        loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
-        # Neither Windows nor a thread other than the first can have signal handlers.
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            for number in signals:
-                loop.add_signal_handler(number, self.stop)
+        """Serve until `stop`; return the deadline of the stop."""
         async with self.listen(host, port, reuse_port=reuse_port) as (name, port):
             name = f"[{name}]" if ":" in name else name
             announce(f"open http://{name}:{port}/")
             await asyncio.wrap_future(self._stop)
-            deadline = time.monotonic() + self.settings.shutdown_timeout
-            with contextlib.suppress(NotImplementedError):
-                for number in signals:
-                    loop.remove_signal_handler(number)
-        return deadline
+            return time.monotonic() + self.settings.shutdown_timeout
 
     def stop(self) -> None:
         """End `run`, as a signal does. Call it from any thread, also before `run`."""

@@ -8244,6 +8244,21 @@ def test_a_server_in_a_thread_stops_gracefully(engine: Engine) -> None:
     assert refuses(lambda: engine.submit([note("1")]))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_leaves_the_signal_handlers_as_they_were(
+    engine: Engine, number: int
+) -> None:
+    def handler(*_: object) -> None: ...
+
+    server = Server(engine)
+    old = signal.signal(number, handler)
+    try:
+        server.run("127.0.0.1", 0, lambda _: signal.raise_signal(number))
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, old)
+
+
 def test_run_refuses_a_running_loop_and_leaves_the_engine_open(engine: Engine) -> None:
     async def main() -> None:
         with pytest.raises(RuntimeError, match="listen"):
@@ -9658,13 +9673,7 @@ mizusync.Server(engine).run("127.0.0.1", 0, functools.partial(print, flush=True)
 """
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        signal.SIGINT,
-    ],
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_a_program_whose_writer_waits_for_a_lock(
     start_program: StartProgram, tmp_path: Path, number: int
 ) -> None:
@@ -9681,8 +9690,40 @@ def test_a_second_signal_ends_a_program_whose_writer_waits_for_a_lock(
         running.process.send_signal(number)
         assert session.read_frame().opcode == CLOSE  # the first signal has arrived
         running.process.send_signal(number)
-        patience = SOON if number == signal.SIGINT else PATIENCE
-        assert running.process.wait(patience) != 0
+        assert running.process.wait(PATIENCE) == -number
+
+
+NEVER_ENDING = """
+import asyncio, contextlib, functools, mizusync, sys, time
+
+async def stay(request):
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(600)
+
+use = {"apply": lambda db, mutation: [], "snapshot": lambda db, scope: time.sleep(600)}
+server = mizusync.Server(mizusync.Engine(sys.argv[-1], **use))
+server.route("GET", "/stay")(stay)
+server.run("127.0.0.1", 0, functools.partial(print, flush=True))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@table("path", {"a handler": b"/stay", "a snapshot": b"/sync/snapshot"})
+def test_a_second_signal_ends_a_program_with_application_code_that_never_ends(
+    start_program: StartProgram, tmp_path: Path, path: bytes, number: int
+) -> None:
+    file = tmp_path / "server.py"
+    file.write_text(NEVER_ENDING)
+    running = start_program(file=file, PYTHONPATH=str(PROGRAM.parent))
+    session, waiting = running.client(), running.client()
+    assert session.upgrade().status == 101
+    waiting.send(HEALTHZ + get(path))
+    assert waiting.read_reply().status == 200  # so the other has arrived as well
+    running.process.send_signal(number)
+    assert session.read_frame().opcode == CLOSE  # the first signal has arrived
+    running.process.send_signal(number)
+    assert running.process.wait(PATIENCE) == -number
 
 
 def test_a_program_that_was_killed_loses_nothing(start_program: StartProgram) -> None:
