@@ -13340,8 +13340,9 @@ const calls = {
     }
     const end = now + 1000 * (least + most);
     const seen = ({ client }) => JSON.stringify(client.state.todos);
-    const differs = (one) =>
-      one.line.queue.queue.length || seen(one) !== seen(people[0]);
+    const differs = ({ client, line }) =>
+      client.pending.length || line.queue.queue.length
+        || seen({ client, line }) !== seen(people[0]);
     // Until then one may wait who has not heard of the newest server.
     await calls.pass(least);
     while (now < end && people.some(differs)) await calls.pass(5);
@@ -18007,6 +18008,7 @@ class TestPage(StorageTests):
             )
         window = windows.open(demo)
         expect(window.titles).to_have_count(1000)
+        window.says("in sync · live")  # the list's own class changes until then
         window.page.evaluate("""() => {
             const list = document.querySelector(".list"), all = [...list.children];
             const rowOf = (node) => all.findIndex((row) => row.contains(node));
@@ -18429,6 +18431,7 @@ class TestPage(StorageTests):
         )
         expect(window.trouble).to_be_empty()
         window.shows("b")
+        window.offline.check()  # or the server might refuse what is sent again
         window.scope.fill("work")
         window.scope.press("Enter")
         window.shows("a")
