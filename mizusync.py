@@ -1474,6 +1474,22 @@ def is_mount_point(path: str) -> bool:
         return False
 
 
+# - against a fault of older versions of SQLite
+
+
+def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
+    """Return whether this SQLite may lose a commit if several processes write.
+
+    One of them resets the WAL while another one writes
+    (https://sqlite.org/wal.html#walresetbug).
+    """
+    if version[:2] == (3, 44):
+        return version < (3, 44, 6)
+    if version[:2] == (3, 50):
+        return version < (3, 50, 7)
+    return version < (3, 51, 3)
+
+
 # --- SQLite ---------------------------------------------------------------------------
 # The log in one file. It shares the file with the application's tables, so one
 # transaction holds the dedupe mark, the application's writes and the changes: a crash
@@ -1797,19 +1813,6 @@ class SQLiteStore(Store):
 
 
 NO_POSITION = Position(0, "", 0)  # no log has issued it: no epoch has an empty name
-
-
-def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
-    """Return whether this SQLite may lose a commit if several processes write.
-
-    One of them resets the WAL while another one writes
-    (https://sqlite.org/wal.html#walresetbug).
-    """
-    if version[:2] == (3, 44):
-        return version < (3, 44, 6)
-    if version[:2] == (3, 50):
-        return version < (3, 50, 7)
-    return version < (3, 51, 3)
 
 
 # --- Tail -----------------------------------------------------------------------------
