@@ -491,10 +491,10 @@ def check_structure(raw: bytes, max_depth: int, max_values: int) -> None:
     # Most texts are far below both limits, even if brackets in strings count as well.
     if len(raw) <= max_values and raw.count(b"[") + raw.count(b"{") <= max_depth:
         return
-    # Remove the strings, in four steps. 1. Remove escaped quotes. (Pairs of backslashes
-    # go first, because an odd number of them escapes a quote.) 2. Keep the structure
-    # and the quotes. 3. Remove pairs of quotes: most strings are empty now. 4. Every
-    # second piece between the quotes that are left is inside of a string.
+    # Remove the strings, in four steps. 1. Remove escaped quotes. (Remove pairs of
+    # backslashes first, because an odd number of them escapes a quote.) 2. Keep only
+    # the structure and the quotes. 3. Remove pairs of quotes: most strings are empty
+    # now. 4. Remove every second piece between quotes: it is inside of a string.
     if b"\\" in raw:
         raw = raw.replace(rb"\\", b"").replace(rb"\"", b"")
     structure = raw.translate(None, _NOT_STRUCTURE).replace(b'""', b"")
@@ -5240,7 +5240,8 @@ def stopping_at_signals(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         for number, handler in old.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: it was in C
+            # None stands for a handler in C, which can't be set again.
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def check_topic(topic: str) -> None:

@@ -3119,7 +3119,7 @@ def test_one_id_twice_in_one_push_applies_once(engine: Engine) -> None:
 
 
 def test_each_id_of_long_pushes_in_one_transaction_applies_once(path: Path) -> None:
-    """The engine looks up many ids at once, of those that it has yet to apply, too."""
+    """One look-up names many ids. The transaction may have applied some of them."""
     with closing(open_log(path, settings=ONE_TRANSACTION)) as engine:
         (before,) = push(engine, note("150"))
         scopes = (DEFAULT, "other")
@@ -9673,6 +9673,14 @@ mizusync.Server(engine).run("127.0.0.1", 0, functools.partial(print, flush=True)
 """
 
 
+def ends_at_a_second_signal(running: Program, session: RawClient, number: int) -> None:
+    """Send a signal twice. The session tells that the first has arrived."""
+    running.process.send_signal(number)
+    assert session.read_frame().opcode == CLOSE
+    running.process.send_signal(number)
+    assert running.process.wait(PATIENCE) == -number
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_a_program_whose_writer_waits_for_a_lock(
     start_program: StartProgram, tmp_path: Path, number: int
@@ -9687,10 +9695,7 @@ def test_a_second_signal_ends_a_program_whose_writer_waits_for_a_lock(
         other.execute("BEGIN IMMEDIATE")
         pusher.send(HEALTHZ + post(LENGTH))
         assert pusher.read_reply().status == 200  # so the push has arrived as well
-        running.process.send_signal(number)
-        assert session.read_frame().opcode == CLOSE  # the first signal has arrived
-        running.process.send_signal(number)
-        assert running.process.wait(PATIENCE) == -number
+        ends_at_a_second_signal(running, session, number)
 
 
 NEVER_ENDING = """
@@ -9720,10 +9725,7 @@ def test_a_second_signal_ends_a_program_with_application_code_that_never_ends(
     assert session.upgrade().status == 101
     waiting.send(HEALTHZ + get(path))
     assert waiting.read_reply().status == 200  # so the other has arrived as well
-    running.process.send_signal(number)
-    assert session.read_frame().opcode == CLOSE  # the first signal has arrived
-    running.process.send_signal(number)
-    assert running.process.wait(PATIENCE) == -number
+    ends_at_a_second_signal(running, session, number)
 
 
 def test_a_program_that_was_killed_loses_nothing(start_program: StartProgram) -> None:
