@@ -489,7 +489,8 @@ def check_structure(raw: bytes, max_depth: int, max_values: int) -> None:
     The time is linear in the size. An invalid text may pass, but parsing then fails.
     """
     # Most texts are far below both limits, even if brackets in strings count as well.
-    if len(raw) <= max_values and raw.count(b"[") + raw.count(b"{") <= max_depth:
+    most_levels = raw.count(b"[") + raw.count(b"{")
+    if len(raw) <= max_values and most_levels <= max_depth:
         return
     # Remove the strings, in four steps. 1. Remove escaped quotes. (Remove pairs of
     # backslashes first, because an odd number of them escapes a quote.) 2. Keep only
@@ -967,7 +968,8 @@ class Store:
                 UNION ALL SELECT scope, cursor FROM mizusync_trims WHERE number > ?
             ) AS newer GROUP BY scope
         """
-        return dict(self.run(db, sql, position.head, position.trims))
+        newer = self.run(db, sql, position.head, position.trims)
+        return dict(newer)
 
     def find_marks(self, db: Any, scope: str, ids: Sequence[str]) -> list[Mark]:
         """Return the dedupe marks of the ids that were applied before."""
@@ -1079,7 +1081,8 @@ def insert_own(
     for size in (50, 5, 1):  # few sizes, so that few statements are prepared
         while start + size <= len(rows):
             values = itertools.chain.from_iterable(rows[start : start + size])
-            run_own(db, insert_statement(table, size, len(rows[0])), *values)
+            sql = insert_statement(table, size, len(rows[0]))
+            run_own(db, sql, *values)
             start += size
 
 
@@ -2295,7 +2298,8 @@ class Batch:
         if size <= self._settings.max_page_size:
             first = mark.first or mark.last + 1  # without changes, the range is empty
             if first > self.start:  # rows[0] of this batch is number start + 1
-                rows = self.rows[first - self.start - 1 : mark.last - self.start]
+                end = mark.last - self.start
+                rows = self.rows[first - self.start - 1 : end]
             else:
                 rows = self.store.read_range(self.db, first, mark.last)
             if len(rows) == mark.last - first + 1:
@@ -2673,7 +2677,8 @@ class Engine:
         for place, value in enumerate(values):
             mutation = value if isinstance(value, Mutation) else Mutation.parse(value)
             args = marshal.dumps(mutation.args)  # five times as fast as deepcopy
-            steps.append(Step(Batch.apply, (mutation, args, steps, place), mutation))
+            arguments = (mutation, args, steps, place)
+            steps.append(Step(Batch.apply, arguments, mutation))
         return steps
 
     async def _run_steps(self, steps: list[Step]) -> list[Any]:

@@ -17618,7 +17618,8 @@ class StorageTests:
         tab.make(start=False)
         tab.mutate("create", "a", "a")
         other = Tab(tab.context.new_page(), importable).make()
-        other.has(loaded=True)  # what is pushed beside the first pull may be pushed again
+        # What is pushed beside the first pull may be pushed again.
+        other.has(loaded=True)
         other.mutate("create", "b", "b")
         other.confirmed()
         assert titles_at(importable) == ["b"]  # the tab that has "a" lives
