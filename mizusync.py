@@ -2677,8 +2677,7 @@ class Engine:
         for place, value in enumerate(values):
             mutation = value if isinstance(value, Mutation) else Mutation.parse(value)
             args = marshal.dumps(mutation.args)  # five times as fast as deepcopy
-            arguments = (mutation, args, steps, place)
-            steps.append(Step(Batch.apply, arguments, mutation))
+            steps.append(Step(Batch.apply, (mutation, args, steps, place), mutation))
         return steps
 
     async def _run_steps(self, steps: list[Step]) -> list[Any]:
@@ -3897,7 +3896,8 @@ class Connection:
         self.buffer = bytearray()  # received, and not yet parsed
         self.transport: Any = self.writer.transport
         self.task: Any = asyncio.current_task()
-        host, port, *_ = self.writer.get_extra_info("peername") or ("?", 0)
+        address = self.writer.get_extra_info("peername") or ("?", 0)
+        host, port, *_ = address
         self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.enter(Phase.HANDLE, PEER_CHECK)
 

@@ -1029,10 +1029,10 @@ def test_nothing_is_created_in_temp_where_it_could_shadow_the_log(
         creation = {"id": "creation", "name": "create"}
         results = push(engine, note("1", 1), creation, note("2", 2))
         assert [result["ok"] for result in results] == [True, False, True]
-        with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+        with pytest.raises(sqlite3.DatabaseError, match="not authorized|denied"):
             ask(engine.read(create))
         assert fold(whole_log(engine)) == [1, 2]
-    assert any("not authorized" in text and "TEMP" in text for text in records.texts)
+    assert any("authoriz" in text and "TEMP" in text for text in records.texts)
 
 
 def application_tables(path: Path) -> set[str]:
@@ -1409,6 +1409,8 @@ def test_a_misuse_of_the_connection_fails_its_own_mutation_alone(
 def test_a_permitted_use_of_the_connection_disturbs_no_later_mutation(
     path: Path, use: str
 ) -> None:
+    if "RETURNING" in use and sqlite3.sqlite_version_info < (3, 35):
+        pytest.skip("needs RETURNING")
     with closing(open_log(path, apply=apply_carelessly)) as engine:
         results = push(engine, note("1", 1), note(use, None), note("2", 2))
         results += push(engine, note("3", 3))
@@ -3862,6 +3864,14 @@ def test_a_mutation_whose_error_has_the_code_of_a_disk_error_fails_alone(
         INSERT INTO ends VALUES (9223372036854775807);
         CREATE VIRTUAL TABLE words USING fts5(word, content='');
     """
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(schema)
+        try:
+            db.execute(statement)
+        except sqlite3.DatabaseError:
+            pass
+        else:
+            pytest.skip("this SQLite sees no error here")
 
     def run_faulty(db: sqlite3.Connection, mutation: Mutation) -> Any:
         match mutation.id, mutation.args:
