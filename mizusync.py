@@ -45,8 +45,8 @@ The life of one change, and the section that does each step:
     -> a pull                       Tail            a join of encoded bytes
 
 Contents. A section calls only what stands above it. In each one the heart comes first.
-What stands behind a comment that begins with "against" is about faults and misuse, and
-can wait for a second reading, unless the first reading below names it:
+Code under a comment that begins with "against" handles faults and misuse. At a first
+reading, skip it unless the list below names it:
 
     Settings          every limit and every timeout
     Errors            what a client may be told; what closes a socket
@@ -103,12 +103,16 @@ each of these sections, read the comment that opens it and what is named here:
     HTTP server       HTTPServer._serve_requests, HTTPServer._handle
     Server            Server.on_start
 
-Where to add: a limit in Settings, and in MAY_BE_ZERO if it may be 0; an error that
-`apply` may raise in Errors, with APPLY_MAY_RAISE and its code in COUNTERS; a counter in
-COUNTERS of Writer, or in Hub.counts; a column in LOG_SCHEMA, with FORMAT and Row; an
-endpoint of the protocol in SyncEndpoints, with its route in Server._add_routes, and
-`await self.gate.authorize_query(request)` for its access; state of one client in
-Session; a deadline of a connection in Phase, with its row in the table of Connection.
+Where to add, and what goes with it:
+
+    a limit               Settings, and MAY_BE_ZERO if it may be 0
+    an error of `apply`   Errors, APPLY_MAY_RAISE, and its code in COUNTERS
+    a counter             COUNTERS of Writer, or Hub.counts
+    a column              LOG_SCHEMA, FORMAT and Row
+    an endpoint           SyncEndpoints, its route in Server._add_routes, and for its
+                          access `await self.gate.authorize_query(request)`
+    state of one client   Session
+    a deadline            Phase, and the table of Connection
 
 To run the demo: `python mizusync.py`. To build on it, copy this file and write `apply`:
 
@@ -202,7 +206,7 @@ __all__ = [
 class Log(logging.LoggerAdapter[logging.Logger]):
     """A logger that never raises what a filter or handler of the application raises.
 
-    Many need a request of a web framework, and the writer's thread has none.
+    Many need a web framework's current request, and the writer's thread has none.
     """
 
     def log(self, *arguments: Any, **options: Any) -> None:
@@ -226,13 +230,13 @@ T = TypeVar("T")
 
 MIB = 1024 * 1024  # bytes
 
-# These may be 0; the others are above it.
+# These may be 0; all others must be above 0.
 MAY_BE_ZERO = {
     "max_pull_wait", "min_gzip_size", "linger_timeout", "max_hint_changes",
     "max_hint_size", "hint_gap", "max_sessions", "shutdown_timeout", "max_commit_time",
     "max_tail_changes", "max_tail_size", "busy_timeout",
 }  # fmt: skip
-# 11 days. SQLite has its timeout as a C integer (ms), and so has Windows a wait.
+# 11 days. SQLite's timeout and the waits of Windows are C integers, in ms.
 MOST_SECONDS = 10**6
 
 
@@ -279,7 +283,7 @@ class Settings:
     # The whole server.
     max_sessions: int = 10_000
     max_connections: int = 12_000
-    max_unsent: int = 256 * MIB  # of answers that no peer has read yet; then 503
+    max_unsent: int = 256 * MIB  # that peers have yet to read; then 503
     shutdown_timeout: float = 8.0
     # The engine.
     max_commit_time: float = 0.02  # no more pushes join a transaction that is older
@@ -304,9 +308,10 @@ class Settings:
             if type(value) not in types:  # a bool is none of these
                 raise TypeError(setting)
             largest = 10**15 if is_whole else MOST_SECONDS
-            least = "0 or more" if field.name in MAY_BE_ZERO else "above 0"
-            is_wrong_zero = value == 0 and least == "above 0"
+            may_be_zero = field.name in MAY_BE_ZERO
+            is_wrong_zero = value == 0 and not may_be_zero
             if is_wrong_zero or not 0 <= value <= largest:  # NaN is not in any range
+                least = "0 or more" if may_be_zero else "above 0"
                 raise ValueError(f"{setting}, {least}, at most {largest:,}")
 
 
@@ -385,8 +390,9 @@ class StoreRefused(Unavailable):
     """
 
 
-# What `apply` raises to refuse a mutation; a subclass may have a code of its own. (Not
-# StoreRefused: it says that the whole transaction is lost.)
+# What `apply` raises to refuse a mutation; a subclass may have a code of its own.
+# (StoreRefused is an Unavailable, too, but it means that the whole transaction is lost,
+# so catch it first.)
 APPLY_MAY_RAISE = (InvalidMutation, NotFound, Conflict, Forbidden, Unavailable)
 
 
@@ -438,7 +444,7 @@ def parse_json(raw: bytes, max_depth: int = 64, max_values: int = 100_000) -> An
 
     An integer that does not fit 64 bits (SQLite's limit) becomes a float, as in
     JavaScript. Raise TooLarge for more than `max_values` values. Raise InvalidRequest
-    for text that is no JSON or is nested deeper than `max_depth`, for NaN and
+    for text that is not JSON or is nested deeper than `max_depth`, for NaN and
     infinities, and for half a surrogate pair.
     """
     check_structure(raw, max_depth, max_values)
@@ -495,7 +501,7 @@ def check_structure(raw: bytes, max_depth: int, max_values: int) -> None:
     # Remove the strings, in four steps. 1. Remove escaped quotes. (Remove pairs of
     # backslashes first, because an odd number of them escapes a quote.) 2. Keep only
     # the structure and the quotes. 3. Remove pairs of quotes: most strings are empty
-    # now. 4. Remove every second piece between quotes: it is inside of a string.
+    # now. 4. Remove every second piece between quotes: it is inside a string.
     if b"\\" in raw:
         raw = raw.replace(rb"\\", b"").replace(rb"\"", b"")
     structure = raw.translate(None, _NOT_STRUCTURE).replace(b'""', b"")
@@ -735,7 +741,7 @@ def encode_error(code: str, sentence: str, scope: str | None = None) -> bytes:
 
 
 def is_name(value: Any, longest: int) -> bool:
-    """Return whether a value can name a scope or a mutation, and so has UTF-8."""
+    """Return whether a value can name a scope or a mutation. UTF-8 can encode it."""
     if not isinstance(value, str) or not 0 < len(value) <= longest:
         return False
     return value.isascii() or not re.search("[\ud800-\udfff]", value)
@@ -794,11 +800,11 @@ def check_scope(value: Any) -> str:
 #
 #     Store.latest()   that of the database now, whichever process committed
 #     Tails.position   that up to which memory is complete
-#     _seen            of SQLiteStore: the newest one that a client may know from here
+#     _shown           of SQLiteStore: the newest one that a client may know from here
 
 
 class Position(NamedTuple):
-    """The state of the log. While it is the same, what memory has of it is true."""
+    """The state of the log. Until it changes, what memory holds of it is true."""
 
     head: int  # the newest cursor of the log
     epoch: str  # the newest epoch
@@ -820,9 +826,9 @@ class Mark(NamedTuple):
 class Store:
     """What an engine needs from a database. Each operation may raise StoreRefused.
 
-    Each database has its own methods down to read_changes. The SQL of those below is
-    the same wherever there are tables with the columns of LOG_SCHEMA. `db` is a
-    connection of the store's; `apply` and `snapshot` get it as it is.
+    A store implements the methods down to read_full_page. The SQL of those below works
+    wherever there are tables with the columns of LOG_SCHEMA. `db` is a connection of
+    the store's; `apply` and `snapshot` get it as it is.
     """
 
     # Any thread may call these.
@@ -885,7 +891,7 @@ class Store:
     def read_changes(
         self, db: Any, scope: str, after: int
     ) -> Generator[Row, None, None]:
-        """Yield the scope's changes above a cursor, in order, as they are taken."""
+        """Yield the scope's changes above a cursor, in order and lazily."""
         raise NotImplementedError
 
     def read_full_page(
@@ -1012,7 +1018,7 @@ class Store:
         return count
 
     def probe(self, db: Any) -> None:
-        """Write something and take it back, so that a disk that refuses is noticed."""
+        """Write a row and delete it, to learn whether the disk accepts writes."""
         # No mutation has an empty scope. An UPDATE that changes nothing would not do:
         # SQLite does not write it.
         self.run(db, "INSERT INTO mizusync_mutations VALUES ('', '', NULL, 0)")
@@ -1032,9 +1038,9 @@ class Store:
 #
 # A mutation that fails leaves no trace. A savepoint for each one would cost a tenth of
 # a push, and most need none: they only write rows, and check before they write. So at
-# first there is none. Once a mutation fails after it wrote, or does more than read and
-# write rows, the transaction is given up (the writer then runs each of its mutations
-# alone), and from there on each mutation of this connection has a savepoint.
+# first there is none. If a mutation fails after it wrote, or does more than read and
+# write rows, the transaction is given up, and the writer runs each of its mutations
+# alone. From the first rollback on, each mutation has a savepoint (SQLiteStore).
 
 OWN_STATEMENT = "/* mizusync */ "
 
@@ -1057,7 +1063,7 @@ def primary_code(error: BaseException) -> int:
 def raise_if_refusal(error: BaseException) -> None:
     """Raise StoreRefused if SQLite reports that something is in the way."""
     if primary_code(error) in REFUSAL_CODES:
-        raise StoreRefused("the database refuses, for now") from error
+        raise StoreRefused("the database can't write right now") from error
 
 
 def run_own(db: sqlite3.Connection, sql: str, *parameters: Any) -> list[Any]:
@@ -1111,7 +1117,7 @@ class GuardedConnection(sqlite3.Connection):
         self.has_created_log = False
         self._timeout = timeout
         self._guarded = False  # application code has the connection
-        self._needs_savepoints = False  # see above
+        self.needs_savepoints = False  # see above
         self._cursors: list[weakref.ref[GuardedCursor]] = []  # of the application
         super().set_authorizer(self._authorize)
 
@@ -1122,7 +1128,7 @@ class GuardedConnection(sqlite3.Connection):
         moment (https://sqlite.org/lang_savepoint.html). Raise StoreRefused if the
         transaction did not survive, or if `work` ended with a refusal of SQLite's.
         """
-        has_savepoint = self._needs_savepoints or not self.in_transaction
+        has_savepoint = self.needs_savepoints or not self.in_transaction
         if has_savepoint:
             run_own(self, "SAVEPOINT mizusync_guard")
         changes = self.total_changes
@@ -1130,24 +1136,20 @@ class GuardedConnection(sqlite3.Connection):
         try:
             result = work(self)
         except BaseException as error:
-            self._end_guard(has_savepoint, undo_from=changes)
+            self._end_guard(has_savepoint, changes, failed=True)
             raise_if_refusal(error)
             if primary_code(error) == sqlite3.SQLITE_AUTH:
                 error.add_note(GUARD_NOTE)
             raise
-        self._end_guard(has_savepoint)
+        self._end_guard(has_savepoint, changes, failed=False)
         return result
 
-    def _end_guard(
-        self,
-        has_savepoint: bool,
-        undo_from: int | None = None,
-    ) -> None:
+    def _end_guard(self, has_savepoint: bool, changes: int, failed: bool) -> None:
         """Close the application's cursors, undo its settings, and end the savepoint.
 
-        `undo_from` is the number of changes before an application that has failed. A
-        half-read INSERT ... RETURNING makes a later COMMIT fail, and a half-read SELECT
-        keeps an old state of the file in use.
+        `changes` is total_changes from before the application ran. A half-read INSERT
+        ... RETURNING makes a later COMMIT fail, and a half-read SELECT keeps an old
+        state of the file in use.
         """
         self._guarded = False
         self.row_factory = None
@@ -1160,18 +1162,17 @@ class GuardedConnection(sqlite3.Connection):
                         cursor.close()
             self._cursors.clear()
             if has_savepoint:
-                if undo_from is not None:
+                if failed:
                     run_own(self, "ROLLBACK TO mizusync_guard")
                 run_own(self, "RELEASE mizusync_guard")
-            else:
-                if undo_from not in (None, self.total_changes):
-                    self._needs_savepoints = True
-                if self._needs_savepoints or not self.in_transaction:
-                    raise sqlite3.OperationalError("there is nothing to go back to")
+                return
+            has_written = self.total_changes != changes
+            needs_undo = self.needs_savepoints or (failed and has_written)
+            if needs_undo or not self.in_transaction:
+                raise sqlite3.OperationalError("no savepoint can undo this mutation")
         except Exception as error:
-            # The savepoint is gone, because SQLite or the application rolled everything
-            # back; or something else leaves the transaction in doubt.
-            raise StoreRefused("the transaction was rolled back") from error
+            # There was no savepoint, or it went when everything was rolled back.
+            raise StoreRefused("the transaction can't go on") from error
 
     def retry(self, work: Callable[..., T], *arguments: Any) -> T:
         """Call `work`; while another process holds the lock, roll back and try again.
@@ -1194,7 +1195,7 @@ class GuardedConnection(sqlite3.Connection):
             time.sleep(0.0002)
 
     def cursor(self, factory: Any = None) -> Any:
-        """Return a cursor of the one kind that there is, whatever the factory."""
+        """Return a GuardedCursor, whatever the factory."""
         cursor = sqlite3.Connection.cursor(self, GuardedCursor)
         self._cursors.append(weakref.ref(cursor))
         if len(self._cursors) % 1000 == 0:  # most of them are gone
@@ -1232,7 +1233,7 @@ class GuardedConnection(sqlite3.Connection):
         if not self.in_transaction:  # as in check_transaction
             return sqlite3.SQLITE_DENY
         if action not in _ROWS:  # a table, a savepoint: total_changes does not show it
-            self._needs_savepoints = True
+            self.needs_savepoints = True
         # Without a value, a PRAGMA only reads. Full-text search uses such ones.
         is_reading = action == sqlite3.SQLITE_PRAGMA and names[1] is None
         if action in _CONTROL and not is_reading:
@@ -1386,7 +1387,7 @@ def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
 
 
 def wal_path(path: str) -> str:
-    """Return the path of the WAL. It stands beside the file that a link leads to."""
+    """Return the path of the WAL. It lies beside the target of a symbolic link."""
     return f"{os.path.realpath(path)}-wal"
 
 
@@ -1431,8 +1432,8 @@ def check_leftover_wal(path: str, adopt: bool) -> None:
         return
     if not os.path.exists(path):
         raise StoreError(
-            f"{wal} exists, and {path} does not: put the database back; or, "
-            "to begin anew, remove its -wal and -shm as well"
+            f"{wal} exists, but {path} does not: put the database back; "
+            "or, to start over, remove its -wal and -shm as well"
         )
     with contextlib.closing(GuardedConnection(path, "ro")) as db:
         has_log(db, adopt)
@@ -1537,14 +1538,20 @@ class SQLiteStore(Store):
         self._stat = os.stat(self._path)
         self._closed = False
         self._position_db = GuardedConnection(self._path, "ro", busy_timeout)
-        self._position_lock = threading.Lock()  # from _closed down to _seen
+        # Three positions follow each other:
+        #   begin()   takes the write lock, under which _begun is the position. It reads
+        #             that only after a rollback, or if another connection committed.
+        #   latest()  reads _latest at any moment, without that lock. It moves _shown up
+        #             to it, unless this log never issued _shown: then an older copy was
+        #             restored. begin() calls it if _shown is not _begun.
+        #   commit()  begins an epoch if they still differ. Then both are its position.
+        self._position_lock = threading.Lock()  # from _closed down to _shown
         self._latest = NO_POSITION
         self._latest_version: int | None = None  # the data_version that belongs to it
         # The newest position that a client may know from here. (A page from the disk
-        # may be ahead of it, for a watch_interval at most.) If the log has not issued
-        # it, the next commit begins an epoch: see Store.
-        self._seen = self.read_position(db) if db.has_created_log else NO_POSITION
-        # Where a transaction begins. NO_POSITION says that begin() has to read it.
+        # may be ahead of it, for a watch_interval at most.)
+        self._shown = self.read_position(db) if db.has_created_log else NO_POSITION
+        # NO_POSITION says that begin() has to read it.
         self._begun = NO_POSITION
         self._write_version: int | None = None  # the writer's data_version
         self._idle: list[GuardedConnection] = []  # connections of readers
@@ -1586,7 +1593,7 @@ class SQLiteStore(Store):
         limit: int,
         max_size: int,
     ) -> tuple[int, bytes] | None:
-        """Let SQLite join the page. For each single row, it would wait for the GIL."""
+        """Let SQLite join the page. Row by row, this thread would wait for the GIL."""
         # The page ends before the first row of another mutation behind its last row.
         sql = """
             WITH page AS (
@@ -1627,11 +1634,11 @@ class SQLiteStore(Store):
             version = self.run_scalar(db, "PRAGMA data_version")
             if version != self._latest_version:
                 self._latest = self.read_position(db)
-                # Move on, unless the log has not issued what was seen: an older copy
-                # was restored. Then keep it, so that commit() begins an epoch.
-                seen = self._seen
-                if self.has_issued(db, self._latest, seen.epoch, seen.head):
-                    self._seen = self._latest
+                # Move _shown on, unless this log never issued it: an older copy was
+                # restored. Then keep it, so that commit() begins an epoch.
+                shown = self._shown
+                if self.has_issued(db, self._latest, shown.epoch, shown.head):
+                    self._shown = self._latest
                 self._latest_version = version
             return self._latest
 
@@ -1663,14 +1670,15 @@ class SQLiteStore(Store):
         self._check_file()
         if self._write_db is None:
             self._write_db = self._open()
+            self._write_db.needs_savepoints = True  # as after any rollback
             self._write_version = None
         db = self._write_db
         db.retry(run_own, db, "BEGIN IMMEDIATE")
         self._notice_others(db)
         if self._begun == NO_POSITION:
             self._begun = self.read_position(db)
-        if self._seen != self._begun:
-            self.latest()  # moves what was seen on, if the log has issued it
+        if self._shown != self._begun:
+            self.latest()  # moves _shown to _begun, unless this log never issued it
         return db, self._begun
 
     def run_guarded(self, work: Callable[[Any], T]) -> T:
@@ -1681,8 +1689,8 @@ class SQLiteStore(Store):
         """Append to the log and commit. COMMIT returns when the disk has it all."""
         db = self._write_db
         assert db is not None
-        # Where the log has issued what was seen, begin() has moved that on.
-        begins_epoch = self._seen != self._begun
+        # They differ only if this log never issued _shown: see begin().
+        begins_epoch = self._shown != self._begun
         if begins_epoch:  # the first commit, or a backup was restored
             sql = """
                 INSERT INTO mizusync_epochs (epoch, start)
@@ -1695,21 +1703,22 @@ class SQLiteStore(Store):
         position = self.read_position(db)
         run_own(db, "COMMIT")
         with self._position_lock:
-            # After a new epoch, what was seen before belongs to another history.
-            # Otherwise it never moves back: another process may have committed since,
-            # and latest() may have seen that.
-            if begins_epoch or position.head > self._seen.head:
-                self._seen = position
+            # After a new epoch, what was shown before belongs to another history.
+            # Otherwise _shown never moves back: another process may have committed
+            # since, and latest() may have found that.
+            if begins_epoch or position.head > self._shown.head:
+                self._shown = position
         self._begun = position  # the next begin() finds it, unless another one commits
         self._limit_wal(db)
         return position
 
     def rollback(self) -> None:
-        """End the transaction, if there is one. What can't be rolled back is closed."""
+        """End the transaction, if there is one. If that fails, close the connection."""
         self._begun = NO_POSITION
         db = self._write_db
         if db is None:
             return
+        db.needs_savepoints = True  # what was in it may now run alone, and fail alone
         try:
             # Not rollback(): with `autocommit = False`, Python would begin anew.
             if db.in_transaction:
@@ -1832,9 +1841,9 @@ OVERHEAD = 200  # bytes of memory that a change takes besides its own
 class Tail:
     """All changes of one scope above `after`, in order, as two parallel lists.
 
-    Memory keeps one for each scope in use. While a transaction is made, Batch.added
-    collects what it adds to a scope in a second one (which stays empty if a mutation
-    makes no changes). After the commit, that is appended to the first.
+    Memory keeps one for each scope in use. Batch.added has another for each scope of a
+    transaction (an empty one if its mutations make no changes there). After the commit,
+    Tails appends the second to the first.
     """
 
     def __init__(self, after: int) -> None:
@@ -1845,7 +1854,7 @@ class Tail:
 
     @property
     def current(self) -> int:
-        """The newest cursor of the scope, also if its changes were all trimmed."""
+        """The newest cursor of the scope, even if all its changes were trimmed."""
         return self.cursors[-1] if self.cursors else self.after
 
     def add(self, row: Row) -> bytes:
@@ -1894,9 +1903,9 @@ class Tails:
     ) -> Page | None:
         """Return all changes above a cursor, or None if memory can't answer.
 
-        It can't if they do not fit on one page (the last one may go past its size): a
-        page never ends inside a mutation, and only the database knows where one ends.
-        Nor does memory know where an older epoch ended.
+        It can't if they do not fit on one page (the last one may go past its size),
+        because only the database knows where a mutation ends; nor for an older epoch,
+        because only the database knows where that ended.
         """
         with self._lock:
             tail = self._believed(scope)
@@ -1946,10 +1955,10 @@ class Tails:
                 return Page(tail.changes, tail.current, position.epoch, has_more=True)
             tail.add(row)
             first = row.first
-        # 3. The page reached the end of the log, so memory can serve the next pull. An
-        #    empty page says that the scope has no change above the cursor. Then its
-        #    newest change is lower, and the tail may begin there: it has all changes
-        #    above (there are none), so it serves clients at lower cursors as well.
+        # 3. The page reached the end of the log, so memory can serve the next pull. If
+        #    the page is empty, the scope's newest change is at the cursor or below it.
+        #    Begin the tail at that change: it still misses none, and it serves clients
+        #    at lower cursors as well.
         page = Page(tail.changes, tail.current, position.epoch)
         if not tail.cursors:
             tail.after = self._store.read_current(db, scope)
@@ -2073,7 +2082,7 @@ class Listeners:
 
 
 def make_calls(calls: Iterable[Call]) -> None:
-    """Make calls one after the other. One that fails keeps none of the others back."""
+    """Make calls one after the other. One that fails does not stop the others."""
     for call in calls:
         try:
             call()
@@ -2083,7 +2092,7 @@ def make_calls(calls: Iterable[Call]) -> None:
 
 # --- Jobs -----------------------------------------------------------------------------
 # What waits for the writer. A job is a push or a trim, and a future that its caller
-# waits for. A step of it is the unit that can be run again in a transaction of its own.
+# waits for. A step is the unit that can run again in a transaction of its own.
 
 
 @dataclasses.dataclass(slots=True)
@@ -2126,7 +2135,7 @@ class Job:
         nothing was, it is refused as a whole.
         """
         # One exception for each job, because raising it changes its traceback.
-        refusal = StoreRefused("the database refuses, for now")
+        refusal = StoreRefused("the database can't write right now")
         left = [step for step in self.steps if step.result is None]
         results = [step.result for step in self.steps]
         # Only a mutation that was applied leaves a trace. (That of a trim is a number.)
@@ -2145,6 +2154,7 @@ class Job:
 # Not an iterable of changes, although Python can iterate over them.
 NOT_CHANGES = (str, bytes, dict, Change, sqlite3.Cursor)
 LOOK_AHEAD = 100  # mutations of a push that are looked up at once
+FAILED = "the server failed on this mutation"
 Apply = Callable[[Any, Mutation], Iterable[Any] | None]
 
 
@@ -2152,8 +2162,8 @@ Apply = Callable[[Any, Mutation], Iterable[Any] | None]
 class Batch:
     """One transaction while it is made.
 
-    The database does not have its rows and marks before the commit, so a mutation that
-    repeats one of the same batch is found here.
+    Its rows and marks reach the database only at the commit, so a mutation that repeats
+    one of the same batch is found here.
     """
 
     store: Store
@@ -2178,8 +2188,8 @@ class Batch:
     ) -> Result:
         """Apply a mutation; repeat the first answer if it was applied before.
 
-        `args` is a copy of its args. `push` has the steps of its push, and `place` is
-        the index of this one. Raise StoreRefused if the whole transaction has failed.
+        `args` are its args, marshalled. `push` holds the steps of its push, and this
+        one is `push[place]`. Raise StoreRefused if the whole transaction has failed.
         """
         key = (mutation.scope, mutation.id)
         if key not in self._known:
@@ -2204,7 +2214,7 @@ class Batch:
         except BaseException:
             # SystemExit, too, is the application's error, and must not end this thread.
             engine_log.exception("apply failed on %s", mutation)
-            return Result.refused(SyncError("the server failed on this mutation"))
+            return Result.refused(SyncError(FAILED))
         return self._add(key, rows)
 
     def _look_up(self, scope: str, steps: Sequence[Step]) -> None:
@@ -2212,7 +2222,7 @@ class Batch:
 
         One statement for a hundred ids takes a tenth of the time of a hundred.
         """
-        mutations = [step.arguments[0] for step in steps]
+        mutations = [step.arguments[0] for step in steps]  # see Engine._mutation_steps
         ids = [mutation.id for mutation in mutations if mutation.scope == scope]
         for id in ids:
             # Keep the mark if this batch has applied it.
@@ -2242,8 +2252,8 @@ class Batch:
                 row_scope, text = encode_data(change, scope)
                 rows.append(Row(cursor, first, row_scope, self._time, text))
         finally:
-            # A generator that is not exhausted ends here, while what it does at its end
-            # can still be undone; also one inside of a map, which has no close().
+            # End a generator that is not exhausted, while its cleanup can still be
+            # undone. `del` ends one inside a map, which has no close().
             close = getattr(made, "close", None)
             if close:
                 close()
@@ -2325,12 +2335,13 @@ def encode_data(change: Any, scope: str) -> tuple[str, str]:
 
 
 # --- Retention ------------------------------------------------------------------------
-# Trims remove the oldest changes of a scope, whole mutations, a few hundred in each
-# transaction, so that no push waits long behind them. A client that is behind a trim
+# Trims remove the oldest changes of a scope, whole mutations, and only so many in each
+# transaction that no push waits long behind them. A client that is behind a trim
 # continues from a snapshot. With `keep_changes` each transaction trims some of the
 # scopes that it adds to. There is no list of scopes: one that grows is found again.
 
-TRIM_STEP = 200  # changes that one transaction removes: no push waits long behind it
+TRIM_STEP = 200  # changes that one transaction removes
+MAX_TRIM_PERIOD = 5000  # changes between two trims by apply_retention
 
 
 def trim_scope(batch: Batch, scope: str, before: int, limit: int = TRIM_STEP) -> int:
@@ -2344,14 +2355,15 @@ def trim_scope(batch: Batch, scope: str, before: int, limit: int = TRIM_STEP) ->
 def apply_retention(batch: Batch, keep: int) -> None:
     """Trim scopes that a batch adds to down to their newest `keep` changes, about."""
     # To find where a trim would end takes `keep` steps, so not every commit does it. A
-    # commit with n new changes trims their scope with a probability of 10 n / keep. So
-    # between two trims a scope grows by a tenth of `keep`, on average, and each trim
-    # may remove twice as much.
+    # commit with n new changes trims their scope with a probability of n / period. So
+    # between two trims a scope grows by a period, on average.
+    period = min(keep // 10, MAX_TRIM_PERIOD)
     for scope, tail in batch.added.items():
-        if random.random() * keep < 10 * len(tail.changes):
+        added = len(tail.changes)
+        if random.random() * period < added:
             before = batch.store.read_nth_newest(batch.db, scope, keep)
-            # Remove more than this commit adds, or the log would grow without end.
-            limit = max(TRIM_STEP, keep // 5, 2 * len(tail.changes))
+            # Remove more than is added meanwhile, or the log would grow without end.
+            limit = max(TRIM_STEP, 2 * period, 2 * added)
             trim_scope(batch, scope, before, limit)
 
 
@@ -2438,7 +2450,7 @@ class Writer:
 
     def _work(self) -> None:
         """Commit jobs until the writer is closed. No error ends this thread."""
-        # `closed` comes first: once it is true, no job is added that `waiting` misses.
+        # Read `closed` first: once it is true, no job arrives after the check.
         while not self.closed or self.waiting:
             # _arriving and _refuse add to this list.
             jobs = self._take(self._settings.watch_interval)
@@ -2479,8 +2491,8 @@ class Writer:
     def _commit_steps(self, steps: Iterator[Step]) -> Hints:
         """Run steps in one transaction, and commit it; return its hints.
 
-        If it fails, run each of them alone, and return no hints: they went out with
-        each. Raise StoreRefused if the disk refuses, or if no transaction can begin.
+        If it fails, run each of them alone, and return no hints: _run_alone has sent
+        them. Raise StoreRefused if the disk refuses, or if no transaction can begin.
         The steps that are on disk have a result then, and the others have none.
         """
         batch = self._begin()  # an error here goes to _refuse(): no step has begun
@@ -2508,7 +2520,7 @@ class Writer:
         fault: then a write of the engine's own fails as well.
         """
         batch = self._begin()
-        batch.look_ahead = 1  # an id that can't be looked up fails no other mutation
+        batch.look_ahead = 1  # a look-up that fails can only fail this mutation
         try:
             step.result = step.run(batch, *step.arguments)
             hints = self._commit(batch)
@@ -2519,9 +2531,7 @@ class Writer:
             self._store.probe(probe.db)
             self._commit(probe)
             engine_log.exception("the transaction failed on %s", step.name)
-            step.result = Result.refused(
-                SyncError("the server failed on this mutation")
-            )
+            step.result = Result.refused(SyncError(FAILED))
         else:
             self._listeners.notify(hints, {})
 
@@ -2557,9 +2567,9 @@ class Writer:
     def _refuse(self, jobs: list[Job], error: BaseException) -> None:
         """Refuse what is left of these jobs, and all that wait.
 
-        If the database refuses, each of them would wait as long again: 20 pushes would
-        be refused after 4 s, and not after 0.2 s. Any other error is a bug; it must not
-        end the thread either.
+        If the database refuses, each of them would wait as long again: to refuse 20
+        pushes would take 4 s, and not 0.2 s. Any other error is a bug; it must not end
+        the thread either.
         """
         self._store.rollback()
         for _ in range(self.waiting if jobs else 0):  # _watch() refuses no job
@@ -2718,9 +2728,8 @@ class Engine:
         changed = asyncio.Event()
 
         def on_commit(hints: Hints) -> None:
-            # Without hints, every pull is to end: the engine closes, say. Otherwise
-            # this scope is among them. The hint of another process's commit comes
-            # late: the page may have its changes already.
+            # No hints mean that every wait ends, as when the engine closes. A hint of
+            # another process's commit may come after the page that has its changes.
             if not hints or hints[scope].cursor > cursor:
                 changed.set()
 
@@ -2944,7 +2953,9 @@ class Topic:
         """True if some subscriber wants the changes in its hints."""
         return any(self.subscribers.values())
 
-    def spend(self, used: float, now: float, share: float, longest: float) -> float:
+    def spend(
+        self, used: float, now: float, share: float, longest_pause: float
+    ) -> float:
         """Pay for a broadcast; return for how long to pause before the next one.
 
         The budget is a token bucket. It holds BURST seconds of loop time, and fills
@@ -2953,8 +2964,8 @@ class Topic:
         """
         full_at = max(self.budget_full_at, now) + used / share
         # Without this limit, one slow broadcast would silence the topic for a second.
-        latest = now + BURST / share + longest
-        self.budget_full_at = min(full_at, latest)
+        cap = now + BURST / share + longest_pause
+        self.budget_full_at = min(full_at, cap)
         return max(0.0, self.budget_full_at - BURST / share - now)
 
 
@@ -3042,7 +3053,7 @@ class Hub:
         cursor = topic.cursor = max(hint.cursor, topic.cursor or 0)
         short = self.encode(encode_message(name, encode_cursor(cursor)))
         long = short
-        is_newest = hint.cursor == cursor  # older changes would not lead to the cursor
+        is_newest = hint.cursor == cursor  # older changes would leave a gap
         if hint.changes and is_newest and topic.wants_changes:
             long = self.encode(encode_message(name, hint.encode()))
         subscribers = list(topic.subscribers.items())
@@ -3134,7 +3145,7 @@ class Request:
     length: int | None  # bytes of the body; None if it is chunked
     body: bytes = b""
     peer: str = ""  # address and port of the client, or of the proxy in front
-    wait: asyncio.Timeout | None = None  # ends when the client leaves
+    wait: asyncio.Timeout | None = None  # of a pull; the sweep may end it
 
     @functools.cached_property
     def query(self) -> dict[str, str]:
@@ -3182,7 +3193,7 @@ class Request:
         if text is None:
             return default
         if not re.fullmatch(pattern, text):
-            raise InvalidRequest(f"{name}={text[:40]!r} is not a number it can be")
+            raise InvalidRequest(f"{name}={text[:40]!r} is not a valid number")
         return float(text) if "." in text else int(text)
 
     def elements(self, name: str) -> list[str]:
@@ -3242,7 +3253,7 @@ def parse_request(buffer: bytearray, settings: Settings) -> Request | None:
         raise InvalidRequest("the request target has to be a path, without a fragment")
     path = unquote(target.partition("?")[0])
     length = parse_body_length(headers, version)
-    # A refused head stays: who answers looks for HEAD in it, whose answer has no body.
+    # A refused head stays: whoever answers looks for HEAD in it, which gets no body.
     del buffer[: end + 4]
     return Request(method, target, version, headers, host, path, length)
 
@@ -3254,16 +3265,16 @@ def skip_empty_lines(buffer: bytearray) -> None:
 
 
 def find_line_end(
-    buffer: bytearray, mark: bytes, start: int, limit: int, status: int
+    buffer: bytearray, ending: bytes, start: int, limit: int, status: int
 ) -> int:
-    """Return where `mark` begins, which ends a line or a head; -1 if it may still come.
+    """Return where the ending of a line or a head begins; -1 if it may still come.
 
     Raise HTTPError with `status` if it does not come within `limit` bytes. Raise
     InvalidRequest for a bare LF before it: a parser that takes LF for the end of a line
     would see other lines (RFC 9112 §2.2). There is one if LF occurs more often than
     CRLF.
     """
-    end = buffer.find(mark, start, limit)
+    end = buffer.find(ending, start, limit)
     stop = end if end >= 0 else limit
     line_feeds = buffer.count(b"\n", start, stop)
     if line_feeds != buffer.count(b"\r\n", start, stop):
@@ -3279,7 +3290,7 @@ def parse_request_line(
     """Return method, target and HTTP version (RFC 9112 §3)."""
     words = REQUEST_LINE.fullmatch(line)
     if words is None:
-        raise InvalidRequest("the request line is not: method, target, HTTP version")
+        raise InvalidRequest("the request line has to be: method, target, HTTP version")
     method, target, major, minor = words.groups()
     if major != "1":
         raise HTTPError(505, "this server speaks HTTP/1.1")
@@ -3319,18 +3330,17 @@ def parse_host(
     HTTP/1.1 requires a Host field. It has to be valid even where a target in absolute
     form overrides it.
     """
-    host = headers.get("host")
-    if host is None and version == (1, 0):
-        host = ""
-    is_valid = host is not None and bool(AUTHORITY.fullmatch(host))
+    refusal = InvalidRequest("the request needs one valid Host")
+    host = headers.get("host", "" if version == (1, 0) else None)
+    if host is None or not AUTHORITY.fullmatch(host):
+        raise refusal
     absolute = ABSOLUTE_FORM.fullmatch(target)
-    if absolute and is_valid:
+    if absolute:
         host = absolute[1]
         target = "/" + absolute[2]
-        is_valid = bool(host and AUTHORITY.fullmatch(host))
-    if not is_valid:
-        raise InvalidRequest("the request needs one valid Host")
-    return str(host).lower(), target
+        if not host or not AUTHORITY.fullmatch(host):
+            raise refusal
+    return host.lower(), target
 
 
 def parse_body_length(
@@ -3405,7 +3415,7 @@ class ChunkedBody:
             del buffer[: stop + 2]
             self.framing += end + 4
             if self.framing > self.settings.max_head_size:
-                raise TooLarge("the chunks are too small for so long a body")
+                raise TooLarge("the chunks are too small for a body this long")
 
     def _take_trailers(self, buffer: bytearray, start: int, longest: int) -> bool:
         """Check the trailer fields behind the last chunk, and drop them."""
@@ -3451,7 +3461,7 @@ class Response:
 
     def __post_init__(self) -> None:
         if not isinstance(self.body, bytes) or not isinstance(self.status, int):
-            raise TypeError("a response has a number as status, and bytes as body")
+            raise TypeError("a response needs a number as status, and bytes as body")
         # A line break would begin a field, or a response, of an attacker's making.
         names = "".join(self.headers)
         written = names + "".join(self.headers.values()) + self.content_type
@@ -3699,7 +3709,7 @@ def parse_close(payload: bytes) -> tuple[int, str]:
         return NO_CODE, ""
     code = int.from_bytes(payload[:2], "big")  # a single byte is no valid code
     if not is_close_code(code):
-        raise ProtocolError(1002, "the close code is not one to be sent")
+        raise ProtocolError(1002, "this close code may not be sent")
     try:
         return code, payload[2:].decode()
     except UnicodeDecodeError:
@@ -3714,7 +3724,7 @@ def encode_close(code: int, reason: str) -> bytes:
     if code == NO_CODE:
         return encode_frame(CLOSE, b"")
     if not is_close_code(code):
-        raise ValueError(f"{code} is no close code to be sent (RFC 6455 §7.4)")
+        raise ValueError(f"the close code {code} may not be sent (RFC 6455 §7.4)")
     encoded = reason.encode(errors="replace")
     cut = encoded[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")
     return encode_frame(CLOSE, code.to_bytes(2, "big") + cut.encode())
@@ -3746,8 +3756,8 @@ def answer_handshake(request: Request) -> Response:
 
 # --- Tasks ----------------------------------------------------------------------------
 # What runs beside a connection's own task: callbacks of the application, tasks that the
-# server has to end, and work that would keep the event loop from everybody else. What
-# the application raises is its own failure, and never the server's.
+# server has to end, and work that would block the event loop. What the application
+# raises is its own failure, and never the server's.
 
 
 async def call_app(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -3797,7 +3807,7 @@ class Tasks:
 async def parse_json_aside(raw: bytes, settings: Settings) -> Any:
     """Return strict JSON, as parse_json does; parse a long text in a thread.
 
-    A megabyte takes 0.1 s at worst, for which the event loop must not stop.
+    A megabyte can take 0.1 s, which is too long to block the event loop.
     """
     parse = functools.partial(
         parse_json, raw, settings.max_json_depth, settings.max_json_values
@@ -4046,7 +4056,7 @@ class Connection:
     async def close_gracefully(self) -> None:
         """Close so that the peer can read our last words (RFC 9112 §9.6).
 
-        To close a socket with unread bytes resets it, and the reset overtakes the
+        Closing a socket with unread bytes resets it, and the reset overtakes the
         answer. So close half of it, and drop what arrives until the peer closes.
         """
         self.transport.set_write_buffer_limits(high=0)  # drain() waits for all
@@ -4069,7 +4079,7 @@ class Connection:
         self.transport.abort()
 
     def interrupt(self, reason: Exception) -> None:
-        """Let the task's `receive` raise `reason`, in a phase of RECEIVING.
+        """Make the task's `receive` raise `reason`, in a phase of RECEIVING.
 
         An OSError closes the connection without a word, a SyncError is answered.
         """
@@ -4081,7 +4091,7 @@ class Connection:
 
     def check_deadline(self, now: float) -> None:
         """Act on a deadline that has passed, as the table above says."""
-        match self.phase:  # Python 3.9 shows this line: mizusync needs 3.11 or newer
+        match self.phase:  # a SyntaxError here: mizusync needs Python 3.11 or newer
             case Phase.IDLE:
                 self.interrupt(ConnectionError("no request came"))
             case Phase.HEAD | Phase.BODY:
@@ -4439,7 +4449,7 @@ class Session:
         self.id = secrets.token_urlsafe(9)
         self.scope = scope  # the one that it connected with
         self.identity = identity  # what on_auth returned for that scope
-        self.granted = {scope}  # scopes besides those it is subscribed to
+        self.granted = {scope}  # allowed even without a subscription
         self.websocket = websocket
         peer = websocket.request.peer
         who = "" if identity is None else f" for {identity!r:.100}"
@@ -4536,7 +4546,7 @@ class Session:
         for topic in list(self.topics):
             self.unsubscribe(topic)
         for task in self.tasks.running:
-            if not task.cancelling():  # what cleans up already is left to it
+            if not task.cancelling():  # it may be cleaning up already
                 task.cancel()
 
     def forbid(self, scope: str, refusal: Forbidden) -> None:
@@ -4700,7 +4710,7 @@ class LiveEndpoint:
 # once; what the engine refuses comes out as a SyncError. The order is always the same:
 # parse, ask for permission, call the engine, encode.
 
-PAGE = os.path.join(os.path.dirname(__file__), "demo.html")  # need not be there
+PAGE = os.path.join(os.path.dirname(__file__), "demo.html")  # optional
 # The client is part one of the page's script.
 CLIENT = re.compile(rb"(?ms)^// === Part one: [^\n]*\n(.*?)^// === Part two: ")
 
@@ -4821,7 +4831,7 @@ class SyncEndpoints:
         return Response(body=snapshot.encode())
 
     def client(self, request: Request) -> Response:
-        """Return the JavaScript client, or 304 if the browser has it as it is."""
+        """Return the JavaScript client, or 304 if the browser's copy is current."""
         module = self.client_module
         if module is None:
             raise NotFound("the client is part of demo.html, which is not here")
@@ -4881,7 +4891,8 @@ class Routes:
             raise NotFound(f"there is nothing at {request.path[:100]}")
         if request.method in methods:
             return methods[request.method]
-        allow = {"Allow": ", ".join(sorted({*methods, "OPTIONS"}))}
+        allowed = sorted({*methods, "OPTIONS"})
+        allow = {"Allow": ", ".join(allowed)}
 
         def answer(request: Request) -> Response:
             if request.method == "OPTIONS":
@@ -4971,8 +4982,8 @@ class HTTPServer:
                 response = await self._handle(connection, request)
                 if response is None:
                     return
-                keep_alive = request.keep_alive and not connection.body_pending
-                keep_alive = keep_alive and not self._stopping
+                must_close = connection.body_pending or self._stopping
+                keep_alive = request.keep_alive and not must_close
                 data = await self._encode(request, response, keep_alive)
                 # While the client reads, only `data` is kept.
                 del request, response
@@ -4984,8 +4995,8 @@ class HTTPServer:
                 if connection.buffer:
                     await asyncio.sleep(0)  # pipelined requests leave others their turn
         except SyncError as refusal:
-            # No request was read, so nothing behind this can be read as one.
-            # At info, an operator sees a full server, and no port scan.
+            # This request can't be read, so nothing behind it can be read as one. Log
+            # a full server at info, but the garbage of a port scan at debug.
             write_line = http_log.info if refusal.status == 503 else http_log.debug
             write_line("no request from %s: %r", connection.peer, refusal)
             self._answers[refusal.status // 100] += 1
@@ -5142,7 +5153,7 @@ class HTTPServer:
         for listener in listeners:
             with contextlib.suppress(NotImplementedError):  # Windows has no such call
                 loop.remove_reader(listener)
-        await asyncio.sleep(0)  # an accept that was under way ends
+        await asyncio.sleep(0)  # let an accept that is under way finish
         for task in accepting:
             task.cancel()
         for listener in listeners:
@@ -5173,7 +5184,7 @@ class HTTPServer:
         """End every connection and every task that is left."""
         for connection in list(self._connections):
             connection.abort()
-        for _ in range(2):  # an on_close that the first cancel called may hang as well
+        for _ in range(2):  # the first cancel runs on_close, which may hang too
             for task in self.tasks.running:
                 task.cancel()
             if self.tasks.running:
@@ -5370,7 +5381,7 @@ class Server(HTTPServer):
         }
 
     async def _healthz(self, request: Request) -> Any:
-        """Return how the server is; if it has a token, only that the store answers."""
+        """Report the server's health; with a token, only that the store answers."""
         head, epoch, _ = await self.engine.position()
         if self.gate.token is not None:
             return {"status": "ok"}
@@ -5415,7 +5426,7 @@ class Server(HTTPServer):
     def _restart_sessions(self) -> None:
         """Send all clients away after an older copy of the log was restored.
 
-        Cursors went down, and no hint may: each client comes back, pulls, and sees.
+        Cursors went down, and hints never do: each client reconnects, pulls and learns.
         """
         self.hub.forget_cursors()
         for session in self.sessions:
@@ -5559,8 +5570,8 @@ def require_scope(request: Request, scope: str) -> None:
 
 
 # --- Command line ---------------------------------------------------------------------
-# python mizusync.py: flags, the log, and the todo demo. What can go wrong at the start
-# is one sentence on stderr and an exit status: 1 if the program can't run, 2 for a
+# python mizusync.py: flags, the log, and the todo demo. A failure at the start is one
+# sentence on stderr and an exit status: 1 if the program can't run, 2 for a
 # wrong command line. Nobody has to read its output: neither a full pipe nor a paused
 # terminal stops the server.
 

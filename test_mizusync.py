@@ -1492,6 +1492,7 @@ TRACES = {
     "a half-read query": "SELECT word FROM words UNION ALL VALUES (1), (2)",
     "half-read rows": "INSERT INTO words VALUES ('r'), ('s') RETURNING word",
     "a mistake": "INSERT INTO nowhere VALUES (1)",
+    "a key or the end": "INSERT OR ROLLBACK INTO keys VALUES (1, 1)",
 }
 
 
@@ -1537,17 +1538,26 @@ def test_a_push_writes_what_its_mutations_write_that_succeed_one_by_one(
         path, model = Path(folder) / "log.db", Path(folder) / "model.db"
         make_database(model)
         expected = []
-        with closing(sqlite3.connect(model, isolation_level=None)) as db:
+        with (
+            closing(sqlite3.connect(model, isolation_level=None)) as db,
+            closing(sqlite3.connect(":memory:")) as before,
+        ):
             db.executescript(TRACES_SCHEMA)
             for names, end in itertools.chain(*pushes):
-                db.execute("SAVEPOINT mutation")
+                db.backup(before)
+                db.execute("BEGIN")
                 try:
                     leave_traces(db, names)
                 except sqlite3.Error:
                     end = "bug"
+                if not db.in_transaction:  # whatever it suppressed
+                    end = "bug"
+                elif end:
+                    db.execute("ROLLBACK")
+                else:
+                    db.execute("COMMIT")
                 if end:
-                    db.execute("ROLLBACK TO mutation")
-                db.execute("RELEASE mutation")
+                    before.backup(db)
                 codes = {"": None, "conflict": "conflict", "bug": "internal_error"}
                 expected.append(codes[end])
         options: dict[str, Any] = {"apply": apply_traces, "schema": TRACES_SCHEMA}
@@ -1559,6 +1569,44 @@ def test_a_push_writes_what_its_mutations_write_that_succeed_one_by_one(
             ]
         assert [one.get("code") for one in itertools.chain(*results)] == expected
         assert traces(path) == traces(model)
+
+
+@table(
+    "breaker",
+    {
+        "ROLLBACK on conflict": "INSERT OR ROLLBACK INTO only VALUES (1), (1)",
+        "AUTOINCREMENT at its highest number": "INSERT INTO ends VALUES (NULL)",
+        "a constraint that fails at COMMIT": "INSERT INTO children VALUES (1)",
+    },
+)
+@table("end", {"refused": "conflict", "with a savepoint": None})
+def test_whatever_ends_a_transaction_the_other_mutations_have_their_own_results(
+    path: Path, breaker: str, end: str | None
+) -> None:
+    schema = f"""{SCHEMA}
+        PRAGMA foreign_keys = ON;
+        CREATE TABLE only (n UNIQUE);
+        CREATE TABLE ends (n INTEGER PRIMARY KEY AUTOINCREMENT);
+        INSERT INTO ends VALUES (9223372036854775807);
+        CREATE TABLE parents (n INTEGER PRIMARY KEY);
+        CREATE TABLE children (n REFERENCES parents DEFERRABLE INITIALLY DEFERRED);
+    """
+
+    def break_or_write(db: sqlite3.Connection, mutation: Mutation) -> Any:
+        if mutation.args == "break":
+            db.execute(breaker)
+            return []
+        changes = apply(db, mutation)
+        if end:
+            raise mizusync.Conflict
+        db.execute("SAVEPOINT mine")
+        return changes
+
+    with closing(open_log(path, apply=break_or_write, schema=schema)) as engine:
+        results = push(engine, note("1", "break"), note("2", 2), note("3", 3))
+        codes = [result.get("code") for result in results]
+        assert codes == ["internal_error", end, end]
+        assert fold(whole_log(engine)) == ([] if end else [2, 3])
 
 
 def test_a_mutation_that_fails_after_it_wrote_costs_one_transaction_of_many(
@@ -1762,7 +1810,7 @@ def orphan(folder: Path) -> Path:
 
 
 def test_a_wal_without_its_database_is_refused_and_unchanged(tmp_path: Path) -> None:
-    assert_refused_and_unchanged(orphan(tmp_path), "-wal exists, and")
+    assert_refused_and_unchanged(orphan(tmp_path), "-wal exists, but")
 
 
 def test_an_empty_file_becomes_a_log_and_its_name_is_quoted_in_the_url(
@@ -4997,8 +5045,12 @@ async def test_no_pause_is_longer_than_the_hint_gap() -> None:
     subscriber = await burst(hints, False, hint_gap=0.0)
     assert subscriber.cursors == [1, 2]
     topic = mizusync.Topic(0.0)
-    assert topic.spend(100.0, now=100.0, share=0.1, longest=2.0) == pytest.approx(2.0)
-    assert topic.spend(0.0, now=102.0, share=0.1, longest=2.0) == pytest.approx(0.0)
+    assert topic.spend(100.0, now=100.0, share=0.1, longest_pause=2.0) == pytest.approx(
+        2.0
+    )
+    assert topic.spend(0.0, now=102.0, share=0.1, longest_pause=2.0) == pytest.approx(
+        0.0
+    )
 
 
 @given(
@@ -5013,7 +5065,7 @@ def test_broadcasts_use_no_more_than_their_share_of_the_loops_time(
     for seconds in used:
         now += seconds
         total += seconds
-        now += topic.spend(seconds, now, share, longest=1e9)
+        now += topic.spend(seconds, now, share, longest_pause=1e9)
         assert total <= mizusync.BURST + now * share + 1e-6
 
 
@@ -10049,7 +10101,7 @@ def test_a_write_ahead_log_without_its_file_is_one_sentence(
 ) -> None:
     status, sentence = refusal("--db", str(orphan(tmp_path)))
     assert (status, sentence.count("\n")) == (1, 1)
-    assert "-wal exists, and" in sentence
+    assert "-wal exists, but" in sentence
 
 
 def test_a_missing_or_unwritable_folder_is_one_sentence(
