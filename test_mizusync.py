@@ -13135,7 +13135,8 @@ function makeFake(SyncClient) {
         call.answer = (value) => resolve(Array.isArray(value) ? value : json(value));
       });
       const [text, options] = fake.held.has(path)
-        ? await Promise.race([answer, end]) : (fake.instead[path] ?? fake[path])(call);
+        ? await Promise.race([answer, end])
+        : await Promise.race([(fake.instead[path] ?? fake[path])(call), end]);
       return new Response(text.pieces ? trickle(text, signal) : text, options);
     },
     WebSocket: class {
@@ -16000,6 +16001,93 @@ PROMISES = {
           await pass(5);
           assert.deepEqual([fake.data.at(-1), client.pending], [name, []]);
         }
+    """,
+    "after a silent request a mutation waits for the pull that finds a restore": """
+        const client = await fake.start();
+        await pass(2);
+        fake.held.add("pull");
+        await pass(100);
+        assert.equal(client.status.error.code, "");
+        fake.calls.length = 0;
+        client.mutate("add", "a");
+        await quiet();
+        assert.deepEqual(fake.all("push"), []);
+    """,
+    "start() with a token frees what waits for another one": """
+        const client = await fake.start({ token: () => new Promise(() => {}) });
+        client.mutate("add", "a");
+        await pass(5);
+        assert.deepEqual(fake.calls, []);
+        client.start("another");
+        await pass(5);
+        assert.deepEqual([fake.data, fake.last("push").token], [["a"], "another"]);
+    """,
+    "a save that fails is tried again, and retains what was confirmed": """
+        const kept = makeKept(), { storage } = kept, client = await fake.start(kept);
+        await pass(5);
+        storage.limits.save = storage.limits.retain = "fails";
+        client.mutate("add", "a");
+        await pass(5);
+        assert.equal(reports().length, 1);
+        assert.equal(client.status.saved, false);
+        storage.limits.save = storage.limits.retain = 0;
+        await pass(60);
+        assert.deepEqual([storage.saved.state, storage.memory.length], [["a"], 1]);
+        assert.ok(client.status.saved);
+    """,
+    "a save that hangs is not begun again with each change": """
+        const kept = makeKept(), { storage } = kept, client = await fake.live(kept);
+        await pass(5);
+        storage.limits.save = "hangs";
+        storage.saves.length = 0;
+        for (let turn = 0; turn < 20; turn++) {
+          fake.hint(turn);
+          await pass(2);
+        }
+        assert.equal(storage.saves.length, 1);
+    """,
+    "what could not be retained is healed while its page lives": """
+        const kept = makeKept(), client = await fake.start(kept);
+        await pass(5);
+        kept.storage.limits.retain = "fails";
+        client.mutate("add", "a");
+        await pass(5);
+        assert.deepEqual([fake.data, reports().length], [["a"], 1]);
+        fake.rewind("2", 0);
+        await pass(100);
+        assert.deepEqual([fake.data, fake.healed], [["a"], [{ sent: 1, lost: 1 }]]);
+        reports();
+    """,
+    "confirmed() is rejected if the client is closed while it opens": """
+        makeLocks();  // it gets one later
+        const kept = makeKept(), first = fake.make(kept), { id } = first.mutate("add");
+        await quiet();
+        first.close();
+        await quiet();
+        const client = fake.make(kept), outcome = client.confirmed(id);
+        client.close();
+        await assert.rejects(outcome, { code: "closed" });
+    """,
+    "what another tab has pushed is not shown twice, where pulls are held": """
+        const open = makeBrowser(), tabs = [open(fake), open(fake)];
+        const away = () => { throw new TypeError("away"); };
+        const holding = async (call) => {
+          if (call.query.wait !== "0") await sleep(25);
+          return fake.pull(call);
+        };
+        fake.instead.pull = holding;
+        for (const tab of tabs) tab.start();
+        await pass(5);
+        fake.instead = { push: away, pull: away };
+        await pass(30);
+        tabs[0].mutate("add", "a");
+        await pass(5);
+        assert.deepEqual(tabs.map(({ state }) => state), [["a"], ["a"]]);
+        fake.instead = { pull: holding };
+        for (const tab of tabs) tab.page.tell("online");
+        await pass(8);
+        assert.deepEqual(fake.data, ["a"]);
+        assert.deepEqual(tabs.map(({ state }) => state), [["a"], ["a"]]);
     """,
     "what was never loaded does not keep a mutation back": """
         fake.held.add("snapshot").add("pull");
