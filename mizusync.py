@@ -2890,7 +2890,7 @@ class Engine:
         """Finish what waits, write the WAL back into the file, end the threads. Blocks.
 
         After `timeout` seconds, a writer that still waits for another process's lock,
-        or for `apply`, is left to the end of the process.
+        or for `apply`, is left to the end of the process. Reads are waited for.
         """
         self._check_process()
         in_time = self._writer.close(timeout)
