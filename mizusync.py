@@ -1039,8 +1039,9 @@ class Store:
 # A mutation that fails leaves no trace. A savepoint for each one would cost a tenth of
 # a push, and most need none: they only write rows, and check before they write. So at
 # first there is none. If a mutation fails after it wrote, or does more than read and
-# write rows, the transaction is given up, and the writer runs each of its mutations
-# alone. From the first rollback on, each mutation has a savepoint (SQLiteStore).
+# write rows, or one of its statements fails, the transaction is given up, and the
+# writer runs each of its mutations alone. From the first rollback on, each mutation has
+# a savepoint (SQLiteStore).
 
 OWN_STATEMENT = "/* mizusync */ "
 
@@ -1117,7 +1118,9 @@ class GuardedConnection(sqlite3.Connection):
         self.has_created_log = False
         self._timeout = timeout
         self._guarded = False  # application code has the connection
-        self.needs_savepoints = False  # see above
+        # See above. Until 3.36, total_changes does not show that DELETE has emptied a
+        # table WITHOUT ROWID.
+        self.needs_savepoints = sqlite3.sqlite_version_info < (3, 36)
         self._cursors: list[weakref.ref[GuardedCursor]] = []  # of the application
         super().set_authorizer(self._authorize)
 
@@ -1204,8 +1207,7 @@ class GuardedConnection(sqlite3.Connection):
 
     def execute(self, *statement: Any) -> Any:
         # sqlite3.Connection's own does not call cursor(). Nor does its executemany().
-        self.check_transaction()
-        return sqlite3.Cursor.execute(self.cursor(), *statement)
+        return self.cursor().execute(*statement)
 
     def executemany(self, *statement: Any) -> Any:
         return self.cursor().executemany(*statement)
@@ -1260,12 +1262,20 @@ class GuardedCursor(sqlite3.Cursor):
     connection: GuardedConnection
 
     def execute(self, *statement: Any) -> Any:
-        self.connection.check_transaction()
-        return sqlite3.Cursor.execute(self, *statement)
+        return self._run(sqlite3.Cursor.execute, *statement)
 
     def executemany(self, *statement: Any) -> Any:
+        return self._run(sqlite3.Cursor.executemany, *statement)
+
+    def _run(self, method: Callable[..., Any], *statement: Any) -> Any:
         self.connection.check_transaction()
-        return super().executemany(*statement)
+        try:
+            return method(self, *statement)
+        except sqlite3.Error:
+            # With OR FAIL or RAISE(FAIL) it keeps what it wrote before the error. If a
+            # trigger wrote that, total_changes does not show it.
+            self.connection.needs_savepoints = True
+            raise
 
 
 # What would end the transaction, or leave the file. SAVEPOINT is not among them: it is

@@ -1609,6 +1609,57 @@ def test_whatever_ends_a_transaction_the_other_mutations_have_their_own_results(
         assert fold(whole_log(engine)) == ([] if end else [2, 3])
 
 
+SPLIT = "INSERT INTO splits VALUES (?)"
+
+
+@table(
+    "write",
+    {
+        "all rows of a table WITHOUT ROWID": lambda db: db.execute("DELETE FROM pairs"),
+        "OR FAIL in a trigger": lambda db: db.execute(SPLIT, ["[7, 8, 7]"]),
+        "OR FAIL in a trigger, for many": lambda db: db.executemany(
+            SPLIT, [["[7, 8, 7]"]]
+        ),
+        "RAISE(FAIL) in a trigger": lambda db: db.execute(
+            "REPLACE INTO seats VALUES (1, 'Ben')"
+        ),
+    },
+)
+def test_a_refused_mutation_is_undone_where_sqlite_counts_no_rows_that_it_wrote(
+    path: Path, write: Use
+) -> None:
+    schema = """
+        PRAGMA recursive_triggers = ON;
+        CREATE TABLE pairs (a, b, PRIMARY KEY (a, b)) WITHOUT ROWID;
+        INSERT INTO pairs VALUES (1, 2);
+        CREATE TABLE numbers (n UNIQUE);
+        CREATE VIEW splits AS SELECT n FROM numbers;
+        CREATE TRIGGER split INSTEAD OF INSERT ON splits
+            BEGIN INSERT OR FAIL INTO numbers SELECT value FROM json_each(new.n); END;
+        CREATE TABLE seats (seat PRIMARY KEY, holder);
+        INSERT INTO seats VALUES (1, 'Ann');
+        CREATE TRIGGER keep AFTER DELETE ON seats BEGIN SELECT RAISE(FAIL, 'no'); END;
+    """
+
+    def write_and_refuse(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        if mutation.args == "refuse":
+            with suppress(sqlite3.IntegrityError):
+                write(db)
+            raise mizusync.Conflict
+        return [1]
+
+    with closing(open_log(path, apply=write_and_refuse, schema=schema)) as engine:
+        before = traces(path)
+        for key in ("first ", "second "):  # the second time with savepoints
+            pushed = [note(key + args, args) for args in ("before", "refuse", "after")]
+            codes = [result.get("code") for result in push(engine, *pushed)]
+            assert codes == [None, "conflict", None]
+            assert traces(path) == before
+
+
+@pytest.mark.skipif(
+    sqlite3.sqlite_version_info < (3, 36), reason="each mutation has a savepoint there"
+)
 def test_a_mutation_that_fails_after_it_wrote_costs_one_transaction_of_many(
     path: Path,
 ) -> None:
