@@ -1364,15 +1364,8 @@ def open_database(
 
 def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
     """Make sure that the log and the application's tables exist."""
-    run_own(db, "PRAGMA synchronous = FULL")  # a commit waits for the disk
-    run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
     is_new = not has_log(db, adopt)
-    run_own(db, "PRAGMA busy_timeout = 0")  # retry() waits instead
-    (mode,) = db.retry(run_own, db, "PRAGMA journal_mode = WAL")[0]
-    if mode != "wal":
-        raise StoreError(
-            f"the file system of {db.path} allows no WAL: use a local disk"
-        )
+    set_pragmas(db)
     if is_new:
         db.retry(run_own, db, "BEGIN IMMEDIATE")
         if not has_log(db, adopt):  # otherwise another process has just created it
@@ -1394,6 +1387,19 @@ def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
         if primary_code(error) == sqlite3.SQLITE_AUTH:
             reason = "TEMP tables, views and triggers could shadow the log's"
         raise StoreError(f"the schema for {db.path} can't be run: {reason}") from error
+    set_pragmas(db)  # whatever the schema has set: many begin with synchronous = NORMAL
+
+
+def set_pragmas(db: GuardedConnection) -> None:
+    """Let each commit wait for the disk, and each read go on beside a commit."""
+    run_own(db, "PRAGMA synchronous = FULL")
+    run_own(db, "PRAGMA fullfsync = ON")  # macOS: for the drive's own cache as well
+    run_own(db, "PRAGMA busy_timeout = 0")  # retry() waits instead
+    (mode,) = db.retry(run_own, db, "PRAGMA journal_mode = WAL")[0]
+    if mode != "wal":
+        raise StoreError(
+            f"the file system of {db.path} allows no WAL: use a local disk"
+        )
 
 
 def wal_path(path: str) -> str:

@@ -2142,6 +2142,31 @@ def test_all_statements_of_a_schema_run_at_each_opening(
     assert seen == ["one; 1", "two", "x", "two"]
 
 
+# What many programs begin with, and what a log needs.
+PRAGMAS = """
+    PRAGMA journal_mode = DELETE;
+    PRAGMA synchronous = NORMAL;
+    PRAGMA fullfsync = OFF;
+    PRAGMA busy_timeout = 5000;
+    PRAGMA foreign_keys = ON;
+"""
+
+
+def test_a_commit_waits_for_the_disk_whatever_pragmas_the_schema_sets(
+    path: Path,
+) -> None:
+    names = ["journal_mode", "synchronous", "fullfsync", "busy_timeout", "foreign_keys"]
+
+    def read_pragmas(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        return [db.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+
+    for key in ("1", "2"):
+        schema = SCHEMA + PRAGMAS
+        with closing(open_log(path, apply=read_pragmas, schema=schema)) as engine:
+            (result,) = push(engine, note(key))
+            assert fold(result["changes"]) == ["wal", 2, 1, 0, 1]
+
+
 def test_a_schema_needs_the_write_lock_only_if_it_writes(path: Path) -> None:
     schema = f"{SCHEMA} {TRIGGER} CREATE INDEX IF NOT EXISTS of_scope ON notes (scope);"
     larger_schema = f"{schema} CREATE TABLE IF NOT EXISTS more (n);"
