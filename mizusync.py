@@ -2196,6 +2196,8 @@ class Batch:
         self._known: dict[tuple[str, str], Mark | None] = {}
         self.added: dict[str, Tail] = {}  # by scope: the new changes, encoded
         self.trimmed: set[str] = set()  # scopes that lose changes
+        # Of each push with repeated mutations: how many results, and their size.
+        self._sizes: dict[int, tuple[int, int]] = {}
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._time = now.replace("+00:00", "Z")
 
@@ -2212,7 +2214,7 @@ class Batch:
             self._look_up(mutation.scope, push[place : place + self.look_ahead])
         mark = self._known[key]
         if mark:
-            return self._repeat(mark, push)
+            return self._repeat(mark, push, place)
         # Each run gets a copy, because `apply` may change it.
         mutation = Mutation(  # dataclasses.replace would take 1 us more
             mutation.id,
@@ -2312,7 +2314,7 @@ class Batch:
 
     # -- against answers that were lost: the client sends the mutation again
 
-    def _repeat(self, mark: Mark, push: Sequence[Step]) -> Result:
+    def _repeat(self, mark: Mark, push: Sequence[Step], place: int) -> Result:
         """Return the result that a mutation got when it was applied.
 
         Its changes in its own scope come with it, unless some of its changes, in any
@@ -2320,7 +2322,11 @@ class Batch:
         mutations, so the changes are left out once the answer is as large as a page.
         """
         shown = None
-        size = sum(len(step.result.encoded) for step in push if step.result)
+        # The size of the answer so far. Add only what is new since the last time: an
+        # import may push 100,000 mutations at once, and push them again.
+        counted, size = self._sizes.get(id(push), (0, 0))
+        size += sum(len(step.result.encoded) for step in push[counted:place])
+        self._sizes[id(push)] = place, size
         if size <= self._settings.max_page_size:
             first = mark.first or mark.last + 1  # without changes, the range is empty
             if first > self.start:  # rows[0] of this batch is number start + 1

@@ -3392,6 +3392,20 @@ def test_retries_are_answered_without_changes_once_their_answer_is_large(
         assert "changes" in push(engine, large)[0]  # in a push of its own
 
 
+def test_a_large_push_that_is_repeated_takes_time_linear_in_its_size(
+    engine: Engine,
+) -> None:
+    # If the time grew with the square of the size, it would be ten times as long.
+    pushes = [note(str(number)) for number in range(10_000)]
+    times = []
+    for _ in range(2):
+        started = time.process_time()
+        results = engine.submit(pushes).result(4 * PATIENCE)
+        times.append(time.process_time() - started)
+    assert all(result.duplicate for result in results)
+    assert times[1] < 4 * times[0]
+
+
 def test_a_generator_may_change_and_yield_one_object_again_and_again(
     path: Path,
 ) -> None:
