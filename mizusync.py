@@ -1342,14 +1342,14 @@ StrPath = str | os.PathLike[str]
 
 
 def open_database(
-    path: str, schema: str, adopt: bool, timeout: float
+    path: str, schema: str, adopt: bool, timeout: float, again: bool = False
 ) -> GuardedConnection:
     """Return a connection that writes; create what is missing. See SQLiteStore."""
     try:
         check_leftover_wal(path, adopt)
         db = GuardedConnection(path, "rwc", timeout)
         try:
-            prepare_database(db, schema, adopt)
+            prepare_database(db, schema, adopt, again)
         except BaseException:
             db.close()
             raise
@@ -1362,8 +1362,14 @@ def open_database(
     return db
 
 
-def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
-    """Make sure that the log and the application's tables exist."""
+def prepare_database(
+    db: GuardedConnection, schema: str, adopt: bool, again: bool
+) -> None:
+    """Make sure that the log and the application's tables exist.
+
+    If this process opens the file `again`, the schema runs only up to its first write.
+    So its pragmas are set, but no step of a migration runs a second time.
+    """
     is_new = not has_log(db, adopt)
     set_pragmas(db)
     if is_new:
@@ -1378,6 +1384,9 @@ def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
     with contextlib.suppress(StoreRefused):  # another process may hold the lock
         # This fails if SQLite has silently opened the file read-only.
         run_own(db, "DELETE FROM mizusync_format WHERE false")
+    has_run = again and not is_new
+    if has_run:
+        run_own(db, "PRAGMA query_only = ON")
     try:
         # Each statement commits by itself, unless there are BEGIN and COMMIT.
         db.retry(db.executescript, schema)
@@ -1386,7 +1395,10 @@ def prepare_database(db: GuardedConnection, schema: str, adopt: bool) -> None:
         reason = str(error)
         if primary_code(error) == sqlite3.SQLITE_AUTH:
             reason = "TEMP tables, views and triggers could shadow the log's"
-        raise StoreError(f"the schema for {db.path} can't be run: {reason}") from error
+        sentence = f"the schema for {db.path} can't be run: {reason}"
+        if not has_run:
+            raise StoreError(sentence) from error
+    run_own(db, "PRAGMA query_only = OFF")
     set_pragmas(db)  # whatever the schema has set: many begin with synchronous = NORMAL
 
 
@@ -1685,7 +1697,7 @@ class SQLiteStore(Store):
         """Begin a transaction. Its position is read under the write lock."""
         self._check_file()
         if self._write_db is None:
-            self._write_db = self._open()
+            self._write_db = self._open(again=True)
             self._write_db.needs_savepoints = True  # as after any rollback
             self._write_version = None
         db = self._write_db

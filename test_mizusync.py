@@ -2167,6 +2167,42 @@ def test_a_commit_waits_for_the_disk_whatever_pragmas_the_schema_sets(
             assert fold(result["changes"]) == ["wal", 2, 1, 0, 1]
 
 
+@table(
+    "step",
+    {
+        "none": "",
+        "an update": "UPDATE seats SET price = price + 1;",
+        "a column": "ALTER TABLE seats ADD COLUMN row DEFAULT 1;",
+        "a transaction": (
+            "BEGIN IMMEDIATE; UPDATE seats SET price = price + 1;"
+            "PRAGMA user_version = 2; COMMIT;"
+        ),
+    },
+)
+def test_no_step_of_a_schema_runs_again_where_the_writer_has_to_reconnect(
+    path: Path, step: str
+) -> None:
+    tables = """
+        CREATE TABLE IF NOT EXISTS seats (seat PRIMARY KEY, price);
+        CREATE INDEX IF NOT EXISTS of_price ON seats (price);
+        PRAGMA foreign_keys = ON;
+    """
+    schema = f"{tables} INSERT INTO seats VALUES (1, 20);"
+    open_log(path, schema=schema).close()
+
+    def close_or_read(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
+        if mutation.args == "close":
+            db.close()
+        seats = db.execute("SELECT * FROM seats").fetchall()
+        return [*seats, db.execute("PRAGMA foreign_keys").fetchone()]
+
+    with closing(open_log(path, apply=close_or_read, schema=tables + step)) as engine:
+        before, closed, after = push(engine, note("1"), note("2", "close"), note("3"))
+        assert closed["code"] == "internal_error"
+        assert fold(after["changes"]) == fold(before["changes"])
+        assert fold(after["changes"])[-1] == [1]
+
+
 def test_a_schema_needs_the_write_lock_only_if_it_writes(path: Path) -> None:
     schema = f"{SCHEMA} {TRIGGER} CREATE INDEX IF NOT EXISTS of_scope ON notes (scope);"
     larger_schema = f"{schema} CREATE TABLE IF NOT EXISTS more (n);"
