@@ -1267,7 +1267,7 @@ class GuardedCursor(sqlite3.Cursor):
     def executemany(self, *statement: Any) -> Any:
         return self._run(sqlite3.Cursor.executemany, *statement)
 
-    def _run(self, method: Callable[..., Any], *statement: Any) -> Any:
+    def _run(self, method: Any, *statement: Any) -> Any:
         self.connection.check_transaction()
         try:
             return method(self, *statement)
@@ -1342,7 +1342,11 @@ StrPath = str | os.PathLike[str]
 
 
 def open_database(
-    path: str, schema: str, adopt: bool, timeout: float, again: bool = False
+    path: str,
+    schema: str,
+    adopt: bool,
+    timeout: float,
+    again: bool = False,
 ) -> GuardedConnection:
     """Return a connection that writes; create what is missing. See SQLiteStore."""
     try:
@@ -2336,9 +2340,11 @@ class Batch:
         shown = None
         # The size of the answer so far. Add only what is new since the last time: an
         # import may push 100,000 mutations at once, and push them again.
-        counted, size = self._sizes.get(id(push), (0, 0))
-        size += sum(len(step.result.encoded) for step in push[counted:place])
-        self._sizes[id(push)] = place, size
+        key = id(push)
+        counted, size = self._sizes.get(key, (0, 0))
+        for step in push[counted:place]:
+            size += len(step.result.encoded)
+        self._sizes[key] = place, size
         if size <= self._settings.max_page_size:
             first = mark.first or mark.last + 1  # without changes, the range is empty
             if first > self.start:  # rows[0] of this batch is number start + 1
