@@ -15178,9 +15178,23 @@ PROMISES = {
         fake.instead.push = () => refuse(503, "unavailable");
         await pass(2);
         client.mutate("add", "secret");
-        client.forget();
+        const gone = assert.rejects(client.forget(), /does not answer/);
         await pass(10);
         assert.equal(queue.items.size, 0);
+        await gone;
+    """,
+    "forget removes the state also where a save hangs, and tells of it": """
+        const storage = makeStates(), client = await fake.live({ storage });
+        await pass(2);
+        assert.equal(storage.rows.size, 1);
+        storage.limits.save = "hangs";
+        fake.hint("a");
+        await pass(2);
+        const gone = assert.rejects(client.forget(), /does not answer/);
+        await pass(1);
+        assert.equal(storage.rows.size, 0);
+        await pass(60);
+        await gone;
     """,
     "a state of another version is replaced by a snapshot, and what waits is kept": """
         const kept = makeKept();
