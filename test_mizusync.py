@@ -16186,6 +16186,20 @@ PROMISES = {
         }
         assert.equal(storage.saves.length, 1);
     """,
+    "a save that hangs is told and tried again after a minute, without news, too": """
+        const storage = makeStates(), client = await fake.live({ storage });
+        await pass(5);
+        storage.limits.save = "hangs";
+        fake.hint("a");
+        await pass(2);
+        storage.limits.save = 0;
+        for (const isSaved of [true, true, true, false, true, true]) {
+          await pass(20);
+          fake.socket.say({ cursor: 1, epoch: "1" });
+          assert.deepEqual([client.status.saved, client.status.live], [isSaved, true]);
+        }
+        assert.deepEqual([storage.saved.cursor, reports().length], [1, 1]);
+    """,
     "what could not be retained is healed while its page lives": """
         const kept = makeKept(), client = await fake.start(kept);
         await pass(5);
