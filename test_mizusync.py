@@ -16200,6 +16200,21 @@ PROMISES = {
         }
         assert.deepEqual([storage.saved.cursor, reports().length], [1, 1]);
     """,
+    "a storage that failed once, when nothing changed, is saved to again": """
+        const kept = makeKept(), { storage } = kept, first = await fake.start(kept);
+        await pass(5);
+        first.close();
+        await quiet();
+        storage.retained = async () => {
+          await sleep(3);
+          throw new Error("It is busy.");
+        };
+        const client = fake.make(kept);
+        await pass(5);
+        assert.deepEqual([client.status.saved, reports().length], [false, 1]);
+        await pass(30);
+        assert.ok(client.status.saved);
+    """,
     "what could not be retained is healed while its page lives": """
         const kept = makeKept(), client = await fake.start(kept);
         await pass(5);
