@@ -16162,6 +16162,22 @@ PROMISES = {
         await pass(5);
         assert.deepEqual([fake.data, fake.last("push").token], [["a"], "another"]);
     """,
+    "one token is asked for at a time, and start() frees all that wait for it": """
+        let asked = 0;
+        const token = () => ++asked === 2 ? new Promise(() => {}) : `t${asked}`;
+        const client = await fake.live({ token });
+        await pass(5);
+        fake.instead.pull = () => refuse(401, "unauthorized");
+        fake.socket.say({ cursor: 1 });
+        await quiet();
+        fake.instead = {};
+        fake.add("a");
+        fake.socket.end();
+        await pass(5);  // the socket needs a new one, too
+        client.start("another");
+        await pass(5);
+        assert.deepEqual([client.state, asked], [["a"], 2]);
+    """,
     "a save that fails is tried again, and retains what was confirmed": """
         const kept = makeKept(), { storage } = kept, client = await fake.start(kept);
         await pass(5);
