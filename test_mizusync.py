@@ -15967,6 +15967,26 @@ PROMISES = {
         assert.deepEqual([fake.data, client.state], [["a", "b"], ["a", "b"]]);
         assert.deepEqual(fake.healed, [{ sent: 2, lost: 2 }, { sent: 2, lost: 2 }]);
     """,
+    "what had no changes is brought back, too": """
+        const known = new Set(), kept = makeKept();
+        fake.instead.push = ({ body }) => json(body.map(({ id }) => {
+          const duplicate = known.has(id);
+          known.add(id);
+          return { ok: true, cursor: fake.head, duplicate, changes: [] };
+        }));
+        fake.add("a");
+        const client = await fake.start(kept);
+        await pass(5);
+        client.mutate("count");
+        await pass(5);
+        for (const epoch of ["2", "3"]) {  // from a backup that was made just before
+          known.clear();
+          fake.rewind(epoch, 1);
+          await pass(60);
+          assert.equal(known.size, 1);
+        }
+        assert.deepEqual(fake.healed, [{ sent: 1, lost: 1 }, { sent: 1, lost: 1 }]);
+    """,
     "what is told of a healing counts each mutation once": """
         const client = await fake.start();
         client.mutate("add", "a"), client.mutate("add", "b");
