@@ -15410,6 +15410,20 @@ PROMISES = {
         await pass(0.3);
         assert.equal(storage.saves.length, 2);
     """,
+    "forget() closes the clients in other tabs also where the queue is full": """
+        const open = makeBrowser(), one = open(fake), two = open(fake);
+        one.mutate("add", "a");
+        await pass(2);
+        const { items, setItem } = one.queue;
+        one.queue.setItem = (key, text) => {
+          if (items.size) throw new Error("It is full.");
+          setItem(key, text);
+        };
+        await one.forget();
+        await pass(1);
+        assert.throws(() => two.mutate("add", "b"), /closed/);
+        assert.equal(items.size, 0);
+    """,
     "forget() closes the clients of the same user in other tabs": """
         const page = makePage(), { queue, storage } = makeKept();
         const write = queue.setItem;
