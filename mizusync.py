@@ -3962,6 +3962,11 @@ class Connection:
         try:
             # asyncio does so only for sockets that name TCP; an accepted one does not.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # The kernel would take megabytes at once, and a slow peer's progress would
+            # show after minutes. (Windows, and some sandboxes, have no such option.)
+            with contextlib.suppress(AttributeError, OSError):
+                option = socket.TCP_NOTSENT_LOWAT
+                sock.setsockopt(socket.IPPROTO_TCP, option, READ_SIZE)
             transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock)
         except BaseException:
             sock.close()

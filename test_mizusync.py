@@ -9448,6 +9448,23 @@ def test_a_large_answer_reaches_a_client_that_reads_slowly(start: Start) -> None
     assert len(whole.partition(b"\r\n\r\n")[2]) == 4_000_000
 
 
+def test_a_client_that_reads_slowly_is_not_taken_for_one_that_reads_nothing(
+    start: Start,
+) -> None:
+    timeout = 4 * MOMENT
+    live = start(send_timeout=timeout, route=lambda request: b"x" * 12_000_000)
+    client = live.client()
+    client.send(get(b"/it", b"Connection: close"))
+    started, whole = time.monotonic(), bytearray()
+    while piece := client.sock.recv(16384):
+        whole += piece
+        # For three times as long it reads less than the kernel can hold for it.
+        due = started + 3 * timeout * min(1.0, len(whole) / 1_500_000)
+        while time.monotonic() < due:
+            time.sleep(0.001)
+    assert len(whole.partition(b"\r\n\r\n")[2]) == 12_000_000
+
+
 def test_no_more_readers_read_at_once_than_the_limit(start: Start) -> None:
     entered, most, release = list[str](), list[int](), threading.Event()
 
