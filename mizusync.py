@@ -5057,6 +5057,19 @@ class HTTPServer:
     ) -> Response | None:
         """Return the response to a request; None after a WebSocket has ended."""
         try:
+            return await self._handle_or_refuse(connection, request)
+        except Exception:
+            http_log.exception("failed on %s %s", request.method, request.path)
+            return Response.refusal(SyncError("the server failed on this request"))
+
+    async def _handle_or_refuse(
+        self, connection: Connection, request: Request
+    ) -> Response | None:
+        """Return the response to a request, or a refusal that its handler raises.
+
+        Raise any other exception, and one for a refusal that no response can hold.
+        """
+        try:
             self.gate.check_site(request)
             self._unsent.check()
             route = self._routes.find(request)
@@ -5079,9 +5092,6 @@ class HTTPServer:
                 details = (request.path, request.peer, refusal.status, refusal)
                 live_log.info("refused a WebSocket at %r from %s: %s %s", *details)
             return Response.refusal(refusal)
-        except Exception:
-            http_log.exception("failed on %s %s", request.method, request.path)
-            return Response.refusal(SyncError("the server failed on this request"))
 
     async def _encode(
         self, request: Request, response: Response, keep_alive: bool

@@ -8629,6 +8629,10 @@ def test_a_refused_route_changes_nothing(start: Start) -> None:
 class Odd(mizusync.SyncError, status=499, code="odd"):
     """A refusal of the application, with a status that HTTP does not know."""
 
+    def __init__(self, sentence: str, **fields: Any) -> None:
+        super().__init__(sentence)
+        self.headers = fields
+
 
 def failing(error: BaseException) -> Callable[[Any], Any]:
     def handler(request: mizusync.Request) -> Any:
@@ -8649,6 +8653,8 @@ BAD_ANSWERS = {
     "no body": response_of(200, None),
     "a header with a line break": response_of(headers={"X-A": "1\r\nX-B: 2"}),
     "a set, which JSON lacks": lambda request: {1, 2},
+    "a refusal with a line break in a header": failing(Odd("-", Location="1\r\nX: 2")),
+    "a refusal with a number as a header": failing(Odd("-", Age=5)),
     "a cancelled future": cancelled,
 }
 
