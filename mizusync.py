@@ -3050,7 +3050,7 @@ class Hub:
             try:
                 subscriber.message(message)
             except Exception:
-                live_log.exception("a subscriber of %s failed", name)
+                live_log.exception("a subscriber of %r failed", name)
 
     def notify(self, hints: Mapping[str, Hint]) -> None:
         """Pass on the hints of a commit: `engine.add_listener(hub.notify)`."""
@@ -3108,7 +3108,7 @@ class Hub:
                 try:
                     subscriber.hint(name, cursor, long if changes else short)
                 except Exception:
-                    live_log.exception("a subscriber of %s failed", name)
+                    live_log.exception("a subscriber of %r failed", name)
             used += time.monotonic() - began
         self.counts["hints_sent"] += len(subscribers)
         return used
@@ -5089,8 +5089,8 @@ class HTTPServer:
             return response
         except SyncError as refusal:
             if request.is_handshake:
-                details = (request.path, request.peer, refusal.status, refusal)
-                live_log.info("refused a WebSocket at %r from %s: %s %s", *details)
+                details = (request.path, request.peer, refusal.status, str(refusal))
+                live_log.info("refused a WebSocket at %r from %s: %s %r", *details)
             return Response.refusal(refusal)
 
     async def _encode(
