@@ -4705,6 +4705,8 @@ class LiveEndpoint:
             current = await self.engine.current(scope)
             if not session.websocket.closing:  # as after a restore: it was another log
                 self.hub.send_current(topic, session, current)
+        except Unauthorized as refusal:  # this concerns the client, not the scope
+            session.close(1008, str(refusal))
         except Forbidden as refusal:
             session.forbid(scope, refusal)
         except SyncError as refusal:

@@ -8196,6 +8196,17 @@ def test_one_unauthorized_scope_closes_a_session(
     assert client.read_close() == 1008
 
 
+def test_a_subscribe_that_is_unauthorized_closes_the_session(
+    start: Start, permits: Permits
+) -> None:
+    live = start(on_auth=permits)  # which is asked when the client subscribes
+    client = live.socket()
+    client.subscribe(scope="s")
+    permits.answers["t"] = mizusync.Unauthorized("no more")
+    client.send_message("subscribe", {"scope": "t"})
+    assert client.read_close() == 1008
+
+
 def test_the_own_scope_decides_the_identity(start: Start, permits: Permits) -> None:
     def on_message(session: mizusync.Session, topic: str, data: Any) -> None:
         session.send("you", session.identity)
