@@ -4104,8 +4104,8 @@ class Connection:
         Closing a socket with unread bytes resets it, and the reset overtakes the
         answer. So close half of it, and drop what arrives until the peer closes.
         """
-        self.transport.set_write_buffer_limits(high=0)  # drain() waits for all
         try:
+            self.transport.set_write_buffer_limits(high=0)  # drain() waits for all
             await self.drain()
             self.enter(Phase.LINGER, self.settings.linger_timeout)
             if self.read_error is None:

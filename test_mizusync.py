@@ -9441,6 +9441,21 @@ def test_a_client_that_sends_nothing_does_not_delay_a_stop(start: Start) -> None
     until(lambda: live.loop.is_closed())
 
 
+def test_a_reset_is_no_failure_on_a_loop_whose_closed_transports_refuse_all(
+    start: Start,
+) -> None:
+    def refuse(**limits: int) -> None:
+        raise RuntimeError("the handler is closed")  # as that of uvloop does
+
+    live = start()
+    client = live.client()
+    assert client.request("GET", "/healthz").status == 200
+    (connection,) = live.server._connections
+    connection.transport.set_write_buffer_limits = refuse
+    client.reset()
+    until(lambda: live.server.stats()["connections"] == 0)
+
+
 def test_resets_of_slow_sessions_are_not_logged_as_failures(start: Start) -> None:
     live, join = joined(start)
     clients = [live.socket(receive_buffer=4096) for _ in range(10)]
