@@ -3160,6 +3160,7 @@ TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"  # (RFC 9110 §5.6.2)
 FIELD_VALUE = r"[\t -~\x80-\xff]*+"  # without the space around it (RFC 9110 §5.5)
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 FIELD_LINE = re.compile(rf"({TOKEN}):({FIELD_VALUE})")
+HEAD_END = re.compile(rb"\r\n\r\n|[^\r]\n")  # a line without CR is refused at once
 CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;[ \t]*{TOKEN}{FIELD_VALUE})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)/?(.*)", re.IGNORECASE)
 REG_NAME = r"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+"  # (RFC 3986 §3.2.2)
@@ -4023,19 +4024,20 @@ class Connection:
         self.request = None
         self.enter(Phase.IDLE, self.settings.idle_timeout)
         skip_empty_lines(self.buffer)
-        while not self.buffer:
+        # Half of an empty line is no head yet.
+        while not self.buffer or self.buffer == b"\r":
             await self.receive()
             skip_empty_lines(self.buffer)
         self.enter(Phase.HEAD, self.settings.head_timeout)
         request = parse_request(self.buffer, self.settings)
         while request is None:
             data = await self.receive()
-            # Parsed again at each byte, a slow sender would cost more than a fast one.
-            # Only the end of a line, or a limit, can end a head.
+            # Parsed again at each line, a slow sender would cost more than a fast one.
             limit = self.settings.max_target_size + 64
-            if b"\n" in self.buffer:
+            if self.buffer.find(b"\n", 0, limit) >= 0:  # the first line is complete
                 limit = self.settings.max_head_size
-            if b"\n" in data or len(self.buffer) >= limit:
+            recent = self.buffer[-len(data) - 3 :]
+            if HEAD_END.search(recent) or len(self.buffer) >= limit:
                 request = parse_request(self.buffer, self.settings)
         self.enter(Phase.HANDLE, PEER_CHECK)
         self.body_pending = request.length != 0
