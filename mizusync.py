@@ -4535,6 +4535,11 @@ class Session:
         text = encode_message("error", encode_error(code, sentence, scope))
         self.message(encode_frame(TEXT, text))
 
+    async def drain(self) -> None:
+        """Wait until the client has read all: one that does not is not read from."""
+        with contextlib.suppress(OSError):  # the peer is gone
+            await self.websocket.drain()
+
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Close with a code of RFC 6455 §7.4."""
         self.websocket.close(code, reason)
@@ -4681,18 +4686,17 @@ class LiveEndpoint:
                     work = self._subscribe(session, scope, changes)
                     return session.tasks.spawn(work)
                 session.unsubscribe(f"{SYNC}{scope}")
-            elif self.on_message and not topic.startswith(SYNC):
+                return None
+            if self.on_message and not topic.startswith(SYNC):
                 data = message.get("data")
                 call = call_app_safely(self.on_message, session, topic, data)
                 return self.tasks.spawn(call)
-            else:
-                session.send_error(
-                    "unknown_topic", f"nothing listens to {topic[:100]!r}"
-                )
+            session.send_error("unknown_topic", f"nothing listens to {topic[:100]!r}")
         except InvalidRequest as refusal:
             session.send_error("invalid_message", str(refusal))
         except SyncError as refusal:
             session.send_error(refusal.code, str(refusal))
+        await session.drain()
         return None
 
     async def _subscribe(self, session: Session, scope: str, changes: bool) -> None:
@@ -4711,8 +4715,10 @@ class LiveEndpoint:
             session.close(1008, str(refusal))
         except Forbidden as refusal:
             session.forbid(scope, refusal)
+            await session.drain()
         except SyncError as refusal:
             session.send_error(refusal.code, str(refusal))
+            await session.drain()
         except Exception as error:
             session.websocket.error = error
             live_log.exception("on_auth failed for a session of %r", scope)

@@ -6894,6 +6894,30 @@ def test_a_client_that_reads_no_pongs_is_no_longer_read_from(start: Start) -> No
         client.send(masked(PING, b"x" * 125) * 200_000)
 
 
+REFUSED_MESSAGES = {
+    "no message": b"x",
+    "an unknown topic": b'{"topic": "x"}',
+    "a forbidden scope": b'{"topic": "subscribe", "data": {"scope": "closed"}}',
+    "one topic too many": b'{"topic": "subscribe", "data": {"scope": "s"}}',
+}
+
+
+@table("message", REFUSED_MESSAGES)
+def test_a_client_that_reads_no_errors_is_no_longer_read_from(
+    start: Start, message: bytes
+) -> None:
+    small = {"send_buffer": 4096, "max_session_queue": 4096, "max_session_topics": 1}
+    live = start(on_auth=lambda request, scope: scope != "closed", **small)
+    client = live.socket(receive_buffer=4096)
+    client.subscribe()
+    client.send(text(message) * 3000)
+    for _ in range(2000):  # turns in which the server could answer
+        live.call(lambda: None)
+    assert live.server.stats()["unsent_bytes"] < 1000
+    for _ in range(3000):  # once it reads, it gets them all, and is not cut off
+        assert client.read_message()["topic"] == "error"
+
+
 def close(session: mizusync.Session, topic: str, data: Any) -> None:
     session.close(*data)
 
