@@ -4069,7 +4069,8 @@ class Connection:
                 del self.buffer[:size]
         except OSError:
             raise InvalidRequest("the body ended before its length") from None
-        self.enter(Phase.HANDLE, PEER_CHECK)
+        finally:
+            self.enter(Phase.HANDLE, PEER_CHECK)
         self.body_pending = False
         return body
 
@@ -5099,7 +5100,7 @@ class HTTPServer:
             return response
         except SyncError as refusal:
             if request.is_handshake:
-                details = (request.path, request.peer, refusal.status, str(refusal))
+                details = request.path, request.peer, refusal.status, str(refusal)
                 live_log.info("refused a WebSocket at %r from %s: %s %r", *details)
             return Response.refusal(refusal)
 

@@ -5871,6 +5871,22 @@ def test_a_body_that_comes_slowly_times_out_and_is_not_applied(start: Start) -> 
     assert live.client().pull()["changes"] == []
 
 
+def test_the_deadline_of_a_bad_body_does_not_interrupt_its_answer(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress, phases = gzip.compress, list[mizusync.Phase]()
+
+    def watching(*arguments: Any, **options: Any) -> bytes:
+        phases.extend(connection.phase for connection in live.server._connections)
+        return compress(*arguments, **options)
+
+    monkeypatch.setattr(gzip, "compress", watching)
+    live = start(min_gzip_size=0)
+    live.client().send(coded(CHUNKED, b"Accept-Encoding: gzip", body=b"zz\r\n"))
+    until(lambda: phases)
+    assert phases == [mizusync.Phase.HANDLE]
+
+
 def test_a_connection_without_a_request_times_out(start: Start) -> None:
     live = start(idle_timeout=MOMENT * 2, head_timeout=MOMENT)
     silent, idle = live.client(), live.client()
