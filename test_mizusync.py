@@ -1496,14 +1496,18 @@ TRACES = {
 }
 
 
-def leave_traces(db: sqlite3.Connection, names: list[str]) -> None:
-    """Run some statements of TRACES. "?" suppresses an error of the one behind it."""
+def leave_traces(db: sqlite3.Connection, names: list[str]) -> Iterator[None]:
+    """Run some statements of TRACES, and yield after each.
+
+    "?" suppresses an error of the one behind it.
+    """
     held = []
     for before, name in itertools.pairwise(["", *names]):
         if name != "?":
             with suppress(*[sqlite3.Error] * (before == "?")):
                 held.append(db.execute(TRACES[name]))
                 held[-1].fetchone()
+        yield
 
 
 def traces(path: Path) -> list[str]:
@@ -1529,7 +1533,8 @@ def test_a_push_writes_what_its_mutations_write_that_succeed_one_by_one(
 ) -> None:
     def apply_traces(db: sqlite3.Connection, mutation: Mutation) -> list[Any]:
         names, end = mutation.args
-        leave_traces(db, names)
+        for _ in leave_traces(db, names):
+            pass
         if end:
             raise mizusync.Conflict if end == "conflict" else RuntimeError
         return list(names)
@@ -1547,15 +1552,13 @@ def test_a_push_writes_what_its_mutations_write_that_succeed_one_by_one(
                 db.backup(before)
                 db.execute("BEGIN")
                 try:
-                    leave_traces(db, names)
+                    for _ in leave_traces(db, names):
+                        if not db.in_transaction:  # whatever it suppressed
+                            end = "bug"
                 except sqlite3.Error:
                     end = "bug"
-                if not db.in_transaction:  # whatever it suppressed
-                    end = "bug"
-                elif end:
-                    db.execute("ROLLBACK")
-                else:
-                    db.execute("COMMIT")
+                if db.in_transaction:
+                    db.execute("ROLLBACK" if end else "COMMIT")
                 if end:
                     before.backup(db)
                 codes = {"": None, "conflict": "conflict", "bug": "internal_error"}
