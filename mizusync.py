@@ -1257,23 +1257,27 @@ class GuardedConnection(sqlite3.Connection):
 
 
 class GuardedCursor(sqlite3.Cursor):
-    """A cursor that runs nothing once the transaction is lost."""
+    """A cursor that runs nothing once the transaction is lost.
+
+    With OR FAIL or RAISE(FAIL), a statement keeps what it wrote before its error. If a
+    trigger wrote that, total_changes does not show it.
+    """
 
     connection: GuardedConnection
 
     def execute(self, *statement: Any) -> Any:
-        return self._run(sqlite3.Cursor.execute, *statement)
-
-    def executemany(self, *statement: Any) -> Any:
-        return self._run(sqlite3.Cursor.executemany, *statement)
-
-    def _run(self, method: Any, *statement: Any) -> Any:
         self.connection.check_transaction()
         try:
-            return method(self, *statement)
+            return sqlite3.Cursor.execute(self, *statement)
         except sqlite3.Error:
-            # With OR FAIL or RAISE(FAIL) it keeps what it wrote before the error. If a
-            # trigger wrote that, total_changes does not show it.
+            self.connection.needs_savepoints = True
+            raise
+
+    def executemany(self, *statement: Any) -> Any:
+        self.connection.check_transaction()
+        try:
+            return sqlite3.Cursor.executemany(self, *statement)
+        except sqlite3.Error:
             self.connection.needs_savepoints = True
             raise
 
