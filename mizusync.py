@@ -495,9 +495,10 @@ def check_structure(raw: bytes, max_depth: int, max_values: int) -> None:
     The time is linear in the size. An invalid text may pass, but parsing then fails.
     """
     # Most texts are far below both limits, even if brackets in strings count as well.
-    most_levels = raw.count(b"[") + raw.count(b"{")
-    if len(raw) <= max_values and most_levels <= max_depth:
-        return
+    if len(raw) <= max_values:
+        most_levels = raw.count(b"[") + raw.count(b"{")
+        if most_levels <= max_depth:
+            return
     # Remove the strings, in four steps. 1. Remove escaped quotes. (Remove pairs of
     # backslashes first, because an odd number of them escapes a quote.) 2. Keep only
     # the structure and the quotes. 3. Remove pairs of quotes: most strings are empty
@@ -741,7 +742,7 @@ def encode_error(code: str, sentence: str, scope: str | None = None) -> bytes:
 
 
 def is_name(value: Any, longest: int) -> bool:
-    """Return whether a value can name a scope or a mutation. UTF-8 can encode it."""
+    """Return whether a value can name a scope or a mutation: UTF-8 can encode it."""
     if not isinstance(value, str) or not 0 < len(value) <= longest:
         return False
     return value.isascii() or not re.search("[\ud800-\udfff]", value)
@@ -1041,7 +1042,7 @@ class Store:
 # first there is none. If a mutation fails after it wrote, or does more than read and
 # write rows, or one of its statements fails, the transaction is given up, and the
 # writer runs each of its mutations alone. From the first rollback on, each mutation has
-# a savepoint (SQLiteStore).
+# a savepoint.
 
 OWN_STATEMENT = "/* mizusync */ "
 
@@ -2342,14 +2343,7 @@ class Batch:
         mutations, so the changes are left out once the answer is as large as a page.
         """
         shown = None
-        # The size of the answer so far. Add only what is new since the last time: an
-        # import may push 100,000 mutations at once, and push them again.
-        key = id(push)
-        counted, size = self._sizes.get(key, (0, 0))
-        for step in push[counted:place]:
-            size += len(step.result.encoded)
-        self._sizes[key] = place, size
-        if size <= self._settings.max_page_size:
+        if self._answer_size(push, place) <= self._settings.max_page_size:
             first = mark.first or mark.last + 1  # without changes, the range is empty
             if first > self.start:  # rows[0] of this batch is number start + 1
                 end = mark.last - self.start
@@ -2359,6 +2353,19 @@ class Batch:
             if len(rows) == mark.last - first + 1:
                 shown = [row.encode() for row in rows if row.scope == mark.scope]
         return Result.applied(mark.last, shown, duplicate=True)
+
+    def _answer_size(self, push: Sequence[Step], place: int) -> int:
+        """Return the size of a push's results before `place`.
+
+        Add only what is new since the last call: an import may push 100,000 mutations
+        at once, and push them again.
+        """
+        key = id(push)
+        counted, size = self._sizes.get(key, (0, 0))
+        for step in push[counted:place]:
+            size += len(step.result.encoded)
+        self._sizes[key] = place, size
+        return size
 
 
 def encode_data(change: Any, scope: str) -> tuple[str, str]:
@@ -2384,7 +2391,7 @@ def encode_data(change: Any, scope: str) -> tuple[str, str]:
 # continues from a snapshot. With `keep_changes` each transaction trims some of the
 # scopes that it adds to. There is no list of scopes: one that grows is found again.
 
-TRIM_STEP = 200  # changes that one transaction removes
+TRIM_STEP = 200  # changes that one step of a trim removes
 MAX_TRIM_PERIOD = 5000  # changes between two trims by apply_retention
 
 
@@ -5039,7 +5046,7 @@ class HTTPServer:
                 raise Unavailable("the server has too many connections")
             while True:
                 request = await connection.read_request()
-                response = await self._handle(connection, request)
+                response = await self._handle_safely(connection, request)
                 if response is None:
                     return
                 must_close = connection.body_pending or self._stopping
@@ -5067,23 +5074,23 @@ class HTTPServer:
         except OSError as error:
             http_log.debug("no more requests: %r", error)
 
-    async def _handle(
+    async def _handle_safely(
         self, connection: Connection, request: Request
     ) -> Response | None:
-        """Return the response to a request; None after a WebSocket has ended."""
+        """Handle a request; log any failure, and answer it with 500.
+
+        A refusal of the application may have a header that no response can hold.
+        """
         try:
-            return await self._handle_or_refuse(connection, request)
+            return await self._handle(connection, request)
         except Exception:
             http_log.exception("failed on %s %s", request.method, request.path)
             return Response.refusal(SyncError("the server failed on this request"))
 
-    async def _handle_or_refuse(
+    async def _handle(
         self, connection: Connection, request: Request
     ) -> Response | None:
-        """Return the response to a request, or a refusal that its handler raises.
-
-        Raise any other exception, and one for a refusal that no response can hold.
-        """
+        """Return the response to a request; None after a WebSocket has ended."""
         try:
             self.gate.check_site(request)
             self._unsent.check()
